@@ -1,0 +1,155 @@
+"""What is written to disk, and how it survives.
+
+Everything is safetensors: named arrays and a few strings, readable by other programs, and no code runs on
+loading. A file is written beside its destination and then moved over it, so that a crash leaves either the
+old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinydiff.models import MLP, UNet
+from tinydiff.nn.module import Module
+
+__all__ = ["load_arrays", "load_model", "replace_file", "save_arrays", "save_model"]
+
+MODELS: dict[str, Any] = {"MLP": MLP, "UNet": UNet}
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` to `path` so that the path never holds anything but a whole file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_arrays(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+) -> None:
+    """Write named host arrays and JSON-serialisable `metadata` to a safetensors file.
+
+    Parameters
+    ----------
+    path : path
+        Destination; an existing file is replaced only once the new one is complete.
+    arrays : mapping of str to ndarray
+        What to keep.
+    metadata : mapping of str to JSON-serialisable
+        What to remember about it.
+    """
+    from safetensors.numpy import save
+
+    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    replace_file(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
+
+
+def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read what `save_arrays` wrote, or any safetensors file NumPy has dtypes for.
+
+    Returns
+    -------
+    arrays : dict of str to ndarray
+    metadata : dict
+        Values that are JSON are decoded; others stay strings.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no file at `path`.
+    ValueError
+        If the file is not a whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}.")
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = {key: _decode(text) for key, text in (file.metadata() or {}).items()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file that NumPy can read: {error}.") from None
+    return arrays, metadata
+
+
+def _decode(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def save_model(
+    path: str | os.PathLike[str], model: Module, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a `UNet` or `MLP`, with what is needed to build it again.
+
+    Parameters
+    ----------
+    path : path
+        Destination, customarily ``model.safetensors``.
+    model : UNet or MLP
+        The model.
+    metadata : mapping, optional
+        More to remember, JSON-serialisable: the schedule, the prediction, what it was trained on.
+    """
+    about = {"model": type(model).__name__, "config": model.config}  # type: ignore[attr-defined]
+    save_arrays(path, model.state_dict(), {**(metadata or {}), **about})
+
+
+def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Read what `save_model` wrote.
+
+    Parameters
+    ----------
+    path : path
+        A ``model.safetensors`` of tinydiff (diffusers' are read by ``interop.load_diffusers``).
+    backend : {"numpy", "cupy"}, optional
+        Where the weights go. Default: ``TINYDIFF_BACKEND``.
+
+    Returns
+    -------
+    model : UNet or MLP
+    metadata : dict
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no file at `path`.
+    ValueError
+        If the file is damaged, or not a model of tinydiff's.
+    """
+    arrays, metadata = load_arrays(path)
+    if metadata.get("model") not in MODELS or not isinstance(metadata.get("config"), dict):
+        raise ValueError(
+            f"{path} does not say which tinydiff model it holds (metadata 'model' is "
+            f"{metadata.get('model')!r}; expected one of {', '.join(MODELS)})."
+        )
+    model = MODELS[metadata["model"]](**metadata["config"], backend=backend)
+    model.load_state_dict(arrays)
+    return model, metadata

@@ -1,0 +1,444 @@
+"""The Gaussian process: q (forward), its posterior, p (reverse), and the changes of variable between them.
+
+Forward, the data x_0 loses its variance and gains noise, one link at a time or in one leap
+(Ho et al. 2020, eq. 2 and 4), with alpha, beta and abar from the schedule:
+
+    q(x_t | x_{t-1}) = N( sqrt(alpha_t) x_{t-1},  beta_t I )
+    q(x_t | x_0)     = N( a x_0,  s^2 I ),        a = sqrt(abar_t),  s = sqrt(1 - abar_t)
+
+Both keep unit variance. Backward, given where the chain began, Bayes' rule is Gaussian too (eq. 6 and 7):
+
+    q(x_{t-1} | x_t, x_0) = N( mu~_t(x_t, x_0),  beta~_t I )
+
+    mu~_t   = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0  +  sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
+    beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t)
+
+The reverse process p(x_{t-1} | x_t) (eq. 1) puts a network's estimate in the place of the unknown x_0.
+
+The network may predict x_0, the noise eps, or v (Salimans & Ho 2022). Because a^2 + s^2 = 1, the pair
+(x_t, v) is the pair (x_0, eps) turned by one angle, and each of them follows from x_t and any other:
+
+    x_t = a x_0 + s eps             x_0 = a x_t - s v
+    v   = a eps - s x_0             eps = s x_t + a v
+
+Code index t = 0 ... T-1 is the paper's step t + 1, so x_{t-1} at t = 0 is the data itself.
+
+References
+----------
+Ho, Jain & Abbeel 2020, *Denoising diffusion probabilistic models*.
+Salimans & Ho 2022, *Progressive distillation for fast sampling of diffusion models*, appendix D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import numpy as np
+
+from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
+from tinydiff.schedules import NoiseSchedule
+
+__all__ = ["GaussianDiffusion", "Prediction", "Variance"]
+
+Prediction: TypeAlias = Literal["eps", "x0", "v"]
+Variance: TypeAlias = Literal["fixed_small", "fixed_large"]
+Choice = TypeVar("Choice")
+
+
+class GaussianDiffusion:
+    """The forward process of a noise schedule and the reverse process of a network's predictions.
+
+    Parameters
+    ----------
+    schedule : NoiseSchedule
+        The betas. For fewer steps, take ``GaussianDiffusion(schedule.respace(timesteps), ...)``: all that
+        depends on the betas follows from the new ones.
+    prediction : {"eps", "x0", "v"}
+        What the network's output is an estimate of: the noise, the data, or v = a eps - s x0.
+    variance : {"fixed_small", "fixed_large"}
+        The variance of the reverse steps (Ho et al. 2020, section 3.2): the posterior's beta~_t, right if the
+        data is a single point, or beta_t, right if the data is standard normal.
+
+    Attributes
+    ----------
+    model_variance : ndarray, shape (T,)
+        The variance of each reverse step, float64 on the host.
+
+    Raises
+    ------
+    TypeError
+        If `schedule` is not a `NoiseSchedule`.
+    ValueError
+        If `prediction` or `variance` is not one of the choices.
+
+    Notes
+    -----
+    In all methods:
+
+    - Arrays are floating, of one library (NumPy, CuPy, any that follows the array API standard) and one
+      shape, batch axis first. The result has the library, device and dtype of the first array argument;
+      the others are cast to its dtype.
+    - ``t`` is an integer array of shape (N,) with values 0 ... T-1, on the host or beside the data, or one
+      integer for the whole batch. It is read on the host, where the tables are: pass it as a NumPy array
+      to keep a GPU from waiting.
+    - A variance has shape (N, 1, ..., 1), which broadcasts against the data.
+    - A wrong ``t``, dtype or shape is a ValueError that names the argument; something that is not an
+      array, or is of another library than the first, is a TypeError.
+
+    Two differences from diffusers' ``DDPMScheduler``: the variance fixed_small at t = 0 is exactly 0 here,
+    where diffusers clamps it to 1e-20 (and then adds no noise there); and x0 is clipped only if asked, where
+    diffusers' default is ``clip_sample=True``.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, prediction: Prediction = "eps", variance: Variance = "fixed_small"
+    ) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule is a {type(schedule).__name__}; expected a NoiseSchedule.")
+        self.schedule = schedule
+        self.prediction: Prediction = _one_of("prediction", prediction, get_args(Prediction))
+        self.variance: Variance = _one_of("variance", variance, get_args(Variance))
+        self.model_variance = schedule.posterior_variance if variance == "fixed_small" else schedule.betas
+
+    @property
+    def T(self) -> int:
+        """Number of steps."""
+        return self.schedule.T
+
+    def __repr__(self) -> str:
+        choices = f"prediction={self.prediction!r}, variance={self.variance!r}"
+        return f"GaussianDiffusion({self.schedule!r}, {choices})"
+
+    # q: from data to noise
+
+    def q_step(self, x_prev: Array, t: Array | int, noise: Array) -> Array:
+        """Make one link of the chain, x_{t-1} -> x_t (Ho et al. 2020, eq. 2).
+
+        Parameters
+        ----------
+        x_prev : array, shape (N, ...)
+            x_{t-1}; at t = 0 the data.
+        t : integer array, shape (N,), or int
+            The step to make.
+        noise : array, shape of `x_prev`
+            Standard normal.
+
+        Returns
+        -------
+        array, shape of `x_prev`
+            sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise.
+        """
+        x_prev, noise = _matching(x_prev=x_prev, noise=noise)
+        t = self._on_host(t, x_prev)
+        alpha, beta = self.schedule.alphas[t], self.schedule.betas[t]
+        return _column(np.sqrt(alpha), x_prev) * x_prev + _column(np.sqrt(beta), x_prev) * noise
+
+    def q_sample(self, x0: Array, t: Array | int, noise: Array) -> Array:
+        """Draw x_t from the marginal q(x_t | x_0) in one leap (Ho et al. 2020, eq. 4).
+
+        Parameters
+        ----------
+        x0 : array, shape (N, ...)
+            The data.
+        t : integer array, shape (N,), or int
+            The step to leap to.
+        noise : array, shape of `x0`
+            eps, standard normal.
+
+        Returns
+        -------
+        array, shape of `x0`
+            sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+        """
+        x0, noise = _matching(x0=x0, noise=noise)
+        a, s = self._rates(x0, t)
+        return a * x0 + s * noise
+
+    def q_mean_variance(self, x0: Array, t: Array | int) -> tuple[Array, Array]:
+        """Return mean and variance of the marginal q(x_t | x_0) (Ho et al. 2020, eq. 4).
+
+        Parameters
+        ----------
+        x0 : array, shape (N, ...)
+            The data.
+        t : integer array, shape (N,), or int
+            The step.
+
+        Returns
+        -------
+        mean : array, shape of `x0`
+            sqrt(abar_t) x_0.
+        variance : array, shape (N, 1, ..., 1)
+            1 - abar_t.
+        """
+        (x0,) = _matching(x0=x0)
+        t = self._on_host(t, x0)
+        abar, one_minus_abar = self.schedule.alphas_cumprod[t], self.schedule.one_minus_alphas_cumprod[t]
+        return _column(np.sqrt(abar), x0) * x0, _column(one_minus_abar, x0)
+
+    def q_posterior_mean_variance(self, x0: Array, x_t: Array, t: Array | int) -> tuple[Array, Array]:
+        """Return mean and variance of the posterior q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6 and 7).
+
+        Parameters
+        ----------
+        x0 : array, shape (N, ...)
+            The data.
+        x_t : array, shape of `x0`
+            The noisy data.
+        t : integer array, shape (N,), or int
+            The step of `x_t`.
+
+        Returns
+        -------
+        mean : array, shape of `x0`
+            mu~_t; at t = 0 it is `x0` itself.
+        variance : array, shape (N, 1, ..., 1)
+            beta~_t; at t = 0 it is 0.
+        """
+        x0, x_t = _matching(x0=x0, x_t=x_t)
+        t = self._on_host(t, x0)
+        alpha, beta = self.schedule.alphas[t], self.schedule.betas[t]
+        abar_prev = self.schedule.alphas_cumprod_prev[t]
+        one_minus_abar = self.schedule.one_minus_alphas_cumprod[t]
+        one_minus_abar_prev = self.schedule.one_minus_alphas_cumprod_prev[t]
+        weight_x0 = np.sqrt(abar_prev) * (beta / one_minus_abar)
+        weight_x_t = np.sqrt(alpha) * (one_minus_abar_prev / one_minus_abar)
+        mean = _column(weight_x0, x0) * x0 + _column(weight_x_t, x0) * x_t
+        return mean, _column(self.schedule.posterior_variance[t], x0)
+
+    # Changes of variable: from x_t and any one of eps, x0 and v to the other two
+
+    def training_target(self, x0: Array, t: Array | int, noise: Array) -> Array:
+        """Return what a perfect network would output for ``q_sample(x0, t, noise)``.
+
+        Parameters
+        ----------
+        x0 : array, shape (N, ...)
+            The data.
+        t : integer array, shape (N,), or int
+            The step.
+        noise : array, shape of `x0`
+            The eps that went into x_t.
+
+        Returns
+        -------
+        array, shape of `x0`
+            By ``self.prediction``: `noise` (the target in Ho et al. 2020, eq. 12 and 14), `x0`, or
+            v = a eps - s x0 (Salimans & Ho 2022).
+        """
+        x0, noise = _matching(x0=x0, noise=noise)
+        a, s = self._rates(x0, t)
+        if self.prediction == "eps":
+            return noise
+        if self.prediction == "x0":
+            return x0
+        return a * noise - s * x0
+
+    def predict_x0(self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None) -> Array:
+        """Return the estimate of the data x_0 that `output` implies.
+
+        Parameters
+        ----------
+        x_t : array, shape (N, ...)
+            What the network was shown.
+        t : integer array, shape (N,), or int
+            The step of `x_t`.
+        output : array, shape of `x_t`
+            What it answered.
+        given : {"eps", "x0", "v"}, optional
+            What `output` is; ``self.prediction`` if not said.
+
+        Returns
+        -------
+        array, shape of `x_t`
+            From eps (x_t - s eps) / a (Ho et al. 2020, eq. 15), from v a x_t - s v (Salimans & Ho 2022).
+
+        Raises
+        ------
+        ValueError
+            Besides the usual, if `output` is eps where abar_t is exactly 0: nothing of x_0 is in x_t then.
+        """
+        x_t, output, given = self._prediction_of(x_t, output, given)
+        a, s = self._rates(x_t, t)
+        if given == "x0":
+            return output
+        if given == "v":
+            return a * x_t - s * output
+        self._require_signal(t, x_t)
+        return (x_t - s * output) / a
+
+    def predict_eps(
+        self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None
+    ) -> Array:
+        """Return the estimate of the noise eps that `output` implies.
+
+        Parameters
+        ----------
+        x_t : array, shape (N, ...)
+            What the network was shown.
+        t : integer array, shape (N,), or int
+            The step of `x_t`.
+        output : array, shape of `x_t`
+            What it answered.
+        given : {"eps", "x0", "v"}, optional
+            What `output` is; ``self.prediction`` if not said.
+
+        Returns
+        -------
+        array, shape of `x_t`
+            From x0 (x_t - a x_0) / s (Ho et al. 2020, eq. 4), from v s x_t + a v (Salimans & Ho 2022).
+        """
+        x_t, output, given = self._prediction_of(x_t, output, given)
+        a, s = self._rates(x_t, t)
+        if given == "eps":
+            return output
+        if given == "v":
+            return s * x_t + a * output
+        return (x_t - a * output) / s
+
+    def predict_v(self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None) -> Array:
+        """Return the estimate of v = a eps - s x_0 that `output` implies (Salimans & Ho 2022).
+
+        Parameters
+        ----------
+        x_t : array, shape (N, ...)
+            What the network was shown.
+        t : integer array, shape (N,), or int
+            The step of `x_t`.
+        output : array, shape of `x_t`
+            What it answered.
+        given : {"eps", "x0", "v"}, optional
+            What `output` is; ``self.prediction`` if not said.
+
+        Returns
+        -------
+        array, shape of `x_t`
+            From eps (eps - s x_t) / a, from x0 (a x_t - x_0) / s.
+
+        Raises
+        ------
+        ValueError
+            Besides the usual, if `output` is eps where abar_t is exactly 0: v is -x_0 then.
+        """
+        x_t, output, given = self._prediction_of(x_t, output, given)
+        a, s = self._rates(x_t, t)
+        if given == "v":
+            return output
+        if given == "x0":
+            return (a * x_t - output) / s
+        self._require_signal(t, x_t)
+        return (output - s * x_t) / a
+
+    # p: from noise to data
+
+    def p_mean_variance(
+        self, x_t: Array, t: Array | int, output: Array, clip: bool = False
+    ) -> tuple[Array, Array]:
+        """Return mean and variance of the reverse step p(x_{t-1} | x_t) (Ho et al. 2020, eq. 1).
+
+        The mean is the posterior's, with the network's estimate in the place of x_0. Without clipping, and
+        written in eps, that is eq. 11: (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t).
+
+        Parameters
+        ----------
+        x_t : array, shape (N, ...)
+            What the network was shown.
+        t : integer array, shape (N,), or int
+            The step of `x_t`.
+        output : array, shape of `x_t`
+            What it answered, an estimate of ``self.prediction``.
+        clip : bool
+            Clip the estimate of x_0 to [-1, 1] first; right for images, wrong for data that leaves [-1, 1].
+
+        Returns
+        -------
+        mean : array, shape of `x_t`
+            At t = 0 the estimate of x_0 itself.
+        variance : array, shape (N, 1, ..., 1)
+            beta~_t or beta_t, by ``self.variance``. At t = 0 the first is 0 and the second is beta_0, but a
+            sampler adds no noise after the last step.
+
+        Raises
+        ------
+        ValueError
+            Besides the usual, if `output` is eps where abar_t is exactly 0 (see `predict_x0`).
+        """
+        x0 = self.predict_x0(x_t, t, output)
+        if clip:
+            x0 = array_namespace(x0).clip(x0, -1.0, 1.0)
+        mean, _ = self.q_posterior_mean_variance(x0, x_t, t)
+        return mean, _column(self.model_variance[self._on_host(t, x_t)], x_t)
+
+    # Gathering: float64 tables on the host, cast at the moment of use
+
+    def _rates(self, x: Array, t: Array | int) -> tuple[Array, Array]:
+        """The rates of signal and noise, a = sqrt(abar_t) and s = sqrt(1 - abar_t), (N, 1, ..., 1)."""
+        t = self._on_host(t, x)
+        abar, one_minus_abar = self.schedule.alphas_cumprod[t], self.schedule.one_minus_alphas_cumprod[t]
+        return _column(np.sqrt(abar), x), _column(np.sqrt(one_minus_abar), x)
+
+    def _on_host(self, t: Any, x: Array) -> np.ndarray:
+        """`t` as a NumPy array of shape (N,) for the batch `x`, or ValueError."""
+        N = x.shape[0]
+        steps = to_numpy(t)
+        if steps.dtype.kind not in "iu":
+            raise ValueError(f"t has dtype {steps.dtype}; expected integers.")
+        if steps.shape not in ((), (N,)):
+            raise ValueError(f"t has shape {steps.shape}; expected ({N},), one step for each of the batch.")
+        outside = steps[(steps < 0) | (steps >= self.T)]
+        if outside.size:
+            raise ValueError(f"t contains {outside[0]}; expected 0 ... {self.T - 1}.")
+        return np.broadcast_to(steps, (N,))
+
+    def _require_signal(self, t: Any, x_t: Array) -> None:
+        steps = self._on_host(t, x_t)
+        lost = steps[self.schedule.alphas_cumprod[steps] == 0]
+        if lost.size:
+            raise ValueError(
+                f"t contains {lost[0]}, where alphas_cumprod is 0: x_t is all noise there and eps says "
+                "nothing of x0; use prediction 'x0' or 'v'."
+            )
+
+    def _prediction_of(
+        self, x_t: Array, output: Array, given: Prediction | None
+    ) -> tuple[Array, Array, Prediction]:
+        x_t, output = _matching(x_t=x_t, output=output)
+        if given is None:
+            return x_t, output, self.prediction
+        return x_t, output, _one_of("given", given, get_args(Prediction))
+
+
+def _column(values: np.ndarray, x: Array) -> Array:
+    """`values` (N,) float64 on the host as (N, 1, ..., 1) beside `x`: its library, device and dtype."""
+    return asarray_like(values.reshape((-1,) + (1,) * (x.ndim - 1)), x)
+
+
+def _matching(**arrays: Array) -> tuple[Array, ...]:
+    """The named arrays, checked to be floating, of the first one's library and shape; cast to its dtype."""
+    first, x = next(iter(arrays.items()))
+    checked = []
+    for name, array in arrays.items():
+        try:
+            xp = array_namespace(array)
+        except TypeError:
+            raise TypeError(f"{name} is a {type(array).__name__}; expected an array.") from None
+        if not xp.isdtype(array.dtype, "real floating"):
+            raise ValueError(f"{name} has dtype {array.dtype}; expected a real floating one.")
+        if array.ndim == 0:
+            raise ValueError(f"{name} has shape (); expected a batch axis.")
+        if xp is not array_namespace(x):
+            raise TypeError(f"{name} is an array of {_library(array)}; expected {_library(x)}, like {first}.")
+        if array.shape != x.shape:
+            raise ValueError(f"{name} has shape {array.shape}; expected {x.shape}, like {first}.")
+        checked.append(xp.astype(array, x.dtype, copy=False))
+    return tuple(checked)
+
+
+def _library(x: Array) -> str:
+    return type(x).__module__.partition(".")[0]
+
+
+def _one_of(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choice:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+    return value

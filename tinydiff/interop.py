@@ -1,0 +1,259 @@
+"""Weights across the border to diffusers' ``UNet2DModel``, in both directions, without torch.
+
+Parameter names are the same on both sides; the layouts are not. PyTorch keeps a linear weight as (out, in)
+and a convolution as (out, in, k, k); tinydiff as (in, out) and (k, k, in, out). A configuration that
+tinydiff's U-Net does not compute exactly is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinydiff.backend import Array, get_backend, to_numpy
+from tinydiff.checkpoint import load_arrays
+from tinydiff.models.unet import UNet
+
+__all__ = ["load_diffusers", "unet_from_diffusers", "unet_to_diffusers"]
+
+# What diffusers 0.42's UNet2DModel assumes where its config is silent, and tinydiff's U-Net can vary.
+DEFAULTS: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "add_attention": True,
+}
+
+# What tinydiff's U-Net always is: the only values accepted.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default",),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+}
+
+# What does not change the function computed.
+IRRELEVANT = {"sample_size", "num_train_timesteps"}
+
+# Attention weights as diffusers named them until 0.16, in which the published DDPM checkpoints are written.
+FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `UNet` that `config` asks for.
+
+    Raises
+    ------
+    ValueError
+        Naming the entry of `config` that tinydiff does not support.
+    """
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+    for key, value in config.items():
+        if key in FIXED:
+            _require(key, value, value in FIXED[key], " or ".join(map(repr, FIXED[key])))
+        elif key == "time_embedding_dim":
+            _require(key, value, value in (None, 4 * c["block_out_channels"][0]), "4 * block_out_channels[0]")
+        elif key == "attn_norm_num_groups":
+            _require(key, value, value in (None, c["norm_num_groups"]), "None, or norm_num_groups")
+        elif key not in DEFAULTS and key not in IRRELEVANT:
+            raise ValueError(f"config[{key!r}] = {value!r} is not known to tinydiff's U-Net.")
+    down = {"DownBlock2D": False, "AttnDownBlock2D": True}
+    up = {"UpBlock2D": False, "AttnUpBlock2D": True}
+    for key, known in [("down_block_types", down), ("up_block_types", up)]:
+        for name in c[key]:
+            _require(key, name, name in known, " or ".join(known))
+    attention = [down[name] for name in c["down_block_types"]]
+    mirrored = [up[name] for name in reversed(c["up_block_types"])]
+    _require("up_block_types", c["up_block_types"], mirrored == attention, "the mirror of down_block_types")
+    _require(
+        "norm_num_groups", c["norm_num_groups"], isinstance(c["norm_num_groups"], int), "a number of groups"
+    )
+    return dict(
+        in_channels=c["in_channels"],
+        out_channels=c["out_channels"],
+        block_channels=c["block_out_channels"],
+        layers_per_block=c["layers_per_block"],
+        attention=attention,
+        mid_attention=c["add_attention"],
+        norm_groups=c["norm_num_groups"],
+        norm_eps=c["norm_eps"],
+        head_dim=c["attention_head_dim"],
+        dropout=c["dropout"],
+        downsample_padding=c["downsample_padding"],
+        flip_sin_to_cos=c["flip_sin_to_cos"],
+        freq_shift=c["freq_shift"],
+    )
+
+
+def _require(key: str, value: Any, fits: bool, expected: str) -> None:
+    if not fits:
+        raise ValueError(
+            f"config[{key!r}] = {value!r} is not supported by tinydiff's U-Net; expected {expected}."
+        )
+
+
+def unet_from_diffusers(
+    config: Mapping[str, Any], state: Mapping[str, Array], backend: str | None = None
+) -> UNet:
+    """Build the U-Net that diffusers' ``UNet2DModel`` with this config and these weights is.
+
+    Parameters
+    ----------
+    config : mapping
+        The model's configuration, as in diffusers' ``config.json``; entries left out have diffusers' defaults.
+    state : mapping of str to array
+        The weights by name, in PyTorch's layout, as NumPy arrays. Attention weights may have the names of
+        older checkpoints (``query``, ``key``, ``value``, ``proj_attn``).
+    backend : {"numpy", "cupy"}, optional
+        Where the weights go. Default: ``TINYDIFF_BACKEND``.
+
+    Returns
+    -------
+    UNet
+        In float64 if the weights are, else in float32.
+
+    Raises
+    ------
+    ValueError
+        If an entry of `config` is not supported, or a weight is missing, unexpected or of another shape; the
+        message names it.
+    """
+    model = UNet(**_unet_arguments(config), rng=np.random.default_rng(0), backend="numpy")
+    arrays = {_present_name(name): _from_torch_layout(to_numpy(array)) for name, array in state.items()}
+    xp = get_backend(backend)
+    double = any(array.dtype == np.float64 for array in arrays.values())
+    model.to(np, np.float64 if double else np.float32)
+    model.load_state_dict(arrays)
+    return model.to(xp)
+
+
+def unet_to_diffusers(
+    model: UNet, sample_size: int | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return config and weights for diffusers' ``UNet2DModel``.
+
+    Parameters
+    ----------
+    model : UNet
+        The model.
+    sample_size : int, optional
+        Height and width of its images, which diffusers' pipelines read from the config.
+
+    Returns
+    -------
+    config : dict
+        As in diffusers' ``config.json``: ``UNet2DModel.from_config(config)``.
+    state : dict of str to ndarray
+        Contiguous arrays in PyTorch's layout, for ``load_state_dict`` or a safetensors file.
+    """
+    c = model.config
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": sample_size,
+        "in_channels": c["in_channels"],
+        "out_channels": c["out_channels"],
+        "freq_shift": c["freq_shift"],
+        "flip_sin_to_cos": c["flip_sin_to_cos"],
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in c["attention"]],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(c["attention"])],
+        "block_out_channels": list(c["block_channels"]),
+        "layers_per_block": c["layers_per_block"],
+        "downsample_padding": c["downsample_padding"],
+        "dropout": c["dropout"],
+        "attention_head_dim": c["head_dim"],
+        "norm_num_groups": c["norm_groups"],
+        "norm_eps": c["norm_eps"],
+        "add_attention": c["mid_attention"],
+        **{key: accepted[0] for key, accepted in FIXED.items()},
+    }
+    return config, {name: _to_torch_layout(array) for name, array in model.state_dict().items()}
+
+
+def load_diffusers(directory: str | os.PathLike[str], backend: str | None = None) -> UNet:
+    """Read a ``UNet2DModel`` as diffusers writes it, without torch.
+
+    Parameters
+    ----------
+    directory : path
+        Holds ``config.json`` and ``diffusion_pytorch_model.safetensors``.
+    backend : {"numpy", "cupy"}, optional
+        Where the weights go. Default: ``TINYDIFF_BACKEND``.
+
+    Returns
+    -------
+    UNet
+
+    Raises
+    ------
+    FileNotFoundError
+        If one of the two files is missing.
+    ValueError
+        If a file is damaged, or the model is not one that tinydiff computes exactly.
+    """
+    directory = Path(directory)
+    config_file = directory / "config.json"
+    weights_file = directory / "diffusion_pytorch_model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file.name} in {directory}{_hint(directory)}.")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not JSON: {error}.") from None
+    if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise ValueError(f"{config_file} does not describe a UNet2DModel.")
+    state, _ = load_arrays(weights_file)
+    return unet_from_diffusers(config, state, backend)
+
+
+def _hint(directory: Path) -> str:
+    if (directory / "unet" / "config.json").is_file():
+        return f"; this looks like a whole pipeline, whose model is in {directory / 'unet'}"
+    if list(directory.glob("*.bin")):
+        return (
+            "; it holds pickled weights, which tinydiff does not load: save the model again with "
+            "diffusers' save_pretrained(..., safe_serialization=True)"
+        )
+    return ""
+
+
+def _present_name(name: str) -> str:
+    parts = name.split(".")
+    if len(parts) >= 2 and "attentions" in parts:
+        parts[-2] = FORMER_NAMES.get(parts[-2], parts[-2])
+    return ".".join(parts)
+
+
+def _from_torch_layout(array: np.ndarray) -> np.ndarray:
+    """(out, in) -> (in, out);  (out, in, k, k) -> (k, k, in, out);  vectors as they are."""
+    return np.ascontiguousarray(array.transpose(_FROM[array.ndim]) if array.ndim in _FROM else array)
+
+
+def _to_torch_layout(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.transpose(_TO[array.ndim]))
+
+
+_FROM = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
+_TO = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}

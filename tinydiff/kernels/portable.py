@@ -1,0 +1,180 @@
+"""The definition of every tuned routine, in the array API standard.
+
+Nothing here is fast on purpose. A twin in another file must agree with these lines over random shapes.
+
+Shapes: N images, H x W pixels, C channels (last), k x k taps, G groups.  Padding is
+``(before, after)``, the same for rows and columns.
+"""
+
+from __future__ import annotations
+
+from tinydiff.backend import Array, array_namespace, device
+
+__all__ = [
+    "adam_step",
+    "conv2d",
+    "conv2d_backward",
+    "ema_step",
+    "group_norm",
+    "group_norm_backward",
+    "silu",
+    "silu_backward",
+    "softmax",
+    "softmax_backward",
+]
+
+Padding = tuple[int, int]
+
+
+def _pad(x: Array, padding: Padding) -> Array:
+    """Zeros around the rows and columns of x (N, H, W, C)."""
+    xp = array_namespace(x)
+    before, after = padding
+    if before == after == 0:
+        return x
+    n, h, w, c = x.shape
+    padded = xp.zeros((n, h + before + after, w + before + after, c), dtype=x.dtype, device=device(x))
+    padded[:, before : before + h, before : before + w, :] = x
+    return padded
+
+
+def _taps(k: int, stride: int, h_out: int, w_out: int) -> list[tuple[int, int, slice, slice]]:
+    """For each tap (i, j): the rows and columns of the padded input that it meets."""
+    rows = [slice(i, i + stride * (h_out - 1) + 1, stride) for i in range(k)]
+    cols = [slice(j, j + stride * (w_out - 1) + 1, stride) for j in range(k)]
+    return [(i, j, rows[i], cols[j]) for i in range(k) for j in range(k)]
+
+
+def conv2d(x: Array, w: Array, b: Array, stride: int, padding: Padding) -> Array:
+    """Cross-correlate: y[n,p,q,:] = b + sum_ij xpad[n, s p + i, s q + j, :] @ w[i,j].  (docs: B.7)
+
+    x (N, H, W, C), w (k, k, C, D), b (D,)  ->  y (N, H', W', D), H' = (H + before + after - k) // s + 1.
+    """
+    k = w.shape[0]
+    xpad = _pad(x, padding)
+    h_out = (xpad.shape[1] - k) // stride + 1
+    w_out = (xpad.shape[2] - k) // stride + 1
+    y = b
+    for i, j, rows, cols in _taps(k, stride, h_out, w_out):
+        y = y + xpad[:, rows, cols, :] @ w[i, j, :, :]
+    return y
+
+
+def conv2d_backward(
+    x: Array, w: Array, dy: Array, stride: int, padding: Padding
+) -> tuple[Array, Array, Array]:
+    """Gradients of `conv2d`.  (docs: B.8, B.9)
+
+    dxpad[n, s p + i, s q + j, :] += dy[n,p,q,:] @ w[i,j].T     dw[i,j] = sum_npq xpad[...].T dy
+    db = sum_npq dy
+
+    dy (N, H', W', D)  ->  dx (N, H, W, C), dw (k, k, C, D), db (D,)
+    """
+    xp = array_namespace(x)
+    k, _, c, d = w.shape
+    before, _ = padding
+    n, h_out, w_out, _ = dy.shape
+    xpad = _pad(x, padding)
+    dxpad = xp.zeros_like(xpad)
+    dw = xp.zeros_like(w)
+    dy_rows = xp.reshape(dy, (n * h_out * w_out, d))
+    for i, j, rows, cols in _taps(k, stride, h_out, w_out):
+        dxpad[:, rows, cols, :] += dy @ w[i, j, :, :].T
+        x_rows = xp.reshape(xpad[:, rows, cols, :], (n * h_out * w_out, c))
+        dw[i, j, :, :] = x_rows.T @ dy_rows
+    dx = dxpad[:, before : before + x.shape[1], before : before + x.shape[2], :]
+    return dx, dw, xp.sum(dy_rows, axis=0)
+
+
+def group_norm(
+    x: Array, weight: Array, bias: Array, groups: int, eps: float
+) -> tuple[Array, tuple[Array, Array]]:
+    """Y = weight * xhat + bias,  xhat = (x - mean) / sqrt(var + eps) over each group.  (docs: B.10)
+
+    x (N, H, W, C), weight and bias (C,)  ->  y (N, H, W, C), and what `group_norm_backward` needs:
+    xhat (N, H W, G, C/G) and rstd = 1/sqrt(var + eps) (N, 1, G, 1).
+    """
+    xp = array_namespace(x)
+    n, h, w, c = x.shape
+    g = xp.reshape(x, (n, h * w, groups, c // groups))
+    mean = xp.mean(g, axis=(1, 3), keepdims=True)
+    var = xp.mean((g - mean) ** 2, axis=(1, 3), keepdims=True)
+    rstd = 1.0 / xp.sqrt(var + eps)
+    xhat = (g - mean) * rstd
+    return xp.reshape(xhat, x.shape) * weight + bias, (xhat, rstd)
+
+
+def group_norm_backward(saved: tuple[Array, Array], weight: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """Gradients of `group_norm`, with g = dy * weight.  (docs: B.11)
+
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat))     dweight = sum dy * xhat     dbias = sum dy
+    """
+    xp = array_namespace(dy)
+    xhat, rstd = saved
+    axes = (1, 3)
+    dy_grouped = xp.reshape(dy, xhat.shape)
+    g = xp.reshape(dy * weight, xhat.shape)
+    dx = rstd * (
+        g - xp.mean(g, axis=axes, keepdims=True) - xhat * xp.mean(g * xhat, axis=axes, keepdims=True)
+    )
+    dweight = xp.reshape(xp.sum(dy_grouped * xhat, axis=(0, 1)), weight.shape)
+    dbias = xp.reshape(xp.sum(dy_grouped, axis=(0, 1)), weight.shape)
+    return xp.reshape(dx, dy.shape), dweight, dbias
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), written so that exp never overflows and small values keep their digits."""
+    xp = array_namespace(x)
+    e = xp.exp(-xp.abs(x))
+    return xp.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
+
+
+def silu(x: Array) -> tuple[Array, Array]:
+    """Y = x s with s = sigmoid(x).  (docs: B.3)   Returns y and s, both of x's shape."""
+    s = sigmoid(x)
+    return x * s, s
+
+
+def silu_backward(s: Array, y: Array, dy: Array) -> Array:
+    """Dx = dy (s + y (1 - s)).  (docs: B.3)"""
+    return dy * (s + y * (1.0 - s))
+
+
+def softmax(x: Array) -> Array:
+    """P = exp(x) / sum exp(x) over the last axis, shifted by the maximum so that exp cannot overflow."""
+    xp = array_namespace(x)
+    e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    return e / xp.sum(e, axis=-1, keepdims=True)
+
+
+def softmax_backward(p: Array, dp: Array) -> Array:
+    """Dx = p (dp - sum_k p_k dp_k).  (docs: B.14)"""
+    xp = array_namespace(p)
+    return p * (dp - xp.sum(p * dp, axis=-1, keepdims=True))
+
+
+def adam_step(
+    value: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    root: float,
+    eps: float,
+    decay: float,
+) -> tuple[Array, Array, Array]:
+    """One step of Adam (Kingma & Ba 2015): returns the new value and moments; a twin may reuse the old ones.
+
+    m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v);  value = decay value - step_size m / (sqrt(v)/root + eps)
+    """
+    xp = array_namespace(value)
+    m = m + (1.0 - beta1) * (grad - m)
+    v = v + (1.0 - beta2) * (grad * grad - v)
+    return decay * value - step_size * m / (xp.sqrt(v) * (1.0 / root) + eps), m, v
+
+
+def ema_step(average: Array, value: Array, rate: float) -> Array:
+    """Average + rate (value - average); a twin may reuse `average`."""
+    return average + rate * (value - average)

@@ -1,0 +1,149 @@
+"""A time-conditioned residual MLP, for points in the plane (or in any few dimensions)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinydiff.backend import Array, get_backend
+from tinydiff.nn import Linear, Module, TimestepEmbedding, once, silu, sinusoidal_embedding
+
+__all__ = ["MLP"]
+
+
+class ResidualBlock(Module):
+    """h + linear_2(silu(linear_1(silu(h)) + time_emb_proj(emb))); begins as the identity."""
+
+    def __init__(self, features: int, emb_features: int, rng: np.random.Generator) -> None:
+        self.linear_1 = Linear(features, features, rng)
+        self.time_emb_proj = Linear(emb_features, features, rng)
+        self.linear_2 = Linear(features, features, rng, scale=0.0)
+
+    def __call__(self, h: Array, emb: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+        """H (N, F), emb (N, E)  ->  (N, F)."""
+        r, backward_silu_1 = silu(h)
+        r, backward_1 = self.linear_1(r)
+        e, backward_emb = self.time_emb_proj(emb)
+        r, backward_silu_2 = silu(r + e)
+        r, backward_2 = self.linear_2(r)
+
+        @once
+        def backward(dy: Array) -> tuple[Array, Array]:
+            dr = backward_silu_2(backward_2(dy))
+            return dy + backward_silu_1(backward_1(dr)), backward_emb(dr)
+
+        return h + r, backward
+
+
+class MLP(Module):
+    """Predicts from noisy points x_t and their times t points of the same dimension.
+
+    Parameters
+    ----------
+    in_features : int
+        Dimension D of the points.
+    out_features : int, optional
+        Dimension of the prediction. Default: `in_features`.
+    hidden : int
+        Width of the residual stream.
+    blocks : int
+        Number of residual blocks.
+    time_features : int
+        Number of sinusoids of the time embedding.
+    rng : numpy.random.Generator
+        Draws the initial weights, in float32 on the host whatever the backend. Default: seed 0.
+    backend : {"numpy", "cupy"}, optional
+        Where the weights live. Default: ``TINYDIFF_BACKEND``.
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        in_features: int = 2,
+        out_features: int | None = None,
+        hidden: int = 128,
+        blocks: int = 3,
+        time_features: int = 64,
+        rng: np.random.Generator | None = None,
+        backend: str | None = None,
+    ) -> None:
+        out_features = in_features if out_features is None else out_features
+        self.config: dict[str, Any] = dict(
+            in_features=in_features,
+            out_features=out_features,
+            hidden=hidden,
+            blocks=blocks,
+            time_features=time_features,
+        )
+        for name, size in self.config.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1.")
+        xp = get_backend(backend)
+        rng = np.random.default_rng(0) if rng is None else rng
+        self.linear_in = Linear(in_features, hidden, rng)
+        self.time_embedding = TimestepEmbedding(time_features, hidden, rng)
+        self.blocks = [ResidualBlock(hidden, hidden, rng) for _ in range(blocks)]
+        self.linear_out = Linear(hidden, out_features, rng, scale=0.0)
+        self.to(xp)
+
+    def __call__(
+        self, x: Array, t: Array, rng: np.random.Generator | None = None
+    ) -> tuple[Array, Callable[[Array], Array]]:
+        """Predict, and return the derivative of the prediction.  (docs: B.19)
+
+        Parameters
+        ----------
+        x : array of shape (N, in_features)
+            Noisy points.
+        t : array of shape (N,)
+            Times.
+        rng : numpy.random.Generator, optional
+            Not used: this network draws nothing. It is taken so that every model is called alike.
+
+        Returns
+        -------
+        y : array of shape (N, out_features)
+        backward : callable
+            ``dx = backward(dy)``; adds to every parameter's gradient. To be called at most once.
+
+        Raises
+        ------
+        ValueError
+            If the shape of `x` or `t` does not fit.
+        """
+        if len(x.shape) != 2 or x.shape[1] != self.config["in_features"]:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config['in_features']}).")
+        if tuple(t.shape) != (x.shape[0],):
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time per point.")
+        sinusoids = sinusoidal_embedding(t, self.config["time_features"], like=x)
+        emb, backward_time = self.time_embedding(sinusoids)
+        emb, backward_emb = silu(emb)
+        h, backward_in = self.linear_in(x)
+        backwards = []
+        for block in self.blocks:
+            h, back = block(h, emb)
+            backwards.append(back)
+        h, backward_silu = silu(h)
+        y, backward_out = self.linear_out(h)
+
+        @once
+        def backward(dy: Array) -> Array:
+            dh = backward_silu(backward_out(dy))
+            demb: Array = 0.0
+            while backwards:
+                dh, de = backwards.pop()(dh)
+                demb = demb + de
+            backward_time(backward_emb(demb))
+            return backward_in(dh)
+
+        return y, backward
+
+    def predict(self, x: Array, t: Array) -> Array:
+        """Predict without keeping anything for a backward; arguments and result as in the call."""
+        return self(x, t)[0]

@@ -1,0 +1,408 @@
+"""The U-Net of DDPM (Ho et al. 2020, appendix B), with its backward written out.
+
+The same network, operation for operation and name for name, as diffusers' ``UNet2DModel``::
+
+    x ─ conv_in ─┬─ down_blocks[0] ─┬─ … ─┬─ mid_block ─ up_blocks[0] ─ … ─ norm, SiLU ─ conv_out ─ y
+                 └──────────────────┴─────┴── skips, last in first out ──┘
+    t ─ sinusoids ─ time_embedding ─ SiLU ─→ into every residual block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinydiff.backend import Array, array_namespace, get_backend
+from tinydiff.nn import (
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    Module,
+    ResnetBlock,
+    SelfAttention,
+    TimestepEmbedding,
+    Upsample,
+    concat,
+    once,
+    silu,
+    sinusoidal_embedding,
+)
+
+__all__ = ["UNet"]
+
+Rng = np.random.Generator
+
+
+class DownBlock(Module):
+    """Residual blocks, each perhaps with attention, then a halving of the pixels unless it is the last level.
+
+    Every result along the way is a skip for the up path.
+    """
+
+    def __init__(
+        self, resnets: list[ResnetBlock], attentions: list[SelfAttention], downsamplers: list[Downsample]
+    ) -> None:
+        self.resnets = resnets
+        self.attentions = attentions
+        self.downsamplers = downsamplers
+
+    def __call__(
+        self, h: Array, emb: Array, rng: Rng | None
+    ) -> tuple[list[Array], Callable[[Array, list[Array]], tuple[Array, Array]]]:
+        """H (N, H, W, C)  ->  the results in order, the last of which goes on to the next level."""
+        results = []
+        backwards = []
+        for index, resnet in enumerate(self.resnets):
+            h, backward_resnet = resnet(h, emb, rng)
+            h, backward_attention = self.attentions[index](h) if self.attentions else (h, None)
+            results.append(h)
+            backwards.append((backward_resnet, backward_attention))
+        backward_down = None
+        for downsample in self.downsamplers:
+            h, backward_down = downsample(h)
+            results.append(h)
+
+        @once
+        def backward(dh: Array, dskips: list[Array]) -> tuple[Array, Array]:
+            """dh: from the next level; dskips: popped from the end, one for each result.  Returns dh, demb."""
+            demb: Array = 0.0
+            if backward_down is not None:
+                dh = backward_down(dh + dskips.pop())
+            while backwards:
+                backward_resnet, backward_attention = backwards.pop()
+                dh = dh + dskips.pop()
+                if backward_attention is not None:
+                    dh = backward_attention(dh)
+                dh, de = backward_resnet(dh)
+                demb = demb + de
+            return dh, demb
+
+        return results, backward
+
+
+class MidBlock(Module):
+    """Residual block, attention (optional), residual block, at the fewest pixels."""
+
+    def __init__(self, attentions: list[SelfAttention], resnets: list[ResnetBlock]) -> None:
+        self.attentions = attentions
+        self.resnets = resnets
+
+    def __call__(
+        self, h: Array, emb: Array, rng: Rng | None
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+        """H (N, H, W, C)  ->  (N, H, W, C)."""
+        h, backward_0 = self.resnets[0](h, emb, rng)
+        h, backward_attention = self.attentions[0](h) if self.attentions else (h, None)
+        h, backward_1 = self.resnets[1](h, emb, rng)
+
+        @once
+        def backward(dh: Array) -> tuple[Array, Array]:
+            dh, demb_1 = backward_1(dh)
+            if backward_attention is not None:
+                dh = backward_attention(dh)
+            dh, demb_0 = backward_0(dh)
+            return dh, demb_0 + demb_1
+
+        return h, backward
+
+
+class UpBlock(Module):
+    """Residual blocks, each fed the stream and one skip, then a doubling of the pixels unless at the top."""
+
+    def __init__(
+        self, resnets: list[ResnetBlock], attentions: list[SelfAttention], upsamplers: list[Upsample]
+    ) -> None:
+        self.resnets = resnets
+        self.attentions = attentions
+        self.upsamplers = upsamplers
+
+    def __call__(
+        self, h: Array, skips: list[Array], emb: Array, rng: Rng | None
+    ) -> tuple[Array, Callable[[Array], tuple[Array, list[Array], Array]]]:
+        """H (N, H, W, C) and skips, popped from the end  ->  (N, 2H, 2W, D)."""
+        backwards = []
+        for index, resnet in enumerate(self.resnets):
+            h, backward_concat = concat(h, skips.pop())
+            h, backward_resnet = resnet(h, emb, rng)
+            h, backward_attention = self.attentions[index](h) if self.attentions else (h, None)
+            backwards.append((backward_concat, backward_resnet, backward_attention))
+        backward_up = None
+        for upsample in self.upsamplers:
+            h, backward_up = upsample(h)
+
+        @once
+        def backward(dh: Array) -> tuple[Array, list[Array], Array]:
+            """Returns dh, the gradients of the skips (the first used comes last) and demb."""
+            dskips = []
+            demb: Array = 0.0
+            if backward_up is not None:
+                dh = backward_up(dh)
+            while backwards:
+                backward_concat, backward_resnet, backward_attention = backwards.pop()
+                if backward_attention is not None:
+                    dh = backward_attention(dh)
+                dh, de = backward_resnet(dh)
+                dh, dskip = backward_concat(dh)
+                dskips.append(dskip)
+                demb = demb + de
+            return dh, dskips, demb
+
+        return h, backward
+
+
+class UNet(Module):
+    """DDPM's U-Net: predicts from a noisy image x_t and its time t an image of the same size.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Channels of the image and of the prediction.
+    block_channels : sequence of int
+        Channels at each level; every level but the last halves height and width.
+    layers_per_block : int
+        Residual blocks per level on the way down (one more on the way up).
+    attention : sequence of bool
+        For each level: self-attention after each of its residual blocks.
+    mid_attention : bool
+        Self-attention between the two residual blocks at the bottom.
+    norm_groups : int
+        Groups of every group normalisation; must divide every entry of `block_channels`.
+    norm_eps : float
+        eps of every group normalisation (the published DDPM checkpoints: 1e-6).
+    head_dim : int or None
+        Channels per attention head; None: a single head.
+    dropout : float
+        Dropout rate in [0, 1) inside the residual blocks; active only where `rng` is given to the call.
+    downsample_padding : {0, 1}
+        1: symmetric; 0: asymmetric (bottom and right), as in the published DDPM checkpoints.
+    flip_sin_to_cos : bool
+        Time embedding ``[cos, sin]`` (True) or ``[sin, cos]`` (False, the published DDPM checkpoints).
+    freq_shift : float
+        Frequency shift of the time embedding (the published DDPM checkpoints: 1).
+    rng : numpy.random.Generator
+        Draws the initial weights, in float32 on the host whatever the backend. Default: seed 0.
+    backend : {"numpy", "cupy"}, optional
+        Where the weights live. Default: ``TINYDIFF_BACKEND``.
+
+    Raises
+    ------
+    ValueError
+        If the sizes do not fit together; the message names the argument.
+
+    Notes
+    -----
+    The function is that of diffusers' ``UNet2DModel``; the initial weights are Ho et al.'s (uniform with
+    variance 1 / mean(fan_in, fan_out); the last layer of every residual branch, and of the network, zero).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        block_channels: Sequence[int] = (32, 64, 64),
+        layers_per_block: int = 1,
+        attention: Sequence[bool] = (False, False, True),
+        mid_attention: bool = True,
+        norm_groups: int = 8,
+        norm_eps: float = 1e-5,
+        head_dim: int | None = 8,
+        dropout: float = 0.0,
+        downsample_padding: int = 1,
+        flip_sin_to_cos: bool = True,
+        freq_shift: float = 0.0,
+        rng: np.random.Generator | None = None,
+        backend: str | None = None,
+    ) -> None:
+        _check_sizes(block_channels, attention, layers_per_block, dropout, downsample_padding)
+        self.config: dict[str, Any] = dict(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            block_channels=[int(c) for c in block_channels],
+            layers_per_block=layers_per_block,
+            attention=[bool(a) for a in attention],
+            mid_attention=mid_attention,
+            norm_groups=norm_groups,
+            norm_eps=norm_eps,
+            head_dim=head_dim,
+            dropout=dropout,
+            downsample_padding=downsample_padding,
+            flip_sin_to_cos=flip_sin_to_cos,
+            freq_shift=freq_shift,
+        )
+        xp = get_backend(backend)
+        rng = np.random.default_rng(0) if rng is None else rng
+        levels = len(block_channels)
+        first, last = block_channels[0], block_channels[-1]
+        emb_features = 4 * first
+
+        def resnet(c_in: int, c_out: int) -> ResnetBlock:
+            return ResnetBlock(c_in, c_out, emb_features, norm_groups, norm_eps, dropout, rng)
+
+        def attend(channels: int) -> SelfAttention:
+            return SelfAttention(channels, head_dim, norm_groups, norm_eps, rng)
+
+        self.conv_in = Conv2d(in_channels, first, 3, rng=rng)
+        self.time_embedding = TimestepEmbedding(first, emb_features, rng)
+
+        self.down_blocks = []
+        skip_channels = [first]
+        channels = first
+        for level, c_out in enumerate(block_channels):
+            resnets = [resnet(channels if i == 0 else c_out, c_out) for i in range(layers_per_block)]
+            attentions = [attend(c_out) for _ in range(layers_per_block) if attention[level]]
+            downs = [Downsample(c_out, downsample_padding, rng)] if level < levels - 1 else []
+            self.down_blocks.append(DownBlock(resnets, attentions, downs))
+            skip_channels += [c_out] * (len(resnets) + len(downs))
+            channels = c_out
+
+        self.mid_block = MidBlock(
+            [attend(last)] if mid_attention else [], [resnet(last, last), resnet(last, last)]
+        )
+
+        self.up_blocks = []
+        for level, c_out in reversed(list(enumerate(block_channels))):
+            resnets = []
+            for _ in range(layers_per_block + 1):
+                resnets.append(resnet(channels + skip_channels.pop(), c_out))
+                channels = c_out
+            attentions = [attend(c_out) for _ in resnets if attention[level]]
+            ups = [Upsample(c_out, rng)] if level > 0 else []
+            self.up_blocks.append(UpBlock(resnets, attentions, ups))
+
+        self.conv_norm_out = GroupNorm(norm_groups, first, norm_eps)
+        self.conv_out = Conv2d(first, out_channels, 3, rng=rng, scale=0.0)
+        self.to(xp)
+
+    def __call__(
+        self, x: Array, t: Array, rng: np.random.Generator | None = None
+    ) -> tuple[Array, Callable[[Array], Array]]:
+        """Predict, and return the derivative of the prediction.  (docs: B.18)
+
+        Parameters
+        ----------
+        x : array of shape (N, H, W, in_channels)
+            Noisy images; H and W divisible by 2 ** (levels - 1).
+        t : array of shape (N,)
+            Times.
+        rng : numpy.random.Generator, optional
+            Draws the dropout masks; without it nothing is dropped.
+
+        Returns
+        -------
+        y : array of shape (N, H, W, out_channels)
+        backward : callable
+            ``dx = backward(dy)``; adds to every parameter's gradient. To be called at most once.
+
+        Raises
+        ------
+        ValueError
+            If the shape of `x` or `t` does not fit.
+        """
+        return self._run(x, t, rng, keep=True)
+
+    def predict(self, x: Array, t: Array) -> Array:
+        """Predict without keeping anything for a backward; arguments and result as in the call."""
+        return self._run(x, t, None, keep=False)[0]
+
+    def _run(
+        self, x: Array, t: Array, rng: np.random.Generator | None, keep: bool
+    ) -> tuple[Array, Callable[[Array], Array]]:
+        self._check_input(x, t)
+        first = self.config["block_channels"][0]
+        sinusoids = sinusoidal_embedding(
+            t,
+            first,
+            like=x,
+            flip_sin_to_cos=self.config["flip_sin_to_cos"],
+            freq_shift=self.config["freq_shift"],
+        )
+        return self.run_embedded(x, sinusoids, rng, keep)
+
+    def run_embedded(
+        self, x: Array, sinusoids: Array, rng: np.random.Generator | None = None, keep: bool = True
+    ) -> tuple[Array, Callable[[Array], Array]]:
+        """Do as the call, from the time's sinusoids (N, block_channels[0]) instead of the time.
+
+        With ``keep=False`` each block's derivative is let go as soon as the block is done, and the
+        returned backward is of no use.
+        """
+        down_backwards = []
+        up_backwards = []
+        emb, backward_time = self.time_embedding(sinusoids)
+        emb, backward_emb = silu(emb)  # every residual block begins with this same SiLU: taken once
+        h, backward_in = self.conv_in(x)
+        skips = [h]
+        for down in self.down_blocks:
+            results, back = down(skips[-1], emb, rng)
+            skips += results
+            if keep:
+                down_backwards.append(back)
+        h, backward_mid = self.mid_block(skips[-1], emb, rng)
+        if not keep:
+            del back, backward_mid
+        for up in self.up_blocks:
+            h, back = up(h, skips, emb, rng)
+            if keep:
+                up_backwards.append(back)
+        h, backward_norm = self.conv_norm_out(h)
+        h, backward_silu = silu(h)
+        y, backward_out = self.conv_out(h)
+
+        @once
+        def backward(dy: Array) -> Array:
+            """Walk back: out, up (collecting the skips' gradients), mid, down (adding them in), in."""
+            dh = backward_norm(backward_silu(backward_out(dy)))
+            dskips: list[Array] = []  # the last skip used on the way up was the first made: conv_in's
+            demb: Array = 0.0
+            while up_backwards:
+                dh, ds, de = up_backwards.pop()(dh)
+                dskips += ds
+                demb = demb + de
+            dh, de = backward_mid(dh)
+            demb = demb + de
+            while down_backwards:
+                dh, de = down_backwards.pop()(dh, dskips)
+                demb = demb + de
+            backward_time(backward_emb(demb))
+            return backward_in(dh + dskips.pop())
+
+        return y, backward
+
+    def _check_input(self, x: Array, t: Array) -> None:
+        c = self.config["in_channels"]
+        multiple = 2 ** (len(self.config["block_channels"]) - 1)
+        if len(x.shape) != 4 or x.shape[3] != c or x.shape[1] % multiple or x.shape[2] % multiple:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected (N, H, W, {c}) with H and W divisible by {multiple}."
+            )
+        if tuple(t.shape) != (x.shape[0],):
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time per image.")
+        weight = self.conv_in.weight.value
+        if array_namespace(x) is not array_namespace(weight) or x.dtype != weight.dtype:
+            raise ValueError(
+                f"x is a {type(x).__module__} array of {x.dtype}; the model's weights are "
+                f"{type(weight).__module__} arrays of {weight.dtype}."
+            )
+
+
+def _check_sizes(
+    block_channels: Sequence[int],
+    attention: Sequence[bool],
+    layers_per_block: int,
+    dropout: float,
+    downsample_padding: Any,
+) -> None:
+    if len(block_channels) < 1:
+        raise ValueError("block_channels is empty; expected one number of channels per level.")
+    if len(attention) != len(block_channels):
+        raise ValueError(
+            f"attention has {len(attention)} entries; expected {len(block_channels)}, one per level."
+        )
+    if layers_per_block < 1:
+        raise ValueError(f"layers_per_block is {layers_per_block}; expected at least 1.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; expected a rate in [0, 1).")
+    if downsample_padding not in (0, 1):
+        raise ValueError(f"downsample_padding is {downsample_padding!r}; expected 0 or 1.")

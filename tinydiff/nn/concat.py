@@ -1,0 +1,23 @@
+"""Joining a skip connection to the stream it returns to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tinydiff.backend import Array, array_namespace
+from tinydiff.nn.module import once
+
+__all__ = ["concat"]
+
+
+def concat(a: Array, b: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    """Y = [a, b] along channels: (..., A), (..., B)  ->  (..., A + B).  (docs: B.16)"""
+    split = a.shape[-1]
+    y = array_namespace(a).concat([a, b], axis=-1)
+
+    @once
+    def backward(dy: Array) -> tuple[Array, Array]:
+        """Da and db are the two parts of dy.  (docs: B.16)"""
+        return dy[..., :split], dy[..., split:]
+
+    return y, backward

@@ -1,0 +1,67 @@
+"""Convolution over pixels, channels last: 3x3 and 1x1, stride 1 and 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tinydiff.backend import Array
+from tinydiff.kernels import kernels_for
+from tinydiff.nn import init
+from tinydiff.nn.module import Module, once
+
+__all__ = ["Conv2d"]
+
+
+class Conv2d(Module):
+    """y = b + sum over taps of the shifted image times the tap's matrix.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Channels before and after.
+    kernel_size : int
+        Taps per side; the weight is (kernel_size, kernel_size, in_channels, out_channels).
+    stride : int
+        Step between outputs.
+    padding : tuple of (int, int), optional
+        Zeros ``(before, after)`` along rows and columns alike. Default: as many as keep the size at
+        stride 1, ``(kernel_size // 2, kernel_size // 2)``.
+    rng : numpy.random.Generator
+        Draws the initial weight.
+    scale : float
+        Variance scale of the initial weight; 0 begins at zero.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        rng: np.random.Generator,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        self.stride = stride
+        self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
+        self.weight = init.uniform(rng, (kernel_size, kernel_size, in_channels, out_channels), scale)
+        self.bias = init.zeros(out_channels)
+
+    def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """X (N, H, W, C)  ->  y (N, H', W', D).  (docs: B.7)"""
+        kernels = kernels_for(x)
+        weight, stride, padding = self.weight.value, self.stride, self.padding
+        y = kernels.conv2d(x, weight, self.bias.value, stride, padding)
+
+        @once
+        def backward(dy: Array) -> Array:
+            """dx: scatter dy through the taps; dW: correlate x with dy; db: sum dy.  (docs: B.8, B.9)"""
+            dx, dw, db = kernels.conv2d_backward(x, weight, dy, stride, padding)
+            self.weight.accumulate(dw)
+            self.bias.accumulate(db)
+            return dx
+
+        return y, backward

@@ -1,0 +1,37 @@
+"""Dropout (Srivastava et al. 2014), scaled so that the expectation is unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tinydiff.backend import Array, asarray_like
+from tinydiff.nn.module import once
+
+__all__ = ["dropout"]
+
+
+def dropout(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Array, Callable[[Array], Array]]:
+    """Y = x m,  m = 0 with probability `rate`, else 1 / (1 - rate).  (docs: B.4)
+
+    Parameters
+    ----------
+    x : array
+        Any shape.
+    rate : float
+        Probability in [0, 1) that an element is dropped.
+    rng : numpy.random.Generator or None
+        Draws the mask. None (inference) drops nothing.
+    """
+    if rate == 0.0 or rng is None:
+        return x, once(lambda dy: dy)
+    keep = rng.random(x.shape, dtype=np.float32) >= rate
+    mask = asarray_like(keep, x) * (1.0 / (1.0 - rate))
+
+    @once
+    def backward(dy: Array) -> Array:
+        """Dx = dy m.  (docs: B.4)"""
+        return dy * mask
+
+    return x * mask, backward

@@ -1,0 +1,55 @@
+"""Group normalisation (Wu & He 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tinydiff.backend import Array
+from tinydiff.kernels import kernels_for
+from tinydiff.nn import init
+from tinydiff.nn.module import Module, once
+
+__all__ = ["GroupNorm"]
+
+
+class GroupNorm(Module):
+    """Each group of channels of each image: mean 0, variance 1; then a gain and a bias per channel.
+
+    Parameters
+    ----------
+    groups : int
+        Number of groups; must divide `channels`.
+    channels : int
+        Channels of the input.
+    eps : float
+        Added to the variance.
+
+    Raises
+    ------
+    ValueError
+        If `groups` does not divide `channels`.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+        if groups < 1 or channels % groups:
+            raise ValueError(f"norm_groups = {groups} does not divide channels = {channels}.")
+        self.groups = groups
+        self.eps = eps
+        self.weight = init.ones(channels)
+        self.bias = init.zeros(channels)
+
+    def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """X (N, H, W, C)  ->  y (N, H, W, C).  (docs: B.10)"""
+        kernels = kernels_for(x)
+        weight = self.weight.value
+        y, saved = kernels.group_norm(x, weight, self.bias.value, self.groups, self.eps)
+
+        @once
+        def backward(dy: Array) -> Array:
+            """dx: remove from dy what the mean and the variance took.  (docs: B.11)"""
+            dx, dweight, dbias = kernels.group_norm_backward(saved, weight, dy)
+            self.weight.accumulate(dweight)
+            self.bias.accumulate(dbias)
+            return dx
+
+        return y, backward

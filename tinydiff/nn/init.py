@@ -1,0 +1,39 @@
+"""How weights begin (Ho et al. 2020, released code): uniform with variance 1 / mean(fan_in, fan_out)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tinydiff.nn.module import Parameter
+
+__all__ = ["ones", "uniform", "zeros"]
+
+
+def uniform(rng: np.random.Generator, shape: tuple[int, ...], scale: float = 1.0) -> Parameter:
+    """Draw U(-a, a) with variance `scale` / mean(fan_in, fan_out); the last two axes are (in, out).
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Source of the draw.
+    shape : tuple of int
+        ``(..., in, out)``; leading axes (the taps of a convolution) multiply both fans.
+    scale : float
+        Variance scale; 0 gives zeros, with which the last layer of a residual branch begins.
+    """
+    taps = math.prod(shape[:-2])
+    fan = taps * (shape[-2] + shape[-1]) / 2
+    bound = math.sqrt(3.0 * scale / fan)
+    return Parameter(rng.uniform(-bound, bound, shape).astype(np.float32))
+
+
+def zeros(*shape: int) -> Parameter:
+    """A parameter of zeros (biases)."""
+    return Parameter(np.zeros(shape, np.float32))
+
+
+def ones(*shape: int) -> Parameter:
+    """A parameter of ones (the gain of a normalisation)."""
+    return Parameter(np.ones(shape, np.float32))

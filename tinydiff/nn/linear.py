@@ -1,0 +1,50 @@
+"""The affine map y = x W + b."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tinydiff.backend import Array, array_namespace
+from tinydiff.nn import init
+from tinydiff.nn.module import Module, once
+
+__all__ = ["Linear"]
+
+
+class Linear(Module):
+    """y = x W + b over the last axis.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Sizes of the last axis before and after.
+    rng : numpy.random.Generator
+        Draws the initial weight (in_features, out_features).
+    scale : float
+        Variance scale of the initial weight; 0 begins at zero.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rng: np.random.Generator, scale: float = 1.0
+    ) -> None:
+        self.weight = init.uniform(rng, (in_features, out_features), scale)
+        self.bias = init.zeros(out_features)
+
+    def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """X (..., in)  ->  y (..., out).  (docs: B.1)"""
+        weight = self.weight.value
+        y = x @ weight + self.bias.value
+
+        @once
+        def backward(dy: Array) -> Array:
+            """DW = x.T dy,  db = sum dy,  dx = dy W.T,  with rows flattened.  (docs: B.2)"""
+            xp = array_namespace(dy)
+            x_rows = xp.reshape(x, (-1, weight.shape[0]))
+            dy_rows = xp.reshape(dy, (-1, weight.shape[1]))
+            self.weight.accumulate(x_rows.T @ dy_rows)
+            self.bias.accumulate(xp.sum(dy_rows, axis=0))
+            return dy @ weight.T
+
+        return y, backward

@@ -1,0 +1,166 @@
+"""Parameters, and the modules that own them.
+
+The contract of every layer: it is called and returns its output and its own derivative ::
+
+    y, backward = layer(x)
+    dx = backward(dy)
+
+``backward`` takes the gradient of the loss with respect to the output, adds to the gradients of the
+parameters it touched, and returns the gradient with respect to the input. Nothing is kept on the layer
+itself, so a layer can be called twice before either backward, and parameters can be shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
+
+__all__ = ["Module", "Parameter", "once"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Parameter:
+    """A trainable array and the gradient of the loss with respect to it.
+
+    Parameters
+    ----------
+    value : array
+        The current value, any shape.
+    grad : array, optional
+        Gradient, of `value`'s shape. It is zero until a backward has run, and takes no memory until
+        it is read or added to.
+    """
+
+    __slots__ = ("_grad", "value")
+
+    def __init__(self, value: Array, grad: Array | None = None) -> None:
+        self.value = value
+        self._grad = grad
+
+    @property
+    def grad(self) -> Array:
+        """Gradient of the loss, an array of `value`'s shape."""
+        if self._grad is None:
+            self._grad = array_namespace(self.value).zeros_like(self.value)
+        return self._grad
+
+    @grad.setter
+    def grad(self, grad: Array) -> None:
+        self._grad = grad
+
+    def accumulate(self, grad: Array) -> None:
+        """Add to the gradient (never in place: `grad` may be somebody else's array)."""
+        self._grad = grad if self._grad is None else self._grad + grad
+
+    def zero_grad(self) -> None:
+        """Make the gradient zero."""
+        self._grad = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+        return self.value.shape
+
+    def __repr__(self) -> str:
+        return f"Parameter(shape={tuple(self.shape)}, dtype={self.value.dtype})"
+
+
+class Module:
+    """Owns parameters and other modules as attributes; names them by their path, as diffusers does."""
+
+    def _named(self) -> Iterator[tuple[str, Parameter]]:
+        for name, value in vars(self).items():
+            yield from _walk(name, value)
+
+    def named_parameters(self) -> dict[str, Parameter]:
+        """Return name -> Parameter in order of construction; a shared parameter has its first name only."""
+        seen: set[int] = set()
+        unique = {}
+        for name, parameter in self._named():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                unique[name] = parameter
+        return unique
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return name -> value as NumPy arrays on the host (views where they already are), tinydiff's layout."""
+        return {name: to_numpy(p.value) for name, p in self.named_parameters().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy values in by name; the dtype and device stay those of the module.
+
+        Raises
+        ------
+        ValueError
+            If a name is missing or unexpected, or a shape differs; nothing is changed then.
+        """
+        parameters = self.named_parameters()
+        missing = [name for name in parameters if name not in state]
+        unexpected = [name for name in state if name not in parameters]
+        if missing or unexpected:
+            raise ValueError(
+                f"state does not fit the model: missing {_some(missing)}; unexpected {_some(unexpected)}."
+            )
+        for name, parameter in parameters.items():
+            if tuple(state[name].shape) != tuple(parameter.shape):
+                raise ValueError(
+                    f"state[{name!r}] has shape {tuple(state[name].shape)}; expected {tuple(parameter.shape)}."
+                )
+        for name, parameter in parameters.items():
+            value = asarray_like(to_numpy(state[name]), parameter.value)
+            parameter.value = array_namespace(value).asarray(value, copy=True)
+
+    def to(self, xp: Namespace, dtype: Any = None) -> Any:
+        """Move every parameter to the namespace `xp` and, if given, to its dtype `dtype`; returns self."""
+        for parameter in self.named_parameters().values():
+            value = to_numpy(parameter.value)
+            target = dtype if dtype is not None else getattr(xp, str(value.dtype))
+            parameter.value = xp.asarray(value, dtype=target)
+            parameter.zero_grad()
+        return self
+
+    def zero_grad(self) -> None:
+        """Make every parameter's gradient zero."""
+        for parameter in self.named_parameters().values():
+            parameter.zero_grad()
+
+    def num_parameters(self) -> int:
+        """Return the number of scalar parameters."""
+        return sum(int(np.prod(p.shape)) for p in self.named_parameters().values())
+
+
+def _walk(name: str, value: Any) -> Iterator[tuple[str, Parameter]]:
+    if isinstance(value, Parameter):
+        yield name, value
+    elif isinstance(value, Module):
+        for inner, parameter in value._named():
+            yield f"{name}.{inner}", parameter
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _walk(f"{name}.{index}", item)
+
+
+def _some(names: list[str], show: int = 3) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:show]) + (f", … ({len(names)} in all)" if len(names) > show else "")
+
+
+def once(backward: F) -> F:
+    """Let a backward be called once: gradients add up, so a second call would count them twice.
+
+    What it held is let go as soon as it returns.
+    """
+    held: list[F] = [backward]
+
+    def call(*args: Any) -> Any:
+        if not held:
+            raise RuntimeError("backward was called a second time; call the layer again to get a new one.")
+        return held.pop()(*args)
+
+    return call  # type: ignore[return-value]

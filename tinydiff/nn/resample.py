@@ -1,0 +1,82 @@
+"""Halving and doubling the pixels: a strided convolution down, nearest neighbours and a convolution up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tinydiff.backend import Array, array_namespace
+from tinydiff.nn.conv import Conv2d
+from tinydiff.nn.module import Module, once
+
+__all__ = ["Downsample", "Upsample", "upsample_nearest"]
+
+
+class Downsample(Module):
+    """A 3x3 convolution with stride 2.
+
+    Parameters
+    ----------
+    channels : int
+        Channels, before and after.
+    padding : {0, 1}
+        1: one zero on every side (diffusers' default). 0: one zero at the bottom and right only, the
+        asymmetric padding of Ho et al.'s released code and the published DDPM checkpoints.
+    rng : numpy.random.Generator
+        Draws the initial weight.
+    """
+
+    def __init__(self, channels: int, padding: int, rng: np.random.Generator) -> None:
+        self.conv = Conv2d(
+            channels, channels, 3, stride=2, padding=(1, 1) if padding == 1 else (0, 1), rng=rng
+        )
+
+    def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """X (N, H, W, C)  ->  y (N, H/2, W/2, C); H and W even.  (docs: B.7)"""
+        return self.conv(x)
+
+
+def upsample_nearest(x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Repeat every pixel 2 x 2: y[n, p, q, :] = x[n, p // 2, q // 2, :].  (docs: B.15)
+
+    x (N, H, W, C)  ->  y (N, 2H, 2W, C)
+    """
+    xp = array_namespace(x)
+    n, h, w, c = x.shape
+    y = xp.reshape(
+        xp.broadcast_to(xp.reshape(x, (n, h, 1, w, 1, c)), (n, h, 2, w, 2, c)), (n, 2 * h, 2 * w, c)
+    )
+
+    @once
+    def backward(dy: Array) -> Array:
+        """Dx = the sum of dy over the four copies.  (docs: B.15)"""
+        return xp.sum(xp.reshape(dy, (n, h, 2, w, 2, c)), axis=(2, 4))
+
+    return y, backward
+
+
+class Upsample(Module):
+    """Nearest neighbour, then a 3x3 convolution.
+
+    Parameters
+    ----------
+    channels : int
+        Channels, before and after.
+    rng : numpy.random.Generator
+        Draws the initial weight.
+    """
+
+    def __init__(self, channels: int, rng: np.random.Generator) -> None:
+        self.conv = Conv2d(channels, channels, 3, rng=rng)
+
+    def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """X (N, H, W, C)  ->  y (N, 2H, 2W, C)."""
+        h, backward_repeat = upsample_nearest(x)
+        y, backward_conv = self.conv(h)
+
+        @once
+        def backward(dy: Array) -> Array:
+            return backward_repeat(backward_conv(dy))
+
+        return y, backward

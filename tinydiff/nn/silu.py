@@ -1,0 +1,24 @@
+"""The activation SiLU, x sigmoid(x) (Elfwing et al. 2018; "swish" in Ho et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tinydiff.backend import Array
+from tinydiff.kernels import kernels_for
+from tinydiff.nn.module import once
+
+__all__ = ["silu"]
+
+
+def silu(x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Y = x s,  s = sigmoid(x),  element by element; any shape.  (docs: B.3)"""
+    kernels = kernels_for(x)
+    y, s = kernels.silu(x)
+
+    @once
+    def backward(dy: Array) -> Array:
+        """Dx = dy (s + y (1 - s)).  (docs: B.3)"""
+        return kernels.silu_backward(s, y, dy)
+
+    return y, backward

@@ -1,0 +1,88 @@
+"""How a network is told the time: sinusoids of t (Vaswani et al. 2017, section 3.5), then a small MLP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from tinydiff.backend import Array, array_namespace, asarray_like
+from tinydiff.nn.linear import Linear
+from tinydiff.nn.module import Module, once
+from tinydiff.nn.silu import silu
+
+__all__ = ["TimestepEmbedding", "sinusoidal_embedding"]
+
+
+def sinusoidal_embedding(
+    t: Array,
+    dim: int,
+    *,
+    like: Array,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float = 0.0,
+    max_period: float = 10_000.0,
+) -> Array:
+    """Embed times as sines and cosines of geometrically spaced frequencies.  (docs: B.5)
+
+    omega_k = max_period ** (-k / (dim/2 - freq_shift)),  k = 0 … dim/2 - 1; the angles omega_k t are
+    computed in float64 (at t = 1000 float32 angles would be wrong in the fifth digit) and cast at the end.
+
+    Parameters
+    ----------
+    t : array of shape (N,)
+        Times, integer or real.
+    dim : int
+        Length of an embedding; odd lengths end in a zero.
+    like : array
+        Decides library, device and dtype of the result.
+    flip_sin_to_cos : bool
+        True: ``[cos, sin]``, diffusers' default; False: ``[sin, cos]``, the published DDPM checkpoints.
+    freq_shift : float
+        0: the slowest frequency stops short of 1/max_period (diffusers' default); 1: it is exactly that
+        (Ho et al. 2020).
+    max_period : float
+        The longest period, over 2 pi.
+
+    Returns
+    -------
+    array of shape (N, dim)
+    """
+    xp = array_namespace(like)
+    half = dim // 2
+    omega = np.exp(-math.log(max_period) * np.arange(half) / (half - freq_shift))
+    angles = asarray_like(t, like, xp.float64)[:, None] * asarray_like(omega, like, xp.float64)[None, :]
+    sin, cos = xp.sin(angles), xp.cos(angles)
+    parts = [cos, sin] if flip_sin_to_cos else [sin, cos]
+    if dim % 2:
+        parts.append(xp.zeros_like(angles[:, :1]))
+    return xp.astype(xp.concat(parts, axis=1), like.dtype)
+
+
+class TimestepEmbedding(Module):
+    """linear_2(silu(linear_1(embedding))): from `dim` sinusoids to `out_features` numbers.
+
+    Parameters
+    ----------
+    dim, out_features : int
+        Sizes of the last axis before and after.
+    rng : numpy.random.Generator
+        Draws the initial weights.
+    """
+
+    def __init__(self, dim: int, out_features: int, rng: np.random.Generator) -> None:
+        self.linear_1 = Linear(dim, out_features, rng)
+        self.linear_2 = Linear(out_features, out_features, rng)
+
+    def __call__(self, embedding: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """(N, dim)  ->  (N, out_features).  (docs: B.6)"""
+        h, backward_1 = self.linear_1(embedding)
+        h, backward_silu = silu(h)
+        y, backward_2 = self.linear_2(h)
+
+        @once
+        def backward(dy: Array) -> Array:
+            return backward_1(backward_silu(backward_2(dy)))
+
+        return y, backward

@@ -1,0 +1,188 @@
+"""Adam, learning-rate schedule, gradient clipping, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Generic, TypeVar
+
+from tinydiff.backend import Array, array_namespace
+from tinydiff.kernels import kernels_for
+from tinydiff.nn.module import Module, Parameter
+
+__all__ = ["EMA", "Adam", "clip_grad_norm", "warmup_cosine"]
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015, algorithm 1); with `weight_decay`, AdamW (Loshchilov & Hutter 2019).
+
+    Parameters
+    ----------
+    parameters : mapping of name to Parameter, or iterable of Parameter
+        What to train; one given twice is stepped once.
+    lr : float
+        Learning rate; may be changed between steps by assigning ``.lr``.
+    betas : tuple of (float, float)
+        Decay of the first and second moment, each in [0, 1).
+    eps : float
+        Added to the root of the second moment.
+    weight_decay : float
+        Decoupled decay: each step first multiplies the weights by ``1 - lr * weight_decay``.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter] | Iterable[Parameter],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value, fits in [
+            ("lr", lr, lr >= 0),
+            ("betas", betas, all(0 <= b < 1 for b in betas)),
+            ("eps", eps, eps > 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+        ]:
+            if not fits:
+                raise ValueError(f"{name} is {value}; expected betas in [0, 1), eps > 0, the others >= 0.")
+        given = parameters.values() if isinstance(parameters, Mapping) else parameters
+        self.parameters = list({id(p): p for p in given}.values())
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.steps = 0
+        self.m = [array_namespace(p.value).zeros_like(p.value) for p in self.parameters]
+        self.v = [array_namespace(p.value).zeros_like(p.value) for p in self.parameters]
+
+    def step(self) -> None:
+        """Move every parameter against its gradient."""
+        self.steps += 1
+        beta1, beta2 = self.betas
+        # m / (1 - beta1^k) and sqrt(v / (1 - beta2^k)) are the unbiased moments; both corrections are scalars.
+        step_size = self.lr / (1.0 - beta1**self.steps)
+        root = math.sqrt(1.0 - beta2**self.steps)
+        decay = 1.0 - self.lr * self.weight_decay
+        for i, p in enumerate(self.parameters):
+            p.value, self.m[i], self.v[i] = kernels_for(p.value).adam_step(
+                p.value, p.grad, self.m[i], self.v[i], step_size, beta1, beta2, root, self.eps, decay
+            )
+
+    def zero_grad(self) -> None:
+        """Make every gradient zero."""
+        for p in self.parameters:
+            p.zero_grad()
+
+
+def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], max_norm: float) -> Array:
+    """Scale all gradients together so that their joint Euclidean norm is at most `max_norm`.
+
+    Parameters
+    ----------
+    parameters : mapping of name to Parameter, or iterable of Parameter
+        Whose gradients.
+    max_norm : float
+        The bound, > 0; ``math.inf`` only measures.
+
+    Returns
+    -------
+    array, 0-d
+        The norm before scaling.
+
+    Raises
+    ------
+    ValueError
+        If `max_norm` is not positive, or there is no parameter.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}; expected a positive number.")
+    given = list(parameters.values() if isinstance(parameters, Mapping) else parameters)
+    if not given:
+        raise ValueError("parameters is empty; expected at least one parameter.")
+    xp = array_namespace(given[0].value)
+    squares = xp.stack([xp.sum(p.grad * p.grad) for p in given])
+    norm = xp.sqrt(xp.sum(squares))
+    if math.isfinite(max_norm):
+        one = xp.ones_like(norm)
+        scale = xp.minimum(one, max_norm / (norm + 1e-12))  # no host value: a GPU need not wait
+        for p in given:
+            p.grad = p.grad * scale
+    return norm
+
+
+def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Factor on the learning rate: linear from 0 to 1 over `warmup` steps, then half a cosine to `final`.
+
+    Parameters
+    ----------
+    step : int
+        0 … steps-1.
+    steps : int
+        Length of the training.
+    warmup : int
+        Steps of linear rise; step `warmup` - 1 is the first at full rate.
+    final : float
+        The factor in the limit of the last step.
+
+    Returns
+    -------
+    float in [0, 1]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+M = TypeVar("M", bound=Module)
+
+
+class EMA(Generic[M]):
+    """A copy of a model whose weights are the exponential moving average of the model's.
+
+    Samples are drawn from the average: it forgets the noise of the last steps (Ho et al. 2020, section 4).
+
+    Parameters
+    ----------
+    model : Module
+        The model in training.
+    decay : float
+        In [0, 1). The average at step k uses ``min(decay, (1 + k) / (10 + k))``, so that a short training
+        is not dominated by its first weights.
+
+    Attributes
+    ----------
+    model : Module
+        The copy with averaged weights.
+
+    Raises
+    ------
+    ValueError
+        If `decay` is outside [0, 1).
+    """
+
+    def __init__(self, model: M, decay: float = 0.999) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay is {decay}; expected a number in [0, 1).")
+        self.decay = decay
+        self.steps = 0
+        self.model: M = copy.deepcopy(model)
+        self._pairs = list(
+            zip(self.model.named_parameters().values(), model.named_parameters().values(), strict=True)
+        )
+        for average, _ in self._pairs:
+            average.zero_grad()
+
+    def update(self) -> None:
+        """Take one step of the average: w_ema += (1 - decay) (w - w_ema)."""
+        self.steps += 1
+        rate = 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
+        for average, current in self._pairs:
+            average.value = kernels_for(current.value).ema_step(average.value, current.value, rate)
