@@ -29,7 +29,7 @@ SHAPE = (3, 2, 2, 4)
 
 
 def same_chain(cls, kind, T=1000, **config):
-    """diffusers' scheduler, its alphas_cumprod multiplied up in float64, and the NoiseSchedule of its betas."""
+    """diffusers' scheduler with alphas_cumprod multiplied up in float64, and a NoiseSchedule of its betas."""
     scheduler = cls(num_train_timesteps=T, beta_schedule=KINDS[kind], **({"clip_sample": False} | config))
     scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
     return scheduler, NoiseSchedule(scheduler.betas)
