@@ -67,7 +67,7 @@ def get_backend(name: str | None = None) -> Namespace:
         return numpy_namespace
     if chosen == "cupy":
         return _cupy_namespace()
-    raise BackendError(f"{source} is {chosen!r}; expected one of {', '.join(map(repr, BACKENDS))}.")
+    raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, BACKENDS))}.")
 
 
 def _cupy_namespace() -> Namespace:
@@ -100,8 +100,9 @@ def _cupy_namespace() -> Namespace:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    """The first line that says something (CuPy's ImportError opens with a row of equals signs)."""
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
+    return next((line for line in lines if any(map(str.isalpha, line))), type(error).__name__)
 
 
 def to_numpy(x: Array) -> np.ndarray:

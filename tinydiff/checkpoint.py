@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tinydiff.backend import get_backend
 from tinydiff.models import MLP, UNet
 from tinydiff.nn.module import Module
 
@@ -28,23 +28,16 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` so that the path never holds anything but a whole file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_arrays(
@@ -60,10 +53,15 @@ def save_arrays(
         What to keep.
     metadata : mapping of str to JSON-serialisable
         What to remember about it.
+
+    Raises
+    ------
+    TypeError
+        If a value of `metadata` cannot be written as JSON.
     """
     from safetensors.numpy import save
 
-    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     replace_file(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
 
 
@@ -117,7 +115,14 @@ def save_model(
         The model.
     metadata : mapping, optional
         More to remember, JSON-serialisable: the schedule, the prediction, what it was trained on.
+
+    Raises
+    ------
+    TypeError
+        If `model` is neither a `UNet` nor an `MLP`, or `metadata` cannot be written as JSON.
     """
+    if type(model).__name__ not in MODELS:
+        raise TypeError(f"model is a {type(model).__name__}; expected one of {', '.join(MODELS)}.")
     about = {"model": type(model).__name__, "config": model.config}  # type: ignore[attr-defined]
     save_arrays(path, model.state_dict(), {**(metadata or {}), **about})
 
@@ -135,6 +140,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     Returns
     -------
     model : UNet or MLP
+        With weights of the dtype in which they were saved.
     metadata : dict
 
     Raises
@@ -150,6 +156,12 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
             f"{path} does not say which tinydiff model it holds (metadata 'model' is "
             f"{metadata.get('model')!r}; expected one of {', '.join(MODELS)})."
         )
-    model = MODELS[metadata["model"]](**metadata["config"], backend=backend)
-    model.load_state_dict(arrays)
+    try:
+        model = MODELS[metadata["model"]](**metadata["config"], backend=backend)
+        if any(array.dtype == np.float64 for array in arrays.values()):
+            xp = get_backend(backend)
+            model.to(xp, xp.float64)
+        model.load_state_dict(arrays)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold a whole {metadata['model']}: {error}") from None
     return model, metadata

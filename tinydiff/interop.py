@@ -70,6 +70,7 @@ def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+    _check(c)
     for key, value in config.items():
         if key in FIXED:
             _require(key, value, value in FIXED[key], " or ".join(map(repr, FIXED[key])))
@@ -79,17 +80,7 @@ def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             _require(key, value, value in (None, c["norm_num_groups"]), "None, or norm_num_groups")
         elif key not in DEFAULTS and key not in IRRELEVANT:
             raise ValueError(f"config[{key!r}] = {value!r} is not known to tinydiff's U-Net.")
-    down = {"DownBlock2D": False, "AttnDownBlock2D": True}
-    up = {"UpBlock2D": False, "AttnUpBlock2D": True}
-    for key, known in [("down_block_types", down), ("up_block_types", up)]:
-        for name in c[key]:
-            _require(key, name, name in known, " or ".join(known))
-    attention = [down[name] for name in c["down_block_types"]]
-    mirrored = [up[name] for name in reversed(c["up_block_types"])]
-    _require("up_block_types", c["up_block_types"], mirrored == attention, "the mirror of down_block_types")
-    _require(
-        "norm_num_groups", c["norm_num_groups"], isinstance(c["norm_num_groups"], int), "a number of groups"
-    )
+    attention = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
     return dict(
         in_channels=c["in_channels"],
         out_channels=c["out_channels"],
@@ -107,6 +98,57 @@ def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def _check(c: Mapping[str, Any]) -> None:
+    """Refuse what the entries of `c` cannot be, alone or together."""
+
+    def require(key: str, fits: bool, expected: str) -> None:
+        _require(key, c[key], fits, expected)
+
+    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+        require(key, _is_count(c[key]), "a positive integer")
+    for key in ("flip_sin_to_cos", "add_attention"):
+        require(key, isinstance(c[key], bool), "True or False")
+    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+        require(key, isinstance(c[key], (list, tuple)), "a list")
+    channels, groups, head_dim = c["block_out_channels"], c["norm_num_groups"], c["attention_head_dim"]
+    require("block_out_channels", bool(channels) and all(map(_is_count, channels)), "positive integers")
+    down, up = c["down_block_types"], c["up_block_types"]
+    mirror = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
+    require("down_block_types", all(name in mirror for name in down), f"only {' and '.join(mirror)}")
+    require("block_out_channels", len(channels) == len(down), "as many as down_block_types")
+    require(
+        "up_block_types",
+        list(up) == [mirror[name] for name in reversed(down)],
+        "the mirror of down_block_types",
+    )
+    require(
+        "norm_num_groups", all(n % groups == 0 for n in channels), "a divisor of every block_out_channels"
+    )
+    attended = [n for n, name in zip(channels, down, strict=True) if name == "AttnDownBlock2D"]
+    attended += [channels[-1]] if c["add_attention"] else []
+    require(
+        "attention_head_dim",
+        head_dim is None or (_is_count(head_dim) and all(n % head_dim == 0 for n in attended)),
+        "None, or a divisor of block_out_channels wherever there is attention",
+    )
+    require("norm_eps", _is_number(c["norm_eps"]) and c["norm_eps"] > 0, "a positive number")
+    require("dropout", _is_number(c["dropout"]) and 0 <= c["dropout"] < 1, "a number in [0, 1)")
+    require("downsample_padding", c["downsample_padding"] in (0, 1), "0 or 1")
+    require(
+        "freq_shift",
+        _is_number(c["freq_shift"]) and 2 * c["freq_shift"] < max(channels[0], 2),
+        "a number less than block_out_channels[0] / 2",
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _require(key: str, value: Any, fits: bool, expected: str) -> None:
     if not fits:
         raise ValueError(
@@ -122,7 +164,7 @@ def unet_from_diffusers(
     Parameters
     ----------
     config : mapping
-        The model's configuration, as in diffusers' ``config.json``; entries left out have diffusers' defaults.
+        The model's configuration, as in diffusers' ``config.json``; what is left out has diffusers' default.
     state : mapping of str to array
         The weights by name, in PyTorch's layout, as NumPy arrays. Attention weights may have the names of
         older checkpoints (``query``, ``key``, ``value``, ``proj_attn``).
@@ -140,10 +182,19 @@ def unet_from_diffusers(
         If an entry of `config` is not supported, or a weight is missing, unexpected or of another shape; the
         message names it.
     """
-    model = UNet(**_unet_arguments(config), rng=np.random.default_rng(0), backend="numpy")
-    arrays = {_present_name(name): _from_torch_layout(to_numpy(array)) for name, array in state.items()}
     xp = get_backend(backend)
-    double = any(array.dtype == np.float64 for array in arrays.values())
+    model = UNet(**_unet_arguments(config), rng=np.random.default_rng(0), backend="numpy")
+    parameters = model.named_parameters()
+    arrays = {}
+    for given, array in state.items():
+        name = _present_name(given)
+        if name in parameters:
+            expected = _torch_shape(parameters[name].shape)
+            if tuple(array.shape) != expected:
+                raise ValueError(f"state[{given!r}] has shape {tuple(array.shape)}; expected {expected}.")
+            array = _from_torch_layout(to_numpy(array))
+        arrays[name] = array
+    double = any("float64" in str(array.dtype) for array in arrays.values())
     model.to(np, np.float64 if double else np.float32)
     model.load_state_dict(arrays)
     return model.to(xp)
@@ -248,11 +299,15 @@ def _present_name(name: str) -> str:
 
 def _from_torch_layout(array: np.ndarray) -> np.ndarray:
     """(out, in) -> (in, out);  (out, in, k, k) -> (k, k, in, out);  vectors as they are."""
-    return np.ascontiguousarray(array.transpose(_FROM[array.ndim]) if array.ndim in _FROM else array)
+    return np.ascontiguousarray(array.transpose(_FROM[array.ndim]))
 
 
 def _to_torch_layout(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(_TO[array.ndim]))
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _TO[len(shape)])
 
 
 _FROM = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}

@@ -16,14 +16,14 @@ def mean_squared_error(output: Array, target: Array) -> tuple[Array, Array]:
     Parameters
     ----------
     output, target : array
-        The same shape, any.
+        The same shape, any; `target` is cast to `output`'s dtype.
 
     Returns
     -------
     value : array, 0-d
         The mean over every element of the batch.
     gradient : array
-        dL/doutput, of `output`'s shape.
+        dL/doutput, of `output`'s shape and dtype.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def mean_squared_error(output: Array, target: Array) -> tuple[Array, Array]:
             f"output has shape {tuple(output.shape)}; expected {tuple(target.shape)}, the target's."
         )
     xp = array_namespace(output)
-    difference = output - target
+    difference = output - xp.astype(target, output.dtype, copy=False)
     return xp.mean(difference * difference), difference * (2.0 / math.prod(output.shape))
 
 

@@ -32,13 +32,14 @@ def sliced_wasserstein(
     Raises
     ------
     ValueError
-        If the shapes differ or are not (n, D), or there is a NaN.
+        If the shapes differ or are not (n, D), there is no point, or a value is not finite.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.ndim != 2 or x.shape != y.shape:
-        raise ValueError(f"x and y have shapes {x.shape} and {y.shape}; expected the same (n, D).")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("x or y holds a value that is not finite.")
+    if x.ndim != 2 or x.size == 0 or x.shape != y.shape:
+        raise ValueError(f"x and y have shapes {x.shape} and {y.shape}; expected the same (n, D), not empty.")
+    for name, points in [("x", x), ("y", y)]:
+        if not np.isfinite(points).all():
+            raise ValueError(f"{name} contains NaN or infinity; expected finite numbers.")
     rng = np.random.default_rng(0) if rng is None else rng
     directions = _directions(x.shape[1], projections, rng)
     distance = 0.0

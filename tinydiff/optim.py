@@ -33,7 +33,7 @@ class Adam:
     Raises
     ------
     ValueError
-        If a setting is out of range; the message names it.
+        If a setting is out of range, the message names it; or if there is no parameter.
     """
 
     def __init__(
@@ -45,15 +45,17 @@ class Adam:
         weight_decay: float = 0.0,
     ) -> None:
         for name, value, fits in [
-            ("lr", lr, lr >= 0),
-            ("betas", betas, all(0 <= b < 1 for b in betas)),
-            ("eps", eps, eps > 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("lr", lr, 0 <= lr < math.inf),
+            ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas)),
+            ("eps", eps, 0 < eps < math.inf),
+            ("weight_decay", weight_decay, 0 <= weight_decay < math.inf),
         ]:
             if not fits:
-                raise ValueError(f"{name} is {value}; expected betas in [0, 1), eps > 0, the others >= 0.")
-        given = parameters.values() if isinstance(parameters, Mapping) else parameters
-        self.parameters = list({id(p): p for p in given}.values())
+                raise ValueError(
+                    f"{name} is {value}; expected two betas in [0, 1), a positive eps, and the others finite "
+                    "and not negative."
+                )
+        self.parameters = _distinct(parameters)
         self.lr = lr
         self.betas = betas
         self.eps = eps
@@ -63,10 +65,10 @@ class Adam:
         self.v = [array_namespace(p.value).zeros_like(p.value) for p in self.parameters]
 
     def step(self) -> None:
-        """Move every parameter against its gradient."""
+        """Move every parameter against its gradient.  (docs: B.21)"""
         self.steps += 1
         beta1, beta2 = self.betas
-        # m / (1 - beta1^k) and sqrt(v / (1 - beta2^k)) are the unbiased moments; both corrections are scalars.
+        # m / (1 - beta1^k) and sqrt(v / (1 - beta2^k)) are the unbiased moments; the corrections are scalars.
         step_size = self.lr / (1.0 - beta1**self.steps)
         root = math.sqrt(1.0 - beta2**self.steps)
         decay = 1.0 - self.lr * self.weight_decay
@@ -81,13 +83,22 @@ class Adam:
             p.zero_grad()
 
 
+def _distinct(parameters: Mapping[str, Parameter] | Iterable[Parameter]) -> list[Parameter]:
+    """The parameters, each once, or ValueError if there is none."""
+    given = parameters.values() if isinstance(parameters, Mapping) else parameters
+    distinct = list({id(p): p for p in given}.values())
+    if not distinct:
+        raise ValueError("parameters is empty; expected at least one parameter.")
+    return distinct
+
+
 def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], max_norm: float) -> Array:
-    """Scale all gradients together so that their joint Euclidean norm is at most `max_norm`.
+    """Scale all gradients together so that their joint Euclidean norm is at most `max_norm`.  (docs: B.22)
 
     Parameters
     ----------
     parameters : mapping of name to Parameter, or iterable of Parameter
-        Whose gradients.
+        Whose gradients; one given twice counts once.
     max_norm : float
         The bound, > 0; ``math.inf`` only measures.
 
@@ -103,38 +114,49 @@ def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], ma
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; expected a positive number.")
-    given = list(parameters.values() if isinstance(parameters, Mapping) else parameters)
-    if not given:
-        raise ValueError("parameters is empty; expected at least one parameter.")
-    xp = array_namespace(given[0].value)
-    squares = xp.stack([xp.sum(p.grad * p.grad) for p in given])
+    distinct = _distinct(parameters)
+    xp = array_namespace(distinct[0].value)
+    squares = xp.stack([xp.sum(p.grad * p.grad) for p in distinct])
     norm = xp.sqrt(xp.sum(squares))
     if math.isfinite(max_norm):
         one = xp.ones_like(norm)
         scale = xp.minimum(one, max_norm / (norm + 1e-12))  # no host value: a GPU need not wait
-        for p in given:
+        for p in distinct:
             p.grad = p.grad * scale
     return norm
 
 
 def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Factor on the learning rate: linear from 0 to 1 over `warmup` steps, then half a cosine to `final`.
+    """Factor on the learning rate: a linear rise to 1 over `warmup` steps, then half a cosine to `final`.
 
     Parameters
     ----------
     step : int
-        0 … steps-1.
+        0 … steps-1; later steps keep the factor `final`.
     steps : int
         Length of the training.
     warmup : int
-        Steps of linear rise; step `warmup` - 1 is the first at full rate.
+        Steps of linear rise, 0 … steps: 1 / warmup at step 0, 1 at step `warmup` - 1.
     final : float
-        The factor in the limit of the last step.
+        In [0, 1]: where the cosine ends, at step `steps`, one after the last.
 
     Returns
     -------
     float in [0, 1]
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range; the message names it.
     """
+    for name, value, fits, expected in [
+        ("step", step, step >= 0, "at least 0"),
+        ("steps", steps, steps >= 1, "at least 1"),
+        ("warmup", warmup, 0 <= warmup <= steps, f"0 ... steps = {steps}"),
+        ("final", final, 0.0 <= final <= 1.0, "a number in [0, 1]"),
+    ]:
+        if not fits:
+            raise ValueError(f"{name} is {value}; expected {expected}.")
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -154,7 +176,7 @@ class EMA(Generic[M]):
     model : Module
         The model in training.
     decay : float
-        In [0, 1). The average at step k uses ``min(decay, (1 + k) / (10 + k))``, so that a short training
+        In [0, 1). Update k = 1, 2, ... uses ``min(decay, (1 + k) / (10 + k))``, so that a short training
         is not dominated by its first weights.
 
     Attributes
@@ -181,7 +203,7 @@ class EMA(Generic[M]):
             average.zero_grad()
 
     def update(self) -> None:
-        """Take one step of the average: w_ema += (1 - decay) (w - w_ema)."""
+        """Take one step of the average: w_ema += (1 - decay) (w - w_ema).  (docs: B.23)"""
         self.steps += 1
         rate = 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
         for average, current in self._pairs:

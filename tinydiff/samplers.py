@@ -65,27 +65,40 @@ def iterate_samples(
 
     Parameters, and errors raised, are those of `sample`; the last state holds the sample.
 
-    Yields
-    ------
-    SamplerState
-        steps + 1 of them.
+    Returns
+    -------
+    iterator of SamplerState
+        steps + 1 of them. Arguments are checked, and the start is drawn, at the call; a step is taken when
+        its state is asked for.
     """
+    _check_shape(shape, x_T)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(map(repr, SAMPLERS))}.")
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta is {eta}; expected a number in [0, 1].")
-    predict = denoise.predict if isinstance(denoise, Module) else denoise  # type: ignore[attr-defined]
-    x = standard_normal(rng, shape, _like(denoise)) if x_T is None else x_T
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"x_T has shape {tuple(x.shape)}; expected {tuple(shape)}.")
+    predict = denoise.predict if isinstance(denoise, Module) else denoise
     T = diffusion.schedule.T
     timesteps = evenly_spaced_timesteps(T, T if steps is None else steps)
     walk = GaussianDiffusion(diffusion.schedule.respace(timesteps), diffusion.prediction, diffusion.variance)
-    xp = array_namespace(x)
+    x = standard_normal(rng, shape, _like(denoise)) if x_T is None else x_T
+    return _states(predict, walk, timesteps, x, sampler, rng, eta, clip)
 
+
+def _states(
+    predict: Callable[[Array, Array], Array],
+    walk: GaussianDiffusion,
+    timesteps: np.ndarray,
+    x: Array,
+    sampler: str,
+    rng: np.random.Generator,
+    eta: float,
+    clip: bool,
+) -> Iterator[SamplerState]:
+    """Walk from `x` down the respaced chain `walk`, whose step i is the original time timesteps[i]."""
+    xp = array_namespace(x)
     yield SamplerState(len(timesteps), int(timesteps[-1]), x, None)
     for i in reversed(range(len(timesteps))):
-        t = xp.full((shape[0],), int(timesteps[i]), dtype=xp.int64, device=device(x))
+        t = xp.full((x.shape[0],), int(timesteps[i]), dtype=xp.int64, device=device(x))
         output = predict(x, t)
         x0 = walk.predict_x0(x, i, output)
         x0 = xp.clip(x0, -1.0, 1.0) if clip else x0
@@ -95,7 +108,7 @@ def iterate_samples(
             mean, variance = _ddim_mean_variance(walk, x, i, x0, eta)
         # Noise added to the sample itself would only blur it: the last step takes the mean.
         silent = i == 0 or (sampler == "ddim" and eta == 0.0)
-        x = mean if silent else mean + xp.sqrt(variance) * standard_normal(rng, shape, x)
+        x = mean if silent else mean + xp.sqrt(variance) * standard_normal(rng, x.shape, x)
         yield SamplerState(i, int(timesteps[i - 1]) if i else -1, x, x0)
 
 
@@ -111,6 +124,13 @@ def _ddim_mean_variance(
     eps = walk.predict_eps(x, i, x0, given="x0")
     rest = max(0.0, float(walk.schedule.one_minus_alphas_cumprod_prev[i]) - variance)
     return math.sqrt(abar) * x0 + math.sqrt(rest) * eps, asarray_like(variance, x)
+
+
+def _check_shape(shape: tuple[int, ...], x_T: Array | None) -> None:
+    if len(shape) == 0 or min(shape) < 1:
+        raise ValueError(f"shape is {tuple(shape)}; expected (N, ...) with every size at least 1.")
+    if x_T is not None and tuple(x_T.shape) != tuple(shape):
+        raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected {tuple(shape)}.")
 
 
 def _like(denoise: Any) -> Array:
@@ -161,7 +181,8 @@ def sample(
         The start. Default: drawn from N(0, I), in float32, beside the model's weights or, for another
         callable, on the default backend (``TINYDIFF_BACKEND``).
     batch_size : int, optional
-        How many samples to walk at a time. Default: all.
+        How many samples to walk at a time. Default: all. A part of what the samples depend on: noise is
+        drawn batch after batch.
     progress : bool
         Show a progress bar on the standard error stream.
 
@@ -176,11 +197,14 @@ def sample(
 
     Notes
     -----
-    diffusers' schedulers space their times differently by default ("leading"); here both ends of the
-    schedule are always walked through, as in Nichol & Dhariwal (2021, section 4).
+    Two differences from diffusers' schedulers. They space their times differently by default ("leading");
+    here both ends of the schedule are always walked through, as in Nichol & Dhariwal (2021, section 4). And
+    with `clip`, DDIM's eps is taken from the clipped x0, so that the two belong together; there only with
+    ``use_clipped_model_output=True``.
     """
     from tqdm import tqdm
 
+    _check_shape(shape, x_T)
     total = shape[0]
     size = total if batch_size is None else batch_size
     if size < 1:
@@ -203,6 +227,6 @@ def sample(
                 x_T=None if x_T is None else x_T[start:stop, ...],
             )
             for state in states:
-                bar.update(state.x0 is not None)
+                bar.update(0 if state.x0 is None else 1)
             parts.append(state.x)
     return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=0)

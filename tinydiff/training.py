@@ -2,14 +2,18 @@
 
 The randomness of a step is a function of (seed, step), and the order of the data a function of (seed,
 epoch). So a resumed run is the same run, bit for bit, with no generator state to save.
+
+A step counts once its loss is in the list: it is put there last, so an interruption in the middle of a step
+is recognised by a list that is shorter than the optimizer's count.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -113,8 +117,8 @@ def train(
     diffusion : GaussianDiffusion
         The process, and what the model predicts.
     data : array of shape (n, ...), or callable
-        The data set, visited in a new random order each epoch; or ``data(batch_size, rng)`` that draws a
-        fresh batch.
+        The data set, of which each epoch visits every sample once, in a new random order (a batch may end
+        one epoch and begin the next); or ``data(batch_size, rng)`` that draws a fresh batch.
     steps : int
         Number of training steps in all.
     batch_size : int
@@ -124,9 +128,9 @@ def train(
     lr : float
         Learning rate after warm-up.
     warmup : int, optional
-        Steps over which the rate rises from 0. Default: a twentieth of `steps`, 500 at most.
+        Steps over which the rate rises, 0 … steps. Default: a twentieth of `steps`, 500 at most.
     final_lr : float
-        What the cosine falls to at the end, as a fraction of `lr`; 1: no fall.
+        What the cosine falls to at the end, as a fraction of `lr`, in [0, 1]; 1: no fall.
     weight_decay : float
         Decoupled weight decay (AdamW).
     clip_norm : float
@@ -139,7 +143,7 @@ def train(
     resume : bool
         Continue from the checkpoint in `run_dir`, if there is one.
     checkpoint_every : int
-        Steps between checkpoints; the last step always leaves one.
+        Steps between checkpoints; the last step always leaves one, and so does Ctrl-C.
     log_every : int
         Steps between lines of metrics.
     progress : bool
@@ -151,69 +155,92 @@ def train(
 
     Raises
     ------
+    TypeError
+        If `data` is neither an array nor callable.
     ValueError
-        If an argument is out of range; if the checkpoint in `run_dir` was made with other settings; or if
-        it belongs to an unfinished run and `resume` is False. Nothing on disk is changed then.
+        If an argument is out of range; if the checkpoint in `run_dir` is damaged, or was made with other
+        settings; or if it belongs to an unfinished run and `resume` is False (that of a finished run gives
+        way). Nothing on disk is changed then.
     FloatingPointError
-        If the loss stops being finite; the last checkpoint is kept.
+        If the loss or the gradient's norm stops being finite. The model keeps the weights it had before that
+        step, and the last checkpoint is kept.
     """
     _check_positive(
         steps=steps, batch_size=batch_size, checkpoint_every=checkpoint_every, log_every=log_every
     )
     warmup = min(500, steps // 20) if warmup is None else warmup
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; expected an integer of at least 0.")
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm is {clip_norm}; expected a positive number.")
+    warmup_cosine(0, steps, warmup, final_lr)  # refuses what is out of range, before anything is written
+    if not callable(data) and len(getattr(data, "shape", ())) < 1:
+        raise TypeError(f"data is a {type(data).__name__}; expected an array (n, ...) or a callable.")
+    if not callable(data) and data.shape[0] < 1:
+        raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
+    parameters = model.named_parameters()
+    like = next(iter(parameters.values())).value
     settings = {
         "model": type(model).__name__,
-        "config": model.config,  # type: ignore[attr-defined]
+        "config": getattr(model, "config", None),
+        "dtype": str(to_numpy(like).dtype),
         "betas": _digest(diffusion.schedule.betas),
         "prediction": diffusion.prediction,
-        "steps": steps,
-        "batch_size": batch_size,
-        "seed": seed,
-        "lr": lr,
-        "warmup": warmup,
-        "final_lr": final_lr,
-        "weight_decay": weight_decay,
-        "clip_norm": str(clip_norm),
-        "ema_decay": ema_decay,
+        "data": "callable" if callable(data) else [int(size) for size in data.shape],
+        "steps": int(steps),
+        "batch_size": int(batch_size),
+        "seed": int(seed),
+        "lr": float(lr),
+        "warmup": int(warmup),
+        "final_lr": float(final_lr),
+        "weight_decay": float(weight_decay),
+        "clip_norm": str(float(clip_norm)),  # JSON has no infinity
+        "ema_decay": float(ema_decay),
     }
-    parameters = model.named_parameters()
     optimizer = Adam(parameters, lr, weight_decay=weight_decay)
     ema = EMA(model, ema_decay)
     run = None if run_dir is None else _Run(Path(run_dir), settings, model, optimizer, ema)
     losses = [] if run is None else run.start(resume)
-    like = next(iter(parameters.values())).value
-    batches = _batches(data, batch_size, seed, len(losses), like)
 
     from tqdm import tqdm
 
     began = time.perf_counter()
-    with tqdm(total=steps, initial=len(losses), desc="training", unit="step", disable=not progress) as bar:
-        smooth = math.nan
+    bar = tqdm(total=steps, initial=len(losses), desc="training", unit="step", disable=not progress)
+    smooth = math.nan
+    try:
         for step in range(len(losses), steps):
             rng = np.random.default_rng([seed, STEP, step])
-            loss_array, backward = training_loss(model, diffusion, next(batches)(rng), rng)
-            backward()
-            norm = clip_grad_norm(parameters, clip_norm)
-            optimizer.lr = lr * warmup_cosine(step, steps, warmup, final_lr)
-            optimizer.step()
             optimizer.zero_grad()
-            ema.update()
-
-            loss = float(loss_array)
-            if not math.isfinite(loss):
+            loss_array, backward = training_loss(
+                model, diffusion, _batch(data, batch_size, seed, step, rng, like), rng
+            )
+            backward()
+            norm_array = clip_grad_norm(parameters, clip_norm)
+            optimizer.lr = lr * warmup_cosine(step, steps, warmup, final_lr)
+            loss, norm = float(loss_array), float(norm_array)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step} (learning rate {optimizer.lr:.3g}); "
-                    "try a smaller lr or a smaller clip_norm."
+                    f"the loss is {loss} and the gradient's norm {norm} at step {step} (learning rate "
+                    f"{optimizer.lr:.3g}); try a smaller lr or a smaller clip_norm."
                 )
+            optimizer.step()
+            ema.update()
+            if run is not None and ((step + 1) % log_every == 0 or step + 1 == steps):
+                since = step // log_every * log_every
+                run.log(step + 1, [*losses[since:], loss], norm, optimizer.lr)
             losses.append(loss)
+
             smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             bar.update()
-            if run is not None:
-                if (step + 1) % log_every == 0 or step + 1 == steps:
-                    run.log(step + 1, losses[-log_every:], float(norm), optimizer.lr)
-                if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                    run.save(losses)
+            if run is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+                run.save(losses)
+    except KeyboardInterrupt:
+        if run is not None and optimizer.steps == len(losses) > 0:
+            run.save(losses)
+        raise
+    finally:
+        bar.close()
     return TrainingResult(ema.model, np.asarray(losses), time.perf_counter() - began)
 
 
@@ -229,30 +256,21 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(array.tobytes()).hexdigest()[:16]
 
 
-def _batches(
-    data: Data, batch_size: int, seed: int, first_step: int, like: Array
-) -> Iterator[Callable[[np.random.Generator], Array]]:
-    """From `first_step` on: for every step a function from that step's generator to its batch."""
+def _batch(data: Data, batch_size: int, seed: int, step: int, rng: np.random.Generator, like: Array) -> Array:
+    """The batch of a step, beside `like`: drawn by `data`, or its place in the endless row of epochs."""
     if callable(data):
-        while True:
-            yield lambda rng: asarray_like(data(batch_size, rng), like)
+        return asarray_like(data(batch_size, rng), like)
     n = data.shape[0]
-    per_epoch = n // batch_size
-    if per_epoch < 1:
-        raise ValueError(f"batch_size is {batch_size}, but data holds only {n}.")
-    step = first_step
-    while True:
-        epoch, batch = divmod(step, per_epoch)
-        if batch == 0 or step == first_step:
-            order = np.random.default_rng([seed, EPOCH, epoch]).permutation(n)
-        index = order[batch * batch_size : (batch + 1) * batch_size]
-        yield lambda rng, index=index: _take(data, index, like)  # type: ignore[misc]
-        step += 1
-
-
-def _take(data: Array, index: np.ndarray, like: Array) -> Array:
+    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
+    index = np.concat([_order(seed, e, n)[place[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)])
     xp = array_namespace(data)
     return asarray_like(xp.take(data, asarray_like(index, data, xp.int64), axis=0), like)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order in which an epoch visits n samples."""
+    return np.random.default_rng([seed, EPOCH, epoch]).permutation(n)
 
 
 class _Run:
@@ -267,13 +285,15 @@ class _Run:
         self.model = model
         self.optimizer = optimizer
         self.ema = ema
-        self.began = time.time()
+        self.began = time.perf_counter()
 
     def start(self, resume: bool) -> list[float]:
         """Take up the checkpoint if there is one to take up; return the losses so far."""
         losses: list[float] = []
         if self.checkpoint.exists():
             arrays, metadata = load_arrays(self.checkpoint)
+            if not ("losses" in arrays and {"step", "settings"} <= metadata.keys()):
+                raise ValueError(f"{self.checkpoint} is not a checkpoint of tinydiff's training.")
             if resume:
                 self._check_settings(metadata["settings"])
                 losses = self._restore(arrays)
@@ -283,10 +303,23 @@ class _Run:
                     f"{metadata['settings']['steps']}): pass resume=True (--resume) to continue it, choose "
                     "another directory, or delete it to begin again."
                 )
-        lines = self.metrics.read_text().splitlines() if losses and self.metrics.exists() else []
-        kept = [line for line in lines if line and json.loads(line)["step"] <= len(losses)]
-        replace_file(self.metrics, "".join(line + "\n" for line in kept).encode())
+        kept = [line for line in self._lines() if line["step"] <= len(losses)]
+        replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if kept:
+            self.began -= kept[-1]["seconds"]
+        if not losses:
+            self.checkpoint.unlink(missing_ok=True)  # a finished run's: the files here belong to one run
         return losses
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics there are; a crash may have left the last one incomplete."""
+        lines = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         changed = [k for k, v in self.settings.items() if before.get(k) != v]
@@ -325,8 +358,8 @@ class _Run:
             "step": step,
             "loss": float(np.mean(losses)),
             "grad_norm": grad_norm,
-            "lr": lr,
-            "seconds": round(time.time() - self.began, 3),
+            "lr": float(lr),
+            "seconds": round(time.perf_counter() - self.began, 3),
         }
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,25 +1,48 @@
 """The NumPy twin of ``portable.py``: the same functions, the same results, less time and memory.
 
-A convolution is one matrix product per chunk of a few images: the k x k neighbourhood of every pixel is
-gathered into a row (im2col), in scratch that stays in cache. The derivative with respect to the input is
-the transpose of the same two steps: a product, then the rows are scattered back and added.
+A convolution takes one of these ways, all of them in cache-sized chunks of a few images, shared out to
+threads: 1x1 is a matrix product; 3x3 with stride 1 and enough channels is Winograd's (``_winograd.py``);
+the rest is gathered rows and a product, or, to fewer channels, its transpose (``_gather.py``).
+
+Measured on one core of the MNIST U-Net's layers (float32, batch 32), Winograd's takes 0.5 to 0.9 of the time
+of gathered rows, and normalisation with SiLU in one pass 0.1 to 0.2 of the time of its definition.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
-from tinydiff.kernels.portable import (
-    Padding,
-    adam_step,
-    ema_step,
-    group_norm,
-    group_norm_backward,
+from tinydiff.kernels._gather import (
+    gather_conv,
+    gather_conv_backward,
+    narrow_conv,
+    narrow_conv_backward,
+)
+from tinydiff.kernels._linear import (
+    linear,
+    linear_backward,
     silu,
     silu_backward,
     softmax,
     softmax_backward,
+)
+from tinydiff.kernels._norm import (
+    group_norm,
+    group_norm_backward,
+    group_norm_silu,
+    group_norm_silu_backward,
+)
+from tinydiff.kernels._threads import in_parallel
+from tinydiff.kernels._winograd import (
+    winograd_conv,
+    winograd_conv_backward,
+    winograd_weight,
+    winograd_weight_backward,
+)
+from tinydiff.kernels.portable import (
+    Padding,
+    adam_step,
+    ema_step,
 )
 
 __all__ = [
@@ -29,52 +52,57 @@ __all__ = [
     "ema_step",
     "group_norm",
     "group_norm_backward",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "linear",
+    "linear_backward",
     "silu",
     "silu_backward",
     "softmax",
     "softmax_backward",
 ]
 
-# Gathered rows of one chunk, in bytes: a few MiB stay in the last cache, and amortise the calls.
-CHUNK_BYTES = 2 * 2**20
+# Fewer channels on either side than this and Winograd's additions outweigh the multiplications saved.
+WINOGRAD_CHANNELS = 16
 
 
-def _chunks(n: int, bytes_per_image: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // max(1, bytes_per_image))
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def _is_product(w: np.ndarray, stride: int, padding: Padding) -> bool:
+    return w.shape[0] == 1 and stride == 1 and padding == (0, 0)
 
 
-def _windows(xpad: np.ndarray, k: int, stride: int, h_out: int, w_out: int) -> np.ndarray:
-    """View (N, H', W', k, k, C) of the padded images: the neighbourhood of every output pixel."""
-    n, row, col, channel = xpad.strides
-    shape = (xpad.shape[0], h_out, w_out, k, k, xpad.shape[3])
-    return as_strided(xpad, shape, (n, stride * row, stride * col, row, col, channel))
+def _is_winograd(w: np.ndarray, stride: int) -> bool:
+    return w.shape[0] == 3 and stride == 1 and min(w.shape[2:]) >= WINOGRAD_CHANNELS
+
+
+def _is_narrow(w: np.ndarray, stride: int, padding: Padding) -> bool:
+    k, _, c, d = w.shape
+    return d < c and stride == 1 and padding[0] < k
 
 
 def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Padding) -> np.ndarray:
     """As ``portable.conv2d``."""
-    k, _, c, d = w.shape
+    k, _, _, d = w.shape
     n, height, width, _ = x.shape
     before, after = padding
-    h_out = (height + before + after - k) // stride + 1
-    w_out = (width + before + after - k) // stride + 1
-    y = np.empty((n, h_out, w_out, d), x.dtype)
-    if k == stride == 1 and before == after == 0:
-        np.matmul(x.reshape(-1, c), w[0, 0], out=y.reshape(-1, d))
-        y += b
-        return y
-    rows = h_out * w_out
-    chunks = _chunks(n, rows * k * k * c * x.itemsize)
-    size = chunks[0].stop if chunks else 0
-    xpad = np.zeros((size, height + before + after, width + before + after, c), x.dtype)
-    gathered = np.empty((size, h_out, w_out, k, k, c), x.dtype)
-    matrix = w.reshape(k * k * c, d)
-    for chunk in chunks:
-        m = chunk.stop - chunk.start
-        xpad[:m, before : before + height, before : before + width] = x[chunk]
-        gathered[:m] = _windows(xpad[:m], k, stride, h_out, w_out)
-        np.matmul(gathered[:m].reshape(m * rows, -1), matrix, out=y[chunk].reshape(m * rows, d))
-        y[chunk] += b
+    y = np.empty(
+        (n, (height + before + after - k) // stride + 1, (width + before + after - k) // stride + 1, d),
+        x.dtype,
+    )
+    if _is_winograd(w, stride):
+        u = winograd_weight(w)
+        in_parallel(lambda start, stop: winograd_conv(x, u, b, before, y, start, stop), n)
+    else:
+
+        def work(start: int, stop: int) -> None:
+            if _is_product(w, stride, padding):
+                np.matmul(x[start:stop], w[0, 0], out=y[start:stop])
+            elif _is_narrow(w, stride, padding):
+                narrow_conv(x, w, before, y, start, stop)
+            else:
+                gather_conv(x, w, stride, before, y, start, stop)
+            y[start:stop] += b
+
+        in_parallel(work, n)
     return y
 
 
@@ -82,38 +110,29 @@ def conv2d_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray, stride: int, padding: Padding
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.conv2d_backward``."""
-    k, _, c, d = w.shape
-    n, height, width, _ = x.shape
-    before, after = padding
-    _, h_out, w_out, _ = dy.shape
+    c, d = w.shape[2:]
+    n = x.shape[0]
     dy = np.ascontiguousarray(dy)
-    db = np.ones(n * h_out * w_out, x.dtype) @ dy.reshape(-1, d)
-    if k == stride == 1 and before == after == 0:
-        dx = (dy.reshape(-1, d) @ w[0, 0].T).reshape(x.shape)
-        dw = (x.reshape(-1, c).T @ dy.reshape(-1, d)).reshape(w.shape)
-        return dx, dw, db
-    rows = h_out * w_out
-    chunks = _chunks(n, rows * k * k * c * x.itemsize)
-    size = chunks[0].stop if chunks else 0
-    xpad = np.zeros((size, height + before + after, width + before + after, c), x.dtype)
-    dxpad = np.empty_like(xpad)
-    gathered = np.empty((size, h_out, w_out, k, k, c), x.dtype)
-    matrix = w.reshape(k * k * c, d)
     dx = np.empty(x.shape, x.dtype)
-    dw = np.zeros_like(matrix)
-    inside = np.s_[:, before : before + height, before : before + width]
-    for chunk in chunks:
-        m = chunk.stop - chunk.start
-        flat = gathered[:m].reshape(m * rows, -1)
-        dy_rows = dy[chunk].reshape(m * rows, d)
-        xpad[:m][inside] = x[chunk]
-        gathered[:m] = _windows(xpad[:m], k, stride, h_out, w_out)
-        dw += flat.T @ dy_rows
-        np.matmul(dy_rows, matrix.T, out=flat)
-        dxpad[:m] = 0.0
-        for i in range(k):
-            for j in range(k):
-                taps = np.s_[:, i : i + stride * h_out : stride, j : j + stride * w_out : stride]
-                dxpad[:m][taps] += gathered[:m, :, :, i, j]
-        dx[chunk] = dxpad[:m][inside]
-    return dx, dw.reshape(w.shape), db
+    winograd = _is_winograd(w, stride)
+    u = winograd_weight(w) if winograd else w
+
+    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        dy_rows = dy[start:stop].reshape(-1, d)
+        db = np.ones(dy_rows.shape[0], dy.dtype) @ dy_rows
+        if winograd:
+            du = winograd_conv_backward(x, u, dy, padding[0], dx, start, stop)
+        elif _is_product(w, stride, padding):
+            np.matmul(dy_rows, w[0, 0].T, out=dx[start:stop].reshape(-1, c))
+            du = (x[start:stop].reshape(-1, c).T @ dy_rows).reshape(w.shape)
+        elif _is_narrow(w, stride, padding):
+            du = narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
+        else:
+            du = gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
+        return du, db
+
+    shares = in_parallel(work, n)
+    du, db = shares[0]
+    for du_share, db_share in shares[1:]:
+        du, db = du + du_share, db + db_share
+    return dx, winograd_weight_backward(du) if winograd else du, db

@@ -8,6 +8,8 @@ Shapes: N images, H x W pixels, C channels (last), k x k taps, G groups.  Paddin
 
 from __future__ import annotations
 
+from typing import Any
+
 from tinydiff.backend import Array, array_namespace, device
 
 __all__ = [
@@ -17,6 +19,10 @@ __all__ = [
     "ema_step",
     "group_norm",
     "group_norm_backward",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "linear",
+    "linear_backward",
     "silu",
     "silu_backward",
     "softmax",
@@ -89,7 +95,7 @@ def conv2d_backward(
 def group_norm(
     x: Array, weight: Array, bias: Array, groups: int, eps: float
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Y = weight * xhat + bias,  xhat = (x - mean) / sqrt(var + eps) over each group.  (docs: B.10)
+    """y = weight * xhat + bias,  xhat = (x - mean) / sqrt(var + eps) over each group.  (docs: B.10)
 
     x (N, H, W, C), weight and bias (C,)  ->  y (N, H, W, C), and what `group_norm_backward` needs:
     xhat (N, H W, G, C/G) and rstd = 1/sqrt(var + eps) (N, 1, G, 1).
@@ -130,25 +136,58 @@ def sigmoid(x: Array) -> Array:
 
 
 def silu(x: Array) -> tuple[Array, Array]:
-    """Y = x s with s = sigmoid(x).  (docs: B.3)   Returns y and s, both of x's shape."""
+    """y = x s with s = sigmoid(x).  (docs: B.3)   Returns y and s, both of x's shape."""
     s = sigmoid(x)
     return x * s, s
 
 
 def silu_backward(s: Array, y: Array, dy: Array) -> Array:
-    """Dx = dy (s + y (1 - s)).  (docs: B.3)"""
+    """dx = dy (s + y (1 - s)).  (docs: B.3)"""
     return dy * (s + y * (1.0 - s))
 
 
+def group_norm_silu(
+    x: Array, weight: Array, bias: Array, groups: int, eps: float
+) -> tuple[Array, tuple[Any, Array, Array]]:
+    """`silu` of `group_norm`, the pair that stands before every 3x3 convolution of a residual block.
+
+    Returns y and what `group_norm_silu_backward` needs.
+    """
+    z, saved = group_norm(x, weight, bias, groups, eps)
+    y, s = silu(z)
+    return y, (saved, s, y)
+
+
+def group_norm_silu_backward(
+    saved: tuple[Any, Array, Array], weight: Array, dy: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of `group_norm_silu`: dx, dweight, dbias."""
+    norm_saved, s, y = saved
+    return group_norm_backward(norm_saved, weight, silu_backward(s, y, dy))
+
+
+def linear(x: Array, w: Array, b: Array) -> Array:
+    """y = x w + b over the last axis: x (..., C), w (C, D), b (D,)  ->  y (..., D).  (docs: B.1)"""
+    return x @ w + b
+
+
+def linear_backward(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """dx = dy w.T,  dw = x.T dy,  db = sum dy,  with rows flattened.  (docs: B.2)"""
+    xp = array_namespace(x)
+    x_rows = xp.reshape(x, (-1, w.shape[0]))
+    dy_rows = xp.reshape(dy, (-1, w.shape[1]))
+    return dy @ w.T, x_rows.T @ dy_rows, xp.sum(dy_rows, axis=0)
+
+
 def softmax(x: Array) -> Array:
-    """P = exp(x) / sum exp(x) over the last axis, shifted by the maximum so that exp cannot overflow."""
+    """p = exp(x) / sum exp(x) over the last axis, shifted by the maximum so that exp cannot overflow."""
     xp = array_namespace(x)
     e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
     return e / xp.sum(e, axis=-1, keepdims=True)
 
 
 def softmax_backward(p: Array, dp: Array) -> Array:
-    """Dx = p (dp - sum_k p_k dp_k).  (docs: B.14)"""
+    """dx = p (dp - sum_k p_k dp_k).  (docs: B.14)"""
     xp = array_namespace(p)
     return p * (dp - xp.sum(p * dp, axis=-1, keepdims=True))
 
@@ -167,7 +206,8 @@ def adam_step(
 ) -> tuple[Array, Array, Array]:
     """One step of Adam (Kingma & Ba 2015): returns the new value and moments; a twin may reuse the old ones.
 
-    m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v);  value = decay value - step_size m / (sqrt(v)/root + eps)
+    m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v)
+    value = decay value - step_size m / (sqrt(v)/root + eps)
     """
     xp = array_namespace(value)
     m = m + (1.0 - beta1) * (grad - m)

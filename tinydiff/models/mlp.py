@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff.backend import Array, get_backend
+from tinydiff.models._checks import check_like_weights, check_positive, check_times
 from tinydiff.nn import Linear, Module, TimestepEmbedding, once, silu, sinusoidal_embedding
 
 __all__ = ["MLP"]
@@ -22,7 +23,7 @@ class ResidualBlock(Module):
         self.linear_2 = Linear(features, features, rng, scale=0.0)
 
     def __call__(self, h: Array, emb: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-        """H (N, F), emb (N, E)  ->  (N, F)."""
+        """h (N, F), emb (N, E)  ->  (N, F)."""
         r, backward_silu_1 = silu(h)
         r, backward_1 = self.linear_1(r)
         e, backward_emb = self.time_emb_proj(emb)
@@ -51,7 +52,7 @@ class MLP(Module):
     blocks : int
         Number of residual blocks.
     time_features : int
-        Number of sinusoids of the time embedding.
+        Number of sinusoids of the time embedding, and of features of it that each block sees.
     rng : numpy.random.Generator
         Draws the initial weights, in float32 on the host whatever the backend. Default: seed 0.
     backend : {"numpy", "cupy"}, optional
@@ -81,14 +82,12 @@ class MLP(Module):
             blocks=blocks,
             time_features=time_features,
         )
-        for name, size in self.config.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; expected at least 1.")
+        check_positive(**self.config)
         xp = get_backend(backend)
         rng = np.random.default_rng(0) if rng is None else rng
         self.linear_in = Linear(in_features, hidden, rng)
-        self.time_embedding = TimestepEmbedding(time_features, hidden, rng)
-        self.blocks = [ResidualBlock(hidden, hidden, rng) for _ in range(blocks)]
+        self.time_embedding = TimestepEmbedding(time_features, time_features, rng)
+        self.blocks = [ResidualBlock(hidden, time_features, rng) for _ in range(blocks)]
         self.linear_out = Linear(hidden, out_features, rng, scale=0.0)
         self.to(xp)
 
@@ -115,12 +114,14 @@ class MLP(Module):
         Raises
         ------
         ValueError
-            If the shape of `x` or `t` does not fit.
+            If the shape of `x` or `t` does not fit, or `x` is not of the weights' library and dtype.
+        TypeError
+            If `x` or `t` is not an array.
         """
+        check_like_weights(x, self.linear_in.weight.value)
         if len(x.shape) != 2 or x.shape[1] != self.config["in_features"]:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config['in_features']}).")
-        if tuple(t.shape) != (x.shape[0],):
-            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time per point.")
+        check_times(t, x)
         sinusoids = sinusoidal_embedding(t, self.config["time_features"], like=x)
         emb, backward_time = self.time_embedding(sinusoids)
         emb, backward_emb = silu(emb)

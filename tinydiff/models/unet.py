@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, get_backend
+from tinydiff.backend import Array, get_backend
+from tinydiff.models._checks import check_like_weights, check_positive, check_times
 from tinydiff.nn import (
     Conv2d,
     Downsample,
@@ -51,7 +52,7 @@ class DownBlock(Module):
     def __call__(
         self, h: Array, emb: Array, rng: Rng | None
     ) -> tuple[list[Array], Callable[[Array, list[Array]], tuple[Array, Array]]]:
-        """H (N, H, W, C)  ->  the results in order, the last of which goes on to the next level."""
+        """h (N, H, W, C)  ->  the results in order, the last of which goes on to the next level."""
         results = []
         backwards = []
         for index, resnet in enumerate(self.resnets):
@@ -66,7 +67,7 @@ class DownBlock(Module):
 
         @once
         def backward(dh: Array, dskips: list[Array]) -> tuple[Array, Array]:
-            """dh: from the next level; dskips: popped from the end, one for each result.  Returns dh, demb."""
+            """dh: from the next level; dskips: popped from the end, one per result.  Returns dh, demb."""
             demb: Array = 0.0
             if backward_down is not None:
                 dh = backward_down(dh + dskips.pop())
@@ -92,7 +93,7 @@ class MidBlock(Module):
     def __call__(
         self, h: Array, emb: Array, rng: Rng | None
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-        """H (N, H, W, C)  ->  (N, H, W, C)."""
+        """h (N, H, W, C)  ->  (N, H, W, C)."""
         h, backward_0 = self.resnets[0](h, emb, rng)
         h, backward_attention = self.attentions[0](h) if self.attentions else (h, None)
         h, backward_1 = self.resnets[1](h, emb, rng)
@@ -121,7 +122,7 @@ class UpBlock(Module):
     def __call__(
         self, h: Array, skips: list[Array], emb: Array, rng: Rng | None
     ) -> tuple[Array, Callable[[Array], tuple[Array, list[Array], Array]]]:
-        """H (N, H, W, C) and skips, popped from the end  ->  (N, 2H, 2W, D)."""
+        """h (N, H, W, C) and skips, popped from the end  ->  (N, 2H, 2W, D)."""
         backwards = []
         for index, resnet in enumerate(self.resnets):
             h, backward_concat = concat(h, skips.pop())
@@ -215,7 +216,6 @@ class UNet(Module):
         rng: np.random.Generator | None = None,
         backend: str | None = None,
     ) -> None:
-        _check_sizes(block_channels, attention, layers_per_block, dropout, downsample_padding)
         self.config: dict[str, Any] = dict(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -231,6 +231,7 @@ class UNet(Module):
             flip_sin_to_cos=flip_sin_to_cos,
             freq_shift=freq_shift,
         )
+        _check_sizes(**self.config)
         xp = get_backend(backend)
         rng = np.random.default_rng(0) if rng is None else rng
         levels = len(block_channels)
@@ -298,7 +299,9 @@ class UNet(Module):
         Raises
         ------
         ValueError
-            If the shape of `x` or `t` does not fit.
+            If the shape of `x` or `t` does not fit, or `x` is not of the weights' library and dtype.
+        TypeError
+            If `x` or `t` is not an array.
         """
         return self._run(x, t, rng, keep=True)
 
@@ -335,17 +338,17 @@ class UNet(Module):
         h, backward_in = self.conv_in(x)
         skips = [h]
         for down in self.down_blocks:
-            results, back = down(skips[-1], emb, rng)
+            results, back_down = down(skips[-1], emb, rng)
             skips += results
             if keep:
-                down_backwards.append(back)
+                down_backwards.append(back_down)
         h, backward_mid = self.mid_block(skips[-1], emb, rng)
         if not keep:
-            del back, backward_mid
+            del back_down, backward_mid
         for up in self.up_blocks:
-            h, back = up(h, skips, emb, rng)
+            h, back_up = up(h, skips, emb, rng)
             if keep:
-                up_backwards.append(back)
+                up_backwards.append(back_up)
         h, backward_norm = self.conv_norm_out(h)
         h, backward_silu = silu(h)
         y, backward_out = self.conv_out(h)
@@ -371,38 +374,45 @@ class UNet(Module):
         return y, backward
 
     def _check_input(self, x: Array, t: Array) -> None:
+        check_like_weights(x, self.conv_in.weight.value)
         c = self.config["in_channels"]
         multiple = 2 ** (len(self.config["block_channels"]) - 1)
         if len(x.shape) != 4 or x.shape[3] != c or x.shape[1] % multiple or x.shape[2] % multiple:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected (N, H, W, {c}) with H and W divisible by {multiple}."
             )
-        if tuple(t.shape) != (x.shape[0],):
-            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time per image.")
-        weight = self.conv_in.weight.value
-        if array_namespace(x) is not array_namespace(weight) or x.dtype != weight.dtype:
-            raise ValueError(
-                f"x is a {type(x).__module__} array of {x.dtype}; the model's weights are "
-                f"{type(weight).__module__} arrays of {weight.dtype}."
-            )
+        check_times(t, x)
 
 
 def _check_sizes(
+    *,
+    in_channels: int,
+    out_channels: int,
     block_channels: Sequence[int],
-    attention: Sequence[bool],
     layers_per_block: int,
+    attention: Sequence[bool],
+    norm_eps: float,
     dropout: float,
-    downsample_padding: Any,
+    downsample_padding: int,
+    freq_shift: float,
+    **checked_by_layers: Any,
 ) -> None:
     if len(block_channels) < 1:
         raise ValueError("block_channels is empty; expected one number of channels per level.")
+    if min(block_channels) < 1:
+        raise ValueError(f"block_channels is {block_channels}; expected numbers of at least 1.")
     if len(attention) != len(block_channels):
         raise ValueError(
             f"attention has {len(attention)} entries; expected {len(block_channels)}, one per level."
         )
-    if layers_per_block < 1:
-        raise ValueError(f"layers_per_block is {layers_per_block}; expected at least 1.")
+    check_positive(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
+    if not norm_eps > 0.0:
+        raise ValueError(f"norm_eps is {norm_eps}; expected a positive number.")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}; expected a rate in [0, 1).")
     if downsample_padding not in (0, 1):
         raise ValueError(f"downsample_padding is {downsample_padding!r}; expected 0 or 1.")
+    if not 2 * freq_shift < max(block_channels[0], 2):
+        raise ValueError(
+            f"freq_shift is {freq_shift}; expected less than half of block_channels[0] = {block_channels[0]}."
+        )

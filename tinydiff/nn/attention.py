@@ -57,7 +57,7 @@ class SelfAttention(Module):
         self.to_out = [Linear(channels, channels, rng, scale=0.0)]
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """X (N, H, W, C)  ->  y (N, H, W, C).  (docs: B.12)"""
+        """x (N, H, W, C)  ->  y (N, H, W, C).  (docs: B.12)"""
         xp = array_namespace(x)
         kernels = kernels_for(x)
         n, h, w, c = x.shape

@@ -11,7 +11,7 @@ __all__ = ["concat"]
 
 
 def concat(a: Array, b: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    """Y = [a, b] along channels: (..., A), (..., B)  ->  (..., A + B).  (docs: B.16)"""
+    """y = [a, b] along channels: (..., A), (..., B)  ->  (..., A + B).  (docs: B.16)"""
     split = a.shape[-1]
     y = array_namespace(a).concat([a, b], axis=-1)
 

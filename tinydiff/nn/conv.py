@@ -51,7 +51,7 @@ class Conv2d(Module):
         self.bias = init.zeros(out_channels)
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """X (N, H, W, C)  ->  y (N, H', W', D).  (docs: B.7)"""
+        """x (N, H, W, C)  ->  y (N, H', W', D).  (docs: B.7)"""
         kernels = kernels_for(x)
         weight, stride, padding = self.weight.value, self.stride, self.padding
         y = kernels.conv2d(x, weight, self.bias.value, stride, padding)

@@ -13,7 +13,7 @@ __all__ = ["dropout"]
 
 
 def dropout(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Array, Callable[[Array], Array]]:
-    """Y = x m,  m = 0 with probability `rate`, else 1 / (1 - rate).  (docs: B.4)
+    """y = x m,  m = 0 with probability `rate`, else 1 / (1 - rate).  (docs: B.4)
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def dropout(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Arr
 
     @once
     def backward(dy: Array) -> Array:
-        """Dx = dy m.  (docs: B.4)"""
+        """dx = dy m.  (docs: B.4)"""
         return dy * mask
 
     return x * mask, backward

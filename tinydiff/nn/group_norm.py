@@ -23,6 +23,8 @@ class GroupNorm(Module):
         Channels of the input.
     eps : float
         Added to the variance.
+    then_silu : bool
+        Apply SiLU to the result: the two are one kernel, which passes over the image once.
 
     Raises
     ------
@@ -30,24 +32,29 @@ class GroupNorm(Module):
         If `groups` does not divide `channels`.
     """
 
-    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, then_silu: bool = False) -> None:
         if groups < 1 or channels % groups:
             raise ValueError(f"norm_groups = {groups} does not divide channels = {channels}.")
         self.groups = groups
         self.eps = eps
+        self.then_silu = then_silu
         self.weight = init.ones(channels)
         self.bias = init.zeros(channels)
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """X (N, H, W, C)  ->  y (N, H, W, C).  (docs: B.10)"""
+        """x (N, H, W, C)  ->  y (N, H, W, C).  (docs: B.10)"""
         kernels = kernels_for(x)
         weight = self.weight.value
-        y, saved = kernels.group_norm(x, weight, self.bias.value, self.groups, self.eps)
+        if self.then_silu:
+            forward, derivative = kernels.group_norm_silu, kernels.group_norm_silu_backward
+        else:
+            forward, derivative = kernels.group_norm, kernels.group_norm_backward
+        y, saved = forward(x, weight, self.bias.value, self.groups, self.eps)
 
         @once
         def backward(dy: Array) -> Array:
             """dx: remove from dy what the mean and the variance took.  (docs: B.11)"""
-            dx, dweight, dbias = kernels.group_norm_backward(saved, weight, dy)
+            dx, dweight, dbias = derivative(saved, weight, dy)
             self.weight.accumulate(dweight)
             self.bias.accumulate(dbias)
             return dx

@@ -33,13 +33,13 @@ class Linear(Module):
         self.bias = init.zeros(out_features)
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """X (..., in)  ->  y (..., out).  (docs: B.1)"""
+        """x (..., in)  ->  y (..., out).  (docs: B.1)"""
         weight = self.weight.value
         y = x @ weight + self.bias.value
 
         @once
         def backward(dy: Array) -> Array:
-            """DW = x.T dy,  db = sum dy,  dx = dy W.T,  with rows flattened.  (docs: B.2)"""
+            """dW = x.T dy,  db = sum dy,  dx = dy W.T,  with rows flattened.  (docs: B.2)"""
             xp = array_namespace(dy)
             x_rows = xp.reshape(x, (-1, weight.shape[0]))
             dy_rows = xp.reshape(dy, (-1, weight.shape[1]))

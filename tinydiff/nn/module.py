@@ -88,7 +88,7 @@ class Module:
         return unique
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return name -> value as NumPy arrays on the host (views where they already are), tinydiff's layout."""
+        """Return name -> value as NumPy arrays on the host, in tinydiff's layout (views if there already)."""
         return {name: to_numpy(p.value) for name, p in self.named_parameters().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -108,9 +108,8 @@ class Module:
             )
         for name, parameter in parameters.items():
             if tuple(state[name].shape) != tuple(parameter.shape):
-                raise ValueError(
-                    f"state[{name!r}] has shape {tuple(state[name].shape)}; expected {tuple(parameter.shape)}."
-                )
+                shape, expected = tuple(state[name].shape), tuple(parameter.shape)
+                raise ValueError(f"state[{name!r}] has shape {shape}; expected {expected}.")
         for name, parameter in parameters.items():
             value = asarray_like(to_numpy(state[name]), parameter.value)
             parameter.value = array_namespace(value).asarray(value, copy=True)

@@ -33,7 +33,7 @@ class Downsample(Module):
         )
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """X (N, H, W, C)  ->  y (N, H/2, W/2, C); H and W even.  (docs: B.7)"""
+        """x (N, H, W, C)  ->  y (N, H/2, W/2, C); H and W even.  (docs: B.7)"""
         return self.conv(x)
 
 
@@ -50,7 +50,7 @@ def upsample_nearest(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
     @once
     def backward(dy: Array) -> Array:
-        """Dx = the sum of dy over the four copies.  (docs: B.15)"""
+        """dx = the sum of dy over the four copies.  (docs: B.15)"""
         return xp.sum(xp.reshape(dy, (n, h, 2, w, 2, c)), axis=(2, 4))
 
     return y, backward
@@ -71,7 +71,7 @@ class Upsample(Module):
         self.conv = Conv2d(channels, channels, 3, rng=rng)
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """X (N, H, W, C)  ->  y (N, 2H, 2W, C)."""
+        """x (N, H, W, C)  ->  y (N, 2H, 2W, C)."""
         h, backward_repeat = upsample_nearest(x)
         y, backward_conv = self.conv(h)
 

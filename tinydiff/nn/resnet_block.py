@@ -12,7 +12,6 @@ from tinydiff.nn.dropout import dropout
 from tinydiff.nn.group_norm import GroupNorm
 from tinydiff.nn.linear import Linear
 from tinydiff.nn.module import Module, once
-from tinydiff.nn.silu import silu
 
 __all__ = ["ResnetBlock"]
 
@@ -47,10 +46,10 @@ class ResnetBlock(Module):
         rng: np.random.Generator,
     ) -> None:
         self.dropout_rate = dropout_rate
-        self.norm1 = GroupNorm(norm_groups, in_channels, norm_eps)
+        self.norm1 = GroupNorm(norm_groups, in_channels, norm_eps, then_silu=True)
         self.conv1 = Conv2d(in_channels, out_channels, 3, rng=rng)
         self.time_emb_proj = Linear(emb_features, out_channels, rng)
-        self.norm2 = GroupNorm(norm_groups, out_channels, norm_eps)
+        self.norm2 = GroupNorm(norm_groups, out_channels, norm_eps, then_silu=True)
         self.conv2 = Conv2d(out_channels, out_channels, 3, rng=rng, scale=0.0)
         self.conv_shortcut = (
             Conv2d(in_channels, out_channels, 1, rng=rng) if in_channels != out_channels else None
@@ -59,14 +58,12 @@ class ResnetBlock(Module):
     def __call__(
         self, x: Array, emb: Array, rng: np.random.Generator | None = None
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-        """X (N, H, W, C), emb (N, E)  ->  y (N, H, W, D); `rng` draws dropout masks.  (docs: B.17)"""
+        """x (N, H, W, C), emb (N, E)  ->  y (N, H, W, D); `rng` draws dropout masks.  (docs: B.17)"""
         h, backward_norm1 = self.norm1(x)
-        h, backward_silu1 = silu(h)
         h, backward_conv1 = self.conv1(h)
         e, backward_emb = self.time_emb_proj(emb)
         h = h + e[:, None, None, :]
         h, backward_norm2 = self.norm2(h)
-        h, backward_silu2 = silu(h)
         h, backward_dropout = dropout(h, self.dropout_rate, rng)
         h, backward_conv2 = self.conv2(h)
         shortcut, backward_shortcut = (x, None) if self.conv_shortcut is None else self.conv_shortcut(x)
@@ -74,9 +71,9 @@ class ResnetBlock(Module):
         @once
         def backward(dy: Array) -> tuple[Array, Array]:
             """Returns dx and demb.  e is added at every pixel, so its gradient is summed over them."""
-            dh = backward_norm2(backward_silu2(backward_dropout(backward_conv2(dy))))
+            dh = backward_norm2(backward_dropout(backward_conv2(dy)))
             demb = backward_emb(array_namespace(dh).sum(dh, axis=(1, 2)))
-            dx = backward_norm1(backward_silu1(backward_conv1(dh)))
+            dx = backward_norm1(backward_conv1(dh))
             return dx + (dy if backward_shortcut is None else backward_shortcut(dy)), demb
 
         return shortcut + h, backward

@@ -12,13 +12,13 @@ __all__ = ["silu"]
 
 
 def silu(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """Y = x s,  s = sigmoid(x),  element by element; any shape.  (docs: B.3)"""
+    """y = x s,  s = sigmoid(x),  element by element; any shape.  (docs: B.3)"""
     kernels = kernels_for(x)
     y, s = kernels.silu(x)
 
     @once
     def backward(dy: Array) -> Array:
-        """Dx = dy (s + y (1 - s)).  (docs: B.3)"""
+        """dx = dy (s + y (1 - s)).  (docs: B.3)"""
         return kernels.silu_backward(s, y, dy)
 
     return y, backward

@@ -48,9 +48,16 @@ def sinusoidal_embedding(
     Returns
     -------
     array of shape (N, dim)
+
+    Raises
+    ------
+    ValueError
+        If `freq_shift` is not less than dim/2: there is no such spacing.
     """
     xp = array_namespace(like)
     half = dim // 2
+    if half and not freq_shift < half:
+        raise ValueError(f"freq_shift is {freq_shift}; expected less than half of dim = {dim}.")
     omega = np.exp(-math.log(max_period) * np.arange(half) / (half - freq_shift))
     angles = asarray_like(t, like, xp.float64)[:, None] * asarray_like(omega, like, xp.float64)[None, :]
     sin, cos = xp.sin(angles), xp.cos(angles)

@@ -1,0 +1,147 @@
+"""Learn to draw handwritten digits: train a U-Net on MNIST, and sample from it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from _common import Parser, count_from, explained_errors, schedules, write_metrics
+
+import tinydiff as td
+from tinydiff import plotting
+from tinydiff.backend import to_numpy
+from tinydiff.datasets import mnist
+
+DEFAULTS = dict(
+    data="subset",
+    channels=[32, 64, 64],
+    steps=1000,
+    batch=64,
+    lr=1e-3,
+    schedule="cosine",
+    T=1000,
+    prediction="eps",
+    samples=64,
+    sampler="ddim",
+    sampling_steps=50,
+)
+LAYERS_PER_BLOCK, EMA_DECAY = 1, 0.995
+CHECKPOINT_EVERY = 100
+SAMPLES_AT_A_TIME = 64  # bounds the memory, and fills one picture
+DIGITS = 4  # in the pictures of the processes
+
+EXAMPLES = """examples:
+  python demos/train_mnist.py
+  python demos/train_mnist.py --steps 3000 --data full --out runs/long
+  python demos/train_mnist.py --resume
+  python demos/train_mnist.py --backend cupy --channels 64 128 128 --batch 128 --steps 10000"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__, EXAMPLES, out="runs/mnist", defaults=DEFAULTS)
+    parser.data.add_argument(
+        "--data",
+        choices=["subset", "full"],
+        help="10,000 digits that come with the package, or all 60,000, from the folder TINYDIFF_DATA or "
+        "downloaded (default: %(default)s)",
+    )
+    parser.training.add_argument(
+        "--channels",
+        type=count_from(1),
+        nargs="+",
+        metavar="C",
+        help="of the U-Net at each of its levels, in multiples of 8 (default: 32 64 64)",
+    )
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs/mnist")
+    with explained_errors(args.out):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
+    both = schedules(args.T)
+    diffusion = td.GaussianDiffusion(both[args.schedule], prediction=args.prediction)
+    model = td.UNet(
+        block_channels=args.channels,
+        layers_per_block=LAYERS_PER_BLOCK,
+        attention=[False] * (len(args.channels) - 1) + [True],
+        rng=model_rng,
+        backend=args.backend,
+    )
+    data = data_rng.permutation(digits(args))
+    forward = plotting.forward_process(data[:DIGITS], both, data_rng)
+
+    result = td.train(
+        model,
+        diffusion,
+        data,
+        steps=args.steps,
+        batch_size=args.batch,
+        seed=args.seed,
+        lr=args.lr,
+        ema_decay=EMA_DECAY,
+        run_dir=args.out,
+        resume=args.resume,
+        checkpoint_every=CHECKPOINT_EVERY,
+        progress=not args.quiet,
+    )
+    about = {key: getattr(args, key) for key in ["data", "schedule", "T", "prediction", "steps", "seed"]}
+    td.save_model(args.out / "model.safetensors", result.model, about)
+
+    began = time.perf_counter()
+    how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=True, rng=sample_rng)
+    shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
+    samples = to_numpy(td.sample(result.model, diffusion, (args.samples, 28, 28, 1), **how, **shown))
+    sampling_seconds = time.perf_counter() - began
+    np.save(args.out / "samples.npy", samples)
+    states = td.iterate_samples(result.model, diffusion, (DIGITS, 28, 28, 1), **how)
+
+    seen = min(SAMPLES_AT_A_TIME, args.samples)
+    how_trained = f"{args.steps} training steps, {args.sampling_steps} {args.sampler.upper()} steps"
+    pictures = {
+        "forward.png": forward,
+        "training.png": plotting.training_curve(result.losses),
+        "samples.png": plotting.samples_beside_data(samples[:seen], data[:seen], how_trained),
+        "reverse.png": plotting.reverse_process(states),
+    }
+    for name, picture in pictures.items():
+        plotting.save(picture, args.out / name)
+    write_metrics(
+        args,
+        pixels={"samples": pixel_statistics(samples), "data": pixel_statistics(data)},
+        n=args.samples,
+        steps=args.steps,
+        final_loss=float(plotting.smooth(result.losses)[-1]),
+        training_seconds=round(result.seconds, 3),
+        sampling_seconds=round(sampling_seconds, 3),
+    )
+    if not args.quiet:
+        print(f"pictures in {args.out}: {', '.join(pictures)}")
+
+
+def digits(args: argparse.Namespace) -> np.ndarray:
+    """The images (n, 28, 28, 1); where all 60,000 cannot be had, the subset, and one line that says so."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images, _ = mnist.load("train" if args.data == "full" else "subset")
+    if caught:
+        args.data = "subset"
+    if not args.quiet:
+        for warning in caught:
+            print(warning.message, file=sys.stderr)
+    return mnist.to_model_range(images)
+
+
+def pixel_statistics(images: np.ndarray) -> dict[str, float]:
+    """Mean and standard deviation of the pixels, and the share of them that is ink."""
+    return {"mean": float(images.mean()), "std": float(images.std()), "ink": float((images > 0).mean())}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Learn a shape in the plane, sample from what was learned, and measure how far the samples are from data."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from _common import Parser, explained_errors, schedules, write_metrics
+
+import tinydiff as td
+from tinydiff import plotting
+from tinydiff.backend import to_numpy
+from tinydiff.datasets import toy2d
+
+DEFAULTS = dict(
+    shape="moons",
+    steps=5000,
+    batch=256,
+    lr=2e-3,
+    schedule="linear",
+    T=200,
+    prediction="eps",
+    samples=10_000,
+    sampler="ddpm",
+    sampling_steps=200,
+)
+HIDDEN, BLOCKS, EMA_DECAY = 128, 3, 0.999
+SAMPLES_AT_A_TIME = 1000  # what fits a processor's cache
+DRAWS = 8  # fresh draws of data that the samples, and the draws themselves, are compared with
+DOTS = 1000  # points in the pictures of the processes
+
+EXAMPLES = """examples:
+  python demos/train_toy2d.py
+  python demos/train_toy2d.py --shape two_spirals --schedule cosine --prediction v
+  python demos/train_toy2d.py --sampler ddim --sampling-steps 20 --out runs/fast"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__, EXAMPLES, out="runs/toy2d-SHAPE", defaults=DEFAULTS)
+    parser.data.add_argument(
+        "--shape",
+        metavar="NAME",
+        choices=toy2d.SHAPES,
+        help=f"{', '.join(toy2d.SHAPES)} (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    args.out = args.out or Path(f"runs/toy2d-{args.shape}")
+    with explained_errors(args.out):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
+    both = schedules(args.T)
+    diffusion = td.GaussianDiffusion(both[args.schedule], prediction=args.prediction)
+    model = td.MLP(in_features=2, hidden=HIDDEN, blocks=BLOCKS, rng=model_rng, backend=args.backend)
+    forward = plotting.forward_process(toy2d.sample(args.shape, DOTS, data_rng), both, data_rng)
+
+    result = td.train(
+        model,
+        diffusion,
+        lambda n, rng: toy2d.sample(args.shape, n, rng),
+        steps=args.steps,
+        batch_size=args.batch,
+        seed=args.seed,
+        lr=args.lr,
+        ema_decay=EMA_DECAY,
+        run_dir=args.out,
+        resume=args.resume,
+        progress=not args.quiet,
+    )
+    about = {key: getattr(args, key) for key in ["shape", "schedule", "T", "prediction", "steps", "seed"]}
+    td.save_model(args.out / "model.safetensors", result.model, about)
+
+    began = time.perf_counter()
+    how = dict(sampler=args.sampler, steps=args.sampling_steps, rng=sample_rng)
+    shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
+    samples = to_numpy(td.sample(result.model, diffusion, (args.samples, 2), **how, **shown))
+    sampling_seconds = time.perf_counter() - began
+    np.save(args.out / "samples.npy", samples)
+    states = td.iterate_samples(result.model, diffusion, (DOTS, 2), **how)
+
+    data, distance, floor = distance_and_floor(samples, args.shape, data_rng)
+    verdict = f"sliced Wasserstein distance {distance:.4f}, sampling floor {floor:.4f}"
+    pictures = {
+        "forward.png": forward,
+        "training.png": plotting.training_curve(result.losses),
+        "samples.png": plotting.samples_beside_data(samples, data, verdict),
+        "reverse.png": plotting.reverse_process(states),
+    }
+    for name, picture in pictures.items():
+        plotting.save(picture, args.out / name)
+    write_metrics(
+        args,
+        sliced_wasserstein=distance,
+        sampling_floor=floor,
+        ratio=distance / floor,
+        n=args.samples,
+        steps=args.steps,
+        final_loss=float(plotting.smooth(result.losses)[-1]),
+        training_seconds=round(result.seconds, 3),
+        sampling_seconds=round(sampling_seconds, 3),
+    )
+    if not args.quiet:
+        print(f"{verdict}: {distance / floor:.2f} times the floor")
+        print(f"pictures in {args.out}: {', '.join(pictures)}")
+
+
+def distance_and_floor(
+    samples: np.ndarray, shape: str, rng: np.random.Generator
+) -> tuple[np.ndarray, float, float]:
+    """Fresh data, the mean distance of the samples to it, and that of such data to itself."""
+    draws = [toy2d.sample(shape, len(samples), rng) for _ in range(DRAWS)]
+    distances = [td.metrics.sliced_wasserstein(samples, draw) for draw in draws]
+    floors = [td.metrics.sliced_wasserstein(draws[i - 1], draws[i]) for i in range(DRAWS)]
+    return draws[0], float(np.mean(distances)), float(np.mean(floors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What is written to disk comes back as it was, or not at all, and never half of it."""
+
+import os
+import pickle
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from numpy.testing import assert_array_equal
+
+import tinydiff as td
+from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
+
+DTYPES = st.sampled_from(["float32", "float64", ">f4", "int64", "uint8", "bool"])
+
+
+def small_mlp(seed=1):
+    return td.MLP(hidden=4, blocks=1, time_features=4, rng=np.random.default_rng(seed))
+
+
+def small_unet():
+    return td.UNet(block_channels=(4, 8), attention=(False, True), norm_groups=2, head_dim=4, dropout=0.1)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+# Arrays and metadata
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
+        DTYPES.flatmap(
+            lambda dtype: arrays(dtype, array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(["C", "F"]),
+)
+def test_arrays_come_back_as_they_were(tmp_path_factory, tensors, order):
+    path = tmp_path_factory.mktemp("arrays") / "a.safetensors"
+    save_arrays(path, {name: np.array(x, order=order) for name, x in tensors.items()}, {})
+    back, metadata = load_arrays(path)
+    assert metadata == {}
+    assert back.keys() == tensors.keys()
+    for name, x in tensors.items():
+        assert back[name].dtype == x.dtype.newbyteorder("=")
+        assert back[name].shape == x.shape
+        assert_array_equal(back[name], x)
+
+
+def test_metadata_comes_back_as_it_was(path):
+    metadata = {"a": 1, "b": [0.1, None, True], "c": {"d": "é\n"}, "e": "text", "f": "17"}
+    save_arrays(path, {"x": np.zeros(1)}, metadata)
+    assert load_arrays(path)[1] == metadata
+
+
+def test_metadata_that_is_not_json_is_refused_and_nothing_is_written(path):
+    with pytest.raises(TypeError, match="JSON"):
+        save_arrays(path, {}, {"a": object()})
+    assert list(path.parent.iterdir()) == []
+
+
+def test_metadata_of_other_programs_stays_text(path):
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(1)}, path, metadata={"format": "pt"})
+    assert load_arrays(path)[1] == {"format": "pt"}
+
+
+# Replacing
+
+
+@pytest.mark.parametrize("fails_in", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch, fails_in, error):
+    replace_file(path, b"old")
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, fails_in, fail)
+        with pytest.raises(type(error)):
+            replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_until_the_new_file_is_whole_the_old_one_stands(path, monkeypatch):
+    replace_file(path, b"old")
+    replace, seen = os.replace, []
+
+    def look(source, destination):
+        seen.append((path.read_bytes(), Path(source).read_bytes(), Path(source).parent))
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", look)
+    replace_file(path, b"new")
+    assert seen == [(b"old", b"new", path.parent)]  # the same directory: the same file system
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_permissions_are_those_of_any_new_file(path):
+    before = os.umask(0o027)
+    try:
+        replace_file(path, b"")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_missing_folders_are_made(tmp_path):
+    replace_file(tmp_path / "a" / "b" / "c.bin", b"1")
+    assert (tmp_path / "a" / "b" / "c.bin").read_bytes() == b"1"
+
+
+# Files that are no good
+
+
+def test_a_missing_file_is_named(path):
+    with pytest.raises(FileNotFoundError, match=r"no file at .*model\.safetensors"):
+        td.load_model(path)
+
+
+def test_a_file_cut_anywhere_is_refused_and_kept(path):
+    td.save_model(path, small_mlp())
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for length in [0, 4, 8, 20, header - 1, header, header + 10, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+            td.load_model(path)
+        assert path.read_bytes() == whole[:length]
+
+
+def test_other_files_are_refused_and_no_pickle_is_run(path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(path.parent / "exploded"),))
+
+    np_file = path.with_suffix(".npy")
+    np.save(np_file, np.array([Bomb()], dtype=object), allow_pickle=True)
+    for content in [b"not a model", pickle.dumps(Bomb()), np_file.read_bytes()]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a whole safetensors file"):
+            td.load_model(path)
+    assert not (path.parent / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        ({}, "does not say which tinydiff model"),
+        ({"model": "VAE", "config": {}}, "'VAE'; expected one of MLP, UNet"),
+        ({"model": "MLP"}, "does not say which"),
+        ({"model": "MLP", "config": [1]}, "does not say which"),
+        ({"model": "MLP", "config": {"depth": 3}}, "does not hold a whole MLP: .*depth"),
+        ({"model": "MLP", "config": {"hidden": 0}}, "does not hold a whole MLP: hidden is 0"),
+        ({"model": "MLP", "config": {}}, "does not hold a whole MLP: state does not fit.*missing"),
+    ],
+)
+def test_what_is_not_a_model_is_refused(path, metadata, match):
+    save_arrays(path, {"x": np.zeros(1)}, metadata)
+    with pytest.raises(ValueError, match=match) as caught:
+        td.load_model(path)
+    assert str(path) in str(caught.value)
+
+
+# Models
+
+
+@pytest.mark.parametrize("make", [small_mlp, small_unet])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_model_comes_back_as_it_was(path, make, dtype):
+    model = make()
+    model.to(np, dtype)
+    rng = np.random.default_rng(0)
+    for p in model.named_parameters().values():
+        p.value = rng.standard_normal(p.shape).astype(dtype)
+    td.save_model(path, model, {"prediction": "v", "T": 100})
+    back, metadata = td.load_model(path)
+    assert type(back) is type(model)
+    assert back.config == model.config
+    assert metadata == {"prediction": "v", "T": 100, "model": type(model).__name__, "config": model.config}
+    assert back.named_parameters().keys() == model.named_parameters().keys()
+    for name, p in back.named_parameters().items():
+        assert p.value.dtype == dtype
+        assert_array_equal(p.value, model.named_parameters()[name].value)
+    x = rng.standard_normal((2, 2) if make is small_mlp else (2, 8, 8, 1)).astype(dtype)
+    assert_array_equal(back.predict(x, np.array([0, 5])), model.predict(x, np.array([0, 5])))
+
+
+def test_a_loaded_model_can_be_trained(path):
+    td.save_model(path, small_mlp())
+    model, _ = td.load_model(path)
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=4))
+    td.train(model, diffusion, np.zeros((4, 2), np.float32), steps=2, batch_size=2, progress=False)
+
+
+def test_only_tinydiff_s_models_are_saved(path):
+    class Other(td.MLP):
+        pass
+
+    with pytest.raises(TypeError, match="model is a Other; expected one of MLP, UNet"):
+        td.save_model(path, Other(hidden=4, blocks=1, time_features=4))
+    assert not path.exists()

@@ -1,0 +1,321 @@
+"""The demos leave what they promise, go on where they were interrupted, and end mistakes in one sentence."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tinydiff as td
+from tinydiff.checkpoint import load_arrays
+
+DEMOS = Path(__file__).resolve().parents[1] / "demos"
+PICTURES = ["forward.png", "reverse.png", "samples.png", "training.png"]
+FILES = ["checkpoint.safetensors", "metrics.json", "metrics.jsonl", "model.safetensors", "samples.npy"]
+
+TOY = ["--steps", "30", "--T", "20", "--batch", "16", "--samples", "200", "--seed", "3"]
+MNIST = ["--steps", "3", "--T", "8", "--batch", "2", "--channels", "8", "8", "--samples", "5"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demos_on_the_path():
+    """As if python were run on a file beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DEMOS)
+        patch.delenv("TINYDIFF_BACKEND", raising=False)
+        yield
+
+
+def demo(name):
+    spec = importlib.util.spec_from_file_location(name, DEMOS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name, *argv, capsys=None, expect=0):
+    """Run a demo in this process; return what it wrote on stdout and stderr."""
+    module = demo(name) if isinstance(name, str) else name
+    if expect:
+        with pytest.raises(SystemExit) as end:
+            module.main([str(arg) for arg in argv])
+        assert end.value.code == expect
+    else:
+        module.main([str(arg) for arg in argv])
+    return capsys.readouterr() if capsys else None
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy") / "new" / "run"
+    run("train_toy2d", *TOY, "--shape", "rings", "--out", out, "--quiet")
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mnist")
+    run("train_mnist", *MNIST, "--out", out, "--quiet")
+    return out
+
+
+# What is left in DIR
+
+
+@pytest.mark.parametrize("name", ["toy", "digits"])
+def test_the_run_leaves_the_files_and_nothing_else(name, request):
+    out = request.getfixturevalue(name)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES + PICTURES)
+    for picture in PICTURES:
+        with Image.open(out / picture) as image:
+            image.load()
+            assert image.format == "PNG" and min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 16, f"{picture} is empty"
+
+
+def test_toy_samples_and_metrics(toy):
+    samples = np.load(toy / "samples.npy")
+    assert samples.shape == (200, 2) and samples.dtype == np.float32 and np.isfinite(samples).all()
+    metrics = json.loads((toy / "metrics.json").read_text())
+    assert metrics["ratio"] == pytest.approx(metrics["sliced_wasserstein"] / metrics["sampling_floor"])
+    assert (metrics["n"], metrics["steps"]) == (200, 30)
+    assert metrics["settings"]["shape"] == "rings" and metrics["settings"]["sampling_steps"] == 20
+    losses = load_arrays(toy / "checkpoint.safetensors")[0]["losses"]
+    assert len(losses) == 30 and metrics["final_loss"] == losses[-1]
+    for key in ["training_seconds", "sampling_seconds", "peak_memory_mib"]:
+        assert metrics[key] > 0, key
+
+
+def test_distance_and_floor_measure_what_they_say():
+    toy2d = demo("train_toy2d")
+    rng = np.random.default_rng(0)
+    fresh = td.datasets.toy2d.sample("heart", 2000, rng)
+    data, distance, floor = toy2d.distance_and_floor(fresh, "heart", rng)
+    assert data.shape == fresh.shape and not np.array_equal(data, fresh)
+    # Fresh data is at the floor, which is of order 1 / sqrt(n); the ratio strays by a few tenths.
+    assert 0.2 / np.sqrt(2000) < floor < 3 / np.sqrt(2000)
+    assert 0.5 < distance / floor < 2
+    # A shift by d moves the projection on a random direction by d |cos|, 2 d / pi on average.
+    _, distance, _ = toy2d.distance_and_floor(fresh + np.float32([3, 4]), "heart", rng)
+    assert distance == pytest.approx(10 / np.pi, rel=0.02)
+
+
+def test_digits_samples_and_metrics(digits):
+    samples = np.load(digits / "samples.npy")
+    assert samples.shape == (5, 28, 28, 1) and samples.dtype == np.float32
+    assert np.abs(samples).max() <= 1
+    metrics = json.loads((digits / "metrics.json").read_text())
+    x = td.datasets.mnist.to_model_range(td.datasets.mnist.load()[0])
+    pixels = metrics["pixels"]
+    assert pixels["data"]["mean"] == pytest.approx(x.mean(), rel=1e-4)
+    assert pixels["data"]["std"] == pytest.approx(x.std(), rel=1e-4)
+    assert pixels["data"]["ink"] == (x > 0).mean()
+    assert pixels["samples"]["mean"] == pytest.approx(samples.mean(), rel=1e-4)
+    assert metrics["settings"]["channels"] == [8, 8]
+    assert metrics["training_seconds"] > 0 and metrics["sampling_seconds"] > 0
+
+
+@pytest.mark.parametrize(("name", "kind"), [("toy", td.MLP), ("digits", td.UNet)])
+def test_the_model_is_the_moving_average_and_says_what_it_is(name, kind, request):
+    out = request.getfixturevalue(name)
+    model, about = td.load_model(out / "model.safetensors")
+    assert isinstance(model, kind)
+    settings = json.loads((out / "metrics.json").read_text())["settings"]
+    for key in ["schedule", "T", "prediction", "steps", "seed", "shape" if name == "toy" else "data"]:
+        assert about[key] == settings[key], key
+    arrays, _ = load_arrays(out / "checkpoint.safetensors")
+    for key, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, arrays[f"ema.{key}"])
+    assert any(not np.array_equal(v, arrays[f"model.{k}"]) for k, v in model.state_dict().items())
+
+
+def test_every_choice_of_process_and_sampler_works(tmp_path):
+    choices = ["--schedule", "cosine", "--prediction", "v", "--sampler", "ddim", "--sampling-steps", "4"]
+    run("train_toy2d", *TOY, *choices, "--out", tmp_path, "--quiet")
+    assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["sampler"] == "ddim"
+    _, about = td.load_model(tmp_path / "model.safetensors")
+    assert (about["schedule"], about["prediction"]) == ("cosine", "v")
+
+
+def test_the_seed_decides_and_a_second_run_replaces_the_first(toy, tmp_path):
+    for seed in [4, 3]:  # the second run is another, and begins anew: the first is finished
+        run("train_toy2d", *TOY, "--shape", "rings", "--out", tmp_path, "--quiet", "--seed", seed)
+        same = np.array_equal(np.load(tmp_path / "samples.npy"), np.load(toy / "samples.npy"))
+        assert same == (seed == 3)
+
+
+# What is said
+
+
+def test_it_ends_by_saying_where_the_pictures_are_and_how_far_the_samples(tmp_path, capsys):
+    said = run("train_toy2d", *TOY, "--out", tmp_path, capsys=capsys)
+    distance, pictures = said.out.splitlines()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for number in (metrics["sliced_wasserstein"], metrics["sampling_floor"]):
+        assert f"{number:.4f}" in distance
+    assert str(tmp_path) in pictures and all(name in pictures for name in PICTURES)
+    assert "training" in said.err and "sampling" in said.err, "progress bars"
+
+
+@pytest.mark.parametrize(("name", "flags"), [("train_toy2d", TOY), ("train_mnist", MNIST)])
+def test_quiet_prints_nothing(name, flags, tmp_path, capsys):
+    assert run(name, *flags, "--out", tmp_path, "--quiet", capsys=capsys) == ("", "")
+
+
+@pytest.mark.parametrize("name", ["train_toy2d", "train_mnist"])
+def test_help_names_every_flag_its_default_and_an_example(name, capsys):
+    module = demo(name)
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    flags = (
+        "out steps seed quiet resume backend batch lr sampler sampling-steps schedule prediction T samples"
+    )
+    for flag in [*flags.split(), *(["shape"] if name == "train_toy2d" else ["data", "channels"])]:
+        assert f"--{flag} " in text, flag
+    for value in module.DEFAULTS.values():
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
+        assert f"(default: {shown}" in text, value
+    assert "None" not in text and f"python demos/{name}.py --" in text
+
+
+def test_the_full_set_falls_back_to_the_subset_with_one_line(tmp_path, capsys, monkeypatch):
+    def offline(split):
+        assert split == "train"
+        warnings.warn("using the subset: no network", stacklevel=2)
+        return images, labels
+
+    images, labels = td.datasets.mnist.load("subset")
+    monkeypatch.setattr(td.datasets.mnist, "load", offline)
+    said = run("train_mnist", *MNIST, "--data", "full", "--out", tmp_path, capsys=capsys)
+    assert said.err.splitlines()[0] == "using the subset: no network"
+    assert td.load_model(tmp_path / "model.safetensors")[1]["data"] == "subset"
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("train_toy2d", ["--shape", "bananas"], ["shape", "bananas", "moons", "heart"]),
+        ("train_toy2d", ["--steps", "0"], ["--steps", "'0'", "at least 1"]),
+        ("train_toy2d", ["--steps", "many"], ["--steps", "'many'"]),
+        ("train_toy2d", ["--seed", "-1"], ["--seed", "'-1'"]),
+        ("train_toy2d", ["--lr", "nan"], ["--lr", "'nan'", "positive"]),
+        ("train_toy2d", ["--T", "20", "--sampling-steps", "21"], ["--sampling-steps", "21", "20"]),
+        ("train_toy2d", ["--backend", "abacus"], ["--backend", "abacus", "cupy"]),
+        ("train_toy2d", ["--unknown"], ["--unknown"]),
+        ("train_toy2d", ["--lr", "1e30"], ["loss", "smaller lr"]),
+        ("train_mnist", ["--samples", "0"], ["--samples", "'0'"]),
+        ("train_mnist", ["--channels", "8", "9"], ["9", "8"]),
+        ("train_mnist", ["--channels", "8", "8", "8", "8"], ["28", "divisible by 8"]),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(name, flags, words, tmp_path, capsys):
+    said = run(name, "--out", tmp_path / "out", "--quiet", *flags, capsys=capsys, expect=2)
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    for word in words:
+        assert word in said.err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "flags", "words"),
+    [
+        ("TINYDIFF_BACKEND", "abacus", [], ["TINYDIFF_BACKEND", "abacus", "numpy"]),
+        ("TINYDIFF_DATA", "nowhere", ["--data", "full"], ["TINYDIFF_DATA", "nowhere", "train-images"]),
+    ],
+)
+def test_a_wrong_environment_ends_in_one_sentence(
+    variable, value, flags, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv(variable, value)
+    said = run("train_mnist", *MNIST, *flags, "--out", tmp_path / "out", capsys=capsys, expect=2)
+    assert said.out == "" and len(said.err.splitlines()) == 1 and all(word in said.err for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("missing", "flags"), [("cupy", ["--backend", "cupy"]), ("matplotlib", [])])
+def test_a_missing_library_is_named_before_anything_is_trained(missing, flags, tmp_path, capsys, monkeypatch):
+    module = demo("train_toy2d")
+    monkeypatch.setitem(sys.modules, missing, None)
+    said = run(module, *TOY, *flags, "--out", tmp_path / "out", capsys=capsys, expect=2)
+    assert len(said.err.splitlines()) == 1 and "pip install" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_a_file_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "thesis.txt"
+    path.write_text("years of work")
+    said = run("train_toy2d", *TOY, "--out", path, capsys=capsys, expect=2)
+    assert "--out" in said.err and "not a directory" in said.err
+    assert path.read_text() == "years of work"
+
+
+# Interruption
+
+
+class Interrupting:
+    """toy2d.sample, but the user presses Ctrl-C at the given training step."""
+
+    def __init__(self, at):
+        self.batches, self.at, self.sample = 0, at, td.datasets.toy2d.sample
+
+    def __call__(self, name, n, rng):
+        self.batches += n == 16
+        if self.batches > self.at:
+            raise KeyboardInterrupt
+        return self.sample(name, n, rng)
+
+
+def interrupted(tmp_path, capsys, at):
+    """Run a toy demo that is interrupted at a step; return what it said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(td.datasets.toy2d, "sample", Interrupting(at))
+        flags = [*TOY, "--shape", "rings", "--out", tmp_path, "--quiet"]
+        return run("train_toy2d", *flags, capsys=capsys, expect=130)
+
+
+def test_ctrl_c_keeps_a_checkpoint_from_which_resume_makes_the_same_run(toy, tmp_path, capsys):
+    said = interrupted(tmp_path, capsys, at=14)
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert "checkpoint.safetensors" in said.err and "--resume" in said.err
+    assert load_arrays(tmp_path / "checkpoint.safetensors")[1]["step"] == 14
+
+    flags = [*TOY, "--shape", "rings", "--out", tmp_path, "--quiet"]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refused = run("train_toy2d", *flags, capsys=capsys, expect=2)
+    assert len(refused.err.splitlines()) == 1 and "--resume" in refused.err and "step 14 of 30" in refused.err
+    changed = run("train_toy2d", *flags, "--resume", "--lr", "0.5", capsys=capsys, expect=2)
+    assert len(changed.err.splitlines()) == 1 and "lr was" in changed.err
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}, "something was changed"
+
+    run("train_toy2d", *flags, "--resume")
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), np.load(toy / "samples.npy"))
+    for name in PICTURES:
+        assert (tmp_path / name).read_bytes() == (toy / name).read_bytes(), name
+
+
+def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tmp_path, capsys):
+    said = interrupted(tmp_path, capsys, at=0)
+    assert len(said.err.splitlines()) == 1 and "nothing is kept" in said.err
+
+
+def test_as_a_program_in_another_directory(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(DEMOS.parent)}
+    command = [sys.executable, str(DEMOS / "train_toy2d.py"), *TOY, "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "runs" / "toy2d-moons" / "samples.png").exists()
+    done = subprocess.run(
+        [*command, "--shape", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("train_toy2d.py: ")

@@ -1,0 +1,69 @@
+"""What `import tinydiff` brings in: nothing that is not core, and nothing before it is needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+ABSENT = ["matplotlib", "torch", "cupy", "pooch", "diffusers", "scipy.stats", "safetensors", "tqdm", "pytest"]
+
+
+def run(program, *flags):
+    return subprocess.run(
+        [sys.executable, *flags, "-c", program], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_import_brings_in_none_of_the_extras():
+    done = run("import sys, tinydiff; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "tinydiff.samplers" in loaded
+    assert not loaded & set(ABSENT)
+
+
+def test_the_core_trains_samples_and_saves_without_the_extras():
+    program = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("matplotlib", "torch", "cupy", "pooch", "diffusers"):
+            raise AssertionError(name + " was asked for")
+
+sys.meta_path.insert(0, Refuse())
+import tempfile, numpy as np, tinydiff as td
+rng = np.random.default_rng(0)
+diffusion = td.GaussianDiffusion(td.linear_schedule(T=4))
+data = td.datasets.toy2d.sample("moons", 16, rng=rng)
+with tempfile.TemporaryDirectory() as directory:
+    model = td.MLP(hidden=4, blocks=1, time_features=4, rng=rng)
+    model = td.train(model, diffusion, data, steps=2, batch_size=4, run_dir=directory, progress=False).model
+    td.save_model(directory + "/model.safetensors", model)
+    model, _ = td.load_model(directory + "/model.safetensors")
+assert td.sample(model, diffusion, (3, 2), rng=rng, progress=False).shape == (3, 2)
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == ""
+
+
+def test_import_warns_of_nothing_and_prints_nothing():
+    done = run("import tinydiff", "-W", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_public_name_is_there():
+    import tinydiff
+
+    for name in tinydiff.__all__:
+        assert getattr(tinydiff, name) is not None
+    assert tinydiff.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize("value", ["cupy", "nonsense"])
+def test_import_does_not_depend_on_the_backend(value, monkeypatch):
+    # The backend is asked for when an array is made, not before: `--help` works without a GPU.
+    monkeypatch.setenv("TINYDIFF_BACKEND", value)
+    done = run("import tinydiff")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,409 @@
+"""Every layer: its derivative against central differences, its function against its formula, its contract."""
+
+import gc
+import math
+import weakref
+
+import numpy as np
+import pytest
+from formulas import FORMULAS, affine, convolve, normalise, sinusoids, swish
+from gradients import (
+    LAYERS,
+    Case,
+    as_tuple,
+    assert_central_differences_agree,
+    assert_gradients_agree,
+    cases,
+    frozen,
+    gradients_of,
+    normal,
+    randomise,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import binom
+
+from tinydiff import nn
+from tinydiff.nn import init
+
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+# Derivatives
+
+
+@every_layer
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_central_differences(name, data):
+    case, rng = data.draw(cases(name))
+    assert_central_differences_agree(case, rng)
+
+
+def test_the_judge_finds_a_wrong_derivative():
+    """One element of one gradient off by a part in a thousand is seen, and so is a wrong shape."""
+    rng = np.random.default_rng(0)
+    layer = randomise(nn.Linear(7, 5, rng), rng)
+
+    class Wrong(nn.Module):
+        def __init__(self, shape):
+            self.layer, self.shape = layer, shape
+
+        def __call__(self, x):
+            y, backward = self.layer(x)
+
+            def wrong(dy):
+                dx = backward(dy)
+                dw = layer.weight.grad.copy()
+                dw[3, 2] *= 1.001
+                layer.weight.grad = dw.reshape(self.shape)
+                return dx
+
+            return y, wrong
+
+    for shape, message in [((7, 5), "gradient of layer.weight is off"), ((5, 7), "layer.weight")]:
+        with pytest.raises(AssertionError, match=message):
+            assert_central_differences_agree(Case(Wrong(shape), [normal(rng, (4, 7))]), rng)
+
+
+# Functions
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_the_function_is_its_formula(name, data):
+    case, _ = data.draw(cases(name))
+    y, _ = case.layer(*case.inputs)
+    p = {key: parameter.value for key, parameter in case.parameters.items()}
+    expected = FORMULAS[name](*case.inputs, p, **case.settings)
+    assert y.shape == expected.shape
+    assert_allclose(y, expected, rtol=0, atol=1e-12 * max(1.0, np.abs(expected).max()))
+
+
+@settings(deadline=None)
+@given(
+    t=st.lists(st.integers(0, 4000), min_size=1, max_size=5),
+    half=st.integers(2, 20),
+    flip=st.booleans(),
+    shift=st.sampled_from([0.0, 1.0]),
+)
+def test_sinusoidal_embedding(t, half, flip, shift):
+    t = np.array(t)
+    options = dict(flip_sin_to_cos=flip, freq_shift=shift)
+    expected = sinusoids(t, 2 * half, flip, shift)
+    # The argument reaches 4000, whose last bit is 1e-12 of a turn.
+    y = nn.sinusoidal_embedding(t, 2 * half, like=np.zeros(1), **options)
+    assert_allclose(y, expected, rtol=0, atol=2e-12)
+    odd = nn.sinusoidal_embedding(t, 2 * half + 1, like=np.zeros(1), **options)
+    assert_array_equal(odd[:, :-1], y)
+    assert not odd[:, -1].any()
+    # float32 is rounded once, at the end.
+    single = nn.sinusoidal_embedding(t, 2 * half, like=np.zeros(1, np.float32), **options)
+    assert_array_equal(single, y.astype(np.float32))
+
+
+def test_sinusoids_at_their_ends():
+    """Frequency 1 comes first; the last is 1/10000 exactly if the shift is 1, and short of it if 0."""
+    t = np.array([0, 1])
+    y = nn.sinusoidal_embedding(t, 4, like=np.zeros(1), freq_shift=1.0, flip_sin_to_cos=False)
+    assert_allclose(y, [[0, 0, 1, 1], [math.sin(1), math.sin(1e-4), math.cos(1), math.cos(1e-4)]], rtol=1e-14)
+    y = nn.sinusoidal_embedding(t, 4, like=np.zeros(1))
+    assert_allclose(y, [[1, 1, 0, 0], [math.cos(1), math.cos(0.01), math.sin(1), math.sin(0.01)]], rtol=1e-14)
+
+
+def test_arguments_far_out_neither_overflow_nor_lose_the_tail():
+    with np.errstate(all="raise", under="ignore"):
+        x = np.array([-1000.0, -50.0, 0.0, 50.0, 1000.0])
+        y, backward = nn.silu(x)
+        assert_allclose(y, [0.0, -50 * math.exp(-50), 0, 50, 1000], rtol=1e-14)
+        assert_allclose(backward(np.ones(5)), [0.0, -49 * math.exp(-50), 0.5, 1, 1], rtol=1e-13)
+        rng = np.random.default_rng(0)
+        layer = randomise(nn.SelfAttention(4, 2, 2, 1e-5, rng), rng)
+        layer.to_q.weight.value = 1e4 * layer.to_q.weight.value  # the largest score takes all
+        y, backward = layer(normal(rng, (2, 3, 3, 4)))
+        assert np.isfinite(y).all() and np.isfinite(backward(np.ones_like(y))).all()
+
+
+# Dropout
+
+
+# All counts together reject a correct mask once in a million choices of the seed.
+COUNTS = 3 * 4
+FALSE_ALARM = 1e-6 / COUNTS
+
+
+def assert_plausible(count, n, probability):
+    low, high = binom.interval(1 - FALSE_ALARM, n, probability)
+    assert low <= count <= high, f"{count} of {n}; expected {low} ... {high}"
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_statistics(rate):
+    shape = (20, 30, 10, 40)
+    y, backward = nn.dropout(np.ones(shape), rate, np.random.default_rng(1))
+    kept = y != 0
+    assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-15)
+    assert_plausible(kept.sum(), kept.size, 1 - rate)
+    # Neighbours along rows, columns and channels are independent: a mask per pixel or per channel is not.
+    for axis in (1, 2, 3):
+        even, odd = (np.take(kept, np.arange(i, shape[axis], 2), axis) for i in (0, 1))
+        assert_plausible((even & odd).sum(), even.size, (1 - rate) ** 2)
+    # The derivative uses the mask of the forward.
+    dy = np.random.default_rng(2).standard_normal(shape)
+    assert_array_equal(backward(dy), dy * y)
+
+
+def test_dropout_draws_anew_from_its_rng():
+    rng = np.random.default_rng(0)
+    x = np.ones((50, 50))
+    first, second = nn.dropout(x, 0.5, rng)[0], nn.dropout(x, 0.5, rng)[0]
+    assert np.any(first != second)
+    assert_array_equal(first, nn.dropout(x, 0.5, np.random.default_rng(0))[0])
+
+
+@pytest.mark.parametrize("rate, rng", [(0.5, None), (0.0, np.random.default_rng(0))])
+def test_dropout_is_off_without_rng_or_rate(rate, rng):
+    x = normal(np.random.default_rng(0), (3, 4))
+    y, backward = nn.dropout(x, rate, rng)
+    assert_array_equal(y, x)
+    assert_array_equal(backward(x), x)
+
+
+def test_dropout_sits_in_the_residual_block_before_the_second_convolution():
+    rng = np.random.default_rng(0)
+    block = randomise(nn.ResnetBlock(4, 4, 3, 2, 1e-5, 0.5, rng), rng)
+    x, emb = normal(rng, (2, 3, 3, 4)), normal(rng, (2, 3))
+    without, _ = block(x, emb)
+    dropped, _ = block(x, emb, np.random.default_rng(7))
+    # The same by hand, with the mask that this generator draws.
+    mask = (np.random.default_rng(7).random((2, 3, 3, 4), dtype=np.float32) >= 0.5) * 2.0
+    p = {name: q.value for name, q in block.named_parameters().items()}
+    h = convolve(
+        swish(normalise(x, p["norm1.weight"], p["norm1.bias"], 2, 1e-5)), p["conv1.weight"], 0, 1, (1, 1)
+    )
+    h = h + p["conv1.bias"] + affine(emb, p, "time_emb_proj")[:, None, None]
+    h = swish(normalise(h, p["norm2.weight"], p["norm2.bias"], 2, 1e-5)) * mask
+    assert_allclose(dropped, x + convolve(h, p["conv2.weight"], p["conv2.bias"], 1, (1, 1)), rtol=1e-12)
+    assert np.abs(dropped - without).max() > 0.1
+
+    # And its derivative, with the generator started again at every call.
+    class Seeded(nn.Module):
+        def __init__(self):
+            self.block = block
+
+        def __call__(self, x, emb):
+            return block(x, emb, np.random.default_rng(7))
+
+    assert_central_differences_agree(Case(Seeded(), [x, emb]), rng)
+
+
+# The contract: called twice, called once, shared, accumulated, kept apart
+
+
+@every_layer
+@settings(deadline=None, max_examples=10)
+@given(data=st.data(), last_first=st.booleans())
+def test_two_calls_before_either_backward(name, data, last_first):
+    """Bit for bit what two separate calls give, in either order; inputs are read-only (gradients.py)."""
+    case, rng = data.draw(cases(name))
+    inputs = [case.inputs, [normal(rng, x.shape) for x in case.inputs]]
+    expected = []
+    for case.inputs in inputs:
+        y, _ = case.layer(*case.inputs)
+        dy = normal(rng, y.shape)
+        y, gradients = gradients_of(case, dy)
+        copies = {key: g.copy() for key, g in gradients.items()}
+        expected.append((y.copy(), dy, copies))
+    for p in case.parameters.values():
+        p.zero_grad()
+    calls = [case.layer(*each) for each in inputs]
+    for (y, _), (y_alone, _, _) in zip(calls, expected):
+        assert_array_equal(y, y_alone)
+    dxs = [None, None]
+    for i in (1, 0) if last_first else (0, 1):
+        dxs[i] = as_tuple(calls[i][1](expected[i][1]))
+    for i in range(2):
+        assert_array_equal(
+            calls[i][0], expected[i][0]
+        )  # not overwritten by the other call, nor the backwards
+        for j, dx in enumerate(dxs[i]):
+            assert_array_equal(dx, expected[i][2][f"x{j}"])
+    for key, p in case.parameters.items():
+        assert_array_equal(p.grad, expected[0][2][key] + expected[1][2][key], err_msg=key)
+
+
+@every_layer
+@settings(deadline=None, max_examples=5)
+@given(data=st.data())
+def test_backward_is_called_once(name, data):
+    case, rng = data.draw(cases(name))
+    y, backward = case.layer(*case.inputs)
+    dy = normal(rng, y.shape)
+    backward(dy)
+    before = {key: p.grad for key, p in case.parameters.items()}
+    with pytest.raises(RuntimeError, match="backward was called a second time"):
+        backward(dy)
+    for key, p in case.parameters.items():
+        assert_array_equal(p.grad, before[key])
+
+
+@every_layer
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_float32_in_float32_out(name, data):
+    """Nothing in between makes float64 of float32; and the numbers are those of float64, rounded."""
+    case, rng = data.draw(cases(name))
+    y, _ = case.layer(*case.inputs)
+    dy = normal(rng, y.shape)
+    y, gradients = gradients_of(case, dy)
+    case.inputs = [x.astype(np.float32) for x in case.inputs]
+    for p in case.parameters.values():
+        p.value = p.value.astype(np.float32)
+    y_single, gradients_single = gradients_of(case, dy.astype(np.float32))
+    for key, value in {"y": y_single, **gradients_single}.items():
+        assert value.dtype == np.float32, key
+    assert_allclose(y_single, y, rtol=0, atol=1e-4 * max(1.0, np.abs(y).max()))
+    assert_gradients_agree(gradients_single, gradients, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "GroupNorm"])
+def test_one_parameter_in_two_layers(kind):
+    """Its gradient is the sum of both uses', it has one name, and counts once."""
+    rng = np.random.default_rng(0)
+
+    def make():
+        layer = {
+            "Linear": lambda: nn.Linear(4, 4, rng),
+            "Conv2d": lambda: nn.Conv2d(4, 4, 3, rng=rng),
+            "GroupNorm": lambda: nn.GroupNorm(2, 4),
+        }[kind]()
+        return randomise(layer, rng)
+
+    class Two(nn.Module):
+        def __init__(self, first, second):
+            self.first, self.second = first, second
+
+        def __call__(self, x):
+            h, backward_first = self.first(x)
+            y, backward_second = self.second(h)
+            return y, lambda dy: backward_first(backward_second(dy))
+
+    tied, apart = Two(make(), make()), Two(make(), make())
+    tied.second.weight = tied.first.weight
+    for layer, twin in [(apart.first, tied.first), (apart.second, tied.second)]:
+        layer.weight.value, layer.bias.value = twin.weight.value, twin.bias.value
+    x, dy = normal(rng, (2, 3, 3, 4)), normal(rng, (2, 3, 3, 4))
+    results = [model(x) for model in (tied, apart)]
+    assert_array_equal(results[0][0], results[1][0])
+    dxs = [backward(dy) for _, backward in results]
+    assert_array_equal(*dxs)
+    assert_array_equal(tied.first.weight.grad, apart.second.weight.grad + apart.first.weight.grad)
+    assert list(tied.named_parameters()) == ["first.weight", "first.bias", "second.bias"]
+    assert list(tied.state_dict()) == ["first.weight", "first.bias", "second.bias"]
+    assert tied.num_parameters() == apart.num_parameters() - math.prod(tied.first.weight.shape)
+    assert_central_differences_agree(Case(tied, [x]), rng)
+    # Moving to another dtype keeps the two one.
+    tied.to(np, np.float32)
+    assert tied.second.weight is tied.first.weight
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_what_backward_held_is_let_go(kind):
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(3, 3, rng) if kind == "Linear" else nn.Conv2d(3, 3, 3, rng=rng)
+    x = np.ones((1, 4, 4, 3), np.float32)
+    held = weakref.ref(x)
+    y, backward = layer(x)
+    del x
+    gc.collect()
+    assert held() is not None, "the layer kept nothing: this test says nothing"
+    backward(y)
+    gc.collect()
+    assert held() is None
+
+
+# Parameters and modules
+
+
+def test_gradient_is_zero_until_a_backward_has_run_and_adds_up():
+    p = nn.Parameter(np.ones((2, 3), np.float32))
+    assert_array_equal(p.grad, np.zeros((2, 3)))
+    assert p.grad.dtype == np.float32
+    g = frozen(np.full((2, 3), 2.0, np.float32))
+    p.accumulate(g)
+    p.accumulate(g)
+    assert_array_equal(p.grad, np.full((2, 3), 4.0))
+    p.zero_grad()
+    assert_array_equal(p.grad, np.zeros((2, 3)))
+
+
+def test_a_gradient_handed_over_is_not_written_to_later():
+    given_grad = np.ones(3)
+    p = nn.Parameter(np.zeros(3))
+    p.accumulate(given_grad)
+    p.accumulate(np.ones(3))
+    assert_array_equal(given_grad, np.ones(3))
+
+
+def test_load_state_dict_refuses_what_does_not_fit_and_changes_nothing():
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(2, 3, rng)
+    before = {name: value.copy() for name, value in layer.state_dict().items()}
+    for state, message in [
+        ({"weight": np.ones((2, 3))}, r"missing bias; unexpected none"),
+        ({"weight": np.ones((2, 3)), "bias": np.ones(3), "b": 0}, r"missing none; unexpected b"),
+        (
+            {"weight": np.ones((2, 3)), "bias": np.ones((3, 1))},
+            r"state\['bias'\] has shape \(3, 1\); expected \(3,\)",
+        ),
+        ({f"{i}": 0 for i in range(9)}, r"9 in all"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer.load_state_dict(state)
+        for name, value in layer.state_dict().items():
+            assert_array_equal(value, before[name])
+
+
+def test_load_state_dict_copies_and_keeps_the_dtype():
+    layer = nn.Linear(2, 3, np.random.default_rng(0))
+    state = {"weight": np.ones((2, 3)), "bias": np.ones(3, np.float16)}
+    layer.load_state_dict(state)
+    state["weight"][...] = 7
+    assert_array_equal(layer.weight.value, np.ones((2, 3)))
+    assert layer.weight.value.dtype == layer.bias.value.dtype == np.float32
+
+
+def test_initial_weights():
+    """Uniform, variance 1 / mean(fan_in, fan_out); drawn in float32; scale 0 gives zeros."""
+    p = init.uniform(np.random.default_rng(0), (3, 3, 100, 300))
+    variance = 1 / (9 * 200)
+    assert p.value.dtype == np.float32
+    assert np.abs(p.value).max() <= math.sqrt(3 * variance)
+    # 270,000 draws: the standard error of the mean square is 0.9 / sqrt(n) of it, 0.0017; 6 of them.
+    assert_allclose(np.mean(np.square(p.value, dtype=np.float64)), variance, rtol=0.0104)
+    assert abs(p.value.mean(dtype=np.float64)) < 6 * math.sqrt(variance / p.value.size)
+    assert not init.uniform(np.random.default_rng(0), (3, 4), 0.0).value.any()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda rng: nn.GroupNorm(3, 4), r"norm_groups = 3 does not divide channels = 4"),
+        (lambda rng: nn.GroupNorm(0, 4), r"norm_groups = 0 does not divide"),
+        (lambda rng: nn.SelfAttention(6, 4, 2, 1e-5, rng), r"head_dim = 4 does not divide channels = 6"),
+        (lambda rng: nn.SelfAttention(6, 0, 2, 1e-5, rng), r"head_dim = 0 does not divide"),
+        (lambda rng: nn.SelfAttention(6, 3, 4, 1e-5, rng), r"norm_groups = 4 does not divide channels = 6"),
+        (
+            lambda rng: nn.ResnetBlock(6, 8, 4, 4, 1e-5, 0.0, rng),
+            r"norm_groups = 4 does not divide channels = 6",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(np.random.default_rng(0))

@@ -1,0 +1,331 @@
+"""Adam by hand, the NumPy twins against their definition, clipping, the learning rate, the moving average."""
+
+import math
+
+import array_api_strict as strict
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+import tinydiff as td
+from tinydiff.backend import to_numpy
+from tinydiff.kernels import numpy_optim, portable
+from tinydiff.nn import Parameter
+
+BLOCK = numpy_optim.BLOCK
+SEEDS = st.integers(0, 2**32 - 1)
+# Around the borders of a block, where an off-by-one would leave elements out or step them twice.
+SHAPES = st.sampled_from(
+    [
+        (),
+        (0,),
+        (1,),
+        (7,),
+        (3, 4),
+        (2, 3, 4, 5),
+        (BLOCK - 1,),
+        (BLOCK,),
+        (BLOCK + 1,),
+        (3, BLOCK),
+        (2 * BLOCK + 5,),
+    ]
+)
+
+
+def laid_out(x, order):
+    """A writeable copy of `x`: in C or Fortran order, or every other element of a larger array."""
+    if order == "strided" and x.ndim:
+        wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return np.array(x, order="F" if order == "F" else "C")
+
+
+def parameter(value, grad=None):
+    return Parameter(np.array(value), None if grad is None else np.array(grad))
+
+
+# Adam
+
+
+def test_two_steps_by_hand():
+    p = parameter([1.0, -2.0])
+    optimizer = td.Adam([p], lr=0.1, betas=(0.5, 0.75), eps=0.0625, weight_decay=0.5)
+    p.grad = np.array([4.0, -1.0])
+    optimizer.step()
+    # Both corrections undo the first step exactly: m / (1 - beta1) = g and v / (1 - beta2) = g^2.
+    first = np.array([1.0, -2.0]) * (1 - 0.05) - 0.1 * np.array([4 / 4.0625, -1 / 1.0625])
+    assert_allclose(p.value, first, rtol=1e-15)
+    p.grad = np.array([0.0, 3.0])
+    optimizer.step()
+    m = np.array([0.5 * 2 + 0, 0.5 * -0.5 + 0.5 * 3]) / 0.75
+    v = np.array([0.75 * 4 + 0, 0.75 * 0.25 + 0.25 * 9]) / 0.4375
+    assert_allclose(p.value, first * 0.95 - 0.1 * m / (np.sqrt(v) + 0.0625), rtol=1e-15)
+    assert optimizer.steps == 2
+
+
+def test_no_gradient_moves_nothing_but_by_decay():
+    p, q = parameter([1.0, 2.0]), parameter([1.0, 2.0])
+    td.Adam([p]).step()
+    td.Adam([q], lr=0.5, weight_decay=0.5).step()
+    assert_array_equal(p.value, [1.0, 2.0])
+    assert_array_equal(q.value, [0.75, 1.5])
+
+
+def test_the_learning_rate_may_change_between_steps():
+    p = parameter([1.0])
+    optimizer = td.Adam([p], lr=0.0)
+    for lr, expected in [(0.0, 1.0), (0.25, 0.75)]:
+        p.grad = np.array([3.0])
+        optimizer.lr = lr
+        optimizer.step()
+        assert_allclose(p.value, [expected], rtol=1e-8)
+
+
+def test_a_shared_parameter_is_stepped_once():
+    grad = [0.5, -3.0]
+    alone, shared = parameter([1.0, 2.0], grad), parameter([1.0, 2.0], grad)
+    one, many = td.Adam([alone]), td.Adam({"a": shared, "b": shared})
+    one.step()
+    many.step()
+    assert len(many.parameters) == len(many.m) == len(many.v) == 1
+    assert_array_equal(shared.value, alone.value)
+
+
+def test_zero_grad():
+    p = parameter([1.0], [2.0])
+    td.Adam([p]).zero_grad()
+    assert_array_equal(p.grad, [0.0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_under_array_api_strict_and_in_the_given_dtype(dtype):
+    rng = np.random.default_rng(0)
+    value, grads = rng.standard_normal((3, 4)).astype(dtype), rng.standard_normal((5, 3, 4)).astype(dtype)
+    results = []
+    for xp in (np, strict):
+        p = Parameter(xp.asarray(value.copy()))
+        optimizer = td.Adam([p], lr=0.01, weight_decay=0.1)
+        for grad in grads:
+            p.grad = xp.asarray(grad)
+            norm = td.clip_grad_norm([p], 1.0)
+            optimizer.step()
+        assert norm.dtype == p.value.dtype == optimizer.m[0].dtype == getattr(xp, dtype)
+        results.append(to_numpy(p.value))
+    assert_allclose(results[0], results[1], rtol=100 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"betas": (0.9, 1.0)}, "betas is"),
+        ({"betas": (-0.1, 0.9)}, "betas is"),
+        ({"betas": (0.9,)}, "betas is"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, match):
+    with pytest.raises(ValueError, match=match):
+        td.Adam([parameter([1.0])], **settings)
+
+
+def test_nothing_to_train_is_refused():
+    for call in (lambda: td.Adam([]), lambda: td.clip_grad_norm({}, 1.0)):
+        with pytest.raises(ValueError, match="parameters is empty"):
+            call()
+
+
+# The NumPy twins
+
+
+@given(
+    SHAPES,
+    st.sampled_from([np.float32, np.float64]),
+    st.sampled_from(["C", "F", "strided"]),
+    SEEDS,
+    st.booleans(),
+)
+def test_the_numpy_adam_step_is_the_definition(shape, dtype, order, seed, decays):
+    rng = np.random.default_rng(seed)
+    value, grad, m = (np.asarray(rng.standard_normal(shape), dtype) for _ in range(3))
+    v = np.asarray(rng.random(shape), dtype)
+    scalars = (0.01, 0.9, 0.999, 0.3, 1e-8, 0.99 if decays else 1.0)
+    expected = portable.adam_step(value, grad, m, v, *scalars)
+    given_grad = laid_out(grad, order)
+    stepped = numpy_optim.adam_step(
+        laid_out(value, order), given_grad, laid_out(m, order), laid_out(v, order), *scalars
+    )
+    eps = np.finfo(dtype).eps
+    for ours, definition in zip(stepped, expected):
+        assert ours.shape == shape
+        assert ours.dtype == dtype
+        assert_allclose(ours, definition, rtol=8 * eps, atol=8 * eps)
+    assert_array_equal(given_grad, grad)
+
+
+@given(SHAPES, st.sampled_from([np.float32, np.float64]), st.sampled_from(["C", "F", "strided"]), SEEDS)
+def test_the_numpy_ema_step_is_the_definition(shape, dtype, order, seed):
+    rng = np.random.default_rng(seed)
+    average, value = (np.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+    expected = portable.ema_step(average, value, 0.1)
+    given_value = laid_out(value, order)
+    stepped = numpy_optim.ema_step(laid_out(average, order), given_value, 0.1)
+    assert stepped.shape == shape
+    assert stepped.dtype == dtype
+    eps = np.finfo(dtype).eps
+    assert_allclose(stepped, expected, rtol=4 * eps, atol=4 * eps)
+    assert_array_equal(given_value, value)
+
+
+# Clipping
+
+
+@given(SEEDS, st.floats(0.01, 100))
+def test_clipping_keeps_the_direction_and_bounds_the_norm(seed, max_norm):
+    rng = np.random.default_rng(seed)
+    grads = [rng.standard_normal(shape) for shape in [(3,), (2, 2), ()]]
+    parameters = {str(i): parameter(np.zeros_like(g), g) for i, g in enumerate(grads)}
+    before = math.sqrt(sum(float(np.sum(g * g)) for g in grads))
+    norm = td.clip_grad_norm(parameters, max_norm)
+    assert norm.shape == ()
+    assert_allclose(norm, before, rtol=1e-12)
+    for p, g in zip(parameters.values(), grads):
+        assert_allclose(p.grad, g * min(1.0, max_norm / before), rtol=1e-10)
+
+
+def test_clipping_counts_a_shared_parameter_once():
+    p = parameter([0.0, 0.0], [3.0, 4.0])
+    assert td.clip_grad_norm({"a": p, "b": p}, 1.0) == 5
+    assert_allclose(p.grad, [0.6, 0.8], rtol=1e-11)
+
+
+def test_clipping_leaves_zero_and_small_gradients_alone():
+    for grad in ([0.0, 0.0], [0.3, 0.4]):
+        p = parameter([0.0, 0.0], grad)
+        td.clip_grad_norm([p], 1.0)
+        assert_array_equal(p.grad, grad)
+
+
+def test_an_infinite_bound_only_measures():
+    p = parameter([0.0, 0.0], [3e3, 4e3])
+    assert td.clip_grad_norm([p], math.inf) == 5e3
+    assert_array_equal(p.grad, [3e3, 4e3])
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+def test_the_bound_is_positive(max_norm):
+    with pytest.raises(ValueError, match="max_norm is"):
+        td.clip_grad_norm([parameter([1.0])], max_norm)
+
+
+# The learning rate
+
+
+def test_warmup_cosine_s_exact_values():
+    factors = [td.warmup_cosine(step, 12, warmup=4, final=0.2) for step in range(13)]
+    assert_allclose(factors[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-15)
+    assert_allclose(factors[6], 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2, rtol=1e-15)
+    assert_allclose(factors[8], 0.6, rtol=1e-15)  # half-way down
+    assert_allclose(factors[12], 0.2, rtol=1e-15)
+    assert td.warmup_cosine(100, 12, 4, 0.2) == factors[12]
+
+
+@given(st.data(), st.integers(1, 200), st.floats(0, 1))
+def test_warmup_cosine_rises_then_falls(data, steps, final):
+    warmup = data.draw(st.integers(0, steps))
+    factors = np.array([td.warmup_cosine(step, steps, warmup, final) for step in range(steps)])
+    assert np.all((factors > 0) & (factors <= 1))
+    assert_allclose(np.diff(factors[:warmup]), 1 / max(warmup, 1))
+    if warmup:
+        assert factors[warmup - 1] == 1
+    if warmup < steps:
+        assert factors[warmup] == 1
+        assert np.all(np.diff(factors[warmup:]) <= 1e-15)
+        assert np.all(factors[warmup:] >= final - 1e-15)
+
+
+def test_no_fall():
+    assert {td.warmup_cosine(step, 10, 0, 1.0) for step in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((-1, 10), "step is -1"),
+        ((0, 0), "steps is 0"),
+        ((0, 10, -1), "warmup is -1"),
+        ((0, 10, 11), "warmup is 11"),
+        ((0, 10, 0, 1.5), "final is 1.5"),
+        ((0, 10, 0, math.nan), "final is nan"),
+    ],
+)
+def test_warmup_cosine_names_what_is_out_of_range(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        td.warmup_cosine(*arguments)
+
+
+# The moving average
+
+
+def small_model():
+    model = td.MLP(hidden=4, blocks=1, time_features=4)
+    model.to(np, np.float64)
+    return model
+
+
+@given(st.sampled_from([0.0, 0.5, 0.99]), st.integers(1, 30), SEEDS)
+def test_ema_s_closed_form(decay, steps, seed):
+    model = small_model()
+    ema = td.EMA(model, decay)
+    rng = np.random.default_rng(seed)
+    history = [{name: p.value.copy() for name, p in model.named_parameters().items()}]
+    for _ in range(steps):
+        for p in model.named_parameters().values():
+            p.value = p.value + rng.standard_normal(p.shape)
+        history.append({name: p.value.copy() for name, p in model.named_parameters().items()})
+        ema.update()
+    # Weights of the history: w_j = (1 - d_j) d_{j+1} ... d_K, and d_1 ... d_K of the start.
+    d = np.array([min(decay, (1 + k) / (10 + k)) for k in range(1, steps + 1)])
+    weights = [np.prod(d)] + [(1 - d[j]) * np.prod(d[j + 1 :]) for j in range(steps)]
+    assert_allclose(sum(weights), 1, rtol=1e-12)
+    for name, p in ema.model.named_parameters().items():
+        expected = sum(w * past[name] for w, past in zip(weights, history))
+        assert_allclose(p.value, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_ema_is_a_copy_that_leaves_the_model_alone():
+    model = small_model()
+    model.linear_in.weight.grad = np.ones(model.linear_in.weight.shape)
+    before = {name: p.value.copy() for name, p in model.named_parameters().items()}
+    ema = td.EMA(model, 0.5)
+    for p in ema.model.named_parameters().values():
+        assert_array_equal(p.grad, np.zeros(p.shape))
+        p.value = p.value + 1.0
+    ema.update()
+    for name, p in model.named_parameters().items():
+        assert_array_equal(p.value, before[name])
+        assert not np.shares_memory(p.value, ema.model.named_parameters()[name].value)
+
+
+def test_ema_averages_a_shared_parameter_once():
+    model = small_model()
+    model.blocks = [model.blocks[0], model.blocks[0]]
+    ema = td.EMA(model, 0.5)
+    assert ema.model.blocks[0] is ema.model.blocks[1]
+    weight = model.blocks[0].linear_1.weight
+    start = weight.value.copy()
+    weight.value = start + 11.0
+    ema.update()
+    assert_allclose(ema.model.blocks[1].linear_1.weight.value, start + 9.0, rtol=1e-12)  # 1 - 2/11 of the way
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
+def test_ema_s_decay_is_below_one(decay):
+    with pytest.raises(ValueError, match="decay is"):
+        td.EMA(small_model(), decay)

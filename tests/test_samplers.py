@@ -1,0 +1,521 @@
+"""The samplers, to their true error.
+
+The data is Gaussian, N(m, s^2 I), whose denoiser is known: E[x_0 | x_t] = m + k (x_t - a m) with a =
+sqrt(abar_t) and k = a s^2 / (a^2 s^2 + 1 - abar_t). It is affine, so a step is x' = A x + B + sigma z, and
+all of a walk, its mean and its variance follow from numbers that are computed here from abar alone.
+"""
+
+import math
+from itertools import pairwise
+
+import array_api_strict as strict
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import stats
+
+import tinydiff as td
+from tinydiff.backend import to_numpy
+
+PREDICTIONS = ["eps", "x0", "v"]
+SCHEDULES = {"linear": td.linear_schedule, "cosine": td.cosine_schedule}
+M, S = 0.7, 0.4  # mean and deviation of the data
+
+
+def exact_denoiser(diffusion, m=M, s=S):
+    """E[what `diffusion.prediction` names | x_t] for data N(m, s^2 I)."""
+
+    def denoise(x, t):
+        abar = diffusion.schedule.alphas_cumprod[to_numpy(t)].reshape(-1, *[1] * (x.ndim - 1))
+        a, b = np.sqrt(abar), np.sqrt(1 - abar)
+        x0 = m + a * s**2 / (abar * s**2 + 1 - abar) * (x - a * m)
+        eps = (x - a * x0) / b
+        return {"eps": eps, "x0": x0, "v": a * eps - b * x0}[diffusion.prediction]
+
+    return denoise
+
+
+def affine_steps(abars, sampler, eta=0.0, variance="fixed_small", m=M, s=S):
+    """(A, B, sigma) of every step, the first one first, from abar at the visited times."""
+    steps = []
+    for i in reversed(range(len(abars))):
+        abar, prev = abars[i], abars[i - 1] if i else 1.0
+        a, b = math.sqrt(abar), math.sqrt(1 - abar)
+        k = a * s**2 / (abar * s**2 + 1 - abar)  # x0 = m - k a m + k x
+        beta = 1 - abar / prev
+        posterior = beta * (1 - prev) / (1 - abar)
+        if sampler == "ddpm":
+            of_x0, of_x = (
+                math.sqrt(prev) * beta / (1 - abar),
+                math.sqrt(abar / prev) * (1 - prev) / (1 - abar),
+            )
+            sigma = math.sqrt(posterior if variance == "fixed_small" else beta)
+        else:
+            sigma = eta * math.sqrt(posterior)
+            of_eps = math.sqrt(max(0.0, 1 - prev - sigma**2))
+            of_x0, of_x = math.sqrt(prev) - of_eps * a / b, of_eps / b
+        steps.append((of_x0 * k + of_x, of_x0 * (m - k * a * m), sigma if i else 0.0))
+    return steps
+
+
+def walked(steps, x, rng):
+    for A, B, sigma in steps:
+        x = A * x + B
+        if sigma:
+            x = x + sigma * rng.standard_normal(x.shape)
+    return x
+
+
+def visited(schedule, steps):
+    timesteps = np.round(np.linspace(0, schedule.T - 1, steps)).astype(int) if steps > 1 else [schedule.T - 1]
+    return schedule.alphas_cumprod[timesteps]
+
+
+CHOICES = [
+    ("ddpm", 0.0, "fixed_small"),
+    ("ddpm", 0.0, "fixed_large"),
+    ("ddim", 0.0, "fixed_small"),
+    ("ddim", 0.5, "fixed_small"),
+    ("ddim", 1.0, "fixed_small"),
+]
+
+
+# The walk
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from(CHOICES),
+    st.sampled_from(PREDICTIONS),
+    st.sampled_from(list(SCHEDULES)),
+    st.integers(1, 60),
+    st.data(),
+    st.integers(0, 2**32 - 1),
+)
+def test_every_walk_is_the_closed_recursion(choice, prediction, kind, T, data, seed):
+    sampler, eta, variance = choice
+    steps = data.draw(st.integers(1, T))
+    diffusion = td.GaussianDiffusion(SCHEDULES[kind](T=T), prediction, variance)
+    x_T = np.random.default_rng(seed).standard_normal((3, 2))
+    start = x_T.copy()
+    x = td.sample(
+        exact_denoiser(diffusion),
+        diffusion,
+        (3, 2),
+        sampler,
+        steps,
+        rng=np.random.default_rng(seed),
+        eta=eta,
+        x_T=x_T,
+        progress=False,
+    )
+    expected = walked(
+        affine_steps(visited(diffusion.schedule, steps), sampler, eta, variance),
+        start,
+        np.random.default_rng(seed),
+    )
+    assert_allclose(x, expected, rtol=1e-10, atol=1e-10)
+    assert_array_equal(x_T, start)  # the caller's array is left alone
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("sampler", "eta", "variance"), CHOICES)
+def test_samples_have_the_mean_and_variance_of_the_recursion(sampler, eta, variance, prediction):
+    # The start drawn by the sampler itself, in float32. z-test and chi^2 test: each false alarm 1e-6.
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=50), prediction, variance)
+    n, D = 20_000, 2
+    x = td.sample(
+        exact_denoiser(diffusion),
+        diffusion,
+        (n, D),
+        sampler,
+        20,
+        rng=np.random.default_rng(7),
+        eta=eta,
+        progress=False,
+    )
+    mean, var = 0.0, 1.0
+    for A, B, sigma in affine_steps(visited(diffusion.schedule, 20), sampler, eta, variance):
+        mean, var = A * mean + B, A**2 * var + sigma**2
+    z = (np.mean(x) - mean) * math.sqrt(n * D / var)
+    assert 2 * stats.norm.sf(abs(z)) > 1e-6
+    tail = stats.chi2.cdf(np.sum((x - mean) ** 2) / var, n * D)
+    assert 2 * min(tail, 1 - tail) > 1e-6
+
+
+def test_many_steps_find_the_data():
+    # The recursion is itself an approximation to N(m, s^2): its error falls as 1 / steps.
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(T=4000), "v")
+    x_T = np.array([[-1.0], [1.0]])
+    errors = []
+    for steps in (50, 200, 800):
+        low, high = td.sample(
+            exact_denoiser(diffusion),
+            diffusion,
+            (2, 1),
+            "ddim",
+            steps,
+            rng=np.random.default_rng(0),
+            x_T=x_T,
+            progress=False,
+        )[:, 0]
+        assert_allclose((low + high) / 2, M, rtol=1e-4)
+        errors.append(abs((high - low) / 2 - S))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert errors[2] < 2e-3
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from(PREDICTIONS), st.integers(1, 40), st.data(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_ddim_with_eta_1_is_ancestral_with_fixed_small(prediction, T, data, clip, seed):
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(T=T), prediction, "fixed_small")
+    x_T = np.random.default_rng(seed).standard_normal((4, 3))
+
+    def denoise(x, t):  # not linear, and not the truth either
+        return np.tanh(x * (1 + t[:, None] / T)) + 0.1
+
+    ends = [
+        td.sample(
+            denoise,
+            diffusion,
+            x_T.shape,
+            sampler,
+            steps=data.draw(st.shared(st.integers(1, T), key="steps")),
+            rng=np.random.default_rng(seed),
+            eta=1.0,
+            clip=clip,
+            x_T=x_T,
+            progress=False,
+        )
+        for sampler in ("ddpm", "ddim")
+    ]
+    assert_allclose(ends[0], ends[1], rtol=1e-11, atol=1e-12 * max(1, np.max(np.abs(ends[0]))))
+
+
+# What is handed out
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, None])
+def test_states(sampler, steps):
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=20))
+    asked = []
+
+    def denoise(x, t):
+        assert t.shape == (3,)
+        assert t.dtype == np.int64
+        asked.append(t.tolist())
+        return 0.1 * x
+
+    arguments = (denoise, diffusion, (3, 2), sampler, steps)
+    states = list(td.iterate_samples(*arguments, rng=np.random.default_rng(0)))
+    count = 20 if steps is None else steps
+    assert [state.steps_left for state in states] == list(range(count, -1, -1))
+    times = [state.t for state in states]
+    assert times[0] == 19
+    assert times[-1] == -1
+    assert count == 1 or times[-2] == 0
+    assert all(later < earlier for earlier, later in pairwise(times))
+    assert asked == [[t] * 3 for t in times[:-1]]  # the schedule's own times, also with fewer steps
+    assert states[0].x0 is None
+    assert_array_equal(states[-1].x, states[-1].x0)  # the last step takes the mean, which is x0
+    for before, state in pairwise(states):
+        assert_allclose(state.x0, diffusion.predict_x0(before.x, before.t, 0.1 * before.x), rtol=2e-6)
+    x = td.sample(*arguments, rng=np.random.default_rng(0), progress=False)
+    assert_array_equal(x, states[-1].x)
+    assert x.dtype == np.float32
+
+
+def test_the_start_is_standard_normal_or_given():
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=5))
+    start = next(td.iterate_samples(lambda x, t: x, diffusion, (4, 2), rng=np.random.default_rng(1)))
+    assert_array_equal(start.x, np.random.default_rng(1).standard_normal((4, 2), dtype=np.float32))
+    x_T = np.ones((4, 2))
+    start = next(td.iterate_samples(lambda x, t: x, diffusion, (4, 2), rng=np.random.default_rng(1), x_T=x_T))
+    assert_array_equal(start.x, x_T)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_clip_bounds_every_x0(sampler):
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=20), "x0")
+
+    def ends(clip):
+        return list(
+            td.iterate_samples(
+                lambda x, t: 3 * x, diffusion, (50, 2), sampler, rng=np.random.default_rng(0), clip=clip
+            )
+        )[1:]
+
+    assert max(np.max(np.abs(state.x0)) for state in ends(False)) > 1
+    clipped = ends(True)
+    assert max(np.max(np.abs(state.x0)) for state in clipped) == 1
+    assert np.max(np.abs(clipped[-1].x)) <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_rng_decides_everything(sampler):
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
+
+    def draw(seed):
+        return td.sample(
+            lambda x, t: 0.5 * x, diffusion, (5, 2), sampler, rng=np.random.default_rng(seed), progress=False
+        )
+
+    assert_array_equal(draw(0), draw(0))
+    assert np.all(draw(0) != draw(1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_batches_walk_apart_and_come_together(batch_size):
+    # Without noise on the way, batches change nothing but the number of samples seen at a time.
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
+    x_T = np.random.default_rng(0).standard_normal((7, 2))
+    sizes = []
+
+    def denoise(x, t):
+        sizes.append(x.shape[0])
+        return np.tanh(x)
+
+    arguments = dict(sampler="ddim", steps=4, rng=np.random.default_rng(0), x_T=x_T, progress=False)
+    whole = td.sample(denoise, diffusion, (7, 2), **arguments)
+    sizes.clear()
+    parts = td.sample(denoise, diffusion, (7, 2), **arguments, batch_size=batch_size)
+    assert_allclose(parts, whole, rtol=1e-13)
+    assert sum(sizes) == 4 * 7
+    assert max(sizes) == min(batch_size, 7)
+
+
+def test_noise_differs_between_batches():
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
+    x = td.sample(
+        lambda x, t: 0.5 * x, diffusion, (6, 2), rng=np.random.default_rng(0), batch_size=2, progress=False
+    )
+    assert x.shape == (6, 2)
+    assert np.unique(x).size == 12
+
+
+def test_progress(capsys):
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=5))
+    for progress in (False, True):
+        td.sample(
+            lambda x, t: x, diffusion, (2, 1), rng=np.random.default_rng(0), batch_size=1, progress=progress
+        )
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("sampling" in err and "/10" in err) if progress else err == ""
+
+
+# Whom it asks
+
+
+def test_a_model_is_asked_by_predict_and_lives_beside_its_weights():
+    class Recorded(td.MLP):
+        def __call__(self, x, t, rng=None):
+            raise AssertionError("sampling needs no backward")
+
+        def predict(self, x, t):
+            return 0.5 * x
+
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=5))
+    model = Recorded(hidden=4, blocks=1, time_features=4)
+    for dtype in (np.float32, np.float64):
+        model.to(np, dtype)
+        x = td.sample(model, diffusion, (3, 2), rng=np.random.default_rng(0), progress=False)
+        assert x.dtype == dtype
+        start = np.random.default_rng(0)
+        x_T = start.standard_normal((3, 2), dtype=dtype)
+        by_callable = td.sample(lambda x, t: 0.5 * x, diffusion, (3, 2), rng=start, x_T=x_T, progress=False)
+        assert_array_equal(x, by_callable)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_under_array_api_strict(sampler):
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10), "v", "fixed_large")
+    start = np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)
+    numpy_x, strict_x = (
+        td.sample(
+            lambda x, t: 0.5 * x,
+            diffusion,
+            (5, 2),
+            sampler,
+            6,
+            rng=np.random.default_rng(1),
+            eta=0.5,
+            clip=True,
+            x_T=xp.asarray(start),
+            batch_size=2,
+            progress=False,
+        )
+        for xp in (np, strict)
+    )
+    assert strict_x.dtype == strict.float32
+    assert_allclose(to_numpy(strict_x), numpy_x, rtol=1e-6)
+
+
+def test_a_chain_that_ends_in_pure_noise_needs_x0_or_v():
+    schedule = td.cosine_schedule(T=10, max_beta=1.0)
+    for prediction in ("x0", "v"):
+        diffusion = td.GaussianDiffusion(schedule, prediction)
+        for sampler in ("ddpm", "ddim"):
+            x = td.sample(
+                exact_denoiser(diffusion),
+                diffusion,
+                (3, 2),
+                sampler,
+                rng=np.random.default_rng(0),
+                progress=False,
+            )
+            assert np.all(np.isfinite(x))
+    with pytest.raises(ValueError, match="alphas_cumprod is 0"):
+        td.sample(
+            lambda x, t: x,
+            td.GaussianDiffusion(schedule),
+            (3, 2),
+            rng=np.random.default_rng(0),
+            progress=False,
+        )
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"sampler": "euler"}, "sampler is 'euler'; expected one of 'ddpm', 'ddim'"),
+        ({"eta": -0.1}, "eta is -0.1"),
+        ({"eta": 1.1}, "eta is 1.1"),
+        ({"eta": math.nan}, "eta is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 11}, "steps is 11; expected at most T = 10"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"shape": ()}, r"shape is \(\)"),
+        ({"shape": (0, 2)}, r"shape is \(0, 2\)"),
+        ({"x_T": np.zeros((4, 2))}, r"x_T has shape \(4, 2\); expected \(3, 2\)"),
+    ],
+)
+def test_what_does_not_fit_is_named_at_the_call(change, match):
+    arguments = dict(shape=(3, 2), rng=np.random.default_rng(0)) | change
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
+    with pytest.raises(ValueError, match=match):
+        td.iterate_samples(lambda x, t: x, diffusion, **arguments)  # before the first state is asked for
+    with pytest.raises(ValueError, match=match):
+        td.sample(lambda x, t: x, diffusion, **arguments, batch_size=2, progress=False)
+
+
+def test_batch_size_at_least_one():
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        td.sample(
+            lambda x, t: x, diffusion, (3, 2), rng=np.random.default_rng(0), batch_size=0, progress=False
+        )
+
+
+def test_an_output_of_the_wrong_shape_is_named():
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
+    with pytest.raises(ValueError, match="output"):
+        td.sample(lambda x, t: x[:, :1], diffusion, (3, 2), rng=np.random.default_rng(0), progress=False)
+
+
+# Against diffusers: the whole walk, with the same noise
+
+KINDS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+class TorchNoise:
+    """Draws as torch's generator does, where a numpy.random.Generator is expected."""
+
+    def __init__(self, torch):
+        self.torch, self.generator = torch, torch.Generator().manual_seed(0)
+
+    def standard_normal(self, shape, dtype):
+        assert dtype == np.float64
+        return self.torch.randn(*shape, generator=self.generator, dtype=self.torch.float64).numpy()
+
+
+def walk_of_diffusers(torch, scheduler, denoise, x_T, times, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.as_tensor(x_T)
+    for t, time in zip(scheduler.timesteps, times):
+        output = torch.as_tensor(denoise(x.numpy(), np.full(x.shape[0], time)))
+        x = scheduler.step(output, t, x, generator=generator, **kwargs).prev_sample
+    return x.numpy()
+
+
+def nonlinear(x, t):
+    return np.tanh(x * (0.5 + t[:, None] / 100)) + 0.1
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [2, 9, 100])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_ancestral_is_diffusers_with_linspace(kind, prediction, variance, steps, clip):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(
+        100,
+        beta_schedule=KINDS[kind],
+        prediction_type=PREDICTION_TYPE[prediction],
+        variance_type=variance,
+        clip_sample=clip,
+        timestep_spacing="linspace",
+    )
+    # diffusers' tables are float32; from its own betas in float64 they are comparable to all digits.
+    scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
+    scheduler.set_timesteps(steps)
+    diffusion = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas), prediction, variance)
+    x_T = np.random.default_rng(0).standard_normal((4, 3))
+    x = td.sample(
+        nonlinear,
+        diffusion,
+        x_T.shape,
+        "ddpm",
+        steps,
+        rng=TorchNoise(torch),
+        clip=clip,
+        x_T=x_T,
+        progress=False,
+    )
+    reference = walk_of_diffusers(torch, scheduler, nonlinear, x_T, scheduler.timesteps.tolist())
+    assert_allclose(x, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 9, 100])
+def test_ddim_is_diffusers_on_the_respaced_chain(prediction, eta, steps, clip):
+    # Its DDIMScheduler takes t - T // steps for the time before t, right for "leading" and "trailing" only.
+    # So it is given the respaced chain and walks all of it.
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(T=100), prediction)
+    times = np.round(np.linspace(0, 99, steps)).astype(int) if steps > 1 else np.array([99])
+    betas = diffusion.schedule.respace(times).betas
+    scheduler = diffusers.DDIMScheduler(
+        steps, trained_betas=betas, prediction_type=PREDICTION_TYPE[prediction], clip_sample=clip
+    )
+    scheduler.alphas_cumprod = torch.cumprod(1 - torch.tensor(betas), 0)
+    scheduler.set_timesteps(steps)
+    x_T = np.random.default_rng(0).standard_normal((4, 3))
+    x = td.sample(
+        nonlinear,
+        diffusion,
+        x_T.shape,
+        "ddim",
+        steps,
+        rng=TorchNoise(torch),
+        eta=eta,
+        clip=clip,
+        x_T=x_T,
+        progress=False,
+    )
+    reference = walk_of_diffusers(
+        torch, scheduler, nonlinear, x_T, times[::-1], eta=eta, use_clipped_model_output=True
+    )
+    assert_allclose(x, reference, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,98 @@
+"""Matrix products over rows, softmax and SiLU: shared out to threads, and done in place."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinydiff.kernels._threads import in_parallel
+
+__all__ = ["linear", "linear_backward", "silu", "silu_backward", "softmax", "softmax_backward"]
+
+# Fewer multiplications or elements than this are not worth a second thread.
+PARALLEL_PRODUCTS = 2**21
+PARALLEL_SIZE = 2**16
+
+
+def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """As ``portable.linear``."""
+    rows = x.reshape(-1, w.shape[0])
+    y = np.empty((rows.shape[0], w.shape[1]), x.dtype)
+
+    def work(start: int, stop: int) -> None:
+        np.matmul(rows[start:stop], w, out=y[start:stop])
+        y[start:stop] += b
+
+    in_parallel(work, rows.shape[0], rows.size * w.shape[1] >= PARALLEL_PRODUCTS)
+    return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def linear_backward(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``portable.linear_backward``."""
+    rows = x.reshape(-1, w.shape[0])
+    dy_rows = np.ascontiguousarray(dy).reshape(-1, w.shape[1])
+    dx = np.empty(rows.shape, x.dtype)
+
+    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        share = dy_rows[start:stop]
+        np.matmul(share, w.T, out=dx[start:stop])
+        return rows[start:stop].T @ share, np.ones(stop - start, dy.dtype) @ share
+
+    shares = in_parallel(work, rows.shape[0], rows.size * w.shape[1] >= PARALLEL_PRODUCTS)
+    dw, db = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
+    return dx.reshape(x.shape), dw, db
+
+
+def silu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As ``portable.silu``.  Where exp overflows, 1 / (1 + exp(-x)) is rightly 0."""
+    s = np.negative(x)
+    with np.errstate(over="ignore"):
+        np.exp(s, out=s)
+    s += 1.0
+    np.divide(1.0, s, out=s)
+    return x * s, s
+
+
+def silu_backward(s: np.ndarray, y: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """As ``portable.silu_backward``."""
+    dx = 1.0 - s
+    dx *= y
+    dx += s
+    dx *= dy
+    return dx
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """As ``portable.softmax``."""
+    length = x.shape[-1]
+    rows = x.reshape(-1, length)
+    p = np.empty(rows.shape, x.dtype)
+    ones = np.ones((length, 1), x.dtype)
+
+    def work(start: int, stop: int) -> None:
+        share = p[start:stop]
+        np.subtract(rows[start:stop], rows[start:stop].max(axis=1, keepdims=True), out=share)
+        np.exp(share, out=share)
+        share *= 1.0 / (share @ ones)
+
+    in_parallel(work, rows.shape[0], x.size >= PARALLEL_SIZE)
+    return p.reshape(x.shape)
+
+
+def softmax_backward(p: np.ndarray, dp: np.ndarray) -> np.ndarray:
+    """As ``portable.softmax_backward``."""
+    length = p.shape[-1]
+    p_rows, dp_rows = p.reshape(-1, length), dp.reshape(-1, length)
+    dx = np.empty(p_rows.shape, p.dtype)
+    ones = np.ones((length, 1), p.dtype)
+
+    def work(start: int, stop: int) -> None:
+        share = dx[start:stop]
+        np.multiply(p_rows[start:stop], dp_rows[start:stop], out=share)
+        total = share @ ones
+        np.subtract(dp_rows[start:stop], total, out=share)
+        share *= p_rows[start:stop]
+
+    in_parallel(work, p_rows.shape[0], p.size >= PARALLEL_SIZE)
+    return dx.reshape(p.shape)

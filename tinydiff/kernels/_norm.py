@@ -1,0 +1,174 @@
+"""Group normalisation, alone or with the SiLU that follows it in a residual block, in one pass.
+
+Element-wise chains are bound by memory: here every step of the chain is done on a block of a few images
+that stays in cache, in place. Nothing is kept for the backward but the input, its mean and 1/sqrt(var + eps);
+the rest is cheaper computed again than written and read.
+
+Written per channel, with xc = x - mean and a = rstd weight::
+
+    z = a xc + bias      y = z, or z sigmoid(z)
+    dbias = sum dz       dweight = sum dz xhat,  xhat = rstd xc
+    dx = a dz - rstd mean(weight dz) - rstd xhat mean(weight dz xhat)
+
+so the two means over a group are sums over its channels of weight times each image's share of dbias and
+dweight. Sums over pixels are products with a row of ones; the variance is that of the centred values.
+
+An image is seen as H rows of W C numbers and a vector of channels is repeated W times to match: loops
+over rows are long, loops over a few channels are not.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+
+from tinydiff.kernels._threads import in_parallel, scratch
+
+__all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
+
+# Bytes of a block; three or four blocks are in use at a time.
+BLOCK_BYTES = 2**19
+
+# Fewer elements than this are not worth a second thread.
+PARALLEL_SIZE = 2**16
+
+# Input, mean and rstd per image and channel, and the bias if SiLU followed.
+Saved: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, "np.ndarray | None"]
+
+
+def _blocks(start: int, stop: int, bytes_per_image: int) -> list[slice]:
+    size = max(1, BLOCK_BYTES // max(1, bytes_per_image))
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """View of (N, H, W, C) as (N, H, W C)."""
+    n, h, w, c = x.shape
+    return np.ascontiguousarray(x).reshape(n, h, w * c)
+
+
+def _repeat(channels: np.ndarray, width: int) -> np.ndarray:
+    """Repeat (m, C) along a row of pixels: (m, 1, W C)."""
+    m, c = channels.shape
+    return np.repeat(channels[:, None, :], width, axis=1).reshape(m, 1, width * c)
+
+
+def _pixel_sums(rows: np.ndarray, channels: int) -> np.ndarray:
+    """Sum over the pixels of each image and channel, columns first: (m, H, W C)  ->  (m, C)."""
+    m, h, wc = rows.shape
+    columns = np.ones((1, h), rows.dtype) @ rows
+    return (np.ones((1, wc // channels), rows.dtype) @ columns.reshape(m, -1, channels))[:, 0]
+
+
+def _group_means(sums: np.ndarray, groups: int, pixels: int) -> np.ndarray:
+    """Mean over each group from the sums over pixels, repeated for its channels: (m, C)  ->  (m, C)."""
+    m, c = sums.shape
+    per_group = c // groups
+    means = sums.reshape(m, groups, per_group).sum(axis=2) * (1.0 / (pixels * per_group))
+    return np.repeat(means, per_group, axis=1)
+
+
+def _negative_sigmoid(minus_z: np.ndarray, out: np.ndarray) -> None:
+    """out = -sigmoid(z) from -z.  Where exp overflows the result is rightly 0."""
+    with np.errstate(over="ignore"):
+        np.exp(minus_z, out=out)
+    np.subtract(-1.0, out, out=out)
+    np.divide(1.0, out, out=out)
+
+
+def _forward(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float, with_silu: bool
+) -> tuple[np.ndarray, Saved]:
+    n, h, w, c = x.shape
+    x_rows = _rows(x)
+    y = np.empty(x_rows.shape, x.dtype)
+    mean, rstd = np.empty((n, c), x.dtype), np.empty((n, c), x.dtype)
+
+    def work(start: int, stop: int) -> None:
+        for block in _blocks(start, stop, h * w * c * x.itemsize):
+            xb, out = x_rows[block], y[block]
+            temp = scratch("norm", out.shape, x.dtype)
+            mean[block] = _group_means(_pixel_sums(xb, c), groups, h * w)
+            np.subtract(xb, _repeat(mean[block], w), out=out)
+            np.multiply(out, out, out=temp)
+            variance = _group_means(_pixel_sums(temp, c), groups, h * w)
+            rstd[block] = 1.0 / np.sqrt(variance + eps)
+            sign = -1.0 if with_silu else 1.0
+            out *= _repeat(rstd[block] * weight * sign, w)
+            out += _repeat(bias[None] * sign, w)
+            if with_silu:
+                _negative_sigmoid(out, out=temp)
+                out *= temp
+
+    in_parallel(work, n, x.size >= PARALLEL_SIZE)
+    return y.reshape(x.shape), (x, mean, rstd, bias if with_silu else None)
+
+
+def _backward(
+    saved: Saved, weight: np.ndarray, dy: np.ndarray, groups: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x, mean, rstd, bias = saved
+    n, h, w, c = x.shape
+    x_rows, dy_rows = _rows(x), _rows(dy)
+    dx = np.empty(x_rows.shape, x.dtype)
+
+    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        dweight, dbias = np.zeros_like(weight), np.zeros_like(weight)
+        for block in _blocks(start, stop, h * w * c * x.itemsize):
+            r = rstd[block]
+            xc = scratch("xc", dx[block].shape, x.dtype)
+            np.subtract(x_rows[block], _repeat(mean[block], w), out=xc)
+            temp, out = scratch("norm", xc.shape, x.dtype), dx[block]
+            if bias is None:
+                dz = dy_rows[block]
+            else:  # dz = dy s (1 + z (1 - s)), with -z and -s at hand
+                dz = scratch("dz", xc.shape, x.dtype)
+                np.multiply(xc, _repeat(r * weight * -1.0, w), out=temp)
+                temp -= _repeat(bias[None], w)
+                _negative_sigmoid(temp, out=out)
+                np.add(out, 1.0, out=dz)
+                dz *= temp
+                dz -= 1.0
+                dz *= out
+                dz *= dy_rows[block]
+            dbias_images = _pixel_sums(dz, c)
+            np.multiply(dz, xc, out=temp)
+            dweight_images = r * _pixel_sums(temp, c)
+            dbias += dbias_images.sum(axis=0)
+            dweight += dweight_images.sum(axis=0)
+            np.multiply(dz, _repeat(r * weight, w), out=out)
+            xc *= _repeat(r * r * _group_means(weight * dweight_images, groups, h * w), w)
+            xc += _repeat(r * _group_means(weight * dbias_images, groups, h * w), w)
+            out -= xc
+        return dweight, dbias
+
+    shares = in_parallel(work, n, x.size >= PARALLEL_SIZE)
+    dweight, dbias = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
+    return dx.reshape(x.shape), dweight, dbias
+
+
+def group_norm(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float
+) -> tuple[np.ndarray, tuple[Saved, int]]:
+    """As ``portable.group_norm``; what it saves is for ``group_norm_backward`` of this module."""
+    y, saved = _forward(x, weight, bias, groups, eps, with_silu=False)
+    return y, (saved, groups)
+
+
+def group_norm_silu(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float
+) -> tuple[np.ndarray, tuple[Saved, int]]:
+    """As ``portable.group_norm_silu``; what it saves is for ``group_norm_silu_backward`` of this module."""
+    y, saved = _forward(x, weight, bias, groups, eps, with_silu=True)
+    return y, (saved, groups)
+
+
+def group_norm_backward(
+    saved: tuple[Saved, int], weight: np.ndarray, dy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``portable.group_norm_backward``."""
+    return _backward(saved[0], weight, dy, saved[1])
+
+
+group_norm_silu_backward = group_norm_backward

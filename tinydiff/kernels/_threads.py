@@ -1,0 +1,117 @@
+"""Two cores, one thing each: a kernel's images are dealt to as many threads as BLAS would have used.
+
+NumPy and BLAS release Python's lock while they compute, so ordinary threads run side by side. Each takes
+one contiguous share of the images and goes through it in chunks that stay in its own cache, gathering,
+multiplying and adding; BLAS is held to one thread meanwhile. That beats threads inside BLAS, which speed
+up the products alone and, between products, spin on the core that the rest of the work needs.
+
+The shares depend on the number of threads only, and what the threads return is combined in their order:
+the same inputs give the same bits on every run.
+
+OpenBLAS, which NumPy's own wheels bring, is told its number of threads through its C interface. Where
+NumPy was built with another BLAS there is one share, and that BLAS threads as it likes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+
+__all__ = ["in_parallel", "scratch"]
+
+T = TypeVar("T")
+
+# More threads than this find too few images each, and queue for Python's lock.
+MAX_THREADS = 8
+
+_local = threading.local()
+_one_region = threading.Lock()
+_executor: ThreadPoolExecutor | None = None
+
+
+def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
+    """OpenBLAS's get and set of its number of threads, found among what NumPy has loaded."""
+    try:
+        library: Any = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
+    except (KeyError, OSError, TypeError):
+        return None
+    for prefix in ("scipy_", ""):
+        for suffix in ("64_", "_64", ""):
+            get = getattr(library, f"{prefix}openblas_get_num_threads{suffix}", None)
+            put = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
+            if get is not None and put is not None:
+                put.restype = None
+                return get, put
+    return None
+
+
+_blas = _openblas()
+
+
+@contextmanager
+def _blas_on_one_thread(before: int) -> Iterator[None]:
+    assert _blas is not None
+    _blas[1](1)
+    try:
+        yield
+    finally:
+        _blas[1](before)
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _executor
+    if _executor is None:
+        _executor = ThreadPoolExecutor(MAX_THREADS - 1, thread_name_prefix="tinydiff")
+    return _executor
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads, and perhaps a lock that one of them held."""
+    global _executor, _one_region
+    _executor, _one_region = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) -> list[T]:
+    """Call ``work(start, stop)`` for consecutive shares of ``range(n)``, at once; results in order.
+
+    With ``parallel=False``, for work too small to share, there is one share and it runs here.
+    """
+    if not parallel or n < 2 or _blas is None:
+        return [work(0, n)]
+    with _one_region:
+        threads = _blas[0]()
+        shares = min(threads, MAX_THREADS, n)
+        if shares < 2:
+            return [work(0, n)]
+        edges = [n * i // shares for i in range(shares + 1)]
+        with _blas_on_one_thread(threads):
+            others = [_threads().submit(work, *edges[i : i + 2]) for i in range(1, shares)]
+            try:
+                first = work(*edges[:2])
+            finally:  # nobody may still be writing when an error leaves this function
+                for other in others:
+                    other.exception()
+            return [first] + [other.result() for other in others]
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return this thread's array `name`, uninitialised, its memory reused from call to call."""
+    size = math.prod(shape)
+    held = _local.__dict__.setdefault("arrays", {})
+    flat = held.get((name, dtype))
+    if flat is None or flat.size < size:
+        flat = held[name, dtype] = np.empty(size, dtype)
+    return flat[:size].reshape(shape)
