@@ -95,8 +95,7 @@ def test_moving_there_and_back_changes_nothing(make, dtype):
 
 
 @dtypes
-@models
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("make, prediction", [(unet, "v"), (mlp, "eps"), (mlp, "x0")])
 def test_training_steps(make, dtype, prediction):
     """Forward process, network with dropout, loss, backward, clipping, AdamW, EMA: two steps."""
     model, shape = make(dtype)
@@ -141,8 +140,7 @@ def test_training_steps(make, dtype, prediction):
 
 @dtypes
 @models
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-@pytest.mark.parametrize("given_start", [True, False])
+@pytest.mark.parametrize("sampler, given_start", [("ddpm", False), ("ddim", True)])
 def test_sampling(make, dtype, sampler, given_start):
     model, shape = make(dtype)
     diffusion = td.GaussianDiffusion(td.linear_schedule(50), prediction="v")

@@ -21,11 +21,18 @@ The network may predict x_0, the noise eps, or v (Salimans & Ho 2022). Because a
     x_t = a x_0 + s eps             x_0 = a x_t - s v
     v   = a eps - s x_0             eps = s x_t + a v
 
+The variance of the reverse steps lies between two extremes, beta~_t and beta_t (right for point data and for
+standard normal data). One formula, between their logarithms, has the fixed and the learned variances in it
+(Nichol & Dhariwal 2021, eq. 15):
+
+    log sigma_t^2 = f log beta_t + (1 - f) log beta~_t,       f = 0, 1, or (v + 1) / 2 with a learned v
+
 Code index t = 0 ... T-1 is the paper's step t + 1, so x_{t-1} at t = 0 is the data itself.
 
 References
 ----------
 Ho, Jain & Abbeel 2020, *Denoising diffusion probabilistic models*.
+Nichol & Dhariwal 2021, *Improved denoising diffusion probabilistic models*.
 Salimans & Ho 2022, *Progressive distillation for fast sampling of diffusion models*, appendix D.
 """
 
@@ -41,7 +48,7 @@ from tinydiff.schedules import NoiseSchedule
 __all__ = ["GaussianDiffusion", "Prediction", "Variance"]
 
 Prediction: TypeAlias = Literal["eps", "x0", "v"]
-Variance: TypeAlias = Literal["fixed_small", "fixed_large"]
+Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
 Choice = TypeVar("Choice")
 
 
@@ -55,14 +62,19 @@ class GaussianDiffusion:
         depends on the betas follows from the new ones.
     prediction : {"eps", "x0", "v"}
         What the network's output is an estimate of: the noise, the data, or v = a eps - s x0.
-    variance : {"fixed_small", "fixed_large"}
+    variance : {"fixed_small", "fixed_large", "learned_range"}
         The variance of the reverse steps (Ho et al. 2020, section 3.2): the posterior's beta~_t, right if the
-        data is a single point, or beta_t, right if the data is standard normal.
+        data is a single point, or beta_t, right if the data is standard normal. Or learned (Nichol & Dhariwal
+        2021, eq. 15): the network's output has twice the data's size on the last axis. The first half is the
+        prediction; the second is v, which moves each element's log-variance between those two, -1 to 1.
 
     Attributes
     ----------
-    model_variance : ndarray, shape (T,)
-        The variance of each reverse step, float64 on the host.
+    log_variance_range : (ndarray, ndarray), each of shape (T,)
+        log beta~_t and log beta_t, float64 on the host. beta~_0 is 0; as in Nichol & Dhariwal's code, beta~_1
+        stands for it (in a chain of a single step beta_0, the only variance there is).
+    model_variance : ndarray, shape (T,), or None
+        The variance of each reverse step, float64 on the host; None if it is learned.
 
     Raises
     ------
@@ -81,7 +93,8 @@ class GaussianDiffusion:
     - ``t`` is an integer array of shape (N,) with values 0 ... T-1, on the host or beside the data, or one
       integer for the whole batch. It is read on the host, where the tables are: pass it as a NumPy array
       to keep a GPU from waiting.
-    - A variance has shape (N, 1, ..., 1), which broadcasts against the data.
+    - A variance has shape (N, 1, ..., 1), which broadcasts against the data; a learned one has the data's.
+    - ``output`` is all that the network returned, with `variance` ``"learned_range"`` both halves of it.
     - A wrong ``t``, dtype or shape is a ValueError that names the argument; something that is not an
       array, or is of another library than the first, is a TypeError.
 
@@ -98,7 +111,14 @@ class GaussianDiffusion:
         self.schedule = schedule
         self.prediction: Prediction = _one_of("prediction", prediction, get_args(Prediction))
         self.variance: Variance = _one_of("variance", variance, get_args(Variance))
-        self.model_variance = schedule.posterior_variance if variance == "fixed_small" else schedule.betas
+        fixed = {"fixed_small": schedule.posterior_variance, "fixed_large": schedule.betas}
+        self.model_variance = fixed.get(self.variance)
+        # A sum of logarithms: beta~ itself underflows where betas are tiny.
+        log_betas = np.log(schedule.betas)
+        log_noise = np.log(schedule.one_minus_alphas_cumprod)
+        log_small = np.concat([log_betas[:1], log_betas[1:] + log_noise[:-1] - log_noise[1:]])
+        log_small[0] = log_small[min(1, schedule.T - 1)]
+        self.log_variance_range = (log_small, log_betas)
 
     @property
     def T(self) -> int:
@@ -243,10 +263,11 @@ class GaussianDiffusion:
             What the network was shown.
         t : integer array, shape (N,), or int
             The step of `x_t`.
-        output : array, shape of `x_t`
+        output : array, shape of `x_t` (learned variance: twice that on the last axis)
             What it answered.
         given : {"eps", "x0", "v"}, optional
-            What `output` is; ``self.prediction`` if not said.
+            What `output` is, an array of `x_t`'s shape then. Default: the network's answer, an estimate of
+            ``self.prediction``.
 
         Returns
         -------
@@ -278,10 +299,11 @@ class GaussianDiffusion:
             What the network was shown.
         t : integer array, shape (N,), or int
             The step of `x_t`.
-        output : array, shape of `x_t`
+        output : array, shape of `x_t` (learned variance: twice that on the last axis)
             What it answered.
         given : {"eps", "x0", "v"}, optional
-            What `output` is; ``self.prediction`` if not said.
+            What `output` is, an array of `x_t`'s shape then. Default: the network's answer, an estimate of
+            ``self.prediction``.
 
         Returns
         -------
@@ -305,10 +327,11 @@ class GaussianDiffusion:
             What the network was shown.
         t : integer array, shape (N,), or int
             The step of `x_t`.
-        output : array, shape of `x_t`
+        output : array, shape of `x_t` (learned variance: twice that on the last axis)
             What it answered.
         given : {"eps", "x0", "v"}, optional
-            What `output` is; ``self.prediction`` if not said.
+            What `output` is, an array of `x_t`'s shape then. Default: the network's answer, an estimate of
+            ``self.prediction``.
 
         Returns
         -------
@@ -345,8 +368,8 @@ class GaussianDiffusion:
             What the network was shown.
         t : integer array, shape (N,), or int
             The step of `x_t`.
-        output : array, shape of `x_t`
-            What it answered, an estimate of ``self.prediction``.
+        output : array, shape of `x_t` (learned variance: twice that on the last axis)
+            What it answered, an estimate of ``self.prediction``, and v if the variance is learned.
         clip : bool
             Clip the estimate of x_0 to [-1, 1] first; right for images, wrong for data that leaves [-1, 1].
 
@@ -354,9 +377,9 @@ class GaussianDiffusion:
         -------
         mean : array, shape of `x_t`
             At t = 0 the estimate of x_0 itself.
-        variance : array, shape (N, 1, ..., 1)
-            beta~_t or beta_t, by ``self.variance``. At t = 0 the first is 0 and the second is beta_0, but a
-            sampler adds no noise after the last step.
+        variance : array, shape (N, 1, ..., 1), or of `x_t` if learned
+            beta~_t or beta_t, by ``self.variance``, or in between, element by element. At t = 0 the first is 0
+            and the second is beta_0, but a sampler adds no noise after the last step.
 
         Raises
         ------
@@ -367,7 +390,63 @@ class GaussianDiffusion:
         if clip:
             x0 = array_namespace(x0).clip(x0, -1.0, 1.0)
         mean, _ = self.q_posterior_mean_variance(x0, x_t, t)
+        if self.model_variance is None:
+            return mean, array_namespace(x0).exp(self.model_log_variance(x_t, t, output))
         return mean, _column(self.model_variance[self._on_host(t, x_t)], x_t)
+
+    def model_log_variance(self, x_t: Array, t: Array | int, output: Array) -> Array:
+        """Return the logarithm of the reverse step's variance (Nichol & Dhariwal 2021, eq. 15).
+
+        It is finite at t = 0, too, where ``"fixed_small"`` is the beta~_1 of ``log_variance_range``: the
+        likelihood of the data needs a density there, where a sampler only takes the mean.
+
+        Parameters
+        ----------
+        x_t : array, shape (N, ...)
+            What the network was shown.
+        t : integer array, shape (N,), or int
+            The step of `x_t`.
+        output : array, shape of `x_t` (learned variance: twice that on the last axis)
+            What it answered.
+
+        Returns
+        -------
+        array, shape (N, 1, ..., 1), or of `x_t` if learned
+        """
+        _, v = self.split_output(x_t, output)
+        log_small, log_large = self.log_variance_range
+        t = self._on_host(t, x_t)
+        if v is None:
+            return _column((log_small if self.variance == "fixed_small" else log_large)[t], x_t)
+        middle, half = (log_large + log_small) / 2, (log_large - log_small) / 2
+        return _column(middle[t], x_t) + v * _column(half[t], x_t)
+
+    def split_output(self, x_t: Array, output: Array) -> tuple[Array, Array | None]:
+        """Return the network's prediction and, if the variance is learned, its v; both of `x_t`'s shape.
+
+        Parameters
+        ----------
+        x_t : array, shape (N, ...)
+            What the network was shown.
+        output : array, shape of `x_t` (learned variance: twice that on the last axis)
+            What it answered.
+
+        Raises
+        ------
+        ValueError
+            If the shapes do not fit.
+        """
+        if self.variance != "learned_range":
+            return _matching(x_t=x_t, output=output)[1], None
+        (x_t,), (output,) = _matching(x_t=x_t), _matching(output=output)
+        C = x_t.shape[-1]
+        expected = (*x_t.shape[:-1], 2 * C)
+        if x_t.ndim < 2 or output.shape != expected:
+            raise ValueError(
+                f"output has shape {output.shape}, x_t {x_t.shape}; expected twice x_t's last axis, of at least "
+                "two: with variance 'learned_range' a network returns its prediction and v."
+            )
+        return _matching(x_t=x_t, prediction=output[..., :C], v=output[..., C:])[1:]
 
     # Gathering: float64 tables on the host, cast at the moment of use
 
@@ -402,9 +481,10 @@ class GaussianDiffusion:
     def _prediction_of(
         self, x_t: Array, output: Array, given: Prediction | None
     ) -> tuple[Array, Array, Prediction]:
-        x_t, output = _matching(x_t=x_t, output=output)
         if given is None:
+            output, _ = self.split_output(x_t, output)
             return x_t, output, self.prediction
+        x_t, output = _matching(x_t=x_t, output=output)
         return x_t, output, _one_of("given", given, get_args(Prediction))
 
 

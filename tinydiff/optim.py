@@ -169,7 +169,7 @@ M = TypeVar("M", bound=Module)
 class EMA(Generic[M]):
     """A copy of a model whose weights are the exponential moving average of the model's.
 
-    Samples are drawn from the average: it forgets the noise of the last steps (Ho et al. 2020, section 4).
+    Samples are drawn from the average: it forgets the noise of the last steps (Ho et al. 2020, appendix B).
 
     Parameters
     ----------

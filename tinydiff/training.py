@@ -32,8 +32,9 @@ __all__ = ["TrainingResult", "train", "training_loss"]
 M = TypeVar("M", bound=Module)
 Data = Any  # an array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...)
 
-# The independent streams of randomness that a seed stands for.
-STEP, EPOCH = 0, 1
+# The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
+# that [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
+STEP, EPOCH = 1, 2
 
 
 @dataclass(frozen=True)
