@@ -11,10 +11,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import tinydiff as td
 from tinydiff.backend import to_numpy
-from tinydiff.kernels import numpy_optim, portable
+from tinydiff.kernels import _optim, portable
 from tinydiff.nn import Parameter
 
-BLOCK = numpy_optim.BLOCK
+BLOCK = _optim.BLOCK
 SEEDS = st.integers(0, 2**32 - 1)
 # Around the borders of a block, where an off-by-one would leave elements out or step them twice.
 SHAPES = st.sampled_from(
@@ -158,7 +158,7 @@ def test_the_numpy_adam_step_is_the_definition(shape, dtype, order, seed, decays
     scalars = (0.01, 0.9, 0.999, 0.3, 1e-8, 0.99 if decays else 1.0)
     expected = portable.adam_step(value, grad, m, v, *scalars)
     given_grad = laid_out(grad, order)
-    stepped = numpy_optim.adam_step(
+    stepped = _optim.adam_step(
         laid_out(value, order), given_grad, laid_out(m, order), laid_out(v, order), *scalars
     )
     eps = np.finfo(dtype).eps
@@ -175,7 +175,7 @@ def test_the_numpy_ema_step_is_the_definition(shape, dtype, order, seed):
     average, value = (np.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
     expected = portable.ema_step(average, value, 0.1)
     given_value = laid_out(value, order)
-    stepped = numpy_optim.ema_step(laid_out(average, order), given_value, 0.1)
+    stepped = _optim.ema_step(laid_out(average, order), given_value, 0.1)
     assert stepped.shape == shape
     assert stepped.dtype == dtype
     eps = np.finfo(dtype).eps

@@ -33,7 +33,7 @@ __all__ = ["NoiseSchedule", "cosine_schedule", "evenly_spaced_timesteps", "linea
 
 
 class NoiseSchedule:
-    """The betas of a forward chain and the tables that follow from them.
+    """The betas of a forward chain and the tables that follow from them (docs: S.1, F.4).
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class NoiseSchedule:
     snr : ndarray, shape (T,)
         abar_t / (1 - abar_t).
     posterior_variance : ndarray, shape (T,)
-        beta~_t (Ho et al. 2020, eq. 7); exactly 0 at t = 0, where x_0 is known.
+        beta~_t (Ho et al. 2020, eq. 7; docs: P.1); exactly 0 at t = 0, where x_0 is known.
 
     Raises
     ------
@@ -65,7 +65,7 @@ class NoiseSchedule:
     -----
     All tables are float64 and read-only. diffusers keeps its betas in float32 and multiplies them up in
     float32: its ``alphas_cumprod`` agrees with this one to 1e-6, but the 1 - abar of its first steps has only
-    two or three digits.
+    three or four digits.
     """
 
     def __init__(self, betas: Any) -> None:
@@ -98,7 +98,7 @@ class NoiseSchedule:
         )
 
     def respace(self, timesteps: Sequence[int] | Array) -> NoiseSchedule:
-        """Return the shorter chain that visits only `timesteps`, with the same marginals there.
+        """Return the shorter chain that visits only `timesteps`, with the same marginals (docs: S.6, S.8).
 
         One step of the new chain makes all the steps of the old one between two visited timesteps at once:
 
@@ -139,7 +139,7 @@ class NoiseSchedule:
 def linear_schedule(
     T: int = 1000, beta_start: float | None = None, beta_end: float | None = None
 ) -> NoiseSchedule:
-    """Return the schedule whose betas rise linearly (Ho et al. 2020, section 4).
+    """Return the schedule whose betas rise linearly (Ho et al. 2020, section 4; docs: S.2).
 
     The paper's 1e-4 to 0.02 are meant for T = 1000. A shorter chain with the same betas stops half-way: at
     T = 100 it still holds 36% of the data's variance, yet sampling starts from pure noise. So the defaults
@@ -178,7 +178,7 @@ def linear_schedule(
 
 
 def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """Return the cosine schedule (Nichol & Dhariwal 2021, eq. 17).
+    """Return the cosine schedule (Nichol & Dhariwal 2021, eq. 17; docs: S.3, S.4).
 
     What is left of the signal's variance falls as a squared cosine,
 
@@ -220,7 +220,7 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
 
 
 def evenly_spaced_timesteps(T: int, steps: int) -> np.ndarray:
-    """Return `steps` of the timesteps 0 ... T-1, evenly spaced, to respace a chain with.
+    """Return `steps` of the timesteps 0 ... T-1, evenly spaced, to respace a chain with (docs: S.7).
 
     Evenly spaced reals from 0 to T-1, both included, rounded (Nichol & Dhariwal 2021, section 4). With one
     step it is T-1: the chain must start where the data has become noise.

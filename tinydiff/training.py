@@ -23,6 +23,7 @@ import numpy as np
 from tinydiff.backend import Array, array_namespace, asarray_like, standard_normal, to_numpy
 from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
 from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.kernels import many_steps
 from tinydiff.losses import simple_loss
 from tinydiff.nn.module import Module
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
@@ -86,6 +87,7 @@ def training_loss(
     return loss, lambda: model_backward(gradient)
 
 
+@many_steps()
 def train(
     model: M,
     diffusion: GaussianDiffusion,

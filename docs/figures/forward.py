@@ -14,7 +14,7 @@ ROWS = {"linear": linear_schedule(T), "cosine": cosine_schedule(T)}
 def panels(x0, show, name):
     """A row for each schedule, with the same noise in all panels."""
     noise = np.random.default_rng(1).standard_normal(x0.shape)
-    fig = figure(9.6, 3.1)
+    fig = figure(9.6, 2.95)
     axes = fig.subplots(len(ROWS), COLUMNS)
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     times = evenly_spaced_timesteps(T, COLUMNS)

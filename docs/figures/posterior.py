@@ -1,4 +1,4 @@
-"""The posterior as a product of two bells, and the variance of a reverse step between its bounds (chapter 3)."""
+"""The posterior as a product of two bells, and a reverse step's variance between its bounds (chapter 3)."""
 
 import numpy as np
 from style import BLUE, GREEN, GREY, ORANGE, figure, save_svg
@@ -20,7 +20,7 @@ def product(ax):
         ("from $x_t$", ORANGE, (x_t / np.sqrt(alpha), np.array([beta / alpha]))),
         ("posterior", GREEN, diffusion.q_posterior_mean_variance(x0, x_t, 1)),
     ]
-    x = np.linspace(-2.6, 2.8, 300)
+    x = np.linspace(-2.6, 2.8, 120)
     for label, colour, (mean, variance) in curves:
         y = bell(x, mean[0], variance[0])
         ax.plot(x, y, color=colour)

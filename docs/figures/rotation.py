@@ -35,7 +35,7 @@ def main():
     ax.text(0.36 * np.cos(angle / 2), 0.36 * np.sin(angle / 2), r"$\varphi_t$", va="center", ha="center")
     ax.text(-0.37 * np.sin(angle / 2), 0.37 * np.cos(angle / 2), r"$\varphi_t$", va="center", ha="center")
     ax.text(a / 2, -0.03, "$a_t$", color=BLUE, va="top", ha="center")
-    ax.text(-0.03, s / 2, "$s_t$", color=BLUE, va="center", ha="right")
+    ax.text(a + 0.03, s / 2, "$s_t$", color=BLUE, va="center", ha="left")
     ax.set(xlim=(-0.85, 1.25), ylim=(-0.14, 1.15), aspect="equal")
     ax.axis("off")
     save_svg(fig, "rotation.svg")

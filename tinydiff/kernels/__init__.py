@@ -10,15 +10,32 @@ random shapes. A layer asks for the module that fits its input::
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import numpy as numpy_kernels
 from tinydiff.kernels import portable
+from tinydiff.kernels._memory import keep_freed_memory
+from tinydiff.kernels._threads import blas_on_one_thread
 
-__all__ = ["kernels_for"]
+__all__ = ["kernels_for", "many_steps"]
 
 
 def kernels_for(x: Array) -> Any:
     """Return the kernel module for arrays like `x`: ``kernels.numpy`` or ``kernels.portable``."""
     return numpy_kernels if is_numpy_array(x) else portable
+
+
+@contextmanager
+def many_steps() -> Iterator[None]:
+    """Set this process up for a loop of many steps alike: training, sampling.
+
+    Freed memory is kept for the next step (from now on), and BLAS is held to one thread while the kernels
+    share out what is worth sharing (until the loop ends). Neither changes a result, nor the number of
+    threads in use.
+    """
+    keep_freed_memory()
+    with blas_on_one_thread():
+        yield

@@ -9,7 +9,7 @@ from tinydiff.kernels._threads import in_parallel
 __all__ = ["linear", "linear_backward", "silu", "silu_backward", "softmax", "softmax_backward"]
 
 # Fewer multiplications or elements than this are not worth a second thread.
-PARALLEL_PRODUCTS = 2**21
+PARALLEL_PRODUCTS = 2**23
 PARALLEL_SIZE = 2**16
 
 

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["in_parallel", "scratch"]
+__all__ = ["blas_on_one_thread", "in_parallel", "scratch"]
 
 T = TypeVar("T")
 
@@ -36,6 +36,9 @@ MAX_THREADS = 8
 _local = threading.local()
 _one_region = threading.Lock()
 _executor: ThreadPoolExecutor | None = None
+
+# While `blas_on_one_thread` is in force: how many threads BLAS had before. Else 0.
+_before_hold = 0
 
 
 def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
@@ -58,13 +61,23 @@ _blas = _openblas()
 
 
 @contextmanager
-def _blas_on_one_thread(before: int) -> Iterator[None]:
-    assert _blas is not None
+def blas_on_one_thread() -> Iterator[None]:
+    """Hold BLAS to one thread for a while; kernels go on sharing work out as if it were not.
+
+    For a loop of many small products: two threads inside BLAS gain little on each, and between them spin on
+    a core that others need. On a busy machine a small network trains ten times slower so.
+    """
+    global _before_hold
+    if _blas is None or _before_hold:
+        yield
+        return
+    _before_hold = _blas[0]()
     _blas[1](1)
     try:
         yield
     finally:
-        _blas[1](before)
+        _blas[1](_before_hold)
+        _before_hold = 0
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -92,12 +105,11 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
     if not parallel or n < 2 or _blas is None:
         return [work(0, n)]
     with _one_region:
-        threads = _blas[0]()
-        shares = min(threads, MAX_THREADS, n)
+        shares = min(_before_hold or _blas[0](), MAX_THREADS, n)
         if shares < 2:
             return [work(0, n)]
         edges = [n * i // shares for i in range(shares + 1)]
-        with _blas_on_one_thread(threads):
+        with blas_on_one_thread():
             others = [_threads().submit(work, *edges[i : i + 2]) for i in range(1, shares)]
             try:
                 first = work(*edges[:2])

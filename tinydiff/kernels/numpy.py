@@ -32,6 +32,7 @@ from tinydiff.kernels._norm import (
     group_norm_silu,
     group_norm_silu_backward,
 )
+from tinydiff.kernels._optim import adam_step, ema_step
 from tinydiff.kernels._threads import in_parallel
 from tinydiff.kernels._winograd import (
     winograd_conv,
@@ -39,11 +40,7 @@ from tinydiff.kernels._winograd import (
     winograd_weight,
     winograd_weight_backward,
 )
-from tinydiff.kernels.portable import (
-    Padding,
-    adam_step,
-    ema_step,
-)
+from tinydiff.kernels.portable import Padding
 
 __all__ = [
     "adam_step",

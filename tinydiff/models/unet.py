@@ -272,7 +272,7 @@ class UNet(Module):
             ups = [Upsample(c_out, rng)] if level > 0 else []
             self.up_blocks.append(UpBlock(resnets, attentions, ups))
 
-        self.conv_norm_out = GroupNorm(norm_groups, first, norm_eps)
+        self.conv_norm_out = GroupNorm(norm_groups, first, norm_eps, then_silu=True)
         self.conv_out = Conv2d(first, out_channels, 3, rng=rng, scale=0.0)
         self.to(xp)
 
@@ -350,13 +350,12 @@ class UNet(Module):
             if keep:
                 up_backwards.append(back_up)
         h, backward_norm = self.conv_norm_out(h)
-        h, backward_silu = silu(h)
         y, backward_out = self.conv_out(h)
 
         @once
         def backward(dy: Array) -> Array:
             """Walk back: out, up (collecting the skips' gradients), mid, down (adding them in), in."""
-            dh = backward_norm(backward_silu(backward_out(dy)))
+            dh = backward_norm(backward_out(dy))
             dskips: list[Array] = []  # the last skip used on the way up was the first made: conv_in's
             demb: Array = 0.0
             while up_backwards:

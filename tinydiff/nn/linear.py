@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace
+from tinydiff.backend import Array
+from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
 from tinydiff.nn.module import Module, once
 
@@ -34,17 +35,16 @@ class Linear(Module):
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
         """x (..., in)  ->  y (..., out).  (docs: B.1)"""
+        kernels = kernels_for(x)
         weight = self.weight.value
-        y = x @ weight + self.bias.value
+        y = kernels.linear(x, weight, self.bias.value)
 
         @once
         def backward(dy: Array) -> Array:
             """dW = x.T dy,  db = sum dy,  dx = dy W.T,  with rows flattened.  (docs: B.2)"""
-            xp = array_namespace(dy)
-            x_rows = xp.reshape(x, (-1, weight.shape[0]))
-            dy_rows = xp.reshape(dy, (-1, weight.shape[1]))
-            self.weight.accumulate(x_rows.T @ dy_rows)
-            self.bias.accumulate(xp.sum(dy_rows, axis=0))
-            return dy @ weight.T
+            dx, dw, db = kernels.linear_backward(x, weight, dy)
+            self.weight.accumulate(dw)
+            self.bias.accumulate(db)
+            return dx
 
         return y, backward
