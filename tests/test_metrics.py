@@ -1,13 +1,24 @@
-"""The sliced Wasserstein distance: a metric, exact where the answer is known, and its sampling floor."""
+"""Distances between sets of points and of features: exact where the answer is known, unbiased, and the
+permutation test's rate of false alarms."""
+
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
-from scipy.stats import wasserstein_distance
+from scipy.integrate import quad
+from scipy.linalg import sqrtm
+from scipy.stats import binom, chisquare, norm, wasserstein_distance
 
-from tinydiff.metrics import sliced_wasserstein
+from tinydiff.metrics import (
+    energy_distance,
+    frechet_distance,
+    mmd_squared,
+    permutation_test,
+    sliced_wasserstein,
+)
 
 
 def clouds(seed, count, n, D):
@@ -119,3 +130,242 @@ def test_what_does_not_fit_is_named(x, y, match):
 def test_projections_at_least_one():
     with pytest.raises(ValueError, match="projections is 0"):
         sliced_wasserstein(np.zeros((1, 2)), np.zeros((1, 2)), projections=0)
+
+
+# --- MMD and energy distance -----------------------------------------------------------------------------
+
+DISCREPANCIES = {"mmd": lambda x, y: mmd_squared(x, y, bandwidth=0.8), "energy": energy_distance}
+
+
+def kernel(name, x, y):
+    r = np.sqrt(np.sum((x - y) ** 2))
+    return np.exp(-(r**2) / (2 * 0.8**2)) if name == "mmd" else -r
+
+
+@pytest.mark.parametrize("name", DISCREPANCIES)
+@given(SEEDS, st.integers(2, 6), st.integers(2, 6), st.integers(1, 3))
+def test_discrepancy_is_the_mean_over_pairs_of_different_points(name, seed, n, m, D):
+    x, y = clouds(seed, 1, n, D)[0], clouds(seed + 1, 1, m, D)[0]
+    within = [np.mean([kernel(name, a, b) for a, b in itertools.permutations(z, 2)]) for z in (x, y)]
+    across = np.mean([kernel(name, a, b) for a in x for b in y])
+    assert_allclose(DISCREPANCIES[name](x, y), sum(within) - 2 * across, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", DISCREPANCIES)
+@pytest.mark.parametrize("same", [True, False])
+def test_discrepancy_is_unbiased(name, same):
+    """Its mean over *all* samples of two densities on three points is the densities' discrepancy, 0 if equal."""
+    points = np.array([[0.0], [1.0], [2.5]])
+    p = np.array([0.2, 0.5, 0.3])
+    q = p if same else np.array([0.6, 0.1, 0.3])
+    K = np.array([[kernel(name, a, b) for b in points] for a in points])
+    expected = (p - q) @ K @ (p - q)
+    mean = 0.0
+    for *i, j, k in itertools.product(range(3), repeat=5):
+        mean += np.prod(p[i]) * q[j] * q[k] * DISCREPANCIES[name](points[i], points[[j, k]])
+    assert_allclose(mean, expected, atol=1e-12)
+    assert (abs(expected) < 1e-15) == same
+
+
+def test_mmd_between_gaussians():
+    # E k(x, y) = (h^2 / (h^2 + s^2 + r^2))^(D/2) exp(-|mu|^2 / 2 (h^2 + s^2 + r^2)).
+    h, s, r, mu, n, m, repeats = 1.5, 1.0, 0.5, np.array([1.0, -0.5]), 20, 30, 400
+
+    def mean_kernel(variance, shift):
+        total = h**2 + variance
+        return h**2 / total * np.exp(-np.sum(shift**2) / (2 * total))
+
+    expected = mean_kernel(2 * s**2, 0 * mu) + mean_kernel(2 * r**2, 0 * mu) - 2 * mean_kernel(s**2 + r**2, mu)
+    rng = np.random.default_rng(0)
+    found = [
+        mmd_squared(s * rng.standard_normal((n, 2)), mu + r * rng.standard_normal((m, 2)), bandwidth=h)
+        for _ in range(repeats)
+    ]
+    error = np.std(found) / np.sqrt(repeats)
+    assert abs(np.mean(found) - expected) < 5 * error < 0.1 * expected  # false alarm 6e-7
+
+
+@given(SEEDS, st.integers(2, 12), st.integers(2, 12))
+def test_energy_distance_on_the_line_is_an_integral_of_distribution_functions(seed, n, m):
+    """2 int (F - G)^2 counts pairs of a point with itself; without them each mean grows by n / (n - 1)."""
+    x, y = clouds(seed, 1, n, 1)[0], clouds(seed + 1, 1, m, 1)[0]
+    at = np.sort(np.concat([x, y])[:, 0])
+    F, G = (np.searchsorted(np.sort(z[:, 0]), at[:-1], side="right") / len(z) for z in (x, y))
+    integral = 2 * np.sum((F - G) ** 2 * np.diff(at))
+    # Gini's mean difference: E|x - x'| = 2 int F (1 - F).
+    spread = [2 * np.sum(H * (1 - H) * np.diff(at)) / (len(z) - 1) for H, z in ((F, x), (G, y))]
+    assert_allclose(energy_distance(x, y), integral - sum(spread), rtol=1e-9, atol=1e-12)
+
+
+def test_energy_distance_between_gaussians_is_the_quadrature():
+    n, repeats = 25, 1000
+    F, G = norm(0, 1), norm(0.8, 1.5)
+    expected = 2 * quad(lambda t: (F.cdf(t) - G.cdf(t)) ** 2, -12, 12, epsabs=1e-12)[0]
+    rng = np.random.default_rng(0)
+    found = [
+        energy_distance(F.rvs((n, 1), random_state=rng), G.rvs((n, 1), random_state=rng))
+        for _ in range(repeats)
+    ]
+    error = np.std(found) / np.sqrt(repeats)
+    assert abs(np.mean(found) - expected) < 5 * error < 0.2 * expected  # false alarm 6e-7
+
+
+@given(SEEDS, st.integers(1, 3))
+def test_discrepancies_ignore_order_and_motion_and_the_bandwidth_follows_the_scale(seed, D):
+    x, y = clouds(seed, 2, 6, D)
+    c, shift = 7.0, np.arange(D)
+    assert_allclose(energy_distance(y, x[::-1]), energy_distance(x, y), rtol=1e-9, atol=1e-12)
+    assert_allclose(mmd_squared(y, x[::-1]), mmd_squared(x, y), rtol=1e-9, atol=1e-12)
+    assert_allclose(energy_distance(shift - c * x, shift - c * y), c * energy_distance(x, y), atol=1e-11)
+    assert_allclose(mmd_squared(shift - c * x, shift - c * y), mmd_squared(x, y), atol=1e-11)
+
+
+def test_the_default_bandwidth_is_the_median_of_distances_between_different_points():
+    x, y = np.array([[0.0], [0.0], [1.0]]), np.array([[3.0], [3.0]])
+    # Distances above 0: 1, 1, 2, 2, 3, 3, 3, 3.
+    assert mmd_squared(x, y) == mmd_squared(x, y, bandwidth=2.5)
+    assert mmd_squared(x[:2], x[:2]) == 0  # every point the same
+
+
+# --- The permutation test --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DISCREPANCIES)
+def test_p_values_are_uniform_where_the_densities_are_equal(name):
+    permutations, repeats = 19, 600
+    rng = np.random.default_rng(0)
+    ranks = np.zeros(permutations + 1)
+    for _ in range(repeats):
+        x, y = rng.standard_normal((8, 2)), rng.standard_normal((12, 2))
+        p = permutation_test(x, y, statistic=name, permutations=permutations, rng=rng).p_value
+        ranks[round(p * (permutations + 1)) - 1] += 1
+    assert chisquare(ranks).pvalue > 1e-6  # the test's own rate of false alarms
+    assert ranks[0] < binom(repeats, 0.05).isf(1e-6)  # p <= 0.05 in 5% of cases, no more
+
+
+@pytest.mark.parametrize("name", DISCREPANCIES)
+def test_different_densities_are_told_apart(name):
+    """One of the same mean and covariance among them: the test sees shapes, not moments."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 2))
+    for y in (rng.standard_normal((150, 2)) + [1, 0], np.sqrt(2) * rng.choice([-1, 1], (150, 2)) * [[1, 0]]):
+        result = permutation_test(x, y, statistic=name, permutations=499, rng=rng)
+        assert result.p_value == 1 / 500
+        assert result.statistic > result.null.max()
+
+
+@given(SEEDS, st.integers(2, 5), st.integers(2, 5))
+def test_the_null_is_the_discrepancies_of_random_divisions(seed, n, m):
+    x, y = clouds(seed, 1, n, 2)[0], clouds(seed + 1, 1, m, 2)[0]
+    z = np.concat([x, y])
+    every = set()
+    for chosen in itertools.combinations(range(n + m), n):
+        rest = [i for i in range(n + m) if i not in chosen]
+        every.add(energy_distance(z[list(chosen)], z[rest]))
+    result = permutation_test(x, y, statistic="energy", permutations=50, rng=np.random.default_rng(seed))
+    assert result.statistic == energy_distance(x, y)
+    assert len(result.null) == 50
+    nearest = np.min(np.abs(result.null[:, None] - np.array(sorted(every))), axis=1)
+    assert_allclose(nearest, 0, atol=1e-12)
+
+
+def test_divisions_as_discrepant_as_the_observed_count_against_it():
+    # 2 + 2 points: the observed division and its mirror image are the most discrepant, 2 of 6.
+    x, y = np.array([[0.0], [0.1]]), np.array([[1.0], [1.1]])
+    for name in DISCREPANCIES:
+        p = permutation_test(x, y, statistic=name, permutations=6000).p_value
+        assert abs(p - 1 / 3) < 5 * np.sqrt(2 / 9 / 6000)
+    assert permutation_test(np.zeros((3, 2)), np.zeros((4, 2))).p_value == 1
+
+
+def test_more_permutations_than_a_batch_and_the_seed():
+    x, y = clouds(0, 2, 10, 2)
+    first = permutation_test(x, y, permutations=700)
+    assert first.null.shape == (700,) and np.all(np.isfinite(first.null))
+    assert permutation_test(x, y, permutations=700).p_value == first.p_value
+    assert np.any(permutation_test(x, y, permutations=700, rng=np.random.default_rng(1)).null != first.null)
+
+
+@pytest.mark.parametrize("function", [mmd_squared, energy_distance, permutation_test])
+@pytest.mark.parametrize(
+    ("x", "y", "match"),
+    [
+        (np.zeros((3, 2)), np.zeros((3, 1)), r"x and y have shapes \(3, 2\) and \(3, 1\)"),
+        (np.zeros(3), np.zeros(3), r"expected \(n, D\)"),
+        (np.zeros((3, 0)), np.zeros((3, 0)), r"expected \(n, D\)"),
+        (np.zeros((1, 2)), np.zeros((3, 2)), "at least 2 rows"),
+        (np.zeros((2, 2)), np.full((2, 2), np.nan), "^y contains NaN"),
+    ],
+)
+def test_points_that_do_not_fit_are_named(function, x, y, match):
+    with pytest.raises(ValueError, match=match):
+        function(x, y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"statistic": "t"}, "statistic is 't'"),
+        ({"permutations": 0}, "permutations is 0"),
+        ({"bandwidth": 0.0}, "bandwidth is 0.0"),
+        ({"bandwidth": np.inf}, "bandwidth is inf"),
+        ({"statistic": "energy", "bandwidth": 1.0}, "bandwidth is 1.0; expected None"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        permutation_test(np.zeros((2, 1)), np.ones((2, 1)), **arguments)
+
+
+# --- The Fréchet distance --------------------------------------------------------------------------------
+
+
+def sample_with(rng, n, mean, covariance):
+    """n samples whose own mean and covariance are exactly these."""
+    z = rng.standard_normal((n, len(mean)))
+    z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T).reshape(2 * (len(mean),)))).T
+    eigenvalues, V = np.linalg.eigh(covariance)
+    return mean + z @ (V * np.sqrt(np.maximum(eigenvalues, 0))).T
+
+
+@given(SEEDS, st.integers(1, 5))
+def test_frechet_distance_is_dowson_and_landau_s_formula(seed, D):
+    rng = np.random.default_rng(seed)
+    means = rng.standard_normal((2, D))
+    factors = rng.standard_normal((2, D, D))
+    S, R = factors @ factors.transpose(0, 2, 1) + 0.1 * np.eye(D)
+    expected = np.sum((means[0] - means[1]) ** 2) + np.trace(S + R - 2 * np.real(sqrtm(S @ R)))
+    a, b = sample_with(rng, 3 * D + 2, means[0], S), sample_with(rng, 2 * D + 7, means[1], R)
+    assert_allclose(frechet_distance(a, b), expected, rtol=1e-7, atol=1e-9)
+    assert_allclose(frechet_distance(b, a), frechet_distance(a, b), rtol=1e-10)
+
+
+def test_frechet_distance_between_gaussians_on_the_axes():
+    # |mu|^2 + sum (s_i - r_i)^2, also where a deviation is 0: covariances without full rank.
+    rng = np.random.default_rng(0)
+    s, r, mu = np.array([1.0, 2.0, 0.0, 0.0]), np.array([3.0, 0.0, 0.5, 0.0]), np.array([0.0, 1.0, 0.0, 2.0])
+    a, b = sample_with(rng, 50, 0 * mu, np.diag(s**2)), sample_with(rng, 40, mu, np.diag(r**2))
+    assert_allclose(frechet_distance(a, b), np.sum(mu**2) + np.sum((s - r) ** 2), rtol=1e-12)
+
+
+@given(SEEDS, st.integers(2, 6), st.integers(2, 6))
+def test_frechet_distance_of_fewer_samples_than_features(seed, n, m):
+    """In 40 dimensions, against eigenvalues in the few directions that occur; a set from itself is at 0."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((n, 40)), 2 * rng.standard_normal((m, 40))
+    S, R = np.cov(a.T), np.cov(b.T)
+    fidelity = np.sum(np.sqrt(np.sort(np.abs(np.linalg.eigvals(S @ R)))[-min(n, m) + 1 :]))
+    expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(S) + np.trace(R) - 2 * fidelity
+    assert_allclose(frechet_distance(a, b), expected, rtol=1e-9)
+    assert frechet_distance(a, a[::-1]) < 1e-12
+    assert_allclose(frechet_distance(a, a + 0.5), 40 * 0.25, rtol=1e-12)
+
+
+def test_frechet_distance_says_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"features_a and features_b have shapes \(3, 2\) and \(3, 1\)"):
+        frechet_distance(np.zeros((3, 2)), np.zeros((3, 1)))
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        frechet_distance(np.zeros((3, 2)), np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="^features_b contains NaN"):
+        frechet_distance(np.zeros((3, 2)), np.full((3, 2), np.nan))
+    assert frechet_distance(np.ones((3, 2)), np.ones((2, 2))) == 0  # points, not clouds

@@ -135,9 +135,9 @@ def test_the_loop_is_algorithm_1_written_out():
     )
     optimizer = td.Adam(reference.named_parameters(), lr=0.01, weight_decay=0.1)
     ema = td.EMA(reference, 0.9)
-    order = np.concatenate([np.random.default_rng([3, 1, epoch]).permutation(10) for epoch in range(5)])
+    order = np.concatenate([np.random.default_rng([3, training.EPOCH, epoch]).permutation(10) for epoch in range(5)])
     for step in range(STEPS):
-        rng = np.random.default_rng([3, 0, step])
+        rng = np.random.default_rng([3, training.STEP, step])
         x0 = POINTS[order[4 * step : 4 * step + 4]]
         t = rng.integers(20, size=4)
         eps = rng.standard_normal((4, 2), dtype=np.float32)
@@ -503,7 +503,7 @@ def test_an_epoch_visits_every_sample_once(n, batch_size, seed):
     for epoch in range(len(stream) // n):
         visited = stream[epoch * n : (epoch + 1) * n]
         assert sorted(visited) == list(range(n))
-        assert visited == np.random.default_rng([seed, 1, epoch]).permutation(n).tolist()
+        assert visited == np.random.default_rng([seed, training.EPOCH, epoch]).permutation(n).tolist()
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinydiff.backend import Array, get_backend
 from tinydiff.models._checks import check_like_weights, check_positive, check_times
-from tinydiff.nn import Linear, Module, TimestepEmbedding, once, silu, sinusoidal_embedding
+from tinydiff.nn import Linear, Module, TimestepEmbedding, inference, once, silu, sinusoidal_embedding
 
 __all__ = ["MLP"]
 
@@ -147,4 +147,5 @@ class MLP(Module):
 
     def predict(self, x: Array, t: Array) -> Array:
         """Predict without keeping anything for a backward; arguments and result as in the call."""
-        return self(x, t)[0]
+        with inference():
+            return self(x, t)[0]

@@ -26,6 +26,7 @@ from tinydiff.nn import (
     TimestepEmbedding,
     Upsample,
     concat,
+    inference,
     once,
     silu,
     sinusoidal_embedding,
@@ -303,15 +304,6 @@ class UNet(Module):
         TypeError
             If `x` or `t` is not an array.
         """
-        return self._run(x, t, rng, keep=True)
-
-    def predict(self, x: Array, t: Array) -> Array:
-        """Predict without keeping anything for a backward; arguments and result as in the call."""
-        return self._run(x, t, None, keep=False)[0]
-
-    def _run(
-        self, x: Array, t: Array, rng: np.random.Generator | None, keep: bool
-    ) -> tuple[Array, Callable[[Array], Array]]:
         self._check_input(x, t)
         first = self.config["block_channels"][0]
         sinusoids = sinusoidal_embedding(
@@ -321,16 +313,17 @@ class UNet(Module):
             flip_sin_to_cos=self.config["flip_sin_to_cos"],
             freq_shift=self.config["freq_shift"],
         )
-        return self.run_embedded(x, sinusoids, rng, keep)
+        return self.run_embedded(x, sinusoids, rng)
+
+    def predict(self, x: Array, t: Array) -> Array:
+        """Predict without keeping anything for a backward; arguments and result as in the call."""
+        with inference():
+            return self(x, t)[0]
 
     def run_embedded(
-        self, x: Array, sinusoids: Array, rng: np.random.Generator | None = None, keep: bool = True
+        self, x: Array, sinusoids: Array, rng: np.random.Generator | None = None
     ) -> tuple[Array, Callable[[Array], Array]]:
-        """Do as the call, from the time's sinusoids (N, block_channels[0]) instead of the time.
-
-        With ``keep=False`` each block's derivative is let go as soon as the block is done, and the
-        returned backward is of no use.
-        """
+        """Do as the call, from the time's sinusoids (N, block_channels[0]) instead of the time."""
         down_backwards = []
         up_backwards = []
         emb, backward_time = self.time_embedding(sinusoids)
@@ -340,15 +333,11 @@ class UNet(Module):
         for down in self.down_blocks:
             results, back_down = down(skips[-1], emb, rng)
             skips += results
-            if keep:
-                down_backwards.append(back_down)
+            down_backwards.append(back_down)
         h, backward_mid = self.mid_block(skips[-1], emb, rng)
-        if not keep:
-            del back_down, backward_mid
         for up in self.up_blocks:
             h, back_up = up(h, skips, emb, rng)
-            if keep:
-                up_backwards.append(back_up)
+            up_backwards.append(back_up)
         h, backward_norm = self.conv_norm_out(h)
         y, backward_out = self.conv_out(h)
 

@@ -13,13 +13,15 @@ itself, so a layer can be called twice before either backward, and parameters ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
 
-__all__ = ["Module", "Parameter", "once"]
+__all__ = ["Module", "Parameter", "inference", "once"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -150,11 +152,33 @@ def _some(names: list[str], show: int = 3) -> str:
     return ", ".join(names[:show]) + (f", … ({len(names)} in all)" if len(names) > show else "")
 
 
+_keeping: ContextVar[bool] = ContextVar("keeping", default=True)
+
+
+@contextmanager
+def inference() -> Iterator[None]:
+    """Within it a layer lets go of its derivative, and of what that holds, as soon as it returns.
+
+    For the ``predict`` of a model. A context variable, so that one thread may predict while another trains.
+    """
+    token = _keeping.set(False)
+    try:
+        yield
+    finally:
+        _keeping.reset(token)
+
+
+def _not_kept(*args: Any) -> Any:
+    raise RuntimeError("this output came from inference, which keeps nothing for a backward.")
+
+
 def once(backward: F) -> F:
     """Let a backward be called once: gradients add up, so a second call would count them twice.
 
-    What it held is let go as soon as it returns.
+    What it held is let go as soon as it returns; in `inference`, at once.
     """
+    if not _keeping.get():
+        return _not_kept  # type: ignore[return-value]
     held: list[F] = [backward]
 
     def call(*args: Any) -> Any:
