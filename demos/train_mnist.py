@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         lr=args.lr,
         ema_decay=EMA_DECAY,
+        data_name=f"mnist {args.data}",
         run_dir=args.out,
         resume=args.resume,
         checkpoint_every=CHECKPOINT_EVERY,

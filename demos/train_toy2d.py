@@ -17,7 +17,7 @@ from tinydiff.datasets import toy2d
 
 DEFAULTS = dict(
     shape="moons",
-    steps=4000,
+    steps=3000,
     batch=512,
     lr=4e-3,
     schedule="cosine",
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         lr=args.lr,
         ema_decay=EMA_DECAY,
+        data_name=args.shape,
         run_dir=args.out,
         resume=args.resume,
         progress=not args.quiet,

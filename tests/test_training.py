@@ -383,6 +383,7 @@ OTHER = {
     "betas": dict(diffusion=td.GaussianDiffusion(td.cosine_schedule(T=20))),
     "prediction": dict(diffusion=td.GaussianDiffusion(DIFFUSION.schedule, "v")),
     "data": dict(data=POINTS),
+    "data_name": dict(data_name="rings"),
     "steps": dict(steps=13),
     "batch_size": dict(batch_size=5),
     "seed": dict(seed=0),

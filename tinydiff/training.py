@@ -102,6 +102,7 @@ def train(
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
     ema_decay: float = 0.999,
+    data_name: str = "",
     run_dir: str | Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 500,
@@ -140,6 +141,8 @@ def train(
         Bound on the joint norm of all gradients; ``math.inf``: none.
     ema_decay : float
         Decay of the moving average of the weights.
+    data_name : str
+        What the data is called: a run is only resumed on data of the same name (and shape).
     run_dir : path, optional
         Directory for ``metrics.jsonl`` (a line every `log_every` steps) and ``checkpoint.safetensors``.
         Default: nothing is written.
@@ -190,6 +193,7 @@ def train(
         "betas": _digest(diffusion.schedule.betas),
         "prediction": diffusion.prediction,
         "data": "callable" if callable(data) else [int(size) for size in data.shape],
+        "data_name": data_name,
         "steps": int(steps),
         "batch_size": int(batch_size),
         "seed": int(seed),
