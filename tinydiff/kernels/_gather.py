@@ -61,7 +61,7 @@ def _scatter(rows: np.ndarray, stride: int, before: int, dx: np.ndarray) -> None
 def gather_conv(
     x: np.ndarray, w: np.ndarray, stride: int, before: int, y: np.ndarray, start: int, stop: int
 ) -> None:
-    """Write images start … stop-1 of y (N, H', W', D), without bias, from those of x (N, H, W, C)."""
+    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C), no bias.  (docs: A.4)"""
     k, _, c, d = w.shape
     _, h_out, w_out, _ = y.shape
     pixels = h_out * w_out
@@ -80,7 +80,7 @@ def gather_conv_backward(
     start: int,
     stop: int,
 ) -> np.ndarray:
-    """Write images start … stop-1 of dx (N, H, W, C); returns their share of dw (k, k, C, D)."""
+    """Write images start … stop-1 of dx (N, H, W, C); returns their share of dw (k, k, C, D).  (docs: A.5)"""
     k, _, c, d = w.shape
     _, h_out, w_out, _ = dy.shape
     dw = np.zeros((k * k * c, d), w.dtype)
@@ -101,7 +101,7 @@ def _transpose(w: np.ndarray) -> np.ndarray:
 
 
 def narrow_conv(x: np.ndarray, w: np.ndarray, before: int, y: np.ndarray, start: int, stop: int) -> None:
-    """As `gather_conv` with stride 1, for D < C."""
+    """As `gather_conv` with stride 1, for D < C.  (docs: A.6)"""
     k, _, c, d = w.shape
     _, h, width, _ = x.shape
     taps = np.ascontiguousarray(_transpose(w)).reshape(k * k * d, c).T
@@ -114,7 +114,7 @@ def narrow_conv(x: np.ndarray, w: np.ndarray, before: int, y: np.ndarray, start:
 def narrow_conv_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray, before: int, dx: np.ndarray, start: int, stop: int
 ) -> np.ndarray:
-    """As `gather_conv_backward` with stride 1, for D < C."""
+    """As `gather_conv_backward` with stride 1, for D < C.  (docs: A.6)"""
     k, _, c, d = w.shape
     _, h, width, _ = x.shape
     taps = np.ascontiguousarray(_transpose(w)).reshape(k * k * d, c)

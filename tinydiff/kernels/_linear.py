@@ -45,7 +45,7 @@ def linear_backward(
 
 
 def silu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As ``portable.silu``.  Where exp overflows, 1 / (1 + exp(-x)) is rightly 0."""
+    """As ``portable.silu``.  Where exp overflows, 1 / (1 + exp(-x)) is rightly 0.  (docs: A.12)"""
     s = np.negative(x)
     with np.errstate(over="ignore"):
         np.exp(s, out=s)

@@ -4,14 +4,15 @@ Element-wise chains are bound by memory: here every step of the chain is done on
 that stays in cache, in place. Nothing is kept for the backward but the input, its mean and 1/sqrt(var + eps);
 the rest is cheaper computed again than written and read.
 
-Written per channel, with xc = x - mean and a = rstd weight::
+Written per channel, with xc = x - mean and a = rstd weight (docs: A.10, A.11)::
 
     z = a xc + bias      y = z, or z sigmoid(z)
     dbias = sum dz       dweight = sum dz xhat,  xhat = rstd xc
     dx = a dz - rstd mean(weight dz) - rstd xhat mean(weight dz xhat)
 
 so the two means over a group are sums over its channels of weight times each image's share of dbias and
-dweight. Sums over pixels are products with a row of ones; the variance is that of the centred values.
+dweight. Sums over pixels are products with a row of ones; the variance is that of the centred values
+(docs: A.14).
 
 An image is seen as H rows of W C numbers and a vector of channels is repeated W times to match: loops
 over rows are long, loops over a few channels are not.

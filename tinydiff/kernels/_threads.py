@@ -6,7 +6,7 @@ multiplying and adding; BLAS is held to one thread meanwhile. That beats threads
 up the products alone and, between products, spin on the core that the rest of the work needs.
 
 The shares depend on the number of threads only, and what the threads return is combined in their order:
-the same inputs give the same bits on every run.
+the same inputs give the same bits on every run (docs: A.18).
 
 OpenBLAS, which NumPy's own wheels bring, is told its number of threads through its C interface. Where
 NumPy was built with another BLAS there is one share, and that BLAS threads as it likes.

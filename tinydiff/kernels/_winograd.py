@@ -1,7 +1,7 @@
 """Winograd's convolution F(2x2, 3x3): 16 multiplications where the definition takes 36.
 
 Cut the padded image into overlapping 4x4 patches d, one for each 2x2 patch y of the output. For every
-patch, with the 3x3 taps g (Lavin & Gray 2016, section 4.1)::
+patch, with the 3x3 taps g (Lavin & Gray 2016, section 4.1; docs: A.7, A.8)::
 
     y = A.T [ (G g G.T) * (B.T d B) ] A
 
@@ -12,7 +12,7 @@ patch, with the 3x3 taps g (Lavin & Gray 2016, section 4.1)::
 
 where * multiplies element by element. Summed over channels, each of the 16 elements is one matrix product
 over all patches: V = B.T d B (16, T, C), U = G g G.T (16, C, D), M = V U (16, T, D), T patches.
-Every step is linear, so the derivative is the transposes in reverse::
+Every step is linear, so the derivative is the transposes in reverse (docs: A.9)::
 
     dM = A dy A.T      dU = V.T dM,  dg = G.T dU G      dV = dM U.T,  dd = B dV B.T
 
@@ -36,13 +36,13 @@ CHUNK = 13 * 2**10
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
-    """U = G g G.T: (3, 3, C, D)  ->  (16, C, D)."""
+    """U = G g G.T: (3, 3, C, D)  ->  (16, C, D).  (docs: A.8)"""
     c, d = g.shape[2:]
     return (np.kron(G, G).astype(g.dtype) @ g.reshape(9, c * d)).reshape(16, c, d)
 
 
 def winograd_weight_backward(du: np.ndarray) -> np.ndarray:
-    """dg = G.T dU G: (16, C, D)  ->  (3, 3, C, D)."""
+    """dg = G.T dU G: (16, C, D)  ->  (3, 3, C, D).  (docs: A.9)"""
     c, d = du.shape[1:]
     return (np.kron(G, G).T.astype(du.dtype) @ du.reshape(16, c * d)).reshape(3, 3, c, d)
 
@@ -162,7 +162,7 @@ def _output_transform_backward(dy: np.ndarray, th: int, tw: int) -> np.ndarray:
 def winograd_conv(
     x: np.ndarray, u: np.ndarray, b: np.ndarray, before: int, y: np.ndarray, start: int, stop: int
 ) -> None:
-    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C)."""
+    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C).  (docs: A.8)"""
     _, c, d = u.shape
     th, tw = (y.shape[1] + 1) // 2, (y.shape[2] + 1) // 2
     for chunk in _chunks(start, stop, th * tw, max(c, d)):
@@ -183,7 +183,7 @@ def winograd_conv_backward(
     start: int,
     stop: int,
 ) -> np.ndarray:
-    """Write images start … stop-1 of dx (N, H, W, C); returns their share of dU (16, C, D)."""
+    """Write images start … stop-1 of dx (N, H, W, C); returns their share of dU (16, C, D).  (docs: A.9)"""
     _, c, d = u.shape
     th, tw = (dy.shape[1] + 1) // 2, (dy.shape[2] + 1) // 2
     ut = np.ascontiguousarray(u.swapaxes(1, 2))
