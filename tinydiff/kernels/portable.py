@@ -151,7 +151,7 @@ def group_norm_silu(
 ) -> tuple[Array, tuple[Any, Array, Array]]:
     """`silu` of `group_norm`, the pair that stands before every 3x3 convolution of a residual block.
 
-    Returns y and what `group_norm_silu_backward` needs.
+    Returns y and what `group_norm_silu_backward` needs.  (docs: B.3, B.10)
     """
     z, saved = group_norm(x, weight, bias, groups, eps)
     y, s = silu(z)
@@ -161,7 +161,7 @@ def group_norm_silu(
 def group_norm_silu_backward(
     saved: tuple[Any, Array, Array], weight: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of `group_norm_silu`: dx, dweight, dbias."""
+    """Gradients of `group_norm_silu`: dx, dweight, dbias.  (docs: B.3, B.11)"""
     norm_saved, s, y = saved
     return group_norm_backward(norm_saved, weight, silu_backward(s, y, dy))
 
@@ -180,7 +180,7 @@ def linear_backward(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]
 
 
 def softmax(x: Array) -> Array:
-    """p = exp(x) / sum exp(x) over the last axis, shifted by the maximum so that exp cannot overflow."""
+    """p = exp(x) / sum exp(x) over the last axis, shifted so that exp cannot overflow.  (docs: B.14)"""
     xp = array_namespace(x)
     e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
     return e / xp.sum(e, axis=-1, keepdims=True)
@@ -204,7 +204,7 @@ def adam_step(
     eps: float,
     decay: float,
 ) -> tuple[Array, Array, Array]:
-    """One step of Adam (Kingma & Ba 2015): returns the new value and moments; a twin may reuse the old ones.
+    """One step of Adam (Kingma & Ba 2015): returns new value and moments; a twin may reuse the old.  (docs: B.21)
 
     m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v)
     value = decay value - step_size m / (sqrt(v)/root + eps)
@@ -216,5 +216,5 @@ def adam_step(
 
 
 def ema_step(average: Array, value: Array, rate: float) -> Array:
-    """Average + rate (value - average); a twin may reuse `average`."""
+    """average + rate (value - average); a twin may reuse `average`.  (docs: B.23)"""
     return average + rate * (value - average)
