@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
-from tinydiff.backend import Array, array_namespace
+import numpy as np
+
+from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
+from tinydiff.bound import Decoder, step_term
 from tinydiff.diffusion import GaussianDiffusion
 
-__all__ = ["mean_squared_error", "simple_loss"]
+__all__ = ["cross_entropy", "hybrid_loss", "mean_squared_error", "min_snr_weight", "simple_loss", "vlb_loss"]
 
 
 def mean_squared_error(output: Array, target: Array) -> tuple[Array, Array]:
@@ -40,7 +43,12 @@ def mean_squared_error(output: Array, target: Array) -> tuple[Array, Array]:
 
 
 def simple_loss(
-    diffusion: GaussianDiffusion, output: Array, x0: Array, t: Array, noise: Array
+    diffusion: GaussianDiffusion,
+    output: Array,
+    x0: Array,
+    t: Array,
+    noise: Array,
+    weights: Array | None = None,
 ) -> tuple[Array, Array]:
     """L_simple (Ho et al. 2020, eq. 14): squared error on what the diffusion's `prediction` names.
 
@@ -51,22 +59,242 @@ def simple_loss(
     ----------
     diffusion : GaussianDiffusion
         Decides the target.
-    output : array of shape (N, ...)
+    output : array of shape (N, ...); with learned variance twice that on the last axis
         What the network returned for x_t = ``diffusion.q_sample(x0, t, noise)``.
     x0, noise : array of shape (N, ...)
         Data and standard normal noise.
     t : integer array of shape (N,)
         Times, 0 … T-1.
+    weights : array of shape (N,), optional
+        What each sample's squared error counts for, e.g. ``min_snr_weight(diffusion, t)``. Default: 1.
 
     Returns
     -------
     value : array, 0-d
-    gradient : array of shape (N, ...)
-        dL/doutput.
+    gradient : array of `output`'s shape
+        dL/doutput; 0 on the half that is a learned variance, of which this loss knows nothing.
 
     Raises
     ------
     ValueError
         If a shape or `t` does not fit; the message names the argument.
     """
-    return mean_squared_error(output, diffusion.training_target(x0, t, noise))
+    prediction, v = diffusion.split_output(x0, output)
+    target = diffusion.training_target(x0, t, noise)
+    if weights is None:
+        value, gradient = mean_squared_error(prediction, target)
+    else:
+        root = _column("weights", weights, prediction) ** 0.5  # w d^2 is the square of w^1/2 d
+        value, gradient = mean_squared_error(root * prediction, root * target)
+        gradient = root * gradient
+    if v is None:
+        return value, gradient
+    xp = array_namespace(output)
+    return value, xp.concat([gradient, xp.zeros_like(gradient)], axis=-1)
+
+
+def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -> np.ndarray:
+    """Min-SNR weights for `simple_loss` (Hang et al. 2023).
+
+    Errors of x0 count for min(snr_t, gamma). In what the network predicts, whose squared error is 1, snr or
+    snr + 1 times that of x0, it is
+
+        x0: min(snr, gamma)     eps: min(1, gamma / snr)     v: min(snr, gamma) / (snr + 1)
+
+    Parameters
+    ----------
+    diffusion : GaussianDiffusion
+        Its schedule and its `prediction`.
+    t : integer array of shape (N,)
+        Times, 0 … T-1.
+    gamma : float
+        Where the weight stops to grow, greater than 0.
+
+    Returns
+    -------
+    ndarray of shape (N,)
+        float64, on the host.
+
+    Raises
+    ------
+    ValueError
+        If `gamma` is not positive, or `t` is out of range.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma is {gamma}; expected a number greater than 0.")
+    steps = to_numpy(t)
+    if steps.dtype.kind not in "iu" or np.any((steps < 0) | (steps >= diffusion.T)):
+        raise ValueError(f"t is {steps}; expected integers in 0 ... {diffusion.T - 1}.")
+    snr = diffusion.schedule.snr[steps]
+    if diffusion.prediction == "x0":
+        return np.minimum(snr, gamma)
+    if diffusion.prediction == "eps":
+        return gamma / np.maximum(snr, gamma)
+    return np.minimum(snr, gamma) / (snr + 1)
+
+
+def vlb_loss(
+    diffusion: GaussianDiffusion,
+    output: Array,
+    x0: Array,
+    t: Array,
+    noise: Array,
+    *,
+    decoder: Decoder = "density",
+    weights: Array | None = None,
+) -> tuple[Array, Array]:
+    """L_vlb, estimated from random t, in bits per dimension (Nichol & Dhariwal 2021, section 3).
+
+    T * mean over the batch of (weight * L_t) / (D log 2): with t uniform and weights of 1, or with the t and
+    the weights of a `LossSecondMomentSampler`, it is an unbiased estimate of the bound without L_T, of which
+    no network's output is a part.
+
+    Parameters
+    ----------
+    diffusion : GaussianDiffusion
+        The process, with any `prediction` and `variance`.
+    output : array of shape (N, ...); with learned variance twice that on the last axis
+        What the network returned for x_t = ``diffusion.q_sample(x0, t, noise)``.
+    x0, noise : array of shape (N, ...)
+        Data and standard normal noise.
+    t : integer array of shape (N,)
+        Times, 0 … T-1.
+    decoder : {"density", "8bit"}
+        What L_0 is: the density of points, or the probability of 8-bit levels.
+    weights : array of shape (N,), optional
+        1 / (T p_t) if t was drawn with probabilities p_t. Default: 1.
+
+    Returns
+    -------
+    value : array, 0-d
+    gradient : array of `output`'s shape
+        dL/doutput.
+
+    Raises
+    ------
+    ValueError
+        As `tinydiff.bound.step_term`.
+    """
+    xp = array_namespace(output)
+    terms, backward = step_term(diffusion, output, x0, diffusion.q_sample(x0, t, noise), t, decoder)
+    N = x0.shape[0]
+    scale = xp.full_like(terms, diffusion.T * N / (math.prod(x0.shape) * math.log(2)))
+    if weights is not None:
+        scale = scale * _column("weights", weights, terms)
+    return xp.mean(scale * terms), backward(scale / N)
+
+
+def hybrid_loss(
+    diffusion: GaussianDiffusion,
+    output: Array,
+    x0: Array,
+    t: Array,
+    noise: Array,
+    *,
+    vlb_weight: float = 1e-3,
+    decoder: Decoder = "density",
+    weights: Array | None = None,
+) -> tuple[Array, Array]:
+    """L_hybrid = L_simple + lambda L_vlb, with the mean's gradient stopped in L_vlb.
+
+    (Nichol & Dhariwal 2021, eq. 16.) L_simple teaches the prediction and L_vlb the variance. As the first
+    half of the output is all that the mean depends on, and the second all that the variance does, stopping
+    the mean's gradient is to take L_vlb's on the second half only.
+
+    Parameters
+    ----------
+    diffusion : GaussianDiffusion
+        The process, with ``variance="learned_range"``.
+    output : array of shape (N, ..., 2 C)
+        What the network returned for x_t = ``diffusion.q_sample(x0, t, noise)``: prediction and v.
+    x0, noise : array of shape (N, ..., C)
+        Data and standard normal noise.
+    t : integer array of shape (N,)
+        Times, 0 … T-1, drawn uniformly.
+    vlb_weight : float
+        lambda.
+    decoder : {"density", "8bit"}
+        What L_0 is: the density of points, or the probability of 8-bit levels.
+    weights : array of shape (N,), optional
+        Of L_simple, e.g. ``min_snr_weight(diffusion, t)``.
+
+    Returns
+    -------
+    value : array, 0-d
+    gradient : array of `output`'s shape
+        dL/doutput with the mean held fixed in L_vlb: not the derivative of `value`.
+
+    Raises
+    ------
+    ValueError
+        If the variance is not learned; or as `simple_loss` and `vlb_loss`.
+    """
+    if diffusion.variance != "learned_range":
+        raise ValueError(f"diffusion has variance {diffusion.variance!r}; expected 'learned_range'.")
+    xp = array_namespace(output)
+    simple, simple_gradient = simple_loss(diffusion, output, x0, t, noise, weights)
+    vlb, vlb_gradient = vlb_loss(diffusion, output, x0, t, noise, decoder=decoder)
+    C = x0.shape[-1]
+    gradient = xp.concat([simple_gradient[..., :C], vlb_weight * vlb_gradient[..., C:]], axis=-1)
+    return simple + vlb_weight * vlb, gradient
+
+
+def _column(name: str, values: Array, x: Array) -> Array:
+    """`values` (N,) as (N, 1, ..., 1) beside `x`."""
+    N = x.shape[0]
+    if tuple(values.shape) != (N,):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; expected ({N},), one for each of the batch."
+        )
+    column = asarray_like(values, x)
+    return array_namespace(x).reshape(column, (N,) + (1,) * (x.ndim - 1))
+
+
+def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """L = mean over n of -log p_n[label_n],  p = softmax(logits),  dL/dlogits = (p - onehot(labels)) / N.
+
+    With z the logits, -log p_y = log sum_k exp(z_k) - z_y, whose derivative with respect to z_k is
+    exp(z_k) / sum_j exp(z_j) - [k = y]. The largest logit is taken off first: that changes nothing, and no
+    exponential overflows.
+
+    Parameters
+    ----------
+    logits : array of shape (N, K)
+        Unnormalised log-probabilities of K classes.
+    labels : integer array of shape (N,)
+        The true classes, 0 … K-1.
+
+    Returns
+    -------
+    value : array, 0-d
+        In nats, the mean over the batch.
+    gradient : array of shape (N, K)
+        dL/dlogits, of `logits`' dtype.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit, the batch is empty, or a label is not one of 0 … K-1.
+    TypeError
+        If the labels are not integers.
+    """
+    shape, expected = tuple(logits.shape), tuple(logits.shape[:1])
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"logits has shape {shape}; expected (N, K), not empty.")
+    host = to_numpy(labels)
+    if host.shape != expected:
+        raise ValueError(f"labels has shape {host.shape}; expected {expected}, one class for each of logits.")
+    if host.dtype.kind not in "iu":
+        raise TypeError(f"labels has dtype {host.dtype}; expected integers.")
+    if host.min() < 0 or host.max() >= shape[1]:
+        raise ValueError(f"labels has values {host.min()} to {host.max()}; expected 0 to {shape[1] - 1}.")
+    xp = array_namespace(logits)
+    labels = asarray_like(host, logits, xp.int64)
+    classes = asarray_like(range(shape[1]), logits, xp.int64)
+    onehot = xp.astype(xp.expand_dims(labels, axis=1) == classes, logits.dtype)
+    z = logits - xp.max(logits, axis=1, keepdims=True)
+    exp = xp.exp(z)
+    total = xp.sum(exp, axis=1, keepdims=True)
+    log_p = z - xp.log(total)
+    value = -xp.sum(onehot * log_p) / shape[0]
+    return value, (exp / total - onehot) / shape[0]

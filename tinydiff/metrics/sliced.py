@@ -1,4 +1,4 @@
-"""How far samples are from data."""
+"""The sliced Wasserstein distance between two sets of points."""
 
 from __future__ import annotations
 
