@@ -184,22 +184,25 @@ def discretized_gaussian_nll(
     """
     from scipy.special import erfcx, log_ndtr
 
-    level = np.round((to_numpy(x).astype(np.float64) + 1) * 127.5)
-    off = np.max(np.abs(to_numpy(x) - (level / 127.5 - 1)), initial=0.0)
-    if not (off < 1e-3 and np.min(level, initial=0) >= 0 and np.max(level, initial=255) <= 255):
+    x_host, mean_host = to_numpy(x).astype(np.float64), to_numpy(mean).astype(np.float64)
+    level = np.round((x_host + 1) * 127.5)
+    with np.errstate(invalid="ignore"):  # inf - inf: nan, which is not close
+        known = np.abs(x_host - (level / 127.5 - 1)) < 1e-3
+    if not np.all(known & (level >= 0) & (level <= 255)):
         raise ValueError(
             "x holds values that are not 8-bit levels (2 k / 255 - 1 for k = 0 ... 255); expected 8-bit data "
             "scaled to [-1, 1]. For other data take the decoder 'density'."
         )
     sigma = np.exp(to_numpy(log_variance).astype(np.float64) / 2)
-    centre = (level / 127.5 - 1) - to_numpy(mean).astype(np.float64)
-    side = np.where(centre > 0, -1.0, 1.0)  # the mirror
-    p = (side * centre + 1 / 255) / sigma
-    m = (side * centre - 1 / 255) / sigma
-    lowest, highest = level + 0 * p == 0, level + 0 * p == 255  # of the broadcast shape
-    # Open ends. In the mirror the highest bin is the lowest; on the far side of the mean it is open above.
-    below = (lowest & (side > 0)) | (highest & (side < 0))
-    above = (lowest & (side < 0)) | (highest & (side > 0))
+    # Two neighbours share an edge to the last bit, as a quotient of integers.
+    low = ((2 * level - 256) / 255 - mean_host) / sigma
+    high = ((2 * level - 254) / 255 - mean_host) / sigma
+    mirrored = low + high > 0
+    m, p = np.where(mirrored, -high, low), np.where(mirrored, -low, high)
+    side = np.where(mirrored, -1.0, 1.0)
+    # The outer bins' open ends, below m or, where the mean is beyond the bin, above p.
+    lowest, highest = level == 0, level == 255
+    below, above = np.where(mirrored, highest, lowest), np.where(mirrored, lowest, highest)
 
     def hazard(z: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # far above the mean erfcx is inf, and the hazard 0 as it should
@@ -292,7 +295,7 @@ def step_term(
     """
     _check_decoder(decoder)
     xp = array_namespace(x0)
-    N, D = x0.shape[0], math.prod(x0.shape[1:])
+    N = x0.shape[0]
     steps = np.broadcast_to(to_numpy(t), (N,))
     log_variance = diffusion.model_log_variance(x_t, steps, output)
     guess = diffusion.predict_x0(x_t, steps, output)
@@ -300,11 +303,11 @@ def step_term(
     guess = xp.clip(guess, -1.0, 1.0) if clip else guess
 
     # The means' common part in x_t is left out: what it adds to the difference is rounding.
-    w, _ = diffusion.q_posterior_mean_variance(xp.ones_like(x0), xp.zeros_like(x0), steps)
-    log_posterior = asarray_like(diffusion.log_variance_range[0][steps], x0)
-    log_posterior = xp.reshape(log_posterior, (N,) + (1,) * (x0.ndim - 1))
-    kl, backward_kl = gaussian_kl(w * x0, log_posterior, w * guess, log_variance)
-    value = _sum_samples(xp, kl + xp.zeros_like(x0))
+    ones = _column(np.ones(N), x0)
+    w, _ = diffusion.q_posterior_mean_variance(ones, 0 * ones, steps)
+    log_small, log_large = diffusion.log_variance_range
+    kl, backward_kl = gaussian_kl(w * x0, _column(log_small[steps], x0), w * guess, log_variance)
+    value = _sum_samples(xp, kl)
 
     # L_0 only where t = 0: few samples of a batch, if any.
     last = np.flatnonzero(steps == 0)
@@ -318,34 +321,22 @@ def step_term(
 
     @once
     def backward(dvalue: Array) -> Array:
-        d = xp.reshape(dvalue, (N,) + (1,) * (x0.ndim - 1))
-        _, _, dmean, dlog_variance = backward_kl(d + xp.zeros_like(x0))
+        d = xp.reshape(dvalue, (N,) + (1,) * (x0.ndim - 1)) + xp.zeros_like(x0)
+        _, _, dmean, dlog_variance = backward_kl(d)
         dguess = w * dmean
         if backward_nll is not None:
-            d_last = xp.take(d, index, axis=0) + xp.zeros_like(x0_last)
-            dmean_last, dlog_variance_last = backward_nll(d_last)
+            dmean_last, dlog_variance_last = backward_nll(xp.take(d, index, axis=0))
             dguess = _put(dguess, last, dmean_last)
             dlog_variance = _put(dlog_variance, last, dlog_variance_last)
-        dprediction = _x0_slope(diffusion, x_t, steps) * (inside * dguess)
+        # dx0^/dprediction is -s/a, 1 or -s: the estimate is linear.
+        slope = diffusion.predict_x0(0 * ones, steps, ones, given=diffusion.prediction)
+        dprediction = slope * (inside * dguess)
         if diffusion.variance != "learned_range":
             return dprediction
-        return xp.concat([dprediction, _v_slope(diffusion, x_t, steps) * dlog_variance], axis=-1)
+        dv = _column((log_large - log_small)[steps] / 2, x0) * dlog_variance
+        return xp.concat([dprediction, dv], axis=-1)
 
     return value, backward
-
-
-def _x0_slope(diffusion: GaussianDiffusion, x_t: Array, t: np.ndarray) -> Array:
-    """d(predicted x0)/d(prediction): -s/a, 1 or -s; the estimate is linear in the prediction."""
-    xp = array_namespace(x_t)
-    zeros, ones = xp.zeros_like(x_t), xp.ones_like(x_t)
-    return diffusion.predict_x0(zeros, t, ones, given=diffusion.prediction)
-
-
-def _v_slope(diffusion: GaussianDiffusion, x_t: Array, t: np.ndarray) -> Array:
-    """dlog sigma^2/dv: half the range."""
-    log_small, log_large = diffusion.log_variance_range
-    half = asarray_like((log_large[t] - log_small[t]) / 2, x_t)
-    return array_namespace(x_t).reshape(half, (-1,) + (1,) * (x_t.ndim - 1))
 
 
 # The bound of a data set
@@ -394,8 +385,8 @@ def variational_bound(
 ) -> Bound:
     """Evaluate the bound on the negative log-likelihood of data, in nats per sample (Ho et al. 2020, eq. 5).
 
-    Every term is an expectation over q(x_t | x_0), for which one x_t is drawn per sample and t. The sum over t
-    is either complete, or estimated from a few random t for each sample, as L_T + T * mean(L_t): unbiased,
+    Every term is an expectation over q(x_t | x_0), for which one x_t is drawn per sample and t. The sum over
+    t is either complete, or estimated from a few random t for each sample, as L_T + T * mean(L_t): unbiased,
     too, and `standard_error` then includes the choice of t.
 
     Parameters
@@ -484,7 +475,7 @@ def bits_per_dim(
     batch_size: int = 256,
     progress: bool = True,
 ) -> Bound:
-    """Evaluate the bound of 8-bit images, in bits for each dimension (Ho et al. 2020, section 4.2).
+    """Evaluate the bound of 8-bit images, in bits for each dimension (Ho et al. 2020, table 1).
 
     It is `variational_bound` with the decoder ``"8bit"``, divided by D log 2. A code that knows nothing
     takes 8 bits.
@@ -528,6 +519,11 @@ def bits_per_dim(
         exact=nats.exact,
         unit="bits/dim",
     )
+
+
+def _column(values: np.ndarray, x: Array) -> Array:
+    """Host values (N,) as (N, 1, ..., 1) beside `x`."""
+    return asarray_like(values.reshape((-1,) + (1,) * (x.ndim - 1)), x)
 
 
 def _sum_samples(xp: Any, x: Array) -> Array:

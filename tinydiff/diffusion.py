@@ -16,14 +16,15 @@ Both keep unit variance. Backward, given where the chain began, Bayes' rule is G
 The reverse process p(x_{t-1} | x_t) (eq. 1) puts a network's estimate in the place of the unknown x_0.
 
 The network may predict x_0, the noise eps, or v (Salimans & Ho 2022). Because a^2 + s^2 = 1, the pair
-(x_t, v) is the pair (x_0, eps) turned by one angle, and each of them follows from x_t and any other:
+(x_t, v) is the pair (x_0, eps) turned by one angle, and each of them follows from x_t and any other
+(docs: F.6):
 
     x_t = a x_0 + s eps             x_0 = a x_t - s v
     v   = a eps - s x_0             eps = s x_t + a v
 
 The variance of the reverse steps lies between two extremes, beta~_t and beta_t (right for point data and for
-standard normal data). One formula, between their logarithms, has the fixed and the learned variances in it
-(Nichol & Dhariwal 2021, eq. 15):
+standard normal data; docs: P.7). One formula, between their logarithms, has the fixed and the learned
+variances in it (Nichol & Dhariwal 2021, eq. 15):
 
     log sigma_t^2 = f log beta_t + (1 - f) log beta~_t,       f = 0, 1, or (v + 1) / 2 with a learned v
 
@@ -132,7 +133,7 @@ class GaussianDiffusion:
     # q: from data to noise
 
     def q_step(self, x_prev: Array, t: Array | int, noise: Array) -> Array:
-        """Make one link of the chain, x_{t-1} -> x_t (Ho et al. 2020, eq. 2).
+        """Make one link of the chain, x_{t-1} -> x_t (Ho et al. 2020, eq. 2; docs: F.1).
 
         Parameters
         ----------
@@ -154,7 +155,7 @@ class GaussianDiffusion:
         return _column(np.sqrt(alpha), x_prev) * x_prev + _column(np.sqrt(beta), x_prev) * noise
 
     def q_sample(self, x0: Array, t: Array | int, noise: Array) -> Array:
-        """Draw x_t from the marginal q(x_t | x_0) in one leap (Ho et al. 2020, eq. 4).
+        """Draw x_t from the marginal q(x_t | x_0) in one leap (Ho et al. 2020, eq. 4; docs: F.2).
 
         Parameters
         ----------
@@ -175,7 +176,7 @@ class GaussianDiffusion:
         return a * x0 + s * noise
 
     def q_mean_variance(self, x0: Array, t: Array | int) -> tuple[Array, Array]:
-        """Return mean and variance of the marginal q(x_t | x_0) (Ho et al. 2020, eq. 4).
+        """Return mean and variance of the marginal q(x_t | x_0) (Ho et al. 2020, eq. 4; docs: F.2).
 
         Parameters
         ----------
@@ -197,7 +198,9 @@ class GaussianDiffusion:
         return _column(np.sqrt(abar), x0) * x0, _column(one_minus_abar, x0)
 
     def q_posterior_mean_variance(self, x0: Array, x_t: Array, t: Array | int) -> tuple[Array, Array]:
-        """Return mean and variance of the posterior q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6 and 7).
+        """Return mean and variance of the posterior q(x_{t-1} | x_t, x_0) (docs: P.1).
+
+        Source: Ho et al. 2020, eq. 6 and 7. It holds at both ends, t = 0 and beta_t = 1, too (docs: P.3).
 
         Parameters
         ----------
@@ -229,7 +232,7 @@ class GaussianDiffusion:
     # Changes of variable: from x_t and any one of eps, x0 and v to the other two
 
     def training_target(self, x0: Array, t: Array | int, noise: Array) -> Array:
-        """Return what a perfect network would output for ``q_sample(x0, t, noise)``.
+        """Return what a perfect network would output for ``q_sample(x0, t, noise)`` (docs: F.10).
 
         Parameters
         ----------
@@ -255,7 +258,7 @@ class GaussianDiffusion:
         return a * noise - s * x0
 
     def predict_x0(self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None) -> Array:
-        """Return the estimate of the data x_0 that `output` implies.
+        """Return the estimate of the data x_0 that `output` implies (docs: F.7).
 
         Parameters
         ----------
@@ -291,7 +294,7 @@ class GaussianDiffusion:
     def predict_eps(
         self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None
     ) -> Array:
-        """Return the estimate of the noise eps that `output` implies.
+        """Return the estimate of the noise eps that `output` implies (docs: F.8).
 
         Parameters
         ----------
@@ -319,7 +322,7 @@ class GaussianDiffusion:
         return (x_t - a * output) / s
 
     def predict_v(self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None) -> Array:
-        """Return the estimate of v = a eps - s x_0 that `output` implies (Salimans & Ho 2022).
+        """Return the estimate of v = a eps - s x_0 that `output` implies (Salimans & Ho 2022; docs: F.9).
 
         Parameters
         ----------
@@ -357,10 +360,10 @@ class GaussianDiffusion:
     def p_mean_variance(
         self, x_t: Array, t: Array | int, output: Array, clip: bool = False
     ) -> tuple[Array, Array]:
-        """Return mean and variance of the reverse step p(x_{t-1} | x_t) (Ho et al. 2020, eq. 1).
+        """Return mean and variance of the reverse step p(x_{t-1} | x_t) (Ho et al. 2020, eq. 1; docs: P.5).
 
         The mean is the posterior's, with the network's estimate in the place of x_0. Without clipping, and
-        written in eps, that is eq. 11: (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t).
+        written in eps, that is eq. 11 (docs: P.4): (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t).
 
         Parameters
         ----------
@@ -378,8 +381,8 @@ class GaussianDiffusion:
         mean : array, shape of `x_t`
             At t = 0 the estimate of x_0 itself.
         variance : array, shape (N, 1, ..., 1), or of `x_t` if learned
-            beta~_t or beta_t, by ``self.variance``, or in between, element by element. At t = 0 the first is 0
-            and the second is beta_0, but a sampler adds no noise after the last step.
+            beta~_t or beta_t, by ``self.variance``, or in between, element by element. At t = 0 the first is
+            0 and the second is beta_0, but a sampler adds no noise after the last step.
 
         Raises
         ------
@@ -418,6 +421,7 @@ class GaussianDiffusion:
         t = self._on_host(t, x_t)
         if v is None:
             return _column((log_small if self.variance == "fixed_small" else log_large)[t], x_t)
+        x_t, v = _matching(x_t=x_t, v=v)
         middle, half = (log_large + log_small) / 2, (log_large - log_small) / 2
         return _column(middle[t], x_t) + v * _column(half[t], x_t)
 
@@ -437,16 +441,16 @@ class GaussianDiffusion:
             If the shapes do not fit.
         """
         if self.variance != "learned_range":
-            return _matching(x_t=x_t, output=output)[1], None
-        (x_t,), (output,) = _matching(x_t=x_t), _matching(output=output)
+            _matching(x_t=x_t, output=output)
+            return output, None
+        (x_t,), _ = _matching(x_t=x_t), _matching(output=output)
         C = x_t.shape[-1]
-        expected = (*x_t.shape[:-1], 2 * C)
-        if x_t.ndim < 2 or output.shape != expected:
+        if x_t.ndim < 2 or output.shape != (*x_t.shape[:-1], 2 * C):
             raise ValueError(
-                f"output has shape {output.shape}, x_t {x_t.shape}; expected twice x_t's last axis, of at least "
-                "two: with variance 'learned_range' a network returns its prediction and v."
+                f"output has shape {output.shape}, x_t {x_t.shape}; expected twice x_t's last axis (of at "
+                "least two): with variance 'learned_range' a network returns its prediction and v."
             )
-        return _matching(x_t=x_t, prediction=output[..., :C], v=output[..., C:])[1:]
+        return output[..., :C], output[..., C:]
 
     # Gathering: float64 tables on the host, cast at the moment of use
 
@@ -483,9 +487,12 @@ class GaussianDiffusion:
     ) -> tuple[Array, Array, Prediction]:
         if given is None:
             output, _ = self.split_output(x_t, output)
-            return x_t, output, self.prediction
         x_t, output = _matching(x_t=x_t, output=output)
-        return x_t, output, _one_of("given", given, get_args(Prediction))
+        return (
+            x_t,
+            output,
+            self.prediction if given is None else _one_of("given", given, get_args(Prediction)),
+        )
 
 
 def _column(values: np.ndarray, x: Array) -> Array:

@@ -1,30 +1,64 @@
-"""From noise to data: ancestral sampling (Ho et al. 2020, algorithm 2) and DDIM (Song, Meng & Ermon 2021).
+"""From noise to data: one formula, and a table of samplers.
 
 A sampler takes any callable ``denoise(x, t) -> prediction``: a network, a wrapped model of another
 framework, or the exact denoiser of a known density. Fewer steps than the schedule has means walking down a
 subsequence of its times, with betas recomputed so that the marginals at those times stay the same.
 
-Both samplers step alike: from x_t and the prediction to a Gaussian, from which the next state is drawn, but
-for the last step, which takes its mean.
+At x, whose rates of signal and noise are a and s, one has an estimate D of the data, and with it one of the
+noise, since x = a D + s eps. The next state, of rates a' and s', is made of the same two (docs: R.4):
+
+    x' = a' D + sqrt(s'^2 - c^2) eps + C z,       eps = (x - a D) / s
+
+Of the noise that x' is to have, c^2 is renewed: taken out of eps and put back as C z, with fresh z. With x0
+the network's estimate, h = log(a'/s') - log(a/s) the step in half the log-SNR, beta~ the posterior's variance
+and sigma^2 the model's:
+
+    sampler   D                                       c^2           C^2       source
+    -------   -------------------------------------   -----------   -------   ------------------------------
+    ddpm      x0                                      beta~         sigma^2   Ho et al. 2020, algorithm 2
+    ddim      x0                                      eta^2 beta~   c^2       Song, Meng & Ermon 2021, eq. 12
+    dpm++     x0 + h / (2 h_before) (x0 - x0_before)  0             0         Lu et al. 2022, algorithm 2
+    edm       x - s (eps + eps') / 2, over a          0             0         Karras et al. 2022, algorithm 1
+
+Where c = C = 0 the walk follows the probability-flow ODE (docs: R.7). It has three clocks, in each of which
+one of the three predictions is the velocity:
+
+    d(x/a) = eps d(s/a),       d(x/s) = x0 d(a/s),       dx = v dphi,  tan phi = s/a
+
+ddim is Euler's rule in the first clock and in the second. edm is Heun's rule in the first: eps' is the noise
+seen from where ddim would have gone. The first clock is infinite at pure noise, the second at the data. The
+third runs from 0 to a quarter turn, and heun is Heun's rule in it, with the same look ahead (docs: R.11):
+
+    x' = x + (phi' - phi) (v + v') / 2
+
+The last step, to the data, is the same for all: x' = x0.
+
+References
+----------
+Ho, Jain & Abbeel 2020, *Denoising diffusion probabilistic models*.
+Song, Meng & Ermon 2021, *Denoising diffusion implicit models*.
+Lu et al. 2022, *DPM-Solver++: fast solver for guided sampling of diffusion probabilistic models*.
+Karras et al. 2022, *Elucidating the design space of diffusion-based generative models*.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like, device, get_backend, standard_normal
+from tinydiff.backend import Array, array_namespace, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module
 from tinydiff.schedules import evenly_spaced_timesteps
 
-__all__ = ["SAMPLERS", "SamplerState", "iterate_samples", "sample"]
+__all__ = ["SAMPLERS", "SamplerState", "invert", "iterate_samples", "sample"]
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "dpm++", "heun", "edm")
 
 
 @dataclass(frozen=True)
@@ -40,7 +74,7 @@ class SamplerState:
     x : array of shape (N, ...)
         The state.
     x0 : array of shape (N, ...) or None
-        The data predicted on the step that led here; None at the start.
+        The data predicted where the step that led here began; None at the start.
     """
 
     steps_left: int
@@ -54,76 +88,135 @@ def iterate_samples(
     diffusion: GaussianDiffusion,
     shape: tuple[int, ...],
     sampler: str = "ddpm",
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     *,
     rng: np.random.Generator,
     eta: float = 0.0,
     clip: bool = False,
     x_T: Array | None = None,
 ) -> Iterator[SamplerState]:
-    """Walk from noise to data, handing out every state: the start, then one after each step.
+    """Walk from noise to data, handing out every state: the start, then one after each step.  (docs: R.4)
 
     Parameters, and errors raised, are those of `sample`; the last state holds the sample.
 
     Returns
     -------
     iterator of SamplerState
-        steps + 1 of them. Arguments are checked, and the start is drawn, at the call; a step is taken when
-        its state is asked for.
+        One more than there are steps. Arguments are checked, and the start is drawn, at the call; a step is
+        taken when its state is asked for.
     """
     _check_shape(shape, x_T)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(map(repr, SAMPLERS))}.")
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta is {eta}; expected a number in [0, 1].")
-    predict = denoise.predict if isinstance(denoise, Module) else denoise
-    T = diffusion.schedule.T
-    timesteps = evenly_spaced_timesteps(T, T if steps is None else steps)
-    walk = GaussianDiffusion(diffusion.schedule.respace(timesteps), diffusion.prediction, diffusion.variance)
+    walk, timesteps = respaced(diffusion, steps)
+    if sampler == "edm" and walk.schedule.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            f"sampler is 'edm', whose clock s/a is infinite at t = {timesteps[-1]}, where alphas_cumprod is "
+            "0; expected one of the others ('heun' has a clock that is finite there)."
+        )
     x = standard_normal(rng, shape, _like(denoise)) if x_T is None else x_T
-    return _states(predict, walk, timesteps, x, sampler, rng, eta, clip)
+    return _states(_estimator(denoise, walk, timesteps, clip), walk, timesteps, x, sampler, rng, eta)
 
 
 def _states(
-    predict: Callable[[Array, Array], Array],
+    estimate: Callable[[Array, int], tuple[Array, Array]],
     walk: GaussianDiffusion,
     timesteps: np.ndarray,
     x: Array,
     sampler: str,
     rng: np.random.Generator,
     eta: float,
-    clip: bool,
 ) -> Iterator[SamplerState]:
     """Walk from `x` down the respaced chain `walk`, whose step i is the original time timesteps[i]."""
-    xp = array_namespace(x)
+    renewed = {"ddpm": 1.0, "ddim": eta**2}.get(sampler, 0.0) * walk.schedule.posterior_variance
+    a2, s2 = walk.schedule.alphas_cumprod_prev, walk.schedule.one_minus_alphas_cumprod_prev  # of x'
+    weight = _extrapolation(walk) if sampler == "dpm++" else np.zeros(walk.T)
+    x0_before: Array = None
     yield SamplerState(len(timesteps), int(timesteps[-1]), x, None)
-    for i in reversed(range(len(timesteps))):
-        t = xp.full((x.shape[0],), int(timesteps[i]), dtype=xp.int64, device=device(x))
-        output = predict(x, t)
-        x0 = walk.predict_x0(x, i, output)
-        x0 = xp.clip(x0, -1.0, 1.0) if clip else x0
-        if sampler == "ddpm":
-            mean, variance = walk.p_mean_variance(x, i, output, clip)
-        else:
-            mean, variance = _ddim_mean_variance(walk, x, i, x0, eta)
-        # Noise added to the sample itself would only blur it: the last step takes the mean.
-        silent = i == 0 or (sampler == "ddim" and eta == 0.0)
-        x = mean if silent else mean + xp.sqrt(variance) * standard_normal(rng, x.shape, x)
+    for i in reversed(range(walk.T)):
+        output, x0 = estimate(x, i)
+        D = x0 + float(weight[i]) * (x0 - x0_before) if weight[i] else x0
+        eps = walk.predict_eps(x, i, D, given="x0")
+        x_next = math.sqrt(a2[i]) * D + math.sqrt(max(0.0, s2[i] - renewed[i])) * eps
+        # Noise added to the sample itself would only blur it: the last step adds none.
+        if i and (sampler == "ddpm" or renewed[i]):
+            C = _deviation(walk, x, i, output) if sampler == "ddpm" else math.sqrt(renewed[i])
+            x_next = x_next + C * standard_normal(rng, x.shape, x)
+        if i and sampler in ("heun", "edm"):
+            _, x0_next = estimate(x_next, i - 1)
+            x_next = (_heun if sampler == "heun" else _edm)(walk, i, x, x0, x_next, x0_next)
+        x, x0_before = x_next, x0
         yield SamplerState(i, int(timesteps[i - 1]) if i else -1, x, x0)
 
 
-def _ddim_mean_variance(
-    walk: GaussianDiffusion, x: Array, i: int, x0: Array, eta: float
-) -> tuple[Array, Array]:
-    """sqrt(abar') x0 + sqrt(1 - abar' - s^2) eps,  s = eta x the posterior's deviation.  (docs: R.4)
+def _heun(walk: GaussianDiffusion, i: int, x: Array, x0: Array, x_next: Array, x0_next: Array) -> Array:
+    """x + (phi' - phi) (v + v') / 2, the trapezoid in the clock of v.  (docs: R.11)"""
+    v = walk.predict_v(x, i, x0, given="x0")
+    v_next = walk.predict_v(x_next, i - 1, x0_next, given="x0")
+    phi = angles(walk)
+    return x + float((phi[i - 1] - phi[i]) / 2) * (v + v_next)
 
-    Song et al. 2021, eq. 12 and 16; eta = 0 is deterministic, eta = 1 is ancestral with fixed_small.
-    """
-    abar = float(walk.schedule.alphas_cumprod_prev[i])
-    variance = eta**2 * float(walk.schedule.posterior_variance[i])
+
+def _edm(walk: GaussianDiffusion, i: int, x: Array, x0: Array, x_next: Array, x0_next: Array) -> Array:
+    """The step of ddim with the mean of eps and eps', the trapezoid in the clock of eps.  (docs: R.11)"""
     eps = walk.predict_eps(x, i, x0, given="x0")
-    rest = max(0.0, float(walk.schedule.one_minus_alphas_cumprod_prev[i]) - variance)
-    return math.sqrt(abar) * x0 + math.sqrt(rest) * eps, asarray_like(variance, x)
+    eps = (eps + walk.predict_eps(x_next, i - 1, x0_next, given="x0")) / 2
+    return walk.q_sample(walk.predict_x0(x, i, eps, given="eps"), i - 1, eps)
+
+
+def _deviation(walk: GaussianDiffusion, x: Array, i: int, output: Array) -> Array | float:
+    """The square root of the model's variance: one number for all, or an array if it is learned."""
+    if walk.model_variance is not None:
+        return math.sqrt(walk.model_variance[i])
+    return array_namespace(x).exp(walk.model_log_variance(x, i, output) / 2)
+
+
+def _extrapolation(walk: GaussianDiffusion) -> np.ndarray:
+    """h / (2 h_before) of every step, (T,), float64 on the host.  (docs: R.10)
+
+    It is 0, and the step of first order, where there is no step before, and where a step is infinitely long
+    in the log-SNR: to the data (i = 0), and from pure noise.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_snr = np.log(walk.schedule.alphas_cumprod) - np.log(walk.schedule.one_minus_alphas_cumprod)
+        h = -np.diff(log_snr, prepend=np.inf) / 2
+        weight = np.append(h[:-1] / h[1:] / 2, 0.0)
+    return np.where(np.isfinite(weight), weight, 0.0)
+
+
+def angles(diffusion: GaussianDiffusion) -> np.ndarray:
+    """phi_t = arctan(s/a), the clock in which v is the velocity: (T,), float64 on the host.  (docs: R.7)"""
+    abar, one_minus_abar = diffusion.schedule.alphas_cumprod, diffusion.schedule.one_minus_alphas_cumprod
+    return np.arctan2(np.sqrt(one_minus_abar), np.sqrt(abar))
+
+
+def respaced(
+    diffusion: GaussianDiffusion, steps: int | Sequence[int] | None
+) -> tuple[GaussianDiffusion, np.ndarray]:
+    """The process on some of its times, and those times: all, `steps` of them evenly spaced, or `steps`."""
+    timesteps: Any = diffusion.T if steps is None else steps
+    if np.ndim(timesteps) == 0:
+        timesteps = evenly_spaced_timesteps(diffusion.T, timesteps)
+    schedule = diffusion.schedule.respace(timesteps)
+    return GaussianDiffusion(schedule, diffusion.prediction, diffusion.variance), np.asarray(timesteps)
+
+
+def _estimator(
+    denoise: Callable[[Array, Array], Array], walk: GaussianDiffusion, timesteps: np.ndarray, clip: bool
+) -> Callable[[Array, int], tuple[Array, Array]]:
+    """(x, i) -> what the network says of x at step i of the walk, and the data it means."""
+    predict = denoise.predict if isinstance(denoise, Module) else denoise
+
+    def estimate(x: Array, i: int) -> tuple[Array, Array]:
+        xp = array_namespace(x)
+        t = xp.full((x.shape[0],), int(timesteps[i]), dtype=xp.int64, device=device(x))
+        output = predict(x, t)
+        x0 = walk.predict_x0(x, i, output)
+        return output, xp.clip(x0, -1.0, 1.0) if clip else x0
+
+    return estimate
 
 
 def _check_shape(shape: tuple[int, ...], x_T: Array | None) -> None:
@@ -141,12 +234,13 @@ def _like(denoise: Any) -> Array:
     return xp.zeros((), dtype=xp.float32)
 
 
+@many_steps()
 def sample(
     denoise: Callable[[Array, Array], Array],
     diffusion: GaussianDiffusion,
     shape: tuple[int, ...],
     sampler: str = "ddpm",
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     *,
     rng: np.random.Generator,
     eta: float = 0.0,
@@ -167,10 +261,15 @@ def sample(
         The process that is reversed.
     shape : tuple of int
         Shape (N, ...) of the result.
-    sampler : {"ddpm", "ddim"}
-        Ancestral (Ho et al. 2020, algorithm 2), or DDIM (Song et al. 2021, eq. 12).
-    steps : int, optional
-        How many of the schedule's T times to walk through, evenly spaced. Default: all of them.
+    sampler : {"ddpm", "ddim", "dpm++", "heun", "edm"}
+        "ddpm" is ancestral (Ho et al. 2020, algorithm 2) and adds noise on the way, of the model's variance;
+        "ddim" adds as much as `eta` says (Song et al. 2021, eq. 12). The others add none and are of second
+        order: DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), which costs no more than DDIM, and Heun's rule
+        on the probability-flow ODE, which asks the network twice a step, in the clock arctan(s/a) ("heun") or
+        s/a ("edm", Karras et al. 2022, algorithm 1).
+    steps : int or sequence of int, optional
+        How many of the schedule's T times to walk through, evenly spaced; or which, increasing. The walk
+        starts at the last of them. Default: all.
     rng : numpy.random.Generator
         Draws the starting noise and the noise of every step.
     eta : float
@@ -197,6 +296,9 @@ def sample(
 
     Notes
     -----
+    "edm" is for schedules whose s/a stays moderate. At the end of a cosine schedule it is in the thousands,
+    and a few steps evenly spaced in t overshoot by far; "heun" is of the same order and cost and does not.
+
     Two differences from diffusers' schedulers. They space their times differently by default ("leading");
     here both ends of the schedule are always walked through, as in Nichol & Dhariwal (2021, section 4). And
     with `clip`, DDIM's eps is taken from the clipped x0, so that the two belong together; there only with
@@ -211,7 +313,7 @@ def sample(
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
     starts = range(0, total, size)
     parts = []
-    steps_in_all = (diffusion.schedule.T if steps is None else steps) * len(starts)
+    steps_in_all = respaced(diffusion, steps)[0].T * len(starts)
     with tqdm(total=steps_in_all, desc="sampling", unit="step", disable=not progress, leave=False) as bar:
         for start in starts:
             stop = min(total, start + size)
@@ -230,3 +332,62 @@ def sample(
                 bar.update(0 if state.x0 is None else 1)
             parts.append(state.x)
     return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=0)
+
+
+@many_steps()
+def invert(
+    denoise: Callable[[Array, Array], Array],
+    diffusion: GaussianDiffusion,
+    x0: Array,
+    steps: int | Sequence[int] | None = None,
+    *,
+    progress: bool = True,
+) -> Array:
+    """Encode data as the noise from which DDIM makes it: DDIM walked backwards.  (docs: R.9)
+
+    The step is DDIM's with eta = 0, up the times in the place of down: x' = a' D + s' eps (Song et al. 2021,
+    section 4.3). It reads D and eps where it begins, and the step down at the other end, where that one
+    begins. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives `x0` back up to an error that
+    falls as 1 / steps.
+
+    Parameters
+    ----------
+    denoise : callable or UNet or MLP
+        As in `sample`.
+    diffusion : GaussianDiffusion
+        The process whose end the result belongs to.
+    x0 : array of shape (N, ...)
+        Data.
+    steps : int or sequence of int, optional
+        As in `sample`.
+    progress : bool
+        Show a progress bar on the standard error stream.
+
+    Returns
+    -------
+    array of shape (N, ...)
+        x at the last of the times; standard normal, if `x0` is of the density that the network has learned.
+
+    Raises
+    ------
+    ValueError
+        If `steps` is out of its range or shapes do not fit; the message names the argument.
+
+    Notes
+    -----
+    The network knows no time before t = 0, so for the first step it is shown the data as if it were of t = 0.
+    """
+    from tqdm import tqdm
+
+    _check_shape(tuple(x0.shape), None)
+    walk, timesteps = respaced(diffusion, steps)
+    estimate = _estimator(denoise, walk, timesteps, clip=False)
+    a = np.sqrt(walk.schedule.alphas_cumprod)
+    s = np.sqrt(walk.schedule.one_minus_alphas_cumprod)
+    x = float(a[0]) * x0
+    _, D = estimate(x, 0)
+    x = x + float(s[0]) * walk.predict_eps(x, 0, D, given="x0")
+    for i in tqdm(range(1, walk.T), desc="inverting", unit="step", disable=not progress, leave=False):
+        _, D = estimate(x, i - 1)
+        x = float(a[i]) * D + float(s[i]) * walk.predict_eps(x, i - 1, D, given="x0")
+    return x

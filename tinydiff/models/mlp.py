@@ -15,12 +15,17 @@ __all__ = ["MLP"]
 
 
 class ResidualBlock(Module):
-    """h + linear_2(silu(linear_1(silu(h)) + time_emb_proj(emb))); begins as the identity."""
+    """h + linear_2(silu(linear_1(silu(h)) + time_emb_proj(emb))).
+
+    Unlike the U-Net's, it does not begin as the identity. The network's last layer begins at zero, and where
+    both are zero only features of x without t are left to learn from. Predicting v for eight Gaussians on a
+    circle those happen to be of no use: the loss stayed at 1.00 for 3000 steps.
+    """
 
     def __init__(self, features: int, emb_features: int, rng: np.random.Generator) -> None:
         self.linear_1 = Linear(features, features, rng)
         self.time_emb_proj = Linear(emb_features, features, rng)
-        self.linear_2 = Linear(features, features, rng, scale=0.0)
+        self.linear_2 = Linear(features, features, rng)
 
     def __call__(self, h: Array, emb: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
         """h (N, F), emb (N, E)  ->  (N, F)."""
