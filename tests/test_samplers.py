@@ -114,7 +114,7 @@ def test_every_walk_is_the_closed_recursion(choice, prediction, kind, T, data, s
     )
     abars = visited(diffusion.schedule, steps)
     expected = walked(affine_steps(abars, sampler, eta, variance), start, np.random.default_rng(seed))
-    # One long jump to almost nothing keeps abar to 1e-16 absolute only (`respace`), and x0 is eps / sqrt(abar).
+    # One long jump to almost nothing keeps abar to 1e-16 absolute only (`respace`); eps divides by its root.
     rounding = 1e-16 / abars[-1] if prediction == "eps" else 0.0
     assert_allclose(x, expected, rtol=1e-10, atol=1e-10 + rounding)
     assert_array_equal(x_T, start)  # the caller's array is left alone

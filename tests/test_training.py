@@ -135,7 +135,9 @@ def test_the_loop_is_algorithm_1_written_out():
     )
     optimizer = td.Adam(reference.named_parameters(), lr=0.01, weight_decay=0.1)
     ema = td.EMA(reference, 0.9)
-    order = np.concatenate([np.random.default_rng([3, training.EPOCH, epoch]).permutation(10) for epoch in range(5)])
+    order = np.concatenate(
+        [np.random.default_rng([3, training.EPOCH, epoch]).permutation(10) for epoch in range(5)]
+    )
     for step in range(STEPS):
         rng = np.random.default_rng([3, training.STEP, step])
         x0 = POINTS[order[4 * step : 4 * step + 4]]

@@ -13,9 +13,12 @@ derived, proved in a test, and runs unchanged on a GPU through CuPy.
 from tinydiff import datasets, interop, metrics, nn
 from tinydiff._version import __version__
 from tinydiff.backend import BackendError, get_backend
+from tinydiff.bound import bits_per_dim, variational_bound
 from tinydiff.checkpoint import load_model, save_model
 from tinydiff.diffusion import GaussianDiffusion
-from tinydiff.losses import simple_loss
+from tinydiff.importance import LossSecondMomentSampler
+from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
+from tinydiff.mixture import GaussianMixture
 from tinydiff.models import MLP, UNet
 from tinydiff.nn import Parameter
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
@@ -29,24 +32,31 @@ __all__ = [
     "Adam",
     "BackendError",
     "GaussianDiffusion",
+    "GaussianMixture",
+    "LossSecondMomentSampler",
     "NoiseSchedule",
     "Parameter",
     "UNet",
     "__version__",
+    "bits_per_dim",
     "clip_grad_norm",
     "cosine_schedule",
     "datasets",
     "get_backend",
+    "hybrid_loss",
     "interop",
     "iterate_samples",
     "linear_schedule",
     "load_model",
     "metrics",
+    "min_snr_weight",
     "nn",
     "sample",
     "save_model",
     "simple_loss",
     "train",
     "training_loss",
+    "variational_bound",
+    "vlb_loss",
     "warmup_cosine",
 ]

@@ -204,7 +204,7 @@ def adam_step(
     eps: float,
     decay: float,
 ) -> tuple[Array, Array, Array]:
-    """One step of Adam (Kingma & Ba 2015): returns new value and moments; a twin may reuse the old.  (docs: B.21)
+    """One step of Adam (Kingma & Ba 2015): new value and moments; a twin may reuse the old.  (docs: B.21)
 
     m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v)
     value = decay value - step_size m / (sqrt(v)/root + eps)
