@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import tinydiff as td
+from tinydiff.samplers import SAMPLERS
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,8 +63,9 @@ class Parser(argparse.ArgumentParser):
         )
         sampling.add_argument(
             "--sampler",
-            choices=["ddpm", "ddim"],
-            help="ancestral, or DDIM without noise (default: %(default)s)",
+            choices=SAMPLERS,
+            help="ancestral; DDIM without noise; DPM-Solver++ (2M); Heun; Heun in Karras' variables. The last two "
+            "ask the network twice a step (default: %(default)s)",
         )
         sampling.add_argument(
             "--sampling-steps",

@@ -17,12 +17,13 @@ from tinydiff.bound import bits_per_dim, variational_bound
 from tinydiff.checkpoint import load_model, save_model
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.importance import LossSecondMomentSampler
+from tinydiff.likelihood import ode_log_likelihood
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.mixture import GaussianMixture
 from tinydiff.models import MLP, UNet
 from tinydiff.nn import Parameter
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
-from tinydiff.samplers import iterate_samples, sample
+from tinydiff.samplers import invert, iterate_samples, sample
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 from tinydiff.training import train, training_loss
 
@@ -45,12 +46,14 @@ __all__ = [
     "get_backend",
     "hybrid_loss",
     "interop",
+    "invert",
     "iterate_samples",
     "linear_schedule",
     "load_model",
     "metrics",
     "min_snr_weight",
     "nn",
+    "ode_log_likelihood",
     "sample",
     "save_model",
     "simple_loss",
