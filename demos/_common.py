@@ -64,8 +64,8 @@ class Parser(argparse.ArgumentParser):
         sampling.add_argument(
             "--sampler",
             choices=SAMPLERS,
-            help="ancestral; DDIM without noise; DPM-Solver++ (2M); Heun; Heun in Karras' variables. The last two "
-            "ask the network twice a step (default: %(default)s)",
+            help="ancestral; DDIM; DPM-Solver++ (2M); Heun; Heun in Karras' variables; the last two ask the "
+            "network twice a step (default: %(default)s)",
         )
         sampling.add_argument(
             "--sampling-steps",

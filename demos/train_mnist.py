@@ -20,15 +20,15 @@ from tinydiff.datasets import mnist
 DEFAULTS = dict(
     data="subset",
     channels=[32, 64, 64],
-    steps=1000,
-    batch=64,
-    lr=1e-3,
+    steps=2500,
+    batch=32,
+    lr=1.5e-3,
     schedule="cosine",
     T=1000,
     prediction="v",
     samples=64,
-    sampler="ddim",
-    sampling_steps=50,
+    sampler="ddpm",
+    sampling_steps=100,
 )
 LAYERS_PER_BLOCK, EMA_DECAY = 1, 0.995
 CHECKPOINT_EVERY = 100

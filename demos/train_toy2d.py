@@ -17,7 +17,7 @@ from tinydiff.datasets import toy2d
 
 DEFAULTS = dict(
     shape="moons",
-    steps=3000,
+    steps=4000,
     batch=512,
     lr=4e-3,
     schedule="cosine",
