@@ -20,7 +20,7 @@ from tinydiff.datasets import mnist
 DEFAULTS = dict(
     data="subset",
     channels=[32, 64, 64],
-    steps=2500,
+    steps=1800,
     batch=32,
     lr=1.5e-3,
     schedule="cosine",

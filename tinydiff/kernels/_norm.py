@@ -29,7 +29,7 @@ from tinydiff.kernels._threads import in_parallel, scratch
 __all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
 
 # Bytes of a block; three or four blocks are in use at a time.
-BLOCK_BYTES = 2**19
+BLOCK_BYTES = 2**21
 
 # Fewer elements than this are not worth a second thread.
 PARALLEL_SIZE = 2**16
