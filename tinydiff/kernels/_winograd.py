@@ -31,8 +31,9 @@ __all__ = ["winograd_conv", "winograd_conv_backward", "winograd_weight", "winogr
 
 G = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
 
-# Patches times channels in a chunk: V and M of a chunk, 64 bytes for each of them in float32, stay in cache.
-CHUNK = 13 * 2**10
+# Patches times channels in a chunk: V and M of a chunk take 64 bytes for each of them in float32. One thread
+# alone would like them in its own cache (a quarter of this); two must not hand Python's lock over too often.
+CHUNK = 48 * 2**10
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
