@@ -42,11 +42,15 @@ MATHEMATICS = {
     **{f"nn.{m.name}": "B" for m in pkgutil.iter_modules(tinydiff.nn.__path__)},
     "models.mlp": "B",
     "models.unet": "B",
-    "losses": "LB",
+    "losses": "LVB",
     "optim": "B",
     "schedules": "S",
-    "diffusion": "FPL",
+    "diffusion": "FPLV",
+    "bound": "LV",
+    "importance": "V",
+    "mixture": "NLVR",
     "samplers": "R",
+    "likelihood": "R",
 }
 
 # Public, in those modules, and cites nothing.
@@ -59,8 +63,15 @@ EXEMPT = {
     "models.unet.UNet.run_embedded": "the call, from the sinusoids on",
     "optim.Adam.zero_grad": "book-keeping",
     "optim.warmup_cosine": "a choice, not a result",
-    "losses.simple_loss": "chooses the target of mean_squared_error (B.20)",
     "diffusion.GaussianDiffusion.T": "a length",
+    "mixture.GaussianMixture.K": "a count",
+    "mixture.GaussianMixture.D": "a length",
+    "mixture.GaussianMixture.sample": "draws from the definition",
+    "mixture.GaussianMixture.log_prob": "the definition's logarithm",
+    "importance.LossSecondMomentSampler.T": "a length",
+    "importance.LossSecondMomentSampler.update": "book-keeping",
+    "importance.LossSecondMomentSampler.state_dict": "book-keeping",
+    "importance.LossSecondMomentSampler.load_state_dict": "book-keeping",
     "samplers.sample": "runs iterate_samples to its end",
 }
 

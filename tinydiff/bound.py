@@ -61,7 +61,7 @@ Decoder: TypeAlias = Literal["density", "8bit"]
 def gaussian_kl(
     mean1: Array, log_variance1: Array, mean2: Array, log_variance2: Array
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array, Array]]]:
-    """KL( N(mean1, variance1) || N(mean2, variance2) ), element by element, in nats.
+    """KL( N(mean1, variance1) || N(mean2, variance2) ), element by element, in nats.  (docs: L.3)
 
     With r = variance1 / variance2 and d = mean1 - mean2:
 
@@ -105,7 +105,7 @@ def gaussian_kl(
 def gaussian_nll(
     x: Array, mean: Array, log_variance: Array
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    """-log of the density N(x; mean, variance), element by element, in nats.
+    """-log of the density N(x; mean, variance), element by element, in nats.  (docs: L.4)
 
     With d = mean - x:
 
@@ -144,10 +144,10 @@ def gaussian_nll(
 def discretized_gaussian_nll(
     x: Array, mean: Array, log_variance: Array
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    """-log of the probability that N(mean, variance) falls in the bin of the 8-bit level x, in nats.
+    """-log of the probability that N(mean, variance) falls in the bin of the 8-bit level x.  (docs: L.11)
 
-    The 256 levels 2 k / 255 - 1 have bins of width 2/255; the two outer bins go on to infinity, so that
-    the probabilities sum to 1 (Ho et al. 2020, eq. 13). Between the bin's ends in standard deviations,
+    In nats. The 256 levels 2 k / 255 - 1 have bins of width 2/255; the two outer bins go on to infinity, so
+    that the probabilities sum to 1 (Ho et al. 2020, eq. 13). Between the bin's ends in standard deviations,
     m < p, it holds P = Phi(p) - Phi(m). Of a bin above the mean the mirror image is taken, so that Phi
     counts small tails and not what is missing to 1; and with rho = log Phi(m) - log Phi(p),
 
@@ -232,9 +232,10 @@ def discretized_gaussian_nll(
 
 
 def prior_term(diffusion: GaussianDiffusion, x0: Array) -> Array:
-    """L_T = KL( q(x_T | x_0) || N(0, I) ) of each sample, in nats (Ho et al. 2020, eq. 5).
+    """L_T = KL( q(x_T | x_0) || N(0, I) ) of each sample, in nats.  (docs: L.5)
 
-    1/2 sum( abar_T x_0^2 - abar_T - log(1 - abar_T) ): what the end of the chain still says of the data.
+    1/2 sum( abar_T x_0^2 - abar_T - log(1 - abar_T) ): what the end of the chain still says of the data
+    (Ho et al. 2020, eq. 5).
 
     Parameters
     ----------
@@ -263,7 +264,9 @@ def step_term(
     decoder: Decoder = "density",
     clip: bool = False,
 ) -> tuple[Array, Callable[[Array], Array]]:
-    """L_{t-1} of each sample where t > 0, and L_0 where t = 0, in nats (Ho et al. 2020, eq. 5).
+    """L_{t-1} of each sample where t > 0, and L_0 where t = 0, in nats.  (docs: L.5, V.3)
+
+    Source: Ho et al. 2020, eq. 5.
 
     Parameters
     ----------
@@ -383,11 +386,11 @@ def variational_bound(
     batch_size: int = 256,
     progress: bool = True,
 ) -> Bound:
-    """Evaluate the bound on the negative log-likelihood of data, in nats per sample (Ho et al. 2020, eq. 5).
+    """Evaluate the bound on the negative log-likelihood of data, in nats per sample.  (docs: L.1, L.2)
 
-    Every term is an expectation over q(x_t | x_0), for which one x_t is drawn per sample and t. The sum over
-    t is either complete, or estimated from a few random t for each sample, as L_T + T * mean(L_t): unbiased,
-    too, and `standard_error` then includes the choice of t.
+    (Ho et al. 2020, eq. 5.) Every term is an expectation over q(x_t | x_0), for which one x_t is drawn per
+    sample and t. The sum over t is either complete, or estimated from a few random t for each sample, as
+    L_T + T * mean(L_t): unbiased, too, and `standard_error` then includes the choice of t.
 
     Parameters
     ----------
@@ -475,10 +478,10 @@ def bits_per_dim(
     batch_size: int = 256,
     progress: bool = True,
 ) -> Bound:
-    """Evaluate the bound of 8-bit images, in bits for each dimension (Ho et al. 2020, table 1).
+    """Evaluate the bound of 8-bit images, in bits for each dimension.  (docs: L.12)
 
-    It is `variational_bound` with the decoder ``"8bit"``, divided by D log 2. A code that knows nothing
-    takes 8 bits.
+    (Ho et al. 2020, table 1.) It is `variational_bound` with the decoder ``"8bit"``, divided by D log 2. A
+    code that knows nothing takes 8 bits.
 
     Parameters
     ----------

@@ -398,10 +398,11 @@ class GaussianDiffusion:
         return mean, _column(self.model_variance[self._on_host(t, x_t)], x_t)
 
     def model_log_variance(self, x_t: Array, t: Array | int, output: Array) -> Array:
-        """Return the logarithm of the reverse step's variance (Nichol & Dhariwal 2021, eq. 15).
+        """Return the logarithm of the reverse step's variance.  (docs: V.1)
 
-        It is finite at t = 0, too, where ``"fixed_small"`` is the beta~_1 of ``log_variance_range``: the
-        likelihood of the data needs a density there, where a sampler only takes the mean.
+        (Nichol & Dhariwal 2021, eq. 15.) It is finite at t = 0, too, where ``"fixed_small"`` is the beta~_1
+        of ``log_variance_range``: the likelihood of the data needs a density there, where a sampler only
+        takes the mean.
 
         Parameters
         ----------
@@ -426,7 +427,9 @@ class GaussianDiffusion:
         return _column(middle[t], x_t) + v * _column(half[t], x_t)
 
     def split_output(self, x_t: Array, output: Array) -> tuple[Array, Array | None]:
-        """Return the network's prediction and, if the variance is learned, its v; both of `x_t`'s shape.
+        """Return the network's prediction and, if the variance is learned, its v.  (docs: V.1)
+
+        Both are of `x_t`'s shape.
 
         Parameters
         ----------

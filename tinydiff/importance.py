@@ -58,7 +58,7 @@ class LossSecondMomentSampler:
         return self._history.shape[0]
 
     def probabilities(self) -> np.ndarray:
-        """p_t, of shape (T,): uniform until the history is full at every t."""
+        """p_t, of shape (T,): uniform until the history is full at every t.  (docs: V.7, V.8)"""
         even = np.full(self.T, 1 / self.T)
         if np.any(self._counts < self._history.shape[1]):
             return even
@@ -69,7 +69,7 @@ class LossSecondMomentSampler:
         return (1 - self.uniform) * root / np.sum(root) + self.uniform * even
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draw n times.
+        """Draw n times.  (docs: V.6)
 
         Parameters
         ----------

@@ -50,10 +50,11 @@ def simple_loss(
     noise: Array,
     weights: Array | None = None,
 ) -> tuple[Array, Array]:
-    """L_simple (Ho et al. 2020, eq. 14): squared error on what the diffusion's `prediction` names.
+    """L_simple: squared error on what the diffusion's `prediction` names.  (docs: L.9)
 
-    The target is `noise` for ``"eps"``, `x0` for ``"x0"`` and sqrt(abar_t) noise - sqrt(1 - abar_t) x0 for
-    ``"v"``. Ho et al. write the sum over dimensions; here, as in their code, it is the mean.
+    (Ho et al. 2020, eq. 14.) The target is `noise` for ``"eps"``, `x0` for ``"x0"`` and
+    sqrt(abar_t) noise - sqrt(1 - abar_t) x0 for ``"v"``. Ho et al. write the sum over dimensions; here, as in
+    their code, it is the mean.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ def simple_loss(
 
 
 def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -> np.ndarray:
-    """Min-SNR weights for `simple_loss` (Hang et al. 2023).
+    """Min-SNR weights for `simple_loss` (Hang et al. 2023).  (docs: L.10)
 
     Errors of x0 count for min(snr_t, gamma). In what the network predicts, whose squared error is 1, snr or
     snr + 1 times that of x0, it is
@@ -143,11 +144,11 @@ def vlb_loss(
     decoder: Decoder = "density",
     weights: Array | None = None,
 ) -> tuple[Array, Array]:
-    """L_vlb, estimated from random t, in bits per dimension (Nichol & Dhariwal 2021, section 3).
+    """L_vlb, estimated from random t, in bits per dimension.  (docs: V.4)
 
-    T * mean over the batch of (weight * L_t) / (D log 2): with t uniform and weights of 1, or with the t and
-    the weights of a `LossSecondMomentSampler`, it is an unbiased estimate of the bound without L_T, of which
-    no network's output is a part.
+    (Nichol & Dhariwal 2021, section 3.) T * mean over the batch of (weight * L_t) / (D log 2): with t uniform
+    and weights of 1, or with the t and the weights of a `LossSecondMomentSampler`, it is an unbiased estimate
+    of the bound without L_T, of which no network's output is a part.
 
     Parameters
     ----------
@@ -195,7 +196,7 @@ def hybrid_loss(
     decoder: Decoder = "density",
     weights: Array | None = None,
 ) -> tuple[Array, Array]:
-    """L_hybrid = L_simple + lambda L_vlb, with the mean's gradient stopped in L_vlb.
+    """L_hybrid = L_simple + lambda L_vlb, with the mean's gradient stopped in L_vlb.  (docs: V.5)
 
     (Nichol & Dhariwal 2021, eq. 16.) L_simple teaches the prediction and L_vlb the variance. As the first
     half of the output is all that the mean depends on, and the second all that the variance does, stopping
@@ -253,9 +254,9 @@ def _column(name: str, values: Array, x: Array) -> Array:
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     """L = mean over n of -log p_n[label_n],  p = softmax(logits),  dL/dlogits = (p - onehot(labels)) / N.
 
-    With z the logits, -log p_y = log sum_k exp(z_k) - z_y, whose derivative with respect to z_k is
-    exp(z_k) / sum_j exp(z_j) - [k = y]. The largest logit is taken off first: that changes nothing, and no
-    exponential overflows.
+    By the derivative of the softmax (docs: B.14). With z the logits, -log p_y = log sum_k exp(z_k) - z_y,
+    whose derivative with respect to z_k is exp(z_k) / sum_j exp(z_j) - [k = y]. The largest logit is taken
+    off first: that changes nothing, and no exponential overflows.
 
     Parameters
     ----------

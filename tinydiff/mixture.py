@@ -163,7 +163,7 @@ class GaussianMixture:
         return _logsumexp(log_joint)
 
     def score(self, x: Array) -> Array:
-        """Grad log q(x) = -sum_k r_k C_k^{-1} (x - m_k).
+        """Grad log q(x) = -sum_k r_k C_k^{-1} (x - m_k), the score.  (docs: R.5)
 
         Parameters
         ----------
@@ -184,7 +184,7 @@ class GaussianMixture:
         return -self._combine(_softmax(log_joint), y / variance)
 
     def entropy(self, nodes: int = 121) -> float:
-        """-E log q(x), in nats: the least negative log-likelihood that a model of this data can have.
+        """-E log q(x), in nats: the least that a model's negative log-likelihood can be.  (docs: N.7, N.8)
 
         Of a single Gaussian in closed form. Otherwise, in one or two dimensions, by the trapezoid rule in
         each component's own axes, which for smooth functions converges faster than any power. It is accurate
@@ -210,7 +210,7 @@ class GaussianMixture:
     # The mixture in a diffusion process
 
     def marginal(self, diffusion: GaussianDiffusion, t: int) -> GaussianMixture:
-        """Return q(x_t), a mixture of the same weights.
+        """Return q(x_t), a mixture of the same weights.  (docs: N.4)
 
         Parameters
         ----------
@@ -224,9 +224,10 @@ class GaussianMixture:
         return GaussianMixture(self.weights, a * self.means, a**2 * self.covariances + s2 * np.eye(self.D))
 
     def posterior_mean(self, diffusion: GaussianDiffusion, x_t: Array, t: Array | int) -> Array:
-        """E[x_0 | x_t], the best estimate of the data (Tweedie's formula, Efron 2011).
+        """E[x_0 | x_t], the best estimate of the data.  (docs: L.8, R.5)
 
-        Equal to (x_t + s^2 grad log q(x_t)) / a; computed without the division, so that a may be 0.
+        Tweedie's formula (Efron 2011): equal to (x_t + s^2 grad log q(x_t)) / a; computed without the
+        division, so that a may be 0.
 
         Parameters
         ----------
@@ -244,7 +245,7 @@ class GaussianMixture:
         return self._posterior_means(diffusion, x_t, t)[0]
 
     def posterior_covariance(self, diffusion: GaussianDiffusion, x_t: Array, t: Array | int) -> Array:
-        """Cov[x_0 | x_t]: sum_k r_k ( Cov_k + (mu_k - mu)(mu_k - mu)' ), of each point.
+        """Cov[x_0 | x_t]: sum_k r_k ( Cov_k + (mu_k - mu)(mu_k - mu)' ), of each point.  (docs: N.12)
 
         Its trace is the squared error that no network can get below.
 
@@ -274,7 +275,7 @@ class GaussianMixture:
         return xp.sum(r * (within + apart[..., :, None] * apart[..., None, :]), axis=1)
 
     def denoiser(self, diffusion: GaussianDiffusion) -> Callable[[Array, Array], Array]:
-        """Return the best possible network, ``denoise(x_t, t)``.
+        """Return the best possible network, ``denoise(x_t, t)``.  (docs: L.8, V.2)
 
         It is the conditional expectation of what `diffusion` wants predicted, eps, x0 or v, given x_t: the
         least squared error. With learned variances the second half is the v of the best one (Bao et al.
@@ -302,7 +303,7 @@ class GaussianMixture:
         return denoise
 
     def optimal_bound(self, diffusion: GaussianDiffusion, nodes: int = 121) -> Bound:
-        """The variational bound that `denoiser` attains in expectation: no network has a lower one.
+        """The variational bound that `denoiser` attains in expectation, the least.  (docs: L.13, L.14)
 
         With fixed variances sigma^2, by E (x_0 - E[x_0 | x_t])^2 = E tr Cov[x_0 | x_t]; see `tinydiff.bound`.
         What is an expectation over x_t is in closed form for a single Gaussian; otherwise, in one or two
