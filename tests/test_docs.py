@@ -293,7 +293,7 @@ def test_links_to_functions_lead_to_their_source(page):
 
 
 def source_file(name: str) -> Path | None:
-    """The file that defines ``tinydiff.<name>``, or None if there is no such thing."""
+    """The file in this checkout that defines ``tinydiff.<name>``, or None if there is no such thing."""
     parts = ["tinydiff", *name.split(".")]
     for length in range(len(parts), 0, -1):
         try:
@@ -308,7 +308,9 @@ def source_file(name: str) -> Path | None:
             thing = getattr(thing, "fget", None) or getattr(thing, "func", None) or thing
             if inspect.isclass(thing) or inspect.isroutine(thing):
                 file = inspect.getsourcefile(inspect.unwrap(thing))
-        return Path(file).resolve()
+        # The package may be an installed copy; links are to the sources beside the pages.
+        package = Path(tinydiff.__file__).resolve().parent
+        return ROOT / "tinydiff" / Path(file).resolve().relative_to(package)
     return None
 
 

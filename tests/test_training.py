@@ -286,7 +286,9 @@ def test_ctrl_c_in_the_middle_of_an_update_is_not_saved(tmp_path, tmp_path_facto
     resume_and_compare(small_mlp, POINTS, "points", tmp_path, tmp_path_factory)
 
 
-def test_a_real_ctrl_c(tmp_path, tmp_path_factory):
+def test_a_real_ctrl_c(tmp_path, tmp_path_factory, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     calls = iter(range(10**9))
 
     def draw(batch_size, rng):
