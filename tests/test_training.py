@@ -547,6 +547,7 @@ def test_draws_of_a_step_do_not_repeat_in_another():
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every is 0"),
         ({"log_every": -1}, ValueError, "log_every is -1"),
         ({"seed": -1}, ValueError, "seed is -1"),
+        ({"seed": 2**32}, ValueError, "seed is 4294967296"),
         ({"lr": -1.0}, ValueError, "lr is -1.0"),
         ({"warmup": -1}, ValueError, "warmup is -1"),
         ({"warmup": 13}, ValueError, "warmup is 13"),

@@ -128,7 +128,7 @@ def train(
     batch_size : int
         Samples per step.
     seed : int
-        Seed of everything random.
+        Seed of everything random, 0 … 2**32 - 1.
     lr : float
         Learning rate after warm-up.
     warmup : int, optional
@@ -175,8 +175,8 @@ def train(
         steps=steps, batch_size=batch_size, checkpoint_every=checkpoint_every, log_every=log_every
     )
     warmup = min(500, steps // 20) if warmup is None else warmup
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; expected an integer of at least 0.")
+    if not 0 <= seed < 2**32:  # NumPy splits a larger one in two words: two seeds would share a stream
+        raise ValueError(f"seed is {seed}; expected an integer in 0 … 2**32 - 1.")
     if not clip_norm > 0:
         raise ValueError(f"clip_norm is {clip_norm}; expected a positive number.")
     warmup_cosine(0, steps, warmup, final_lr)  # refuses what is out of range, before anything is written
