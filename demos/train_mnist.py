@@ -19,10 +19,10 @@ from tinydiff.datasets import mnist
 
 DEFAULTS = dict(
     data="subset",
-    channels=[32, 64, 64],
-    steps=1800,
-    batch=32,
-    lr=1.5e-3,
+    channels=[16, 32, 64],
+    steps=2000,
+    batch=64,
+    lr=2e-3,
     schedule="cosine",
     T=1000,
     prediction="v",
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=count_from(1),
         nargs="+",
         metavar="C",
-        help="of the U-Net at each of its levels, in multiples of 8 (default: 32 64 64)",
+        help="of the U-Net at each of its levels, in multiples of 8 (default: 16 32 64)",
     )
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/mnist")
