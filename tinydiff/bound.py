@@ -36,6 +36,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, array_namespace, asarray_like, device, standard_normal, to_numpy
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.nn.module import Module, once
@@ -427,9 +428,9 @@ def variational_bound(
     from tqdm import tqdm
 
     _check_decoder(decoder)
-    _check_count("batch_size", batch_size)
+    check_counts(batch_size=batch_size)
     if t_samples is not None:
-        _check_count("t_samples", t_samples)
+        check_counts(t_samples=t_samples)
     if data.ndim < 2 or data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")
     predict = denoise.predict if isinstance(denoise, Module) else denoise
@@ -558,8 +559,3 @@ def _check_decoder(decoder: str) -> None:
     if decoder not in get_args(Decoder):
         choices = ", ".join(map(repr, get_args(Decoder)))
         raise ValueError(f"decoder is {decoder!r}; expected one of {choices}.")
-
-
-def _check_count(name: str, count: Any) -> None:
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise ValueError(f"{name} is {count!r}; expected an integer of at least 1.")

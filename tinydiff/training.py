@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, array_namespace, asarray_like, standard_normal, to_numpy
 from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
 from tinydiff.diffusion import GaussianDiffusion
@@ -171,9 +172,7 @@ def train(
         If the loss or the gradient's norm stops being finite. The model keeps the weights it had before that
         step, and the last checkpoint is kept.
     """
-    _check_positive(
-        steps=steps, batch_size=batch_size, checkpoint_every=checkpoint_every, log_every=log_every
-    )
+    check_counts(steps=steps, batch_size=batch_size, checkpoint_every=checkpoint_every, log_every=log_every)
     warmup = min(500, steps // 20) if warmup is None else warmup
     if not 0 <= seed < 2**32:  # NumPy splits a larger one in two words: two seeds would share a stream
         raise ValueError(f"seed is {seed}; expected an integer in 0 … 2**32 - 1.")
@@ -249,12 +248,6 @@ def train(
     finally:
         bar.close()
     return TrainingResult(ema.model, np.asarray(losses), time.perf_counter() - began)
-
-
-def _check_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-            raise ValueError(f"{name} is {count!r}; expected an integer of at least 1.")
 
 
 def _digest(array: np.ndarray) -> str:

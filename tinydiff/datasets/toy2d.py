@@ -25,6 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tinydiff._checks import check_counts
+
 __all__ = ["SHAPES", "sample"]
 
 Skeleton = Callable[[int, np.random.Generator], np.ndarray]
@@ -81,8 +83,7 @@ def sample(name: str, n: int, rng: np.random.Generator, dtype: npt.DTypeLike = n
     """
     if name not in SHAPES:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(map(repr, SHAPES))}")
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f"n is {n!r}; expected an integer of at least 1")
+    check_counts(n=n)
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng is of type {type(rng).__name__}; expected a numpy.random.Generator")
     if np.dtype(dtype) not in (np.float32, np.float64):

@@ -33,8 +33,8 @@ def many_steps() -> Iterator[None]:
     """Set this process up for a loop of many steps alike: training, sampling.
 
     Freed memory is kept for the next step (from now on), and BLAS is held to one thread while the kernels
-    share out what is worth sharing (until the loop ends). Neither changes a result, nor the number of
-    threads in use.
+    share out what is worth sharing (until the loop ends). A product that BLAS would have split between
+    threads may round differently; nothing else changes.
     """
     keep_freed_memory()
     with blas_on_one_thread():
