@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from _common import Parser, count_from, explained_errors, schedules, write_metrics
+from _common import (
+    LOSSES,
+    Parser,
+    count_from,
+    explained_errors,
+    learned_variance,
+    loss_options,
+    schedules,
+    write_metrics,
+)
 
 import tinydiff as td
 from tinydiff import plotting
@@ -23,6 +32,7 @@ DEFAULTS = dict(
     steps=2000,
     batch=64,
     lr=2e-3,
+    loss="simple",
     schedule="cosine",
     T=1000,
     prediction="v",
@@ -39,6 +49,7 @@ EXAMPLES = """examples:
   python demos/train_mnist.py
   python demos/train_mnist.py --steps 3000 --data full --out runs/long
   python demos/train_mnist.py --resume
+  python demos/train_mnist.py --loss hybrid --out runs/hybrid
   python demos/train_mnist.py --backend cupy --channels 64 128 128 --batch 128 --steps 10000"""
 
 
@@ -66,8 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
     both = schedules(args.T)
-    diffusion = td.GaussianDiffusion(both[args.schedule], prediction=args.prediction)
+    learned = learned_variance(args.loss)
+    variance = "learned_range" if learned else "fixed_small"
+    diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, variance)
     model = td.UNet(
+        out_channels=2 if learned else 1,
         block_channels=args.channels,
         layers_per_block=LAYERS_PER_BLOCK,
         attention=[False] * (len(args.channels) - 1) + [True],
@@ -83,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         data,
         steps=args.steps,
         batch_size=args.batch,
+        **loss_options(args.loss, decoder="8bit"),
         seed=args.seed,
         lr=args.lr,
         ema_decay=EMA_DECAY,
@@ -92,7 +107,9 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_every=CHECKPOINT_EVERY,
         progress=not args.quiet,
     )
-    about = {key: getattr(args, key) for key in ["data", "schedule", "T", "prediction", "steps", "seed"]}
+    about = {
+        key: getattr(args, key) for key in ["data", "schedule", "T", "prediction", "loss", "steps", "seed"]
+    }
     td.save_model(args.out / "model.safetensors", result.model, about)
 
     began = time.perf_counter()
@@ -107,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     how_trained = f"{args.steps} training steps, {args.sampling_steps} {args.sampler.upper()} steps"
     pictures = {
         "forward.png": forward,
-        "training.png": plotting.training_curve(result.losses),
+        "training.png": plotting.training_curve(result.losses, LOSSES[args.loss]),
         "samples.png": plotting.samples_beside_data(samples[:seen], data[:seen], how_trained),
         "reverse.png": plotting.reverse_process(states),
     }

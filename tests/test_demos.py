@@ -143,6 +143,21 @@ def test_every_choice_of_process_and_sampler_works(tmp_path):
     assert (about["schedule"], about["prediction"]) == ("cosine", "v")
 
 
+@pytest.mark.parametrize("loss", ["hybrid", "vlb"])
+@pytest.mark.parametrize("name", ["train_toy2d", "train_mnist"])
+def test_with_the_other_losses_the_network_learns_a_variance(name, loss, tmp_path):
+    flags = TOY if name == "train_toy2d" else MNIST
+    run(name, *flags, "--loss", loss, "--out", tmp_path, "--quiet")
+    arrays, metadata = load_arrays(tmp_path / "checkpoint.safetensors")
+    assert (metadata["settings"]["loss"], metadata["settings"]["variance"]) == (loss, "learned_range")
+    assert metadata["settings"]["decoder"] == ("density" if name == "train_toy2d" else "8bit")
+    assert ("t_sampler.history" in arrays) == (loss == "vlb")
+    model, about = td.load_model(tmp_path / "model.safetensors")
+    assert about["loss"] == loss
+    assert model.config["out_features" if name == "train_toy2d" else "out_channels"] in (4, 2)
+    assert np.isfinite(np.load(tmp_path / "samples.npy")).all()
+
+
 def test_the_seed_decides_and_a_second_run_replaces_the_first(toy, tmp_path):
     for seed in [4, 3]:  # the second run is another, and begins anew: the first is finished
         run("train_toy2d", *TOY, "--shape", "rings", "--out", tmp_path, "--quiet", "--seed", seed)
@@ -175,9 +190,7 @@ def test_help_names_every_flag_its_default_and_an_example(name, capsys):
         module.main(["--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    flags = (
-        "out steps seed quiet resume backend batch lr sampler sampling-steps schedule prediction T samples"
-    )
+    flags = "out steps seed quiet resume backend batch lr loss sampler sampling-steps schedule prediction T samples"
     for flag in [*flags.split(), *(["shape"] if name == "train_toy2d" else ["data", "channels"])]:
         assert f"--{flag} " in text, flag
     for value in module.DEFAULTS.values():
