@@ -190,8 +190,12 @@ def test_help_names_every_flag_its_default_and_an_example(name, capsys):
         module.main(["--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    flags = "out steps seed quiet resume backend batch lr loss sampler sampling-steps schedule prediction T samples"
-    for flag in [*flags.split(), *(["shape"] if name == "train_toy2d" else ["data", "channels"])]:
+    flags = "out steps seed quiet resume backend batch lr loss schedule prediction T samples sampler"
+    for flag in [
+        *flags.split(),
+        "sampling-steps",
+        *(["shape"] if name == "train_toy2d" else ["data", "channels"]),
+    ]:
         assert f"--{flag} " in text, flag
     for value in module.DEFAULTS.values():
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
