@@ -16,9 +16,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from _common import LOSSES, Plain, count_from, explained_errors, loss_options, schedules, write_metrics
@@ -60,8 +59,7 @@ EXAMPLES = """examples:
   python demos/compare_schedules.py --data full --steps 5000 --out runs/long"""
 
 
-@dataclass(frozen=True)
-class Configuration:
+class Configuration(NamedTuple):
     """What is trained: the forward process, and the loss."""
 
     schedule: str
