@@ -687,6 +687,7 @@ def test_the_loop_is_a_function_of_its_seed():
     assert np.any(model.linear_out.weight.value != one.model.linear_out.weight.value)
     np.testing.assert_array_equal(one.schedule.betas, one.learned.schedule(20).betas)
     assert one.learned.gamma_0 != -6.0
+    assert small(ema_decay=0.0)[1].learned.gamma_0 < one.learned.gamma_0 - 1e-4  # the average lags behind
 
 
 def test_what_comes_out_goes_with_everything():
