@@ -48,7 +48,7 @@ from tinydiff.schedules import NoiseSchedule
 
 __all__ = ["LearnedSchedule"]
 
-FARTHEST = 700.0  # exp(-700) is still a normal float64: beyond it 1 - abar or abar is not a number to rely on
+FARTHEST = 80.0  # exp(80) and exp(-80) are normal float32 numbers: SNR, rates and weights have a value
 
 
 class Rise(Module):
@@ -113,7 +113,7 @@ class LearnedSchedule(Module):
     Parameters
     ----------
     gamma_0, gamma_1 : float
-        Where the end points begin: in [-700, 0) and (0, 700]. The defaults are the paper's, for 8-bit images.
+        Where the end points begin: in [-80, 0) and (0, 80]. The defaults are the paper's, for 8-bit images.
     units : int
         Number of sigmoids in the network between them.
 
@@ -132,7 +132,7 @@ class LearnedSchedule(Module):
         check_counts(units=units)
         for name, value, size in [("gamma_0", gamma_0, -gamma_0), ("gamma_1", gamma_1, gamma_1)]:
             if not 0 < size <= FARTHEST:
-                expected = "[-700, 0)" if name == "gamma_0" else "(0, 700]"
+                expected = "[-80, 0)" if name == "gamma_0" else "(0, 80]"
                 raise ValueError(f"{name} is {value}; expected a number in {expected}.")
         self.config = dict(gamma_0=float(gamma_0), gamma_1=float(gamma_1), units=int(units))
         self.start = Parameter(_inverse_softplus(np.array([-float(gamma_0)])))
@@ -260,22 +260,21 @@ class LearnedSchedule(Module):
         Raises
         ------
         ValueError
-            If `T` is not a count; if an end point is beyond 700, where 1 - abar or abar is below float64's
-            normal numbers, or not finite; or if gamma rises in some step by less than float64 sees.
+            If `T` is not a count; if an end point is not finite, or beyond 80, where the signal-to-noise
+            ratio is no float32; or if gamma rises in some step by less than float64 sees.
 
         Notes
         -----
-        A step that leaves less than 1e-16 rounds to beta = 1 and abar = 0: it is exact to 1e-16 absolute,
-        not relative, as in `NoiseSchedule.respace`.
+        A step that leaves less than 1e-16 rounds to beta = 1, and abar to 0: ``alphas_cumprod`` is right
+        to about 1e-16 absolute, not relative, as in `NoiseSchedule.respace`.
         """
         check_counts(T=T)
-        gamma = np.full(1, self.gamma_1) if T == 1 else to_numpy(self(np.arange(T) / (T - 1))[0][0])
-        gamma = gamma.astype(np.float64)
-        if not np.all(np.abs(gamma) <= FARTHEST):
+        if not (-self.gamma_0 <= FARTHEST and self.gamma_1 <= FARTHEST):  # NaN compares false: refused, too
             raise ValueError(
-                f"gamma_0 is {self.gamma_0:.4g} and gamma_1 {self.gamma_1:.4g}; expected both within ±700, "
-                "where the signal-to-noise ratio is a float64."
+                f"gamma_0 is {self.gamma_0:.4g} and gamma_1 {self.gamma_1:.4g}; expected both within ±80, "
+                "where the signal-to-noise ratio is a float32."
             )
+        gamma = np.full(1, self.gamma_1) if T == 1 else _host(self(np.arange(T) / (T - 1))[0][0])
         rises = np.diff(gamma)
         stuck = np.flatnonzero(~(rises > 0))
         if stuck.size:
@@ -296,10 +295,14 @@ class LearnedSchedule(Module):
         return asarray_like(host, self.start.value)
 
 
+def _host(x: Array) -> np.ndarray:
+    return to_numpy(x).astype(np.float64)
+
+
 def _softplus(x: Array) -> Array:
     """log(1 + exp x), whose derivative is the sigmoid."""
     xp = array_namespace(x)
-    return xp.logaddexp(x, xp.zeros_like(x))
+    return xp.maximum(x, xp.zeros_like(x)) + xp.log1p(xp.exp(-xp.abs(x)))
 
 
 def _sigmoid(x: Array) -> Array:

@@ -176,8 +176,8 @@ def train_learned_schedule(
             )
             if not all(map(math.isfinite, (loss, *norms))):
                 raise FloatingPointError(
-                    f"the loss is {loss}, the gradients' norms {norms[0]} (network) and {norms[1]} (schedule) "
-                    f"at step {step}; try a smaller lr or schedule_lr."
+                    f"the loss is {loss}, the norm of the gradient {norms[0]} (network) and {norms[1]} "
+                    f"(schedule) at step {step}; try a smaller lr or schedule_lr."
                 )
             for optimizer, rate in optimizers:
                 optimizer.lr = rate * warmup_cosine(step, steps, warmup, final_lr)
