@@ -71,9 +71,9 @@ def convolutions(draw):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks():
-    """Chunks of one to a few of the small images below, so that their boundaries are crossed."""
+    """Chunks of a few of the small images below, or of a part of one, so that their boundaries are crossed."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(_winograd, "CHUNK", 1024)
+    patch.setattr(_winograd, "CHUNK", 128)
     patch.setattr(_gather, "CHUNK_BYTES", 2**14)
     patch.setattr(_norm, "BLOCK_BYTES", 2**12)
     patch.setattr(_norm, "PARALLEL_SIZE", 0)
