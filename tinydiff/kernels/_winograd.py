@@ -102,7 +102,7 @@ def _input_transform(x: np.ndarray, first: int, th: int, before: int, tw: int) -
     m, h, w, c = x.shape
     xpad = scratch("xpad", (m, TILE * th + TAPS - 1, TILE * tw + TAPS - 1, c), x.dtype)
     top, left = max(0, -first), before
-    rows, cols = min(h - first, xpad.shape[1]) - top, min(w, xpad.shape[2] - left)
+    rows, cols = max(0, min(h - first, xpad.shape[1]) - top), min(w, xpad.shape[2] - left)
     xpad[:, :top] = xpad[:, top + rows :] = 0.0
     xpad[:, :, :left] = xpad[:, :, left + cols :] = 0.0
     xpad[:, top : top + rows, left : left + cols] = x[:, first + top : first + top + rows, :cols]
