@@ -71,7 +71,7 @@ def convolutions(draw):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks():
-    """Chunks of a few of the small images below, or of a part of one, so that their boundaries are crossed."""
+    """Chunks of a few of the small images below, or of a part of one: their boundaries are crossed."""
     patch = pytest.MonkeyPatch()
     patch.setattr(_winograd, "CHUNK", 128)
     patch.setattr(_gather, "CHUNK_BYTES", 2**14)
