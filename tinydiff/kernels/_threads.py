@@ -138,9 +138,16 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return this thread's array `name`, uninitialised, its memory reused from call to call."""
+    try:
+        return _local.views[name, dtype, shape]
+    except AttributeError:
+        _local.arrays, _local.views = {}, {}
+    except KeyError:
+        pass
     size = math.prod(shape)
-    held = _local.__dict__.setdefault("arrays", {})
-    flat = held.get((name, dtype))
+    flat = _local.arrays.get((name, dtype))
     if flat is None or flat.size < size:
-        flat = held[name, dtype] = np.empty(size, dtype)
-    return flat[:size].reshape(shape)
+        flat = _local.arrays[name, dtype] = np.empty(size, dtype)
+        _local.views = {key: view for key, view in _local.views.items() if key[:2] != (name, dtype)}
+    view = _local.views[name, dtype, shape] = flat[:size].reshape(shape)
+    return view

@@ -23,6 +23,7 @@ other: chains of additions in NumPy pass over memory once for every sign in the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,8 +36,8 @@ POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 TILE, TAPS = 4, 3
 PATCH = TILE + TAPS - 1
 
-# Patches times channels in a chunk: V and M of a chunk take 144 bytes for each of them in float32, and should
-# stay in cache between one product and the next.
+# Patches times channels in a chunk: V and M take 144 bytes each for every one of them in float32, and should stay
+# in cache between one product and the next. There are two arrays of that size, or three, and no more.
 CHUNK = 4096
 
 
@@ -54,18 +55,25 @@ def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 A, B, G = _matrices()
+BOTH_G = np.kron(G, G)
+
+
+@functools.cache
+def _transforms(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """B.T, A.T and A of a dtype."""
+    return B.T.astype(dtype), A.T.astype(dtype), A.astype(dtype)
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
     """U = G g G.T: (3, 3, C, D)  ->  (36, C, D).  (docs: A.8)"""
     c, d = g.shape[2:]
-    return (np.kron(G, G).astype(g.dtype) @ g.reshape(TAPS**2, c * d)).reshape(PATCH**2, c, d)
+    return (BOTH_G.astype(g.dtype) @ g.reshape(TAPS**2, c * d)).reshape(PATCH**2, c, d)
 
 
 def winograd_weight_backward(du: np.ndarray) -> np.ndarray:
     """dg = G.T dU G: (36, C, D)  ->  (3, 3, C, D).  (docs: A.9)"""
     c, d = du.shape[1:]
-    return (np.kron(G, G).T.astype(du.dtype) @ du.reshape(PATCH**2, c * d)).reshape(TAPS, TAPS, c, d)
+    return (BOTH_G.T.astype(du.dtype) @ du.reshape(PATCH**2, c * d)).reshape(TAPS, TAPS, c, d)
 
 
 def _tiles(size: int) -> int:
@@ -81,16 +89,18 @@ def _chunks(start: int, stop: int, th: int, values_per_row: int) -> Iterator[tup
             yield slice(i, min(i + images, stop)), row, min(row + rows, th)
 
 
-def _both_axes(matrix: np.ndarray, patches: np.ndarray, name: str) -> np.ndarray:
-    """Apply a matrix (q, p) to both axes of patches (p, p, ...): (q, q, ...).  May overwrite `patches`."""
+def _both_axes(matrix: np.ndarray, patches: np.ndarray, between: str, to: str) -> np.ndarray:
+    """Apply a matrix (q, p) to both axes of patches (p, p, ...): (q, q, ...), in the scratch named `to`.
+
+    That may be where `patches` lie: they are used up when the second axis is begun.
+    """
     q, p = matrix.shape
-    rest = patches.shape[2:]
-    inner = np.matmul(
-        matrix, patches.reshape(p, p, -1), out=scratch("inner", (p, q, patches[0, 0].size), patches.dtype)
-    )
-    out = scratch(name, (q, q, *rest), patches.dtype)
-    np.matmul(matrix, inner.reshape(p, -1), out=out.reshape(q, -1))
-    return out
+    size = patches.size // p**2
+    inner = scratch(between, (p, q, size), patches.dtype)
+    np.matmul(matrix, patches.reshape(p, p, size), out=inner)
+    out = scratch(to, (q, q * size), patches.dtype)
+    np.matmul(matrix, inner.reshape(p, q * size), out=out)
+    return out.reshape(q, q, *patches.shape[2:])
 
 
 def _input_transform(x: np.ndarray, first: int, th: int, before: int, tw: int) -> np.ndarray:
@@ -107,9 +117,9 @@ def _input_transform(x: np.ndarray, first: int, th: int, before: int, tw: int) -
     xpad[:, :, :left] = xpad[:, :, left + cols :] = 0.0
     xpad[:, top : top + rows, left : left + cols] = x[:, first + top : first + top + rows, :cols]
     image, row, col, channel = xpad.strides
-    d = scratch("d", (PATCH, PATCH, m, th, tw, c), x.dtype)
+    d = scratch("one", (PATCH, PATCH, m, th, tw, c), x.dtype)
     d[...] = np.ndarray(d.shape, x.dtype, xpad, strides=(row, col, image, TILE * row, TILE * col, channel))
-    return _both_axes(B.T.astype(x.dtype), d, "v")
+    return _both_axes(_transforms(x.dtype)[0], d, between="two", to="one")
 
 
 def _by_tiles(y: np.ndarray) -> np.ndarray:
@@ -120,7 +130,7 @@ def _by_tiles(y: np.ndarray) -> np.ndarray:
 
 def _output_transform(mm: np.ndarray, b: np.ndarray | float, y: np.ndarray) -> None:
     """y = A.T M A + b of the patches: mm (6, 6, m, th, tw, D) written to y (m, H', W', D)."""
-    patches = _both_axes(A.T.astype(mm.dtype), mm, "d")
+    patches = _both_axes(_transforms(mm.dtype)[1], mm, between="one", to="two")
     m, th, tw, d = mm.shape[2:]
     whole = y.shape[1] == TILE * th and y.shape[2] == TILE * tw
     target = y if whole else scratch("ypad", (m, TILE * th, TILE * tw, d), mm.dtype)
@@ -137,9 +147,9 @@ def _output_transform_backward(dy: np.ndarray, th: int, tw: int) -> np.ndarray:
         source = scratch("ypad", (m, TILE * th, TILE * tw, d), dy.dtype)
         source[:, h:] = source[:, :, w:] = 0.0
         source[:, :h, :w] = dy
-    patches = scratch("d", (TILE, TILE, m, th, tw, d), dy.dtype)
+    patches = scratch("three", (TILE, TILE, m, th, tw, d), dy.dtype)
     patches[...] = _by_tiles(source)
-    return _both_axes(A.astype(dy.dtype), patches, "m")
+    return _both_axes(_transforms(dy.dtype)[2], patches, between="two", to="three")
 
 
 def winograd_conv(
@@ -150,7 +160,7 @@ def winograd_conv(
     th, tw = _tiles(y.shape[1]), _tiles(y.shape[2])
     for images, row, end in _chunks(start, stop, th, tw * max(c, d)):
         v = _input_transform(x[images], TILE * row - before, end - row, before, tw)
-        mm = scratch("m", (*v.shape[:-1], d), x.dtype)
+        mm = scratch("two", (*v.shape[:-1], d), x.dtype)
         np.matmul(v.reshape(PATCH**2, -1, c), u, out=mm.reshape(PATCH**2, -1, d))
         _output_transform(mm, b, y[images, TILE * row : TILE * end])
 
