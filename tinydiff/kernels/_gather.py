@@ -96,7 +96,7 @@ def gather_conv_backward(
 
 
 def transposed_taps(w: np.ndarray) -> np.ndarray:
-    """Weights (k, k, D, C) of the transposed convolution, with the taps turned round."""
+    """Weights (k, k, D, C) of the transposed convolution, with the taps turned round.  (docs: A.6, A.9)"""
     return w[::-1, ::-1].swapaxes(2, 3)
 
 

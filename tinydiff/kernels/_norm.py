@@ -11,8 +11,8 @@ Written per channel, with xc = x - mean and a = rstd weight (docs: A.10, A.11)::
     dx = a dz - rstd mean(weight dz) - rstd xhat mean(weight dz xhat)
 
 so the two means over a group are sums over its channels of weight times each image's share of dbias and
-dweight. SiLU's sigmoid is got from a hyperbolic tangent,
-which overflows nowhere: with u = z / 2 and T = tanh u::
+dweight. SiLU's sigmoid is got from a hyperbolic tangent, which overflows nowhere: with u = z / 2 and
+T = tanh u::
 
     z sigmoid(z) = u (1 + T)      dz = dy (1 + T) (1 + u (1 - T)) / 2
 

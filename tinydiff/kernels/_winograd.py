@@ -11,11 +11,12 @@ Every step is linear, so the derivative with respect to the taps is the transpos
 
     dM = A dy A.T      dU = V.T dM      dg = G.T dU G
 
-The derivative with respect to x is the convolution of dy with the taps turned round (docs: A.6).
+The derivative with respect to x is the convolution of dy with the taps turned round (docs: A.6, A.9).
 
 A, B and G come from multiplying polynomials: the product of two, of degrees 3 and 2, is known from its values
-at five points and its leading coefficient. Which points decides the rounding. The usual 0, 1, -1, 2, -2 lose
-4.1 times as much as the definition in float32; 0, 3/4, -3/4, 3/2, -3/2 lose 2.0 times as much (docs: A.7).
+at five points and its leading coefficient (docs: A.7). Which points decides the rounding: in float32 the
+usual 0, 1, -1, 2, -2 are off by 11 times as much as the definition; 0, 3/4, -3/4, 3/2, -3/2 by half of that
+(docs: A.16).
 
 The transforms are matrix products too, by matrices of 6 and 4 rows, over one axis of the patches after the
 other: chains of additions in NumPy pass over memory once for every sign in the matrix, BLAS passes once.
@@ -36,8 +37,8 @@ POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 TILE, TAPS = 4, 3
 PATCH = TILE + TAPS - 1
 
-# Patches times channels in a chunk: V and M take 144 bytes each for every one of them in float32, and should stay
-# in cache between one product and the next. There are two arrays of that size, or three, and no more.
+# Patches times channels in a chunk: V and M take 144 bytes each for every one of them in float32, and should
+# stay in cache between one product and the next. There are two arrays of that size, or three, and no more.
 CHUNK = 4096
 
 
