@@ -37,7 +37,7 @@ from tinydiff.samplers import respaced
 DEFAULTS = dict(
     data="subset",
     channels=[16, 32, 64],
-    steps=1000,
+    steps=1200,
     batch=32,
     lr=2e-3,
     T=250,  # importance sampling needs ten terms at every t before it begins: 22 T draws or so
