@@ -50,7 +50,7 @@ def assert_gradients(model, expected):
 @settings(deadline=None, max_examples=12)
 @given(n=st.integers(1, 9), workers=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
 def test_output_and_gradients_are_the_models_own(n, workers, seed):
-    """docs: A.19.  More workers than samples, and shares of different sizes, among them."""
+    """docs: A.20.  More workers than samples, and shares of different sizes, among them."""
     rng = np.random.default_rng(seed)
     model = unet(seed=seed)
     x, t = batch(n, rng)
@@ -222,9 +222,9 @@ def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
         assert isinstance(shared, DataParallel) and len(shared._workers) == 1
         with shared_out(shared, 64) as same:
             assert same is shared
-    for given, n, workers in [(model, 64, 1), (model, 7, None), (points, 64, None), (len, 64, None)]:
-        with shared_out(given, n, workers) as same:
-            assert same is given
+    for denoise, n, workers in [(model, 64, 1), (model, 7, None), (points, 64, None), (len, 64, None)]:
+        with shared_out(denoise, n, workers) as same:
+            assert same is denoise
     with shared_out(points, 64, 2) as shared:
         assert isinstance(shared, DataParallel)
 

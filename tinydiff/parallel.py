@@ -1,8 +1,8 @@
 """One batch, several processes: each computes its share of the samples.
 
 Samples do not meet inside a network here (group normalisation and attention stay within one image), so a
-batch can be cut anywhere. With its shares S_1, S_2, ..., the output is that of the shares one after
-another, and the gradient of every parameter is a sum over samples (docs: A.19)::
+batch can be cut anywhere. With its shares S_1, S_2, ..., the output is that of the shares one after another,
+and the gradient of every parameter is a sum over samples (docs: A.20)::
 
     y = [f(S_1), f(S_2), ...]        dL/dw = dL/dw on S_1 + dL/dw on S_2 + ...
 
@@ -115,7 +115,7 @@ class DataParallel(Module):
     def __call__(
         self, x: Array, t: Array, rng: np.random.Generator | None = None
     ) -> tuple[Array, Callable[[Array], Array]]:
-        """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.19)"""
+        """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
             return self.predict(x, t), once(lambda dy: dy)
         edges = self._edges(x, t)
