@@ -43,7 +43,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
+from tinydiff.backend import Array, array_namespace, asarray_like, clip_to_unit, to_numpy
 from tinydiff.schedules import NoiseSchedule
 
 __all__ = ["GaussianDiffusion", "Prediction", "Variance"]
@@ -391,7 +391,7 @@ class GaussianDiffusion:
         """
         x0 = self.predict_x0(x_t, t, output)
         if clip:
-            x0 = array_namespace(x0).clip(x0, -1.0, 1.0)
+            x0 = clip_to_unit(x0)
         mean, _ = self.q_posterior_mean_variance(x0, x_t, t)
         if self.model_variance is None:
             return mean, array_namespace(x0).exp(self.model_log_variance(x_t, t, output))
