@@ -16,22 +16,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff.backend import Array, array_namespace, asarray_like, standard_normal, to_numpy
+from tinydiff.bound import Decoder, check_decoder
 from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
 from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
-from tinydiff.losses import simple_loss
+from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.nn.module import Module
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 
-__all__ = ["TrainingResult", "train", "training_loss"]
+__all__ = ["Loss", "TrainingResult", "train", "training_loss"]
 
 M = TypeVar("M", bound=Module)
+Loss: TypeAlias = Literal["simple", "hybrid", "vlb"]
 Data = Any  # an array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...)
 
 # The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
@@ -59,8 +62,24 @@ class TrainingResult(Generic[M]):
     seconds: float
 
 
+class TimeSampler(Protocol):
+    """What draws t and learns from the terms it drew: a `LossSecondMomentSampler`."""
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def update(self, t: Array, losses: Array) -> None: ...
+
+
 def training_loss(
-    model: Any, diffusion: GaussianDiffusion, x0: Array, rng: np.random.Generator
+    model: Any,
+    diffusion: GaussianDiffusion,
+    x0: Array,
+    rng: np.random.Generator,
+    loss: Loss = "simple",
+    *,
+    min_snr_gamma: float | None = None,
+    decoder: Decoder = "density",
+    t_sampler: TimeSampler | None = None,
 ) -> tuple[Array, Callable[[], Array]]:
     """Ho et al. 2020, algorithm 1, lines 2 to 5: random times and noise, the loss, and its derivative.
 
@@ -74,18 +93,47 @@ def training_loss(
         A batch of data.
     rng : numpy.random.Generator
         Draws times, noise, and dropout masks.
+    loss : {"simple", "hybrid", "vlb"}
+        `simple_loss`, `hybrid_loss` or `vlb_loss` (docs: L.9, V.5, V.4). Of a learned variance the first
+        teaches nothing; without one there is no second.
+    min_snr_gamma : float, optional
+        Weigh L_simple by `min_snr_weight` with this gamma (docs: L.10). Default: no weights.
+    decoder : {"density", "8bit"}
+        What L_0 is in the bound: the density of points, or the probability of 8-bit levels.
+    t_sampler : LossSecondMomentSampler, optional
+        Draws t and the weights of the bound's terms, and is given these terms to remember (docs: V.6), for
+        ``"vlb"`` only. Default: t is uniform.
 
     Returns
     -------
     loss : array, 0-d
     backward : callable
         Without argument; adds to the gradients of the model's parameters.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or belongs to another loss; the message names it.
     """
-    t = rng.integers(diffusion.schedule.T, size=x0.shape[0])
+    _check_loss(loss, diffusion, min_snr_gamma, decoder, t_sampler is not None)
+    N = x0.shape[0]
+    if t_sampler is None:
+        t, t_weights = rng.integers(diffusion.T, size=N), None
+    else:
+        t, t_weights = t_sampler.sample(N, rng)
     noise = standard_normal(rng, x0.shape, x0)
     output, model_backward = model(diffusion.q_sample(x0, t, noise), t, rng)
-    loss, gradient = simple_loss(diffusion, output, x0, t, noise)
-    return loss, lambda: model_backward(gradient)
+    given = (diffusion, output, x0, t, noise)
+    if loss == "vlb":
+        record = None if t_sampler is None else functools.partial(t_sampler.update, t)
+        value, gradient = vlb_loss(*given, decoder=decoder, weights=t_weights, record=record)
+    else:
+        weights = None if min_snr_gamma is None else min_snr_weight(diffusion, t, min_snr_gamma)
+        if loss == "simple":
+            value, gradient = simple_loss(*given, weights)
+        else:
+            value, gradient = hybrid_loss(*given, decoder=decoder, weights=weights)
+    return value, lambda: model_backward(gradient)
 
 
 @many_steps()
@@ -96,6 +144,10 @@ def train(
     *,
     steps: int,
     batch_size: int,
+    loss: Loss = "simple",
+    min_snr_gamma: float | None = None,
+    decoder: Decoder = "density",
+    importance_sampling: bool = False,
     seed: int = 0,
     lr: float = 1e-3,
     warmup: int | None = None,
@@ -110,7 +162,7 @@ def train(
     log_every: int = 50,
     progress: bool = True,
 ) -> TrainingResult[M]:
-    """Train with the simple loss, Adam, and a moving average of the weights (Ho et al. 2020, algorithm 1).
+    """Train with Adam and a moving average of the weights (Ho et al. 2020, algorithm 1).
 
     The same seed on the same machine gives the same weights bit for bit, whether or not the run was
     interrupted and resumed.
@@ -128,6 +180,16 @@ def train(
         Number of training steps in all.
     batch_size : int
         Samples per step.
+    loss : {"simple", "hybrid", "vlb"}
+        What is minimised: `simple_loss`; `hybrid_loss`, for a diffusion with learned variance; or `vlb_loss`,
+        the bound itself, in bits per dimension (docs: L.9, V.5, V.4).
+    min_snr_gamma : float, optional
+        Weigh L_simple, also that in L_hybrid, by `min_snr_weight` with this gamma (docs: L.10); 5 is common.
+        Default: no weights.
+    decoder : {"density", "8bit"}
+        What L_0 of the bound is: the density of points, or the probability of 8-bit levels, for images.
+    importance_sampling : bool
+        Draw the t of ``"vlb"`` by a `LossSecondMomentSampler` (docs: V.7). Default: uniformly.
     seed : int
         Seed of everything random, 0 … 2**32 - 1.
     lr : float
@@ -165,9 +227,10 @@ def train(
     TypeError
         If `data` is neither an array nor callable.
     ValueError
-        If an argument is out of range; if the checkpoint in `run_dir` is damaged, or was made with other
-        settings; or if it belongs to an unfinished run and `resume` is False (that of a finished run gives
-        way). Nothing on disk is changed then.
+        If an argument is out of range, or belongs to another loss; if `data` is not 8-bit and the decoder is;
+        if the checkpoint in `run_dir` is damaged, or was made with other settings; or if it belongs to an
+        unfinished run and `resume` is False (that of a finished run gives way). Nothing on disk is changed
+        then.
     FloatingPointError
         If the loss or the gradient's norm stops being finite. The model keeps the weights it had before that
         step, and the last checkpoint is kept.
@@ -183,6 +246,9 @@ def train(
         raise TypeError(f"data is a {type(data).__name__}; expected an array (n, ...) or a callable.")
     if not callable(data) and data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
+    _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
+    if loss != "simple" and not callable(data):  # wrong data shows at once, not where a t = 0 is drawn
+        check_decoder(decoder, data[:batch_size, ...])
     parameters = model.named_parameters()
     like = next(iter(parameters.values())).value
     settings = {
@@ -202,10 +268,17 @@ def train(
         "weight_decay": float(weight_decay),
         "clip_norm": str(float(clip_norm)),  # JSON has no infinity
         "ema_decay": float(ema_decay),
+        "loss": loss,
+        "min_snr_gamma": None if min_snr_gamma is None else float(min_snr_gamma),
+        "variance": None if loss == "simple" else diffusion.variance,
+        "decoder": None if loss == "simple" else decoder,
+        "importance_sampling": bool(importance_sampling),
     }
     optimizer = Adam(parameters, lr, weight_decay=weight_decay)
     ema = EMA(model, ema_decay)
-    run = None if run_dir is None else _Run(Path(run_dir), settings, model, optimizer, ema)
+    t_sampler = LossSecondMomentSampler(diffusion.T) if importance_sampling else None
+    drawn = None if t_sampler is None else _Drawn(t_sampler)
+    run = None if run_dir is None else _Run(Path(run_dir), settings, model, optimizer, ema, t_sampler)
     losses = [] if run is None else run.start(resume)
 
     from tqdm import tqdm
@@ -217,26 +290,29 @@ def train(
         for step in range(len(losses), steps):
             rng = np.random.default_rng([seed, STEP, step])
             optimizer.zero_grad()
+            x0 = _batch(data, batch_size, seed, step, rng, like)
             loss_array, backward = training_loss(
-                model, diffusion, _batch(data, batch_size, seed, step, rng, like), rng
+                model, diffusion, x0, rng, loss, min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn
             )
             backward()
             norm_array = clip_grad_norm(parameters, clip_norm)
             optimizer.lr = lr * warmup_cosine(step, steps, warmup, final_lr)
-            loss, norm = float(loss_array), float(norm_array)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            value, norm = float(loss_array), float(norm_array)
+            if not (math.isfinite(value) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"the loss is {loss} and the gradient's norm {norm} at step {step} (learning rate "
+                    f"the loss is {value} and the gradient's norm {norm} at step {step} (learning rate "
                     f"{optimizer.lr:.3g}); try a smaller lr or a smaller clip_norm."
                 )
             optimizer.step()
             ema.update()
+            if drawn is not None:
+                drawn.remember()
             if run is not None and ((step + 1) % log_every == 0 or step + 1 == steps):
                 since = step // log_every * log_every
-                run.log(step + 1, [*losses[since:], loss], norm, optimizer.lr)
-            losses.append(loss)
+                run.log(step + 1, [*losses[since:], value], norm, optimizer.lr)
+            losses.append(value)
 
-            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
+            smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             bar.update()
             if run is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
@@ -248,6 +324,39 @@ def train(
     finally:
         bar.close()
     return TrainingResult(ema.model, np.asarray(losses), time.perf_counter() - began)
+
+
+def _check_loss(
+    loss: str, diffusion: GaussianDiffusion, min_snr_gamma: float | None, decoder: str, importance: bool
+) -> None:
+    """ValueError naming what there is not, or what another loss would be needed for."""
+    if loss not in get_args(Loss):
+        raise ValueError(f"loss is {loss!r}; expected one of {', '.join(map(repr, get_args(Loss)))}.")
+    if loss == "hybrid" and diffusion.variance != "learned_range":
+        raise ValueError(
+            f"diffusion has variance {diffusion.variance!r}; the loss 'hybrid' expects 'learned_range'."
+        )
+    if min_snr_gamma is not None and not 0 < min_snr_gamma < math.inf:
+        raise ValueError(f"min_snr_gamma is {min_snr_gamma}; expected None or a positive number.")
+    if min_snr_gamma is not None and loss == "vlb":
+        raise ValueError(f"min_snr_gamma is {min_snr_gamma}; expected None: the loss 'vlb' has no L_simple.")
+    if importance and loss != "vlb":
+        raise ValueError(f"importance sampling of t is for the loss 'vlb'; the loss is {loss!r}.")
+    check_decoder(decoder)
+
+
+class _Drawn:
+    """A sampler of t whose update waits until the step counts: till then it may still be interrupted."""
+
+    def __init__(self, sampler: LossSecondMomentSampler) -> None:
+        self._sampler = sampler
+        self.sample = sampler.sample
+
+    def update(self, t: Array, losses: Array) -> None:
+        self._terms = (t, losses)
+
+    def remember(self) -> None:
+        self._sampler.update(*self._terms)
 
 
 def _digest(array: np.ndarray) -> str:
@@ -273,11 +382,23 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, EPOCH, epoch]).permutation(n)
 
 
+# What there was to set before there was a choice of loss, and the checkpoints of that time stand for.
+SIMPLE: dict[str, Any] = dict(
+    loss="simple", min_snr_gamma=None, variance=None, decoder=None, importance_sampling=False
+)
+
+
 class _Run:
     """The files of a run: ``metrics.jsonl`` and ``checkpoint.safetensors``."""
 
     def __init__(
-        self, directory: Path, settings: dict[str, Any], model: Any, optimizer: Adam, ema: EMA
+        self,
+        directory: Path,
+        settings: dict[str, Any],
+        model: Any,
+        optimizer: Adam,
+        ema: EMA,
+        t_sampler: LossSecondMomentSampler | None,
     ) -> None:
         self.checkpoint = directory / "checkpoint.safetensors"
         self.metrics = directory / "metrics.jsonl"
@@ -285,6 +406,7 @@ class _Run:
         self.model = model
         self.optimizer = optimizer
         self.ema = ema
+        self.t_sampler = t_sampler
         self.began = time.perf_counter()
 
     def start(self, resume: bool) -> list[float]:
@@ -322,6 +444,7 @@ class _Run:
         return lines
 
     def _check_settings(self, before: dict[str, Any]) -> None:
+        before = SIMPLE | before
         changed = [k for k, v in self.settings.items() if before.get(k) != v]
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in changed)
@@ -339,6 +462,8 @@ class _Run:
         for moments, name in [(self.optimizer.m, "m"), (self.optimizer.v, "v")]:
             for i, moment in enumerate(moments):
                 moments[i] = asarray_like(arrays[f"adam.{name}.{i}"].copy(), moment)
+        if self.t_sampler is not None:
+            self.t_sampler.load_state_dict(part("t_sampler."))
         losses = [float(loss) for loss in arrays["losses"]]
         self.optimizer.steps = self.ema.steps = len(losses)
         return losses
@@ -349,6 +474,8 @@ class _Run:
         arrays |= {f"ema.{k}": a for k, a in self.ema.model.state_dict().items()}
         for moments, name in [(self.optimizer.m, "m"), (self.optimizer.v, "v")]:
             arrays |= {f"adam.{name}.{i}": to_numpy(moment) for i, moment in enumerate(moments)}
+        if self.t_sampler is not None:
+            arrays |= {f"t_sampler.{k}": a for k, a in self.t_sampler.state_dict().items()}
         arrays["losses"] = np.asarray(losses)
         save_arrays(self.checkpoint, arrays, {"step": len(losses), "settings": self.settings})
 
