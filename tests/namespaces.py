@@ -104,3 +104,43 @@ def assert_same(ours, expected, where, dtype, what, *, scale=None, factor=1.0):
     error = np.linalg.norm(to_numpy(ours).astype(np.float64) - expected)
     tolerance = factor * TOLERANCE[where.name][dtype]
     assert error <= tolerance * scale, f"{what} is off by {error:.1e}, of {scale:.1e}"
+
+
+# What would leave the device. CuPy waits for all work to be done before it answers any of these.
+CROSSINGS = [
+    *(
+        "__array__",
+        "__buffer__",
+        "__dlpack__",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__complex__",
+        "__index__",
+    ),
+    "to_device",
+]
+
+
+@contextmanager
+def transfers():
+    """A list that grows by a name whenever an array-api-strict array goes from its device to the host.
+
+    What takes a shape from an array's values is an error within: it needs them on the host, unseen.
+    """
+    seen = []
+
+    def counting(name, original):
+        def call(self, *args, **kwargs):
+            if self.device != array_api_strict.Device("CPU_DEVICE"):
+                seen.append(name)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    Array = type(array_api_strict.zeros(1))
+    flags = array_api_strict.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False)
+    with pytest.MonkeyPatch.context() as patch, flags:
+        for name in CROSSINGS:
+            patch.setattr(Array, name, counting(name, getattr(Array, name)))
+        yield seen
