@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         run.add_argument(
             "--tf32",
             action="store_true",
-            help="let the GPU round the factors of float32 products to 11 binary digits, which is faster "
+            help="let the GPU round the factors of float32 products to 11 binary digits, which may be faster "
             "(as CUPY_TF32=1)",
         )
         self.data = self.add_argument_group("the data")

@@ -22,7 +22,7 @@ def cupy():
 
 
 def test_the_host_runs_ahead_of_a_step(cupy):
-    """Work for about a second is put before three steps: the host is through with them while it still runs."""
+    """A second of work is put before three steps: the host is through with them while it still runs."""
     model = td.UNet(block_channels=(8, 16), attention=(False, True), dropout=0.1, backend="cupy")
     optimizer, ema = td.Adam(model.named_parameters()), td.EMA(model)
     x0 = cupy.zeros((4, 8, 8, 1), dtype=cupy.float32)

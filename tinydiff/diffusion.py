@@ -250,11 +250,10 @@ class GaussianDiffusion:
             v = a eps - s x0 (Salimans & Ho 2022).
         """
         x0, noise = _matching(x0=x0, noise=noise)
+        if self.prediction != "v":
+            self._on_host(t, x0)  # refuses a wrong t; the rates are not needed
+            return noise if self.prediction == "eps" else x0
         a, s = self._rates(x0, t)
-        if self.prediction == "eps":
-            return noise
-        if self.prediction == "x0":
-            return x0
         return a * noise - s * x0
 
     def predict_x0(self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None) -> Array:
