@@ -25,6 +25,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts
+from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff.backend import (
     Array,
     array_namespace,
@@ -42,7 +43,7 @@ from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import is_out_of_memory, largest_batch, let_go, runs
-from tinydiff.nn.module import Module, Parameter
+from tinydiff.nn.module import Module
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 
 __all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
@@ -294,17 +295,17 @@ def train(
         "decoder": None if loss == "simple" else decoder,
         "importance_sampling": bool(importance_sampling),
     }
+    data = _beside(data, like)
     optimizer = Adam(parameters, lr, weight_decay=weight_decay)
     ema = EMA(model, ema_decay)
     t_sampler = LossSecondMomentSampler(diffusion.T) if importance_sampling else None
     drawn = None if t_sampler is None else _Drawn(t_sampler)
     run = None if run_dir is None else _Run(Path(run_dir), settings, model, optimizer, ema, t_sampler)
-    losses = _Losses([] if run is None else run.start(resume))
+    losses = Losses([] if run is None else run.start(resume))
     how: dict[str, Any] = dict(loss=loss, min_snr_gamma=min_snr_gamma, decoder=decoder)
     # Where reading a number costs nothing it is read at once; importance sampling needs each step's anyway.
     at_once = is_numpy_array(like) or importance_sampling
-    kept = None if at_once else _Kept(parameters, len(losses))
-    data = _beside(data, like)
+    kept = None if at_once else Kept(parameters, len(losses))
 
     def rate(step: int) -> float:
         return lr * warmup_cosine(step, steps, warmup, final_lr)
@@ -331,7 +332,7 @@ def train(
             reading = at_once or line_due or save_due
             if reading:
                 first, numbers = losses.read((loss_array, norm_array))
-                _check_finite(first, numbers, rate, kept)
+                check_finite(first, numbers, rate, kept)
             optimizer.step()
             ema.update()
             if drawn is not None:
@@ -477,82 +478,6 @@ def _beside(data: Data, like: Array) -> Data:
             f"data of shape {tuple(data.shape)} does not fit in memory beside the model; pass a callable "
             "that draws batches of it."
         ) from None
-
-
-class _Losses:
-    """The loss of every step that counts; on a device, those since the last reading stay there."""
-
-    def __init__(self, values: list[float]) -> None:
-        self._values: list[Any] = values  # floats; then pairs (loss, norm) of 0-d arrays, not read yet
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, which: slice) -> list[float]:
-        return self._values[which]
-
-    def append(self, unread: tuple[Array, Array]) -> None:
-        """Count a step whose loss and norm nobody has read."""
-        self._values.append(unread)
-
-    def read(self, *further: tuple[Array, Array]) -> tuple[int, list[tuple[float, float]]]:
-        """Return loss and norm of the unread steps and of `further`, and the number of the first of them."""
-        first = len(self._values)
-        while first and isinstance(self._values[first - 1], tuple):
-            first -= 1
-        return first, _as_floats([*self._values[first:], *further])
-
-    def replace(self, first: int, values: list[float]) -> None:
-        """Put what was read in the place of what was not, at once: an interruption finds all or nothing."""
-        self._values[first:] = values
-
-
-def _as_floats(pairs: list[tuple[Array, Array]]) -> list[tuple[float, float]]:
-    """The numbers on the host, in one transfer."""
-    if not pairs or is_numpy_array(pairs[0][0]):
-        return [(float(loss), float(norm)) for loss, norm in pairs]
-    flat = array_namespace(pairs[0][0]).stack([number for pair in pairs for number in pair])
-    numbers = [float(number) for number in to_numpy(flat)]
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def _check_finite(
-    first: int, numbers: list[tuple[float, float]], rate: Callable[[int], float], kept: _Kept | None
-) -> None:
-    """FloatingPointError if a loss or norm of the steps from `first` on is not finite; `kept` is put back."""
-    for step, (loss, norm) in enumerate(numbers, first):
-        if math.isfinite(loss) and math.isfinite(norm):
-            continue
-        back = ""
-        if kept is not None:
-            kept.put_back()
-            back = f"; the weights are back to those after {kept.steps} steps"
-        raise FloatingPointError(
-            f"the loss is {loss} and the gradient's norm {norm} at step {step} (learning rate "
-            f"{rate(step):.3g}); try a smaller lr or a smaller clip_norm{back}."
-        )
-
-
-class _Kept:
-    """Weights to go back to: a copy of those after the last step that is known to be sound."""
-
-    def __init__(self, parameters: dict[str, Parameter], steps: int) -> None:
-        self._parameters = list(parameters.values())
-        self.keep(steps)
-
-    def keep(self, steps: int) -> None:
-        """Copy the weights as they are after `steps` steps."""
-        self.steps = steps
-        self._copies = [_copy(p.value) for p in self._parameters]
-
-    def put_back(self) -> None:
-        """Give the weights the values they had."""
-        for p, value in zip(self._parameters, self._copies, strict=True):
-            p.value = value
-
-
-def _copy(x: Array) -> Array:
-    return array_namespace(x).asarray(x, copy=True)
 
 
 def _check_loss(
