@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from _common import Parser, explained_errors, schedules, write_metrics
+from _common import Parser, choose_device, explained_errors, schedules, settle_batch, write_metrics
 
 import tinydiff as td
 from tinydiff import plotting
-from tinydiff.backend import to_numpy
+from tinydiff.backend import generator_beside, to_numpy
 from tinydiff.datasets import toy2d
 
 DEFAULTS = dict(
@@ -54,16 +54,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    choose_device(args)
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
     both = schedules(args.T)
     diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, VARIANCE)
     model = td.MLP(in_features=2, hidden=HIDDEN, blocks=BLOCKS, rng=model_rng, backend=args.backend)
     forward = plotting.forward_process(toy2d.sample(args.shape, DOTS, data_rng), both, data_rng)
 
+    def draw(n: int, rng: np.random.Generator) -> np.ndarray:
+        return toy2d.sample(args.shape, n, rng)
+
+    settle_batch(args, model, diffusion, draw)
     result = td.train(
         model,
         diffusion,
-        lambda n, rng: toy2d.sample(args.shape, n, rng),
+        draw,
         steps=args.steps,
         batch_size=args.batch,
         seed=args.seed,
@@ -78,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     td.save_model(args.out / "model.safetensors", result.model, about)
 
     began = time.perf_counter()
-    how = dict(sampler=args.sampler, steps=args.sampling_steps, rng=sample_rng)
+    rng = generator_beside(model.linear_in.weight.value, sample_rng)
+    how = dict(sampler=args.sampler, steps=args.sampling_steps, rng=rng)
     shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
     samples = to_numpy(td.sample(result.model, diffusion, (args.samples, 2), **how, **shown))
     sampling_seconds = time.perf_counter() - began

@@ -25,7 +25,7 @@ from tinydiff.nn import Parameter
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.samplers import invert, iterate_samples, sample
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
-from tinydiff.training import train, training_loss
+from tinydiff.training import find_batch_size, train, training_loss
 
 __all__ = [
     "EMA",
@@ -43,6 +43,7 @@ __all__ = [
     "clip_grad_norm",
     "cosine_schedule",
     "datasets",
+    "find_batch_size",
     "get_backend",
     "hybrid_loss",
     "interop",

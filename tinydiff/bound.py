@@ -37,7 +37,15 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts
-from tinydiff.backend import Array, array_namespace, asarray_like, device, standard_normal, to_numpy
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    asarray_like,
+    clip_to_unit,
+    device,
+    standard_normal,
+    to_numpy,
+)
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module, once
@@ -187,15 +195,8 @@ def discretized_gaussian_nll(
     """
     from scipy.special import erfcx, log_ndtr
 
-    x_host, mean_host = to_numpy(x).astype(np.float64), to_numpy(mean).astype(np.float64)
-    level = np.round((x_host + 1) * 127.5)
-    with np.errstate(invalid="ignore"):  # inf - inf: nan, which is not close
-        known = np.abs(x_host - (level / 127.5 - 1)) < 1e-3
-    if not np.all(known & (level >= 0) & (level <= 255)):
-        raise ValueError(
-            "x holds values that are not 8-bit levels (2 k / 255 - 1 for k = 0 ... 255); expected 8-bit data "
-            "scaled to [-1, 1]. For other data take the decoder 'density'."
-        )
+    level = _levels(x)
+    mean_host = to_numpy(mean).astype(np.float64)
     sigma = np.exp(to_numpy(log_variance).astype(np.float64) / 2)
     # Two neighbours share an edge to the last bit, as a quotient of integers.
     low = ((2 * level - 256) / 255 - mean_host) / sigma
@@ -299,14 +300,14 @@ def step_term(
         If an argument does not fit; the message names it. Also if the output is eps at a t where abar_t is
         exactly 0, or if the decoder is ``"8bit"`` and `x0` at t = 0 is not 8-bit data.
     """
-    _check_decoder(decoder)
+    check_decoder(decoder)
     xp = array_namespace(x0)
     N = x0.shape[0]
     steps = np.broadcast_to(to_numpy(t), (N,))
     log_variance = diffusion.model_log_variance(x_t, steps, output)
     guess = diffusion.predict_x0(x_t, steps, output)
     inside = xp.astype(xp.abs(guess) <= 1, guess.dtype) if clip else 1.0
-    guess = xp.clip(guess, -1.0, 1.0) if clip else guess
+    guess = clip_to_unit(guess) if clip else guess
 
     # The means' common part in x_t is left out: what it adds to the difference is rounding.
     ones = _column(np.ones(N), x0)
@@ -432,7 +433,7 @@ def variational_bound(
     """
     from tqdm import tqdm
 
-    _check_decoder(decoder)
+    check_decoder(decoder)
     check_counts(batch_size=batch_size)
     if t_samples is not None:
         check_counts(t_samples=t_samples)
@@ -566,7 +567,24 @@ def _put(x: Array, rows: np.ndarray, values: Array) -> Array:
     return xp.where(mask, spread, x)
 
 
-def _check_decoder(decoder: str) -> None:
+def _levels(x: Array, name: str = "x") -> np.ndarray:
+    """k = 0 ... 255 of 8-bit data 2 k / 255 - 1, in float64 on the host; ValueError if it is none."""
+    x_host = to_numpy(x).astype(np.float64)
+    level = np.round((x_host + 1) * 127.5)
+    with np.errstate(invalid="ignore"):  # inf - inf: nan, which is not close
+        known = np.abs(x_host - (level / 127.5 - 1)) < 1e-3
+    if not np.all(known & (level >= 0) & (level <= 255)):
+        raise ValueError(
+            f"{name} holds values that are not 8-bit levels (2 k / 255 - 1 for k = 0 ... 255); expected "
+            "8-bit data scaled to [-1, 1]. For other data take the decoder 'density'."
+        )
+    return level
+
+
+def check_decoder(decoder: str, data: Array | None = None) -> None:
+    """ValueError if there is no such decoder, or `data` is not the 8-bit data it is for."""
     if decoder not in get_args(Decoder):
         choices = ", ".join(map(repr, get_args(Decoder)))
         raise ValueError(f"decoder is {decoder!r}; expected one of {choices}.")
+    if decoder == "8bit" and data is not None:
+        _levels(data, "data")
