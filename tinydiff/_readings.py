@@ -1,8 +1,8 @@
 """The numbers of a training that the host wants to see, and when it asks for them.
 
 On a device, to read a number is to wait until all that was asked of it is done. So the losses and gradients'
-norms stay there, step after step, and are read together (docs: A.20). That a number is not finite is then
-noticed late: the weights go back to those after the last reading that found all in order (docs: A.21). With
+norms stay there, step after step, and are read together (docs: A.21). That a number is not finite is then
+noticed late: the weights go back to those after the last reading that found all in order (docs: A.22). With
 NumPy a number is there as soon as it is computed, and every step is read.
 """
 

@@ -47,7 +47,9 @@ from tinydiff.backend import (
     to_numpy,
 )
 from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module, once
+from tinydiff.parallel import shared_out
 
 __all__ = [
     "Bound",
@@ -386,6 +388,7 @@ def variational_bound(
     clip: bool = False,
     t_samples: int | None = None,
     batch_size: int = 256,
+    workers: int | None = None,
     progress: bool = True,
 ) -> Bound:
     """Evaluate the bound on the negative log-likelihood of data, in nats per sample.  (docs: L.1, L.2)
@@ -413,6 +416,8 @@ def variational_bound(
         How many random t for each sample. Default: every t.
     batch_size : int
         How many samples to show the network at a time.
+    workers : int, optional
+        Processes that share each batch, as in `tinydiff.sample`.
     progress : bool
         Show a progress bar on the standard error stream.
 
@@ -434,14 +439,18 @@ def variational_bound(
         check_counts(t_samples=t_samples)
     if data.ndim < 2 or data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")
-    predict = denoise.predict if isinstance(denoise, Module) else denoise
     like = next(iter(denoise.named_parameters().values())).value if isinstance(denoise, Module) else data
     T, n = diffusion.T, data.shape[0]
     draws = T if t_samples is None else t_samples
 
     totals, priors = np.zeros(n), np.zeros(n)
     sums, counts = np.zeros(T), np.zeros(T, dtype=np.int64)
-    with tqdm(total=n * draws, desc="bound", unit="term", disable=not progress, leave=False) as bar:
+    with (
+        many_steps(),
+        shared_out(denoise, min(n, batch_size), workers) as shared,
+        tqdm(total=n * draws, desc="bound", unit="term", disable=not progress, leave=False) as bar,
+    ):
+        predict: Any = shared.predict if isinstance(denoise, Module) else shared
         for start in range(0, n, batch_size):
             rows = slice(start, min(n, start + batch_size))
             x0 = asarray_like(data[rows, ...], like)
@@ -478,6 +487,7 @@ def bits_per_dim(
     clip: bool = True,
     t_samples: int | None = None,
     batch_size: int = 256,
+    workers: int | None = None,
     progress: bool = True,
 ) -> Bound:
     """Evaluate the bound of 8-bit images, in bits for each dimension.  (docs: L.12)
@@ -487,7 +497,7 @@ def bits_per_dim(
 
     Parameters
     ----------
-    denoise, diffusion, rng, t_samples, batch_size, progress
+    denoise, diffusion, rng, t_samples, batch_size, workers, progress
         As in `variational_bound`.
     data : array of shape (n, ...)
         8-bit data scaled to [-1, 1].
@@ -513,6 +523,7 @@ def bits_per_dim(
         clip=clip,
         t_samples=t_samples,
         batch_size=batch_size,
+        workers=workers,
         progress=progress,
     )
     unit = math.prod(data.shape[1:]) * math.log(2)

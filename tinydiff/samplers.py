@@ -54,6 +54,7 @@ from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_b
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module
+from tinydiff.parallel import shared_out
 from tinydiff.schedules import evenly_spaced_timesteps
 
 __all__ = ["SAMPLERS", "SamplerState", "invert", "iterate_samples", "sample"]
@@ -247,6 +248,7 @@ def sample(
     clip: bool = False,
     x_T: Array | None = None,
     batch_size: int | None = None,
+    workers: int | None = None,
     progress: bool = True,
 ) -> Array:
     """Draw samples.
@@ -282,6 +284,9 @@ def sample(
     batch_size : int, optional
         How many samples to walk at a time. Default: all. A part of what the samples depend on: noise is
         drawn batch after batch.
+    workers : int, optional
+        Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
+        if the model is a `UNet` in NumPy, on Linux.
     progress : bool
         Show a progress bar on the standard error stream.
 
@@ -314,11 +319,14 @@ def sample(
     starts = range(0, total, size)
     parts = []
     steps_in_all = respaced(diffusion, steps)[0].T * len(starts)
-    with tqdm(total=steps_in_all, desc="sampling", unit="step", disable=not progress, leave=False) as bar:
+    with (
+        shared_out(denoise, min(size, total), workers) as shared,
+        tqdm(total=steps_in_all, desc="sampling", unit="step", disable=not progress, leave=False) as bar,
+    ):
         for start in starts:
             stop = min(total, start + size)
             states = iterate_samples(
-                denoise,
+                shared,
                 diffusion,
                 (stop - start, *shape[1:]),
                 sampler,

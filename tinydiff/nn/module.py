@@ -168,6 +168,11 @@ def inference() -> Iterator[None]:
         _keeping.reset(token)
 
 
+def keeping() -> bool:
+    """Whether derivatives are kept: True but within `inference`."""
+    return _keeping.get()
+
+
 def _not_kept(*args: Any) -> Any:
     raise RuntimeError("this output came from inference, which keeps nothing for a backward.")
 
@@ -177,7 +182,7 @@ def once(backward: F) -> F:
 
     What it held is let go as soon as it returns; in `inference`, at once.
     """
-    if not _keeping.get():
+    if not keeping():
         return _not_kept  # type: ignore[return-value]
     held: list[F] = [backward]
 
