@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from _common import (
+    LOSSES,
     Parser,
     choose_device,
     count_from,
     explained_errors,
+    learned_variance,
+    loss_options,
     schedules,
     settle_batch,
     write_metrics,
@@ -31,6 +34,7 @@ DEFAULTS = dict(
     steps=2000,
     batch=64,
     lr=2e-3,
+    loss="simple",
     schedule="cosine",
     T=1000,
     prediction="v",
@@ -50,6 +54,7 @@ EXAMPLES = """examples:
   python demos/train_mnist.py
   python demos/train_mnist.py --steps 3000 --data full --out runs/long
   python demos/train_mnist.py --resume
+  python demos/train_mnist.py --loss hybrid --out runs/hybrid
   python demos/train_mnist.py --backend cupy --device 1 --batch auto
 
 with --backend cupy the defaults are (not measured):
@@ -86,8 +91,11 @@ def run(args: argparse.Namespace) -> None:
     choose_device(args)
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
     both = schedules(args.T)
-    diffusion = td.GaussianDiffusion(both[args.schedule], prediction=args.prediction)
+    learned = learned_variance(args.loss)
+    variance = "learned_range" if learned else "fixed_small"
+    diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, variance)
     model = td.UNet(
+        out_channels=2 if learned else 1,
         block_channels=args.channels,
         layers_per_block=LAYERS_PER_BLOCK,
         attention=[False] * (len(args.channels) - 1) + [True],
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     )
     data = data_rng.permutation(digits(args))
     forward = plotting.forward_process(data[:DIGITS], both, data_rng)
-    settle_batch(args, model, diffusion, data)
+    settle_batch(args, model, diffusion, data, "8bit")
 
     result = td.train(
         model,
@@ -104,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
         data,
         steps=args.steps,
         batch_size=args.batch,
+        **loss_options(args.loss, decoder="8bit"),
         seed=args.seed,
         lr=args.lr,
         ema_decay=EMA_DECAY,
@@ -113,7 +122,9 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_every=CHECKPOINT_EVERY,
         progress=not args.quiet,
     )
-    about = {key: getattr(args, key) for key in ["data", "schedule", "T", "prediction", "steps", "seed"]}
+    about = {
+        key: getattr(args, key) for key in ["data", "schedule", "T", "prediction", "loss", "steps", "seed"]
+    }
     td.save_model(args.out / "model.safetensors", result.model, about)
 
     began = time.perf_counter()
@@ -129,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
     how_trained = f"{args.steps} training steps, {args.sampling_steps} {args.sampler.upper()} steps"
     pictures = {
         "forward.png": forward,
-        "training.png": plotting.training_curve(result.losses),
+        "training.png": plotting.training_curve(result.losses, LOSSES[args.loss]),
         "samples.png": plotting.samples_beside_data(samples[:seen], data[:seen], how_trained),
         "reverse.png": plotting.reverse_process(states),
     }
