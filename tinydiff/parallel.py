@@ -175,27 +175,24 @@ class DataParallel(Module):
         forget, self._forgotten[:] = self._forgotten[:], []
         asked = [connection for _, connection in self._workers[: len(messages)]]
         self._unanswered = True
-        for connection, message in zip(asked, messages, strict=True):
-            connection.send((*message, forget))
         try:
-            with alone():
-                result = own()
-        finally:
-            answers = [self._answer(connection) for connection in asked]
-            self._unanswered = False
-        for answer in answers:
-            if isinstance(answer, _Failure):
-                raise RuntimeError(f"a worker process failed: {answer.text}")
-        return result, answers
-
-    def _answer(self, connection: Connection) -> Any:
-        try:
-            return connection.recv()
+            for connection, message in zip(asked, messages, strict=True):
+                connection.send((*message, forget))
+            try:
+                with alone():
+                    result = own()
+            finally:
+                answers = [connection.recv() for connection in asked]
+                self._unanswered = False
         except (EOFError, ConnectionError):
             self._end()
             raise RuntimeError(
                 "a worker process has ended unexpectedly (was memory short?); workers=1 does without."
             ) from None
+        for answer in answers:
+            if isinstance(answer, _Failure):
+                raise (MemoryError if answer.of_memory else RuntimeError)(answer.text)
+        return result, answers
 
     def _fork(self) -> None:
         if self._count == 1:
@@ -225,8 +222,9 @@ class DataParallel(Module):
 
 
 class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.text = f"{type(error).__name__}: {error}"
+    def __init__(self, error: Exception) -> None:
+        self.text = f"a worker process failed: {type(error).__name__}: {error}"
+        self.of_memory = isinstance(error, MemoryError)
 
 
 def _serve(

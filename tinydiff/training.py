@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
@@ -45,6 +46,7 @@ from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import is_out_of_memory, largest_batch, let_go, runs
 from tinydiff.nn.module import Module
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
+from tinydiff.parallel import shared_out
 
 __all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
 
@@ -177,12 +179,13 @@ def train(
     resume: bool = False,
     checkpoint_every: int = 500,
     log_every: int = 50,
+    workers: int | None = None,
     progress: bool = True,
 ) -> TrainingResult[M]:
     """Train with Adam and a moving average of the weights (Ho et al. 2020, algorithm 1).
 
-    The same seed on the same machine gives the same weights bit for bit, whether or not the run was
-    interrupted and resumed.
+    The same seed on the same machine, with the same number of processes, gives the same weights bit for bit,
+    whether or not the run was interrupted and resumed.
 
     Parameters
     ----------
@@ -233,6 +236,9 @@ def train(
         Steps between checkpoints; the last step always leaves one, and so does Ctrl-C.
     log_every : int
         Steps between lines of metrics.
+    workers : int, optional
+        Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
+        if the model is a `UNet` in NumPy, on Linux.
     progress : bool
         Show a progress bar (loss, steps per second, time left) on the standard error stream.
 
@@ -313,6 +319,8 @@ def train(
     from tqdm import tqdm
 
     began = time.perf_counter()
+    processes = ExitStack()
+    shared = processes.enter_context(shared_out(model, batch_size, workers))
     bar = tqdm(total=steps, initial=len(losses), desc="training", unit="step", disable=not progress)
     smooth = math.nan
     refused = ""
@@ -322,7 +330,7 @@ def train(
             rng = np.random.default_rng([seed, STEP, step])
             optimizer.zero_grad()
             x0 = _batch(data, batch_size, seed, step, rng, like)
-            loss_array, backward = training_loss(model, diffusion, x0, rng, **how, t_sampler=drawn)
+            loss_array, backward = training_loss(shared, diffusion, x0, rng, **how, t_sampler=drawn)
             backward()
             norm_array = clip_grad_norm(parameters, clip_norm)
             optimizer.lr = rate(step)
@@ -366,6 +374,7 @@ def train(
         refused = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     finally:
         bar.close()
+        processes.close()
     if refused:
         # Here, where the exception is gone, and with it the arrays of the step that failed.
         x0 = loss_array = norm_array = backward = None
