@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     )
     data = data_rng.permutation(digits(args))
     forward = plotting.forward_process(data[:DIGITS], both, data_rng)
-    settle_batch(args, model, diffusion, data)
+    settle_batch(args, model, diffusion, data, "8bit")
 
     result = td.train(
         model,

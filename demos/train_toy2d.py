@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     def draw(n: int, rng: np.random.Generator) -> np.ndarray:
         return toy2d.sample(args.shape, n, rng)
 
-    settle_batch(args, model, diffusion, draw)
+    settle_batch(args, model, diffusion, draw, "density")
     result = td.train(
         model,
         diffusion,
