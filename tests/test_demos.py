@@ -191,11 +191,13 @@ def test_help_names_every_flag_its_default_and_an_example(name, capsys):
         module.main(["--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    flags = (
-        "out steps seed quiet resume backend device tf32 batch lr loss schedule prediction T samples sampler"
-    )
-    flags += " sampling-steps"
-    for flag in [*flags.split(), *(["shape"] if name == "train_toy2d" else ["data", "channels"])]:
+    flags = "out steps seed quiet resume backend device tf32 batch lr loss schedule prediction T samples"
+    for flag in [
+        *flags.split(),
+        "sampler",
+        "sampling-steps",
+        *(["shape"] if name == "train_toy2d" else ["data", "channels"]),
+    ]:
         assert f"--{flag} " in text, flag
     for value in module.DEFAULTS.values():
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -360,8 +362,8 @@ def test_batch_auto_is_what_fits_or_that_of_the_run_which_is_resumed(toy, tmp_pa
 
     tried = []
 
-    def find(model, diffusion, data, *, most):
-        tried.append((model, diffusion, data, most))
+    def find(model, diffusion, data, **how):
+        tried.append((model, diffusion, data, how))
         return 32
 
     monkeypatch.setattr(td, "find_batch_size", find)
@@ -373,10 +375,11 @@ def test_batch_auto_is_what_fits_or_that_of_the_run_which_is_resumed(toy, tmp_pa
     ]:
         flags = ["--backend", "cupy", "--batch", "auto", "--out", str(out), *flags]
         args = demo("train_mnist").parse(flags)
-        _common.settle_batch(args, "model", "diffusion", "data")
+        _common.settle_batch(args, "model", "diffusion", "data", "8bit")
         assert args.batch == batch
         assert capsys.readouterr().out == ("" if batch == 8 else f"--batch {batch}\n")
-    assert tried == [("model", "diffusion", "data", 1024)] * 2
+    how = dict(loss="simple", decoder="8bit", most=1024)
+    assert tried == [("model", "diffusion", "data", how)] * 2
 
 
 def test_batch_auto_on_the_host_is_at_most_the_default(tmp_path):
