@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 import tinydiff as td
+from tinydiff.checkpoint import load_arrays
 from tinydiff.samplers import SAMPLERS
+
+LARGEST_BATCH = 1024  # that --batch auto takes on a GPU
 
 LOSSES = {  # what their values are
     "simple": "mean squared error",
@@ -49,9 +53,7 @@ class Plain(argparse.ArgumentParser):
         self.training.add_argument(
             "--steps", type=count_from(1), metavar="N", help="training steps (default: %(default)s)"
         )
-        self.training.add_argument(
-            "--batch", type=count_from(1), metavar="N", help="data per step (default: %(default)s)"
-        )
+        self.training.add_argument("--batch", metavar="N", **self.batch())
         self.training.add_argument(
             "--lr", type=positive, metavar="RATE", help="learning rate (default: %(default)s)"
         )
@@ -62,6 +64,10 @@ class Plain(argparse.ArgumentParser):
         self.process.add_argument(
             "--prediction", choices=["eps", "x0", "v"], help="what the network outputs (default: %(default)s)"
         )
+
+    def batch(self) -> dict[str, Any]:
+        """What --batch takes."""
+        return dict(type=count_from(1), help="data per step (default: %(default)s)")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help).\n")
@@ -74,12 +80,35 @@ class Plain(argparse.ArgumentParser):
 
 
 class Parser(Plain):
-    """The flags of a demo that trains one model and samples from it."""
+    """The flags of a demo that trains one model and samples from it.
 
-    def __init__(self, description: str, epilog: str, out: str, defaults: dict[str, Any]) -> None:
+    `on_a_gpu` holds the defaults that differ with the cupy backend.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        epilog: str,
+        out: str,
+        defaults: dict[str, Any],
+        on_a_gpu: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(description, epilog, out, {**defaults, "sampling_steps": None})
+        self.on_a_gpu = on_a_gpu or {}
         self.sampling_steps = defaults["sampling_steps"]
         self.run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
+        self.run.add_argument(
+            "--device",
+            type=count_from(0),
+            metavar="N",
+            help="which of the GPUs that CUDA_VISIBLE_DEVICES leaves visible (default: the first)",
+        )
+        self.run.add_argument(
+            "--tf32",
+            action="store_true",
+            help="let the GPU round the factors of float32 products to 11 binary digits, which may be faster "
+            "(as CUPY_TF32=1)",
+        )
         self.training.add_argument(
             "--loss",
             choices=LOSSES,
@@ -106,13 +135,38 @@ class Parser(Plain):
             help=f"how many of the T steps to walk through (default: {self.sampling_steps}, at most T)",
         )
 
+    def batch(self) -> dict[str, Any]:
+        """What --batch takes."""
+        return dict(
+            type=count_or_auto,
+            help="data per step, or auto: as many as fit in memory, up to the default, on a GPU up to "
+            f"{LARGEST_BATCH} (default: %(default)s)",
+        )
+
     def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
+        largest = self.get_default("batch")
+        on_a_gpu = self._backend(*given) == "cupy"
+        if on_a_gpu:
+            largest = LARGEST_BATCH
+            self.set_defaults(**self.on_a_gpu)
         args = super().parse_args(*given)
+        if args.tf32 and not on_a_gpu:
+            self.error("argument --tf32: it is for --backend cupy")
+        args.largest_batch = largest
         if args.sampling_steps is None:
             args.sampling_steps = min(self.sampling_steps, args.T)
         if args.sampling_steps > args.T:
             self.error(f"argument --sampling-steps: {args.sampling_steps} is more than --T {args.T}")
         return args
+
+    def _backend(self, *given: Any) -> str:
+        """The backend that the flags or the environment name: other defaults hang on it."""
+        first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+        first.add_argument("--backend", default=os.environ.get("TINYDIFF_BACKEND", ""))
+        try:
+            return first.parse_known_args(*given)[0].backend.strip().lower()
+        except argparse.ArgumentError:  # which the whole parser will name
+            return ""
 
 
 def count_from(least: int) -> Any:
@@ -124,6 +178,16 @@ def count_from(least: int) -> Any:
         return int(text)
 
     return count
+
+
+def count_or_auto(text: str) -> int | str:
+    """The type of --batch."""
+    if text == "auto":
+        return text
+    try:
+        return count_from(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
 
 
 def positive(text: str) -> float:
@@ -150,6 +214,29 @@ def learned_variance(loss: str) -> bool:
 def loss_options(loss: str, decoder: str) -> dict[str, Any]:
     """What a --loss is for `td.train`: the bound with t drawn by importance, as it is noisy otherwise."""
     return dict(loss=loss, decoder=decoder, importance_sampling=loss == "vlb")
+
+
+def choose_device(args: argparse.Namespace) -> None:
+    """Make the GPU of --device the current one. To be called first: what is missing ends the demo here."""
+    if args.tf32:
+        os.environ["CUPY_TF32"] = "1"  # CuPy looks at it before its first product
+    td.get_backend(args.backend, device=args.device)
+
+
+def settle_batch(
+    args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion, data: Any, decoder: str
+) -> None:
+    """Put a number in the place of --batch auto: that of the run which is resumed, or what fits."""
+    if args.batch != "auto":
+        return
+    checkpoint = args.out / "checkpoint.safetensors"
+    if args.resume and checkpoint.exists():
+        args.batch = load_arrays(checkpoint)[1].get("settings", {}).get("batch_size", args.batch)
+    if args.batch == "auto":
+        how = dict(loss=args.loss, decoder=decoder, most=args.largest_batch)
+        args.batch = td.find_batch_size(model, diffusion, data, **how)
+    if not args.quiet:
+        print(f"--batch {args.batch}")
 
 
 @contextmanager

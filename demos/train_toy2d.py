@@ -11,16 +11,18 @@ import numpy as np
 from _common import (
     LOSSES,
     Parser,
+    choose_device,
     explained_errors,
     learned_variance,
     loss_options,
     schedules,
+    settle_batch,
     write_metrics,
 )
 
 import tinydiff as td
 from tinydiff import plotting
-from tinydiff.backend import to_numpy
+from tinydiff.backend import generator_beside, to_numpy
 from tinydiff.datasets import toy2d
 
 DEFAULTS = dict(
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    choose_device(args)
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
     both = schedules(args.T)
     learned = learned_variance(args.loss)
@@ -72,10 +75,14 @@ def run(args: argparse.Namespace) -> None:
     model = td.MLP(2, width, hidden=HIDDEN, blocks=BLOCKS, rng=model_rng, backend=args.backend)
     forward = plotting.forward_process(toy2d.sample(args.shape, DOTS, data_rng), both, data_rng)
 
+    def draw(n: int, rng: np.random.Generator) -> np.ndarray:
+        return toy2d.sample(args.shape, n, rng)
+
+    settle_batch(args, model, diffusion, draw, "density")
     result = td.train(
         model,
         diffusion,
-        lambda n, rng: toy2d.sample(args.shape, n, rng),
+        draw,
         steps=args.steps,
         batch_size=args.batch,
         **loss_options(args.loss, decoder="density"),
@@ -93,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
     td.save_model(args.out / "model.safetensors", result.model, about)
 
     began = time.perf_counter()
-    how = dict(sampler=args.sampler, steps=args.sampling_steps, rng=sample_rng)
+    rng = generator_beside(model.linear_in.weight.value, sample_rng)
+    how = dict(sampler=args.sampler, steps=args.sampling_steps, rng=rng)
     shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
     samples = to_numpy(td.sample(result.model, diffusion, (args.samples, 2), **how, **shown))
     sampling_seconds = time.perf_counter() - began

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from namespaces import OnDevice, assert_there, space
 from PIL import Image
 
 import tinydiff as td
@@ -190,9 +191,10 @@ def test_help_names_every_flag_its_default_and_an_example(name, capsys):
         module.main(["--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    flags = "out steps seed quiet resume backend batch lr loss schedule prediction T samples sampler"
+    flags = "out steps seed quiet resume backend device tf32 batch lr loss schedule prediction T samples"
     for flag in [
         *flags.split(),
+        "sampler",
         "sampling-steps",
         *(["shape"] if name == "train_toy2d" else ["data", "channels"]),
     ]:
@@ -229,6 +231,11 @@ def test_the_full_set_falls_back_to_the_subset_with_one_line(tmp_path, capsys, m
         ("train_toy2d", ["--lr", "nan"], ["--lr", "'nan'", "positive"]),
         ("train_toy2d", ["--T", "20", "--sampling-steps", "21"], ["--sampling-steps", "21", "20"]),
         ("train_toy2d", ["--backend", "abacus"], ["--backend", "abacus", "cupy"]),
+        ("train_toy2d", ["--backend"], ["--backend", "expected one argument"]),
+        ("train_toy2d", ["--batch", "few"], ["--batch", "'few'", "at least 1, nor auto"]),
+        ("train_toy2d", ["--device", "0"], ["device is 0", "numpy", "TINYDIFF_BACKEND=cupy"]),
+        ("train_toy2d", ["--device", "x"], ["--device", "'x'"]),
+        ("train_toy2d", ["--tf32"], ["--tf32", "--backend cupy"]),
         ("train_toy2d", ["--unknown"], ["--unknown"]),
         ("train_toy2d", ["--lr", "1e30"], ["loss", "smaller lr"]),
         ("train_mnist", ["--samples", "0"], ["--samples", "'0'"]),
@@ -275,6 +282,121 @@ def test_an_out_that_is_a_file_is_left_alone(tmp_path, capsys):
     said = run("train_toy2d", *TOY, "--out", path, capsys=capsys, expect=2)
     assert "--out" in said.err and "not a directory" in said.err
     assert path.read_text() == "years of work"
+
+
+# On a GPU
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The cupy backend, but its arrays are those of array-api-strict, on a device that is not the host."""
+    where = space("strict")
+    monkeypatch.setattr(td.backend, "_cupy_namespace", lambda number=None: OnDevice(where.device))
+    return where
+
+
+def test_the_cupy_backend_has_defaults_of_its_own(monkeypatch, capsys):
+    mnist = demo("train_mnist")
+    ours, theirs = mnist.DEFAULTS, {**mnist.DEFAULTS, **mnist.ON_A_GPU}
+    for environment, flags, expected in [
+        ("", [], ours),
+        ("cupy", [], theirs),
+        ("", ["--backend", "cupy"], theirs),
+        ("", ["--backend=cupy"], theirs),
+        ("cupy", ["--backend", "numpy"], ours),
+        ("cupy", ["--steps", "7", "--data", "subset"], {**theirs, "steps": 7, "data": "subset"}),
+    ]:
+        monkeypatch.setenv("TINYDIFF_BACKEND", environment)
+        args = vars(mnist.parse(flags))
+        assert {key: args[key] for key in expected} == expected
+        assert args["largest_batch"] == (1024 if expected["lr"] == theirs["lr"] else ours["batch"])
+    with pytest.raises(SystemExit):
+        mnist.main(["--help"])
+    said = capsys.readouterr().out.partition("with --backend cupy the defaults are (not measured):")[2]
+    for key, value in mnist.ON_A_GPU.items():
+        assert f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("train_toy2d", [*TOY, "--shape", "rings"]),
+        ("train_mnist", [*MNIST, "--data", "subset", "--lr", "0.002"]),
+    ],
+)
+def test_the_whole_demo_on_a_device_that_is_not_the_host(
+    name, flags, toy, digits, tmp_path, monkeypatch, accelerator
+):
+    trained = []
+
+    def train(model, *args, **kwargs):
+        trained.append(model)
+        return original(model, *args, **kwargs)
+
+    original = td.train
+    monkeypatch.setattr(td, "train", train)
+    monkeypatch.setenv("TINYDIFF_BACKEND", "cupy")
+    run(name, *flags, "--out", tmp_path, "--quiet", "--device", "0")
+    for p in trained[0].named_parameters().values():
+        assert_there(p.value, accelerator, "float32", name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES + PICTURES)
+    samples = np.load(tmp_path / "samples.npy")
+    assert samples.dtype == np.float32
+    on_the_host = np.load((toy if name == "train_toy2d" else digits) / "samples.npy")
+    np.testing.assert_allclose(samples, on_the_host, atol=1e-3)
+    settings = json.loads((tmp_path / "metrics.json").read_text())["settings"]
+    assert settings["device"] == 0 and settings["tf32"] is False
+
+
+def test_tf32_is_cupys_own_setting(monkeypatch, accelerator):
+    import _common
+
+    for flags, expected in [([], "0"), (["--tf32"], "1")]:
+        monkeypatch.setenv("CUPY_TF32", "0")
+        _common.choose_device(demo("train_mnist").parse(["--backend", "cupy", *flags]))
+        assert os.environ["CUPY_TF32"] == expected
+
+
+def test_batch_auto_is_what_fits_or_that_of_the_run_which_is_resumed(toy, tmp_path, monkeypatch, capsys):
+    import _common
+
+    tried = []
+
+    def find(model, diffusion, data, **how):
+        tried.append((model, diffusion, data, how))
+        return 32
+
+    monkeypatch.setattr(td, "find_batch_size", find)
+    for out, flags, batch in [
+        (tmp_path, [], 32),
+        (tmp_path, ["--resume"], 32),  # there is nothing to resume
+        (toy, ["--resume"], 16),  # what fits now is another question
+        (toy, ["--batch", "8"], 8),
+    ]:
+        flags = ["--backend", "cupy", "--batch", "auto", "--out", str(out), *flags]
+        args = demo("train_mnist").parse(flags)
+        _common.settle_batch(args, "model", "diffusion", "data", "8bit")
+        assert args.batch == batch
+        assert capsys.readouterr().out == ("" if batch == 8 else f"--batch {batch}\n")
+    how = dict(loss="simple", decoder="8bit", most=1024)
+    assert tried == [("model", "diffusion", "data", how)] * 2
+
+
+def test_batch_auto_on_the_host_is_at_most_the_default(tmp_path):
+    run("train_mnist", *MNIST, "--batch", "auto", "--steps", "1", "--out", tmp_path, "--quiet")
+    assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["batch"] in (16, 32, 64)
+
+
+def test_out_of_memory_ends_in_one_sentence(tmp_path, capsys, monkeypatch):
+    def too_little(model, x, t, rng=None):
+        if x.shape[0] > 5:
+            raise MemoryError("Out of memory allocating 1,024 bytes (allocated so far: 0 bytes).")
+        return original(model, x, t, rng)
+
+    original = td.MLP.__call__
+    monkeypatch.setattr(td.MLP, "__call__", too_little)
+    said = run("train_toy2d", *TOY, "--out", tmp_path, "--quiet", capsys=capsys, expect=2)
+    assert len(said.err.splitlines()) == 1 and "try batch_size=4" in said.err
 
 
 # Interruption

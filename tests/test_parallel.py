@@ -23,7 +23,9 @@ def unet(dropout=0.0, dtype=np.float64, seed=0):
     rng = np.random.default_rng(seed)
     model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, dropout=dropout, rng=rng)
     randomise(model, rng)
-    return model.to(np, dtype)
+    model.to(np, dtype)
+    model.load_state_dict(model.state_dict())  # copies that may be stepped in place
+    return model
 
 
 def batch(n, rng, dtype=np.float64):
@@ -50,7 +52,7 @@ def assert_gradients(model, expected):
 @settings(deadline=None, max_examples=12)
 @given(n=st.integers(1, 9), workers=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
 def test_output_and_gradients_are_the_models_own(n, workers, seed):
-    """docs: A.19.  More workers than samples, and shares of different sizes, among them."""
+    """docs: A.20.  More workers than samples, and shares of different sizes, among them."""
     rng = np.random.default_rng(seed)
     model = unet(seed=seed)
     x, t = batch(n, rng)
@@ -155,17 +157,17 @@ def test_an_error_in_a_worker_comes_out(monkeypatch):
     parent = os.getpid()
     conv2d = kernels_for(x).conv2d
 
-    def fail(*arguments):
-        if os.getpid() != parent:
-            raise MemoryError("no room for 3 GiB")
-        return conv2d(*arguments)
+    for error, expected in [(MemoryError, MemoryError), (ZeroDivisionError, RuntimeError)]:
 
-    monkeypatch.setattr(kernels_for(x), "conv2d", fail)
-    with (
-        DataParallel(model, 2) as shared,
-        pytest.raises(RuntimeError, match="MemoryError: no room for 3 GiB"),
-    ):
-        shared(x, t)
+        def fail(*arguments, error=error):
+            if os.getpid() != parent:
+                raise error("in the other process")
+            return conv2d(*arguments)
+
+        monkeypatch.setattr(kernels_for(x), "conv2d", fail)
+        message = f"worker process failed: {error.__name__}: in the other process"
+        with DataParallel(model, 2) as shared, pytest.raises(expected, match=message):
+            shared(x, t)
 
 
 def test_a_worker_that_died_is_reported_and_replaced():
@@ -179,17 +181,26 @@ def test_a_worker_that_died_is_reported_and_replaced():
         assert_close(shared.predict(x, t), model.predict(x, t), "the prediction of its successor")
 
 
-def test_an_interruption_loses_nothing_but_the_call(monkeypatch):
+def test_an_interruption_loses_nothing_but_the_call():
     """Ctrl-C in the middle of a call, even while the answers are awaited: the next call is right."""
     model = unet()
     rng = np.random.default_rng(0)
     (x1, t1), (x2, t2) = batch(4, rng), batch(4, rng)
     with DataParallel(model, 2) as shared:
-        answer = shared._answer
-        monkeypatch.setattr(shared, "_answer", lambda connection: (_ for _ in ()).throw(KeyboardInterrupt))
+
+        class Interrupted:
+            """The end of a pipe at which Ctrl-C comes while an answer is awaited."""
+
+            def __init__(self, connection):
+                self.send, self.close = connection.send, connection.close
+
+            def recv(self):
+                raise KeyboardInterrupt
+
+        process, connection = shared._workers[0]
+        shared._workers[0] = process, Interrupted(connection)
         with pytest.raises(KeyboardInterrupt):
             shared.predict(x1, t1)
-        monkeypatch.setattr(shared, "_answer", answer)
         assert_close(shared.predict(x2, t2), model.predict(x2, t2), "the next prediction")
 
 
@@ -222,9 +233,9 @@ def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
         assert isinstance(shared, DataParallel) and len(shared._workers) == 1
         with shared_out(shared, 64) as same:
             assert same is shared
-    for given, n, workers in [(model, 64, 1), (model, 7, None), (points, 64, None), (len, 64, None)]:
-        with shared_out(given, n, workers) as same:
-            assert same is given
+    for denoise, n, workers in [(model, 64, 1), (model, 7, None), (points, 64, None), (len, 64, None)]:
+        with shared_out(denoise, n, workers) as same:
+            assert same is denoise
     with shared_out(points, 64, 2) as shared:
         assert isinstance(shared, DataParallel)
 
@@ -237,3 +248,44 @@ def test_sampling_is_the_same_shared_or_not():
         x_T=np.random.default_rng(1).standard_normal((5, 6, 6, 1)),
     )  # fmt: skip
     assert_close(draw(2), draw(1), "the samples", 1e-9)
+
+
+def test_training_is_the_same_shared_or_not():
+    """To rounding; and bit for bit with the same number of processes."""
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
+    data = np.random.default_rng(0).standard_normal((20, 6, 6, 1))
+
+    def run(workers):
+        how = dict(steps=4, batch_size=6, seed=1, progress=False)
+        return td.train(unet(), diffusion, data, workers=workers, **how)
+
+    alone, shared, again = run(1), run(3), run(3)
+    np.testing.assert_array_equal(shared.losses, again.losses)
+    assert_close(shared.losses, alone.losses, "the losses")
+    for name, value in shared.model.state_dict().items():
+        np.testing.assert_array_equal(value, again.model.state_dict()[name])
+    assert not multiprocessing.active_children()
+
+
+def test_an_interrupted_shared_training_is_resumed_to_the_bit(tmp_path):
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
+
+    def draw(stop_at):
+        calls = iter(range(stop_at))
+
+        def data(count, rng):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return rng.standard_normal((count, 6, 6, 1))
+
+        return data
+
+    how = dict(steps=5, batch_size=6, seed=1, progress=False, workers=2)
+    whole = td.train(unet(), diffusion, draw(9), **how)
+    with pytest.raises(KeyboardInterrupt):
+        td.train(unet(), diffusion, draw(3), run_dir=tmp_path, **how)
+    resumed = td.train(unet(), diffusion, draw(9), run_dir=tmp_path, resume=True, **how)
+    np.testing.assert_array_equal(resumed.losses, whole.losses)
+    for name, value in resumed.model.state_dict().items():
+        np.testing.assert_array_equal(value, whole.model.state_dict()[name])
+    assert not multiprocessing.active_children()

@@ -28,7 +28,7 @@ from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.samplers import invert, iterate_samples, sample
 from tinydiff.schedule_training import train_learned_schedule
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
-from tinydiff.training import train, training_loss
+from tinydiff.training import find_batch_size, train, training_loss
 
 __all__ = [
     "EMA",
@@ -48,6 +48,7 @@ __all__ = [
     "continuous_bound",
     "cosine_schedule",
     "datasets",
+    "find_batch_size",
     "get_backend",
     "hybrid_loss",
     "interop",

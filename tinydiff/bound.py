@@ -37,7 +37,15 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts
-from tinydiff.backend import Array, array_namespace, asarray_like, device, standard_normal, to_numpy
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    asarray_like,
+    clip_to_unit,
+    device,
+    standard_normal,
+    to_numpy,
+)
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module, once
@@ -299,7 +307,7 @@ def step_term(
     log_variance = diffusion.model_log_variance(x_t, steps, output)
     guess = diffusion.predict_x0(x_t, steps, output)
     inside = xp.astype(xp.abs(guess) <= 1, guess.dtype) if clip else 1.0
-    guess = xp.clip(guess, -1.0, 1.0) if clip else guess
+    guess = clip_to_unit(guess) if clip else guess
 
     # The means' common part in x_t is left out: what it adds to the difference is rounding.
     ones = _column(np.ones(N), x0)

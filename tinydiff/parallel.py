@@ -1,8 +1,8 @@
 """One batch, several processes: each computes its share of the samples.
 
 Samples do not meet inside a network here (group normalisation and attention stay within one image), so a
-batch can be cut anywhere. With its shares S_1, S_2, ..., the output is that of the shares one after
-another, and the gradient of every parameter is a sum over samples (docs: A.19)::
+batch can be cut anywhere. With its shares S_1, S_2, ..., the output is that of the shares one after another,
+and the gradient of every parameter is a sum over samples (docs: A.20)::
 
     y = [f(S_1), f(S_2), ...]        dL/dw = dL/dw on S_1 + dL/dw on S_2 + ...
 
@@ -115,7 +115,7 @@ class DataParallel(Module):
     def __call__(
         self, x: Array, t: Array, rng: np.random.Generator | None = None
     ) -> tuple[Array, Callable[[Array], Array]]:
-        """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.19)"""
+        """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
             return self.predict(x, t), once(lambda dy: dy)
         edges = self._edges(x, t)
@@ -175,27 +175,24 @@ class DataParallel(Module):
         forget, self._forgotten[:] = self._forgotten[:], []
         asked = [connection for _, connection in self._workers[: len(messages)]]
         self._unanswered = True
-        for connection, message in zip(asked, messages, strict=True):
-            connection.send((*message, forget))
         try:
-            with alone():
-                result = own()
-        finally:
-            answers = [self._answer(connection) for connection in asked]
-            self._unanswered = False
-        for answer in answers:
-            if isinstance(answer, _Failure):
-                raise RuntimeError(f"a worker process failed: {answer.text}")
-        return result, answers
-
-    def _answer(self, connection: Connection) -> Any:
-        try:
-            return connection.recv()
+            for connection, message in zip(asked, messages, strict=True):
+                connection.send((*message, forget))
+            try:
+                with alone():
+                    result = own()
+            finally:
+                answers = [connection.recv() for connection in asked]
+                self._unanswered = False
         except (EOFError, ConnectionError):
             self._end()
             raise RuntimeError(
                 "a worker process has ended unexpectedly (was memory short?); workers=1 does without."
             ) from None
+        for answer in answers:
+            if isinstance(answer, _Failure):
+                raise (MemoryError if answer.of_memory else RuntimeError)(answer.text)
+        return result, answers
 
     def _fork(self) -> None:
         if self._count == 1:
@@ -225,8 +222,9 @@ class DataParallel(Module):
 
 
 class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.text = f"{type(error).__name__}: {error}"
+    def __init__(self, error: Exception) -> None:
+        self.text = f"a worker process failed: {type(error).__name__}: {error}"
+        self.of_memory = isinstance(error, MemoryError)
 
 
 def _serve(

@@ -50,7 +50,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, device, get_backend, standard_normal
+from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module
@@ -215,7 +215,7 @@ def _estimator(
         t = xp.full((x.shape[0],), int(timesteps[i]), dtype=xp.int64, device=device(x))
         output = predict(x, t)
         x0 = walk.predict_x0(x, i, output)
-        return output, xp.clip(x0, -1.0, 1.0) if clip else x0
+        return output, clip_to_unit(x0) if clip else x0
 
     return estimate
 

@@ -5,6 +5,10 @@ epoch). So a resumed run is the same run, bit for bit, with no generator state t
 
 A step counts once its loss is in the list: it is put there last, so an interruption in the middle of a step
 is recognised by a list that is shorter than the optimizer's count.
+
+On a GPU everything stays where it is. Times and tables live on the host, data, noise, loss and weights on the
+device, and the host runs ahead of it: it waits only where numbers are read, at a line of metrics and at a
+checkpoint, and reads those of all steps since at once.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
@@ -21,17 +26,29 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts
-from tinydiff.backend import Array, array_namespace, asarray_like, standard_normal, to_numpy
+from tinydiff._readings import Kept, Losses, check_finite
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    asarray_like,
+    device,
+    generator_beside,
+    is_numpy_array,
+    standard_normal,
+    to_numpy,
+)
 from tinydiff.bound import Decoder, check_decoder
 from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
+from tinydiff.memory import is_out_of_memory, largest_batch, let_go, runs
 from tinydiff.nn.module import Module
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
+from tinydiff.parallel import shared_out
 
-__all__ = ["Loss", "TrainingResult", "train", "training_loss"]
+__all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
 
 M = TypeVar("M", bound=Module)
 Loss: TypeAlias = Literal["simple", "hybrid", "vlb"]
@@ -92,7 +109,8 @@ def training_loss(
     x0 : array of shape (N, ...)
         A batch of data.
     rng : numpy.random.Generator
-        Draws times, noise, and dropout masks.
+        Draws times, noise, and dropout masks. On a GPU it draws the times, and seeds the generator there that
+        draws the others (`generator_beside`).
     loss : {"simple", "hybrid", "vlb"}
         `simple_loss`, `hybrid_loss` or `vlb_loss` (docs: L.9, V.5, V.4). Of a learned variance the first
         teaches nothing; without one there is no second.
@@ -121,8 +139,9 @@ def training_loss(
         t, t_weights = rng.integers(diffusion.T, size=N), None
     else:
         t, t_weights = t_sampler.sample(N, rng)
-    noise = standard_normal(rng, x0.shape, x0)
-    output, model_backward = model(diffusion.q_sample(x0, t, noise), t, rng)
+    rng_there = generator_beside(x0, rng)
+    noise = standard_normal(rng_there, x0.shape, x0)
+    output, model_backward = model(diffusion.q_sample(x0, t, noise), t, rng_there)
     given = (diffusion, output, x0, t, noise)
     if loss == "vlb":
         record = None if t_sampler is None else functools.partial(t_sampler.update, t)
@@ -160,12 +179,13 @@ def train(
     resume: bool = False,
     checkpoint_every: int = 500,
     log_every: int = 50,
+    workers: int | None = None,
     progress: bool = True,
 ) -> TrainingResult[M]:
     """Train with Adam and a moving average of the weights (Ho et al. 2020, algorithm 1).
 
-    The same seed on the same machine gives the same weights bit for bit, whether or not the run was
-    interrupted and resumed.
+    The same seed on the same machine, with the same number of processes, gives the same weights bit for bit,
+    whether or not the run was interrupted and resumed.
 
     Parameters
     ----------
@@ -175,7 +195,8 @@ def train(
         The process, and what the model predicts.
     data : array of shape (n, ...), or callable
         The data set, of which each epoch visits every sample once, in a new random order (a batch may end
-        one epoch and begin the next); or ``data(batch_size, rng)`` that draws a fresh batch.
+        one epoch and begin the next); or ``data(batch_size, rng)`` that draws a fresh batch. An array that
+        is not where the model is goes there once, as a whole; for one that does not fit, pass a callable.
     steps : int
         Number of training steps in all.
     batch_size : int
@@ -215,6 +236,9 @@ def train(
         Steps between checkpoints; the last step always leaves one, and so does Ctrl-C.
     log_every : int
         Steps between lines of metrics.
+    workers : int, optional
+        Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
+        if the model is a `UNet` in NumPy, on Linux.
     progress : bool
         Show a progress bar (loss, steps per second, time left) on the standard error stream.
 
@@ -233,7 +257,10 @@ def train(
         then.
     FloatingPointError
         If the loss or the gradient's norm stops being finite. The model keeps the weights it had before that
-        step, and the last checkpoint is kept.
+        step, and the last checkpoint is kept. On a GPU it is noticed at the next line of metrics or
+        checkpoint, and the model gets back the weights it had at the one before.
+    MemoryError
+        If a step does not fit in memory; the message names a batch size that does.
     """
     check_counts(steps=steps, batch_size=batch_size, checkpoint_every=checkpoint_every, log_every=log_every)
     warmup = min(500, steps // 20) if warmup is None else warmup
@@ -274,56 +301,192 @@ def train(
         "decoder": None if loss == "simple" else decoder,
         "importance_sampling": bool(importance_sampling),
     }
+    data = _beside(data, like)
     optimizer = Adam(parameters, lr, weight_decay=weight_decay)
     ema = EMA(model, ema_decay)
     t_sampler = LossSecondMomentSampler(diffusion.T) if importance_sampling else None
     drawn = None if t_sampler is None else _Drawn(t_sampler)
     run = None if run_dir is None else _Run(Path(run_dir), settings, model, optimizer, ema, t_sampler)
-    losses = [] if run is None else run.start(resume)
+    losses = Losses([] if run is None else run.start(resume))
+    how: dict[str, Any] = dict(loss=loss, min_snr_gamma=min_snr_gamma, decoder=decoder)
+    # Where reading a number costs nothing it is read at once; importance sampling needs each step's anyway.
+    at_once = is_numpy_array(like) or importance_sampling
+    kept = None if at_once else Kept(parameters, len(losses))
+
+    def rate(step: int) -> float:
+        return lr * warmup_cosine(step, steps, warmup, final_lr)
 
     from tqdm import tqdm
 
     began = time.perf_counter()
+    processes = ExitStack()
+    shared = processes.enter_context(shared_out(model, batch_size, workers))
     bar = tqdm(total=steps, initial=len(losses), desc="training", unit="step", disable=not progress)
     smooth = math.nan
+    refused = ""
+    backward: Any = None
     try:
         for step in range(len(losses), steps):
             rng = np.random.default_rng([seed, STEP, step])
             optimizer.zero_grad()
             x0 = _batch(data, batch_size, seed, step, rng, like)
-            loss_array, backward = training_loss(
-                model, diffusion, x0, rng, loss, min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn
-            )
+            loss_array, backward = training_loss(shared, diffusion, x0, rng, **how, t_sampler=drawn)
             backward()
             norm_array = clip_grad_norm(parameters, clip_norm)
-            optimizer.lr = lr * warmup_cosine(step, steps, warmup, final_lr)
-            value, norm = float(loss_array), float(norm_array)
-            if not (math.isfinite(value) and math.isfinite(norm)):
-                raise FloatingPointError(
-                    f"the loss is {value} and the gradient's norm {norm} at step {step} (learning rate "
-                    f"{optimizer.lr:.3g}); try a smaller lr or a smaller clip_norm."
-                )
+            optimizer.lr = rate(step)
+            last = step + 1 == steps
+            line_due = (step + 1) % log_every == 0 or last
+            save_due = run is not None and ((step + 1) % checkpoint_every == 0 or last)
+            reading = at_once or line_due or save_due
+            if reading:
+                first, numbers = losses.read((loss_array, norm_array))
+                check_finite(first, numbers, rate, kept)
             optimizer.step()
             ema.update()
             if drawn is not None:
                 drawn.remember()
-            if run is not None and ((step + 1) % log_every == 0 or step + 1 == steps):
-                since = step // log_every * log_every
-                run.log(step + 1, [*losses[since:], value], norm, optimizer.lr)
-            losses.append(value)
-
-            smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
-            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+            if not reading:
+                losses.append((loss_array, norm_array))
+            else:
+                values = [value for value, _ in numbers]
+                if run is not None and line_due:
+                    since = step // log_every * log_every
+                    run.log(step + 1, [*losses[since:first], *values], numbers[-1][1], optimizer.lr)
+                losses.replace(first, values)
+                if kept is not None:
+                    kept.keep(step + 1)
+                for value in values:
+                    smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+                bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             bar.update()
-            if run is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                run.save(losses)
+            if run is not None and save_due:
+                run.save(losses[:])
     except KeyboardInterrupt:
         if run is not None and optimizer.steps == len(losses) > 0:
-            run.save(losses)
+            first, numbers = losses.read()
+            if all(math.isfinite(number) for pair in numbers for number in pair):
+                losses.replace(first, [value for value, _ in numbers])
+                run.save(losses[:])
         raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        refused = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     finally:
         bar.close()
-    return TrainingResult(ema.model, np.asarray(losses), time.perf_counter() - began)
+        processes.close()
+    if refused:
+        # Here, where the exception is gone, and with it the arrays of the step that failed.
+        x0 = loss_array = norm_array = backward = None
+        raise MemoryError(_what_fits(model, diffusion, data, batch_size, like, how, refused))
+    return TrainingResult(ema.model, np.asarray(losses[:]), time.perf_counter() - began)
+
+
+def find_batch_size(
+    model: Any,
+    diffusion: GaussianDiffusion,
+    data: Data,
+    *,
+    most: int = 1024,
+    loss: Loss = "simple",
+    min_snr_gamma: float | None = None,
+    decoder: Decoder = "density",
+) -> int:
+    """Return the largest power of two with which a step of training fits in memory.
+
+    Forward and backward are tried with what else `train` keeps set aside: on a GPU with batches of 1, 2, 4, …
+    until one does not fit; with NumPy by the memory that batches of 1 and 2 take, up to half of what is free.
+    The gradients are zero afterwards, the weights as they were.
+
+    Parameters
+    ----------
+    model, diffusion, data, loss, min_snr_gamma, decoder
+        As for `train`.
+    most : int
+        The largest to try.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    MemoryError
+        If not even a batch of 1 fits.
+    ValueError
+        If `most` is less than 1.
+    """
+    check_counts(most=most)
+    how: dict[str, Any] = dict(loss=loss, min_snr_gamma=min_snr_gamma, decoder=decoder)
+    parameters = list(model.named_parameters().values())
+    like = parameters[0].value
+    shape = _sample_shape(data)
+    data_there = _beside(data, like)
+    # Adam's moments, the moving average, and the weights that are kept to go back to.
+    reserve = [array_namespace(like).zeros_like(p.value) for p in parameters for _ in range(4)]
+    size = largest_batch(_trial_step(model, diffusion, shape, like, how), like, most)
+    del reserve, data_there
+    let_go(like)
+    if not size:
+        raise MemoryError("not even a batch of 1 fits in memory: the model needs to be smaller.")
+    return size
+
+
+def _trial_step(
+    model: Any, diffusion: GaussianDiffusion, shape: tuple[int, ...], like: Array, how: dict[str, Any]
+) -> Callable[[int], None]:
+    """step(n): forward and backward of a batch of n, whose gradients are thrown away."""
+    xp = array_namespace(like)
+
+    def step(n: int) -> None:
+        try:
+            x0 = xp.full((n, *shape), -1.0, dtype=like.dtype, device=device(like))  # -1 is an 8-bit level
+            _, backward = training_loss(model, diffusion, x0, np.random.default_rng(0), **how)
+            backward()
+        finally:
+            model.zero_grad()
+
+    return step
+
+
+def _what_fits(
+    model: Any,
+    diffusion: GaussianDiffusion,
+    data: Data,
+    batch_size: int,
+    like: Array,
+    how: dict[str, Any],
+    refused: str,
+) -> str:
+    """What to say where a step ran out of memory: halves of the batch are tried until one fits."""
+    model.zero_grad()
+    let_go(like)
+    step = _trial_step(model, diffusion, _sample_shape(data), like, how)
+    smaller = batch_size // 2
+    while smaller and not runs(step, like, smaller):
+        smaller //= 2
+    advice = f"a step of {smaller} fits, so try batch_size={smaller}" if smaller else "not even one of 1 fits"
+    return f"a step of batch_size={batch_size} does not fit in memory ({refused}); {advice}."
+
+
+def _sample_shape(data: Data) -> tuple[int, ...]:
+    """The shape of one sample."""
+    return tuple((data(1, np.random.default_rng(0)) if callable(data) else data).shape[1:])
+
+
+def _beside(data: Data, like: Array) -> Data:
+    """The data set where `like` is; where it is there already, or drawn batch by batch, it stays as it is."""
+    if callable(data) or (array_namespace(data) is array_namespace(like) and device(data) == device(like)):
+        return data
+    try:
+        return asarray_like(data, like)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"data of shape {tuple(data.shape)} does not fit in memory beside the model; pass a callable "
+            "that draws batches of it."
+        ) from None
 
 
 def _check_loss(
@@ -366,7 +529,10 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _batch(data: Data, batch_size: int, seed: int, step: int, rng: np.random.Generator, like: Array) -> Array:
-    """The batch of a step, beside `like`: drawn by `data`, or its place in the endless row of epochs."""
+    """The batch of a step, beside `like`: drawn by `data`, or its place in the endless row of epochs.
+
+    An array is gathered where it is, by an index from the host.
+    """
     if callable(data):
         return asarray_like(data(batch_size, rng), like)
     n = data.shape[0]
