@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from _common import LOSSES, Plain, count_from, explained_errors, loss_options, schedules, write_metrics
+from _common import (
+    LOSSES,
+    Plain,
+    choose_device,
+    count_from,
+    explained_errors,
+    loss_options,
+    schedules,
+    write_metrics,
+)
 from train_mnist import LAYERS_PER_BLOCK, digits
 
 import tinydiff as td
@@ -140,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    choose_device(args)
     images = np.random.default_rng(args.seed).permutation(digits(args))
     held_out, data = images[:HELD_OUT], images[HELD_OUT:]
     reference = digit_features(data)

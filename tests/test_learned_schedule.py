@@ -515,10 +515,10 @@ def test_the_loss_is_the_bound_in_bits():
                     model, learned, DATA.sample(16, rng), rng, T=50, reconstructions=reconstructions
                 )[0]
             )
-            for _ in range(800)
+            for _ in range(300)
         ]
         expected = sum(exact_bound(DATA, learned.gamma_0, learned.gamma_1)) / (2 * math.log(2))
-        assert abs(np.mean(losses) - expected) < 4 * np.std(losses) / 800**0.5
+        assert abs(np.mean(losses) - expected) < 4 * np.std(losses) / 300**0.5
 
 
 def test_the_end_points_learn_by_the_bound():
@@ -663,6 +663,27 @@ def test_the_loss_under_array_api_strict(prediction, dtype, tolerance):
             assert np.linalg.norm(ours - numpys) <= tolerance * np.linalg.norm(numpys)
 
 
+def test_the_loop_and_the_bound_under_array_api_strict():
+    results = []
+    for xp in (np, strict):
+        rng = np.random.default_rng(0)
+        model = randomise(td.MLP(2, hidden=8, blocks=1, time_features=4, rng=rng).to(np, np.float64), rng)
+        for p in model.named_parameters().values():
+            p.value = p.value.copy()  # to be written to
+        model.to(xp)
+        data = xp.asarray(DATA.sample(40, rng))
+        options = dict(T=20, prediction="x0")
+        result = td.train_learned_schedule(
+            model, data, steps=3, batch_size=16, gamma_0=-6.0, progress=False, **options
+        )
+        assert type(result.model.linear_out.weight.value) is type(data)
+        bound = td.continuous_bound(
+            result.model, result.learned, data, rng=rng, batch_size=15, progress=False, **options
+        )
+        results.append(np.concat([result.losses, result.schedule.betas, [bound.value, bound.standard_error]]))
+    np.testing.assert_allclose(*results, rtol=1e-9)
+
+
 # --- the loop
 
 
@@ -729,10 +750,10 @@ def test_images_and_bits():
 
 @pytest.mark.slow
 def test_training_both_lowers_the_spread_and_the_bound():
-    """Eight Gaussians on a ring: against a schedule whose weights between the ends stay as they were."""
+    """Eight Gaussians on a ring: against a gamma that stays as it began, almost straight."""
     angles = np.pi * np.arange(8) / 4
     ring = td.GaussianMixture(np.ones(8), 1.3 * np.stack([np.cos(angles), np.sin(angles)], axis=1), 0.01)
-    test = ring.sample(4000, np.random.default_rng(1)).astype(np.float32)
+    test = ring.sample(20_000, np.random.default_rng(1)).astype(np.float32)
     bounds = []
     for schedule_lr in (0.0, 1e-2):
         model = td.MLP(2, hidden=64, blocks=2, rng=np.random.default_rng(0))
@@ -749,7 +770,7 @@ def test_training_both_lowers_the_spread_and_the_bound():
         options = dict(rng=np.random.default_rng(2), t_samples=10, progress=False)
         bounds.append(td.continuous_bound(result.model, result.learned, test, **options))
     fixed, learned = bounds
-    assert learned.standard_error < 0.5 * fixed.standard_error
+    assert learned.standard_error < 0.8 * fixed.standard_error
     assert learned.value < fixed.value - 4 * fixed.standard_error
 
 
