@@ -1,5 +1,6 @@
 """Out of memory is one sentence with a batch size that fits; and how one is found."""
 
+import functools
 import sys
 import types
 
@@ -29,7 +30,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 class Tight(td.MLP):
-    """A model for which there is memory up to a batch of `room`, and that says what it was shown."""
+    """A model whose backward has memory up to a batch of `room`, and that says what it was shown."""
 
     room, error, after = 10**9, OutOfMemoryError, 0
 
@@ -114,6 +115,34 @@ def test_a_data_set_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(where.xp, "asarray", asarray)
     with pytest.raises(MemoryError, match=r"data of shape \(100, 2\) does not fit .* pass a callable"):
         td.train(model, PROCESS, POINTS, batch_size=4, **SETTINGS)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("name", ["numpy", "strict"])
+@pytest.mark.parametrize("sampler", td.samplers.SAMPLERS)
+def test_sampling_names_a_batch_that_fits(name, sampler):
+    where = space(name)
+
+    def denoise(x, t, room=6):
+        if x.shape[0] > room:
+            raise OutOfMemoryError(4)
+        return 0.5 * x
+
+    how = dict(sampler=sampler, steps=3, progress=False)
+    x_T = where.array(np.random.default_rng(0).standard_normal((50, 2)).astype(np.float32))
+    for start in (x_T, None):
+        with pytest.raises(
+            MemoryError, match=r"^a step of batch_size=40 .*; a step of 5 fits, so try batch_size=5\.$"
+        ):
+            td.sample(
+                denoise, PROCESS, (50, 2), rng=np.random.default_rng(0), x_T=start, batch_size=40, **how
+            )
+    td.sample(denoise, PROCESS, (50, 2), rng=np.random.default_rng(0), x_T=x_T, batch_size=5, **how)
+    with pytest.raises(MemoryError, match="not even one of 1 fits"):
+        none = functools.partial(denoise, room=0)
+        td.sample(none, PROCESS, (50, 2), rng=np.random.default_rng(0), x_T=x_T, **how)
 
 
 # Finding a batch size

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tinydiff.backend import Array, is_cupy_array, is_numpy_array
 
-__all__ = ["available_memory", "is_out_of_memory", "largest_batch", "let_go"]
+__all__ = ["available_memory", "is_out_of_memory", "largest_batch", "let_go", "what_fits"]
 
 # What CuPy calls it when a library of CUDA, not its own pool, was refused.
 REFUSED = ("cudaErrorMemoryAllocation", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -32,6 +32,25 @@ UNKNOWN = 2 * 2**30  # bytes taken to be free where the system does not say
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that there is no memory (CuPy's OutOfMemoryError is a MemoryError)."""
     return isinstance(error, MemoryError) or any(name in str(error) for name in REFUSED)
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as a part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def what_fits(step: Callable[[int], None], like: Array, batch_size: int, refused: str) -> str:
+    """What to say where a step of `batch_size` ran out of memory; `refused` is the `reason`.
+
+    Halves of the batch are tried until one fits. To be called where the exception is gone, for with it go the
+    arrays of the step that failed.
+    """
+    let_go(like)
+    smaller = batch_size // 2
+    while smaller and not runs(step, like, smaller):
+        smaller //= 2
+    advice = f"a step of {smaller} fits, so try batch_size={smaller}" if smaller else "not even one of 1 fits"
+    return f"a step of batch_size={batch_size} does not fit in memory ({refused}); {advice}."
 
 
 def let_go(like: Array) -> None:

@@ -43,7 +43,7 @@ from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
-from tinydiff.memory import is_out_of_memory, largest_batch, let_go, runs
+from tinydiff.memory import is_out_of_memory, largest_batch, let_go, reason, what_fits
 from tinydiff.nn.module import Module
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
@@ -371,14 +371,15 @@ def train(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        refused = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        refused = reason(error)
     finally:
         bar.close()
         processes.close()
     if refused:
-        # Here, where the exception is gone, and with it the arrays of the step that failed.
         x0 = loss_array = norm_array = backward = None
-        raise MemoryError(_what_fits(model, diffusion, data, batch_size, like, how, refused))
+        model.zero_grad()
+        trial = _trial_step(model, diffusion, _sample_shape(data), like, how)
+        raise MemoryError(what_fits(trial, like, batch_size, refused))
     return TrainingResult(ema.model, np.asarray(losses[:]), time.perf_counter() - began)
 
 
@@ -447,26 +448,6 @@ def _trial_step(
             model.zero_grad()
 
     return step
-
-
-def _what_fits(
-    model: Any,
-    diffusion: GaussianDiffusion,
-    data: Data,
-    batch_size: int,
-    like: Array,
-    how: dict[str, Any],
-    refused: str,
-) -> str:
-    """What to say where a step ran out of memory: halves of the batch are tried until one fits."""
-    model.zero_grad()
-    let_go(like)
-    step = _trial_step(model, diffusion, _sample_shape(data), like, how)
-    smaller = batch_size // 2
-    while smaller and not runs(step, like, smaller):
-        smaller //= 2
-    advice = f"a step of {smaller} fits, so try batch_size={smaller}" if smaller else "not even one of 1 fits"
-    return f"a step of batch_size={batch_size} does not fit in memory ({refused}); {advice}."
 
 
 def _sample_shape(data: Data) -> tuple[int, ...]:
