@@ -99,12 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.tf32 and args.backend != "cupy":
         parser.error("argument --tf32: only with --backend cupy")
     args.rounds = args.rounds or (2 if args.quick else 9)
-    args.threads = args.threads or available_cores()
     return args
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(threads: int) -> None:
@@ -251,8 +246,9 @@ class Benchmark:
 
     def time(self, config: Any, work: str, n: int) -> None:
         """One line a side: median, and tinydiff's ratio to it."""
-        from _bench import rounds
+        from _bench import machine, rounds
 
+        given = machine.share_given(self.args.threads)
         batch = config.batch(n)
         sides = self.sides(config)
         steps = {name: self.step(side, work, batch) for name, side in sides.items()}
@@ -265,8 +261,11 @@ class Benchmark:
         finally:
             for side in sides.values():
                 side.close()
+        given = min(given, machine.share_given(self.args.threads))
         found = rounds.compared(times)
-        self.found["times"].append({"config": config.name, "work": work, "batch": n, **found})
+        self.found["times"].append(
+            {"config": config.name, "work": work, "batch": n, "processor_share": given, **found}
+        )
         what = f"{work}, batch {n}" if work != "ddim" else f"50 DDIM steps, batch {n}"
         print(f"  {what}: median of {self.args.rounds} rounds")
         for name, seconds in found["seconds"].items():
@@ -278,6 +277,12 @@ class Benchmark:
                     f"   (quartiles {r['lower_quartile']:.2f} … {r['upper_quartile']:.2f})"
                 )
             print(line, flush=True)
+        if given < machine.ENOUGH:
+            print(
+                f"    BUSY: other programs took {1 - given:.0%} of the {self.args.threads} threads' time. "
+                "Where threads wait for each other the times above may be many times too long: use fewer "
+                "--threads, or wait."
+            )
 
     def step(self, side: Any, work: str, batch: Any) -> Any:
         if work != "ddim":
@@ -381,6 +386,7 @@ class Benchmark:
 def environment(args: argparse.Namespace, compare: bool) -> dict[str, Any]:
     """What the numbers depend on."""
     import numpy as np
+    from _bench.machine import processor
 
     import tinydiff as td
 
@@ -403,14 +409,6 @@ def environment(args: argparse.Namespace, compare: bool) -> dict[str, Any]:
     return about
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.backend == "cupy":
@@ -419,6 +417,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         device: Any = Gpu(args.tf32)
     else:
         device = None
+    from _bench.machine import available_cores
+
+    args.threads = args.threads or available_cores()
     set_threads(args.threads)
     try:
         code = Benchmark(args, device).run()

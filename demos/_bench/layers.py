@@ -16,29 +16,14 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 import tinydiff as td
+from _bench.machine import product_gflops
 from _bench.networks import Config
 from _bench.ours import LR, training_step
 from _bench.rounds import WARM_UP
 from tinydiff.kernels import many_steps
 from tinydiff.losses import mean_squared_error
 from tinydiff.nn import Module
-
-PRODUCT = 2048  # rows and columns of the matrices whose product is timed
-
-
-def product_gflops(n: int = PRODUCT, times: int = 5) -> float:
-    """The best rate of an n x n product in float32, on all the threads that BLAS has."""
-    a, b = np.random.default_rng(0).standard_normal((2, n, n), dtype=np.float32)
-    out = a @ b
-    best = math.inf
-    for _ in range(times):
-        began = time.perf_counter()
-        np.matmul(a, b, out=out)
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best / 1e9
 
 
 class Recorder:
