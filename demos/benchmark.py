@@ -37,6 +37,9 @@ EPILOG = """how it is made fair:
     inference_mode; beside it the same in channels_last memory format, and torch.compile of the model.
   - The networks are diffusers' UNet2DModel with its own defaults (8 channels a head; 32 groups for cifar),
     and for `toy` the MLP written out in PyTorch. No weight is zero.
+  - On a GPU (--backend cupy) times are the device's own, between two events queued around a turn's steps,
+    and so is a whole walk of 50 DDIM steps; TF32 is on both sides or on neither; cuDNN chooses its
+    algorithms in the warm-up. Memory beside the host's: what each allocator took from the driver.
   - Peak memory is that of a process of its own, which imports one side only and takes 4 training steps:
     the high-water mark of its resident set (VmHWM). If it has children, the largest sum of their
     proportional set sizes (PSS), so that shared pages count once.
@@ -138,7 +141,7 @@ class Benchmark:
         self.failures: list[str] = []
         self.agreed: list[Any] = []
         self.found: dict[str, Any] = {
-            "environment": environment(args, self.compare),
+            "environment": environment(args, self.compare) | (device.about() if device else {}),
             "agreement": {},
             "times": [],
             "memory": {},
@@ -148,8 +151,6 @@ class Benchmark:
         print("  ".join(f"{key}: {value}" for key, value in self.found["environment"].items()))
         if not self.compare:
             print(f"{NEEDS_TORCH}. Without them, tinydiff alone:")
-        if self.args.tf32:
-            print("TF32 products on both sides.")
         for config in self.configs:
             print(f"\n{config.name}: {config.about}")
             if self.compare and not self.agree(config):
@@ -411,18 +412,22 @@ def environment(args: argparse.Namespace, compare: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.backend == "cupy":
-        from _bench.gpu import Gpu
-
-        device: Any = Gpu(args.tf32)
-    else:
-        device = None
     from _bench.machine import available_cores
 
+    import tinydiff as td
+
     args.threads = args.threads or available_cores()
-    set_threads(args.threads)
+    device = None
     try:
+        if args.backend == "cupy":
+            from _bench.gpu import Gpu
+
+            device = Gpu(args.tf32)
+        set_threads(args.threads)
         code = Benchmark(args, device).run()
+    except td.BackendError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         code = 130
     if code:
