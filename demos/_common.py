@@ -17,8 +17,8 @@ import tinydiff as td
 from tinydiff.samplers import SAMPLERS
 
 
-class Parser(argparse.ArgumentParser):
-    """The flags of both demos, in groups to which a demo adds its own; a wrong one ends in one sentence."""
+class SamplingParser(argparse.ArgumentParser):
+    """The flags of every demo that samples, in groups; a wrong one ends in one sentence."""
 
     def __init__(self, description: str, epilog: str, out: str, defaults: dict[str, Any]) -> None:
         super().__init__(
@@ -26,19 +26,54 @@ class Parser(argparse.ArgumentParser):
         )
         self.sampling_steps = defaults["sampling_steps"]
         self.set_defaults(**{**defaults, "sampling_steps": None})
-        run = self.add_argument_group("the run")
+        self.run = run = self.add_argument_group("the run")
         run.add_argument("--out", type=Path, metavar="DIR", help=f"where the results go (default: {out})")
         run.add_argument(
             "--seed", type=count_from(0), metavar="N", default=0, help="of everything random (default: 0)"
         )
         run.add_argument("--quiet", action="store_true", help="print nothing but errors")
-        run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
         run.add_argument(
             "--backend",
             choices=["numpy", "cupy"],
             help="the array library (default: TINYDIFF_BACKEND, or else numpy)",
         )
         self.data = self.add_argument_group("the data")
+        self.add_groups()
+        sampling = self.add_argument_group("sampling")
+        sampling.add_argument(
+            "--samples", type=count_from(1), metavar="N", help="how many (default: %(default)s)"
+        )
+        sampling.add_argument(
+            "--sampler",
+            choices=SAMPLERS,
+            help="ancestral; DDIM; DPM-Solver++ (2M); Heun; Heun in Karras' variables; the last two ask the "
+            "network twice a step (default: %(default)s)",
+        )
+        sampling.add_argument(
+            "--sampling-steps",
+            type=count_from(1),
+            metavar="N",
+            help=f"how many of the T steps to walk through (default: {self.sampling_steps}, at most T)",
+        )
+
+    def add_groups(self) -> None:
+        """Add what a kind of demo has between the data and sampling; here nothing."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help).\n")
+
+    def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
+        args = super().parse_args(*given)
+        if args.out is not None and args.out.exists() and not args.out.is_dir():
+            self.error(f"argument --out: {args.out} is not a directory")
+        return args
+
+
+class Parser(SamplingParser):
+    """And those of the demos that train."""
+
+    def add_groups(self) -> None:
+        self.run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
         self.training = self.add_argument_group("training")
         self.training.add_argument(
             "--steps", type=count_from(1), metavar="N", help="training steps (default: %(default)s)"
@@ -57,30 +92,9 @@ class Parser(argparse.ArgumentParser):
         process.add_argument(
             "--prediction", choices=["eps", "x0", "v"], help="what the network outputs (default: %(default)s)"
         )
-        sampling = self.add_argument_group("sampling")
-        sampling.add_argument(
-            "--samples", type=count_from(1), metavar="N", help="how many (default: %(default)s)"
-        )
-        sampling.add_argument(
-            "--sampler",
-            choices=SAMPLERS,
-            help="ancestral; DDIM; DPM-Solver++ (2M); Heun; Heun in Karras' variables; the last two ask the "
-            "network twice a step (default: %(default)s)",
-        )
-        sampling.add_argument(
-            "--sampling-steps",
-            type=count_from(1),
-            metavar="N",
-            help=f"how many of the T steps to walk through (default: {self.sampling_steps}, at most T)",
-        )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see --help).\n")
 
     def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
         args = super().parse_args(*given)
-        if args.out is not None and args.out.exists() and not args.out.is_dir():
-            self.error(f"argument --out: {args.out} is not a directory")
         if args.sampling_steps is None:
             args.sampling_steps = min(self.sampling_steps, args.T)
         if args.sampling_steps > args.T:
@@ -116,7 +130,7 @@ def schedules(T: int) -> dict[str, td.NoiseSchedule]:
 
 
 @contextmanager
-def explained_errors(out: Path) -> Iterator[None]:
+def explained_errors(out: Path | None) -> Iterator[None]:
     """End what a user can put right in one sentence and exit code 2, and Ctrl-C in one line and 130."""
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # td.train says when a loss is not finite
@@ -129,7 +143,9 @@ def explained_errors(out: Path) -> Iterator[None]:
         sys.exit(2)
 
 
-def _what_is_kept(out: Path) -> str:
+def _what_is_kept(out: Path | None) -> str:
+    if out is None:  # there is no training to continue
+        return "Interrupted: nothing is kept."
     checkpoint = out / "checkpoint.safetensors"
     if not checkpoint.exists():
         return "Interrupted before the first step was done: nothing is kept."

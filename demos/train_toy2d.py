@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     about = {key: getattr(args, key) for key in ["shape", "schedule", "T", "prediction", "steps", "seed"]}
+    about["variance"] = diffusion.variance
     td.save_model(args.out / "model.safetensors", result.model, about)
 
     began = time.perf_counter()
