@@ -95,7 +95,7 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no file at"):
         pretrained.load(tmp_path / "m.safetensors")
     monkeypatch.setattr(pretrained, "MNIST", tmp_path / "mnist_unet.safetensors")
-    with pytest.raises(FileNotFoundError, match="train_mnist.py"):
+    with pytest.raises(FileNotFoundError, match=r"train_mnist\.py"):
         td.pretrained.mnist()
 
 
@@ -200,18 +200,8 @@ def test_help_names_every_flag_and_its_default(demo, capsys):
         demo("--help")
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag in [
-        "out",
-        "seed",
-        "quiet",
-        "samples",
-        "sampler",
-        "sampling-steps",
-        "backend",
-        "model",
-        "report",
-        "data",
-    ]:
+    flags = "out seed quiet samples sampler sampling-steps backend model report data"
+    for flag in flags.split():
         assert f"--{flag} " in text, flag
     for value in ("subset", 64, "ddim", 50, "runs/mnist-samples"):
         assert f"(default: {value}" in text, value
