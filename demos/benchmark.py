@@ -101,6 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --backend: --profile and --growth are of the CPU")
     if args.tf32 and args.backend != "cupy":
         parser.error("argument --tf32: only with --backend cupy")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"argument --json: {args.json} is a folder, or in one that is not there")
     args.rounds = args.rounds or (2 if args.quick else 9)
     return args
 
@@ -278,11 +280,17 @@ class Benchmark:
                     f"   (quartiles {r['lower_quartile']:.2f} … {r['upper_quartile']:.2f})"
                 )
             print(line, flush=True)
-        if given < machine.ENOUGH:
+        self.say_if_busy(given)
+
+    def say_if_busy(self, given: float) -> None:
+        from _bench.machine import ENOUGH
+
+        if given < ENOUGH:
+            threads = self.args.threads
+            advice = ": threads that wait for each other may take many times too long; try --threads 1"
             print(
-                f"    BUSY: other programs took {1 - given:.0%} of the {self.args.threads} threads' time. "
-                "Where threads wait for each other the times above may be many times too long: use fewer "
-                "--threads, or wait."
+                f"    BUSY: other programs left this one {given:.0%} of its {threads} thread{'s' * (threads > 1)}"
+                f"{advice if threads > 1 else ''}"
             )
 
     def step(self, side: Any, work: str, batch: Any) -> Any:
@@ -368,18 +376,20 @@ class Benchmark:
                 print(f"    {name:23} exponent {of['exponent']:.2f}    ({milliseconds} ms)")
 
     def profile(self) -> None:
-        from _bench import layers
+        from _bench import layers, machine
 
         self.found["profile"] = []
         for config in self.configs:
             for n in config.training:
                 measured = layers.profile(config, n, 1 if self.args.quick else 5)
+                measured["processor_share"] = given = machine.share_given(self.args.threads)
                 self.found["profile"].append(measured)
                 print(
                     f"\n{config.name}, training, batch {n}, by layer (ms): a step takes "
                     f"{1e3 * measured['step_seconds']:.2f} ms, {1e3 * measured['step_seconds_watched']:.2f} "
                     f"watched; products run at {measured['product_gflops']:.0f} GFLOP/s"
                 )
+                self.say_if_busy(given)
                 print("\n".join(layers.table(measured, "kinds")))
                 print("\n".join(layers.table(measured, "layers", LEAST_SHARE)))
 

@@ -253,6 +253,7 @@ def test_help_is_enough(capsys):
         (["--configs", "imagenet"], ["imagenet", "mnist", "toy"]),
         (["--configs", "cifar128"], ["cifar128"]),
         (["--rounds", "0"], ["--rounds", "'0'"]),
+        (["--json", "nowhere/found.json"], ["--json", "nowhere"]),
         (["--tf32"], ["--tf32", "--backend cupy"]),
         (["--backend", "cupy", "--growth"], ["--growth", "CPU"]),
         (["--backend", "jax"], ["jax", "cupy"]),
