@@ -287,11 +287,9 @@ class Benchmark:
 
         if given < ENOUGH:
             threads = self.args.threads
-            advice = ": threads that wait for each other may take many times too long; try --threads 1"
-            print(
-                f"    BUSY: other programs left this one {given:.0%} of its {threads} thread{'s' * (threads > 1)}"
-                f"{advice if threads > 1 else ''}"
-            )
+            print(f"    BUSY: other programs left this one {given:.0%} of the time of {threads} thread(s)")
+            if threads > 1:
+                print("    threads that wait for each other may take many times too long: try --threads 1")
 
     def step(self, side: Any, work: str, batch: Any) -> Any:
         if work != "ddim":
