@@ -61,6 +61,9 @@ class Plain(argparse.ArgumentParser):
             "(as CUPY_TF32=1)",
         )
         self.data = self.add_argument_group("the data")
+
+    def add_training(self) -> None:
+        """Add the groups ``training`` and ``process``."""
         self.training = self.add_argument_group("training")
         self.training.add_argument(
             "--steps", type=count_from(1), metavar="N", help="training steps (default: %(default)s)"
@@ -80,6 +83,27 @@ class Plain(argparse.ArgumentParser):
     def batch(self) -> dict[str, Any]:
         """What --batch takes."""
         return dict(type=count_from(1), help="data per step (default: %(default)s)")
+
+    def add_sampling(self) -> None:
+        """Add the group of one sampling."""
+        self.sampling_steps = self.get_default("sampling_steps")
+        self.set_defaults(sampling_steps=None)  # so that it is known who asked for more than there are
+        sampling = self.add_argument_group("sampling")
+        sampling.add_argument(
+            "--samples", type=count_from(1), metavar="N", help="how many (default: %(default)s)"
+        )
+        sampling.add_argument(
+            "--sampler",
+            choices=SAMPLERS,
+            help="ancestral; DDIM; DPM-Solver++ (2M); Heun; Heun in Karras' variables; the last two ask the "
+            "network twice a step (default: %(default)s)",
+        )
+        sampling.add_argument(
+            "--sampling-steps",
+            type=count_from(1),
+            metavar="N",
+            help=f"how many of the T steps to walk through (default: {self.sampling_steps}, at most T)",
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help).\n")
@@ -116,10 +140,10 @@ class Parser(Plain):
         defaults: dict[str, Any],
         on_a_gpu: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(description, epilog, out, {**defaults, "sampling_steps": None})
+        super().__init__(description, epilog, out, defaults)
         self.on_a_gpu = on_a_gpu or {}
-        self.sampling_steps = defaults["sampling_steps"]
         self.run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
+        self.add_training()
         self.training.add_argument(
             "--loss",
             choices=LOSSES,
@@ -129,22 +153,7 @@ class Parser(Plain):
         self.process.add_argument(
             "--schedule", choices=["linear", "cosine"], help="of the noise (default: %(default)s)"
         )
-        sampling = self.add_argument_group("sampling")
-        sampling.add_argument(
-            "--samples", type=count_from(1), metavar="N", help="how many (default: %(default)s)"
-        )
-        sampling.add_argument(
-            "--sampler",
-            choices=SAMPLERS,
-            help="ancestral; DDIM; DPM-Solver++ (2M); Heun; Heun in Karras' variables; the last two ask the "
-            "network twice a step (default: %(default)s)",
-        )
-        sampling.add_argument(
-            "--sampling-steps",
-            type=count_from(1),
-            metavar="N",
-            help=f"how many of the T steps to walk through (default: {self.sampling_steps}, at most T)",
-        )
+        self.add_sampling()
 
     def batch(self) -> dict[str, Any]:
         """What --batch takes."""

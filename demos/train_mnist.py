@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from _common import (
@@ -125,25 +126,13 @@ def run(args: argparse.Namespace) -> None:
     about = {
         key: getattr(args, key) for key in ["data", "schedule", "T", "prediction", "loss", "steps", "seed"]
     }
+    about["variance"] = diffusion.variance
     td.save_model(args.out / "model.safetensors", result.model, about)
 
-    began = time.perf_counter()
-    rng = generator_beside(model.conv_in.weight.value, sample_rng)
-    how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=True, rng=rng)
-    shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
-    samples = to_numpy(td.sample(result.model, diffusion, (args.samples, 28, 28, 1), **how, **shown))
-    sampling_seconds = time.perf_counter() - began
-    np.save(args.out / "samples.npy", samples)
-    states = td.iterate_samples(result.model, diffusion, (DIGITS, 28, 28, 1), **how)
-
-    seen = min(SAMPLES_AT_A_TIME, args.samples)
     how_trained = f"{args.steps} training steps, {args.sampling_steps} {args.sampler.upper()} steps"
-    pictures = {
-        "forward.png": forward,
-        "training.png": plotting.training_curve(result.losses, LOSSES[args.loss]),
-        "samples.png": plotting.samples_beside_data(samples[:seen], data[:seen], how_trained),
-        "reverse.png": plotting.reverse_process(states),
-    }
+    samples, sampling_seconds, drawn = draw(args, result.model, diffusion, data, sample_rng, how_trained)
+    curve = plotting.training_curve(result.losses, LOSSES[args.loss])
+    pictures = {"forward.png": forward, "training.png": curve, **drawn}
     for name, picture in pictures.items():
         plotting.save(picture, args.out / name)
     write_metrics(
@@ -157,6 +146,32 @@ def run(args: argparse.Namespace) -> None:
     )
     if not args.quiet:
         print(f"pictures in {args.out}: {', '.join(pictures)}")
+
+
+def draw(
+    args: argparse.Namespace,
+    model: td.UNet,
+    diffusion: td.GaussianDiffusion,
+    data: np.ndarray,
+    rng: np.random.Generator,
+    title: str,
+) -> tuple[np.ndarray, float, dict[str, Any]]:
+    """Sample, and leave samples.npy; return the samples, the seconds it took, and two pictures by name."""
+    began = time.perf_counter()
+    rng = generator_beside(model.conv_in.weight.value, rng)
+    how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=True, rng=rng)
+    shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
+    samples = to_numpy(td.sample(model, diffusion, (args.samples, 28, 28, 1), **how, **shown))
+    seconds = time.perf_counter() - began
+    args.out.mkdir(parents=True, exist_ok=True)
+    np.save(args.out / "samples.npy", samples)
+    states = td.iterate_samples(model, diffusion, (DIGITS, 28, 28, 1), **how)
+    seen = min(SAMPLES_AT_A_TIME, args.samples)
+    pictures = {
+        "samples.png": plotting.samples_beside_data(samples[:seen], data[:seen], title),
+        "reverse.png": plotting.reverse_process(states),
+    }
+    return samples, seconds, pictures
 
 
 def digits(args: argparse.Namespace) -> np.ndarray:

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
     about = {
         key: getattr(args, key) for key in ["shape", "schedule", "T", "prediction", "loss", "steps", "seed"]
     }
+    about["variance"] = diffusion.variance
     td.save_model(args.out / "model.safetensors", result.model, about)
 
     began = time.perf_counter()

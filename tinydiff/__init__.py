@@ -10,7 +10,7 @@ derived, proved in a test, and runs unchanged on a GPU through CuPy.
 >>> x = td.datasets.toy2d.sample("moons", 1000, rng=rng)
 """
 
-from tinydiff import datasets, interop, metrics, nn
+from tinydiff import datasets, interop, metrics, nn, pretrained
 from tinydiff._version import __version__
 from tinydiff.backend import BackendError, get_backend
 from tinydiff.bound import bits_per_dim, variational_bound
@@ -61,6 +61,7 @@ __all__ = [
     "min_snr_weight",
     "nn",
     "ode_log_likelihood",
+    "pretrained",
     "sample",
     "save_model",
     "simple_loss",
