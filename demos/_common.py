@@ -48,6 +48,18 @@ class Plain(argparse.ArgumentParser):
             choices=["numpy", "cupy"],
             help="the array library (default: TINYDIFF_BACKEND, or else numpy)",
         )
+        self.run.add_argument(
+            "--device",
+            type=count_from(0),
+            metavar="N",
+            help="which of the GPUs that CUDA_VISIBLE_DEVICES leaves visible (default: the first)",
+        )
+        self.run.add_argument(
+            "--tf32",
+            action="store_true",
+            help="let the GPU round the factors of float32 products to 11 binary digits, which may be faster "
+            "(as CUPY_TF32=1)",
+        )
         self.data = self.add_argument_group("the data")
         self.training = self.add_argument_group("training")
         self.training.add_argument(
@@ -76,7 +88,18 @@ class Plain(argparse.ArgumentParser):
         args = super().parse_args(*given)
         if args.out is not None and args.out.exists() and not args.out.is_dir():
             self.error(f"argument --out: {args.out} is not a directory")
+        if args.tf32 and self.backend(*given) != "cupy":
+            self.error("argument --tf32: it is for --backend cupy")
         return args
+
+    def backend(self, *given: Any) -> str:
+        """The backend that the flags or the environment name: other defaults hang on it."""
+        first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+        first.add_argument("--backend", default=os.environ.get("TINYDIFF_BACKEND", ""))
+        try:
+            return first.parse_known_args(*given)[0].backend.strip().lower()
+        except argparse.ArgumentError:  # which the whole parser will name
+            return ""
 
 
 class Parser(Plain):
@@ -97,18 +120,6 @@ class Parser(Plain):
         self.on_a_gpu = on_a_gpu or {}
         self.sampling_steps = defaults["sampling_steps"]
         self.run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
-        self.run.add_argument(
-            "--device",
-            type=count_from(0),
-            metavar="N",
-            help="which of the GPUs that CUDA_VISIBLE_DEVICES leaves visible (default: the first)",
-        )
-        self.run.add_argument(
-            "--tf32",
-            action="store_true",
-            help="let the GPU round the factors of float32 products to 11 binary digits, which may be faster "
-            "(as CUPY_TF32=1)",
-        )
         self.training.add_argument(
             "--loss",
             choices=LOSSES,
@@ -145,28 +156,16 @@ class Parser(Plain):
 
     def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
         largest = self.get_default("batch")
-        on_a_gpu = self._backend(*given) == "cupy"
-        if on_a_gpu:
+        if self.backend(*given) == "cupy":
             largest = LARGEST_BATCH
             self.set_defaults(**self.on_a_gpu)
         args = super().parse_args(*given)
-        if args.tf32 and not on_a_gpu:
-            self.error("argument --tf32: it is for --backend cupy")
         args.largest_batch = largest
         if args.sampling_steps is None:
             args.sampling_steps = min(self.sampling_steps, args.T)
         if args.sampling_steps > args.T:
             self.error(f"argument --sampling-steps: {args.sampling_steps} is more than --T {args.T}")
         return args
-
-    def _backend(self, *given: Any) -> str:
-        """The backend that the flags or the environment name: other defaults hang on it."""
-        first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-        first.add_argument("--backend", default=os.environ.get("TINYDIFF_BACKEND", ""))
-        try:
-            return first.parse_known_args(*given)[0].backend.strip().lower()
-        except argparse.ArgumentError:  # which the whole parser will name
-            return ""
 
 
 def count_from(least: int) -> Any:
