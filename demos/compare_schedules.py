@@ -35,7 +35,7 @@ from train_mnist import LAYERS_PER_BLOCK, digits
 
 import tinydiff as td
 from tinydiff import plotting
-from tinydiff.backend import asarray_like, standard_normal, to_numpy
+from tinydiff.backend import array_namespace, asarray_like, standard_normal, to_numpy
 from tinydiff.bound import prior_term, step_term
 from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
 from tinydiff.diffusion import Variance
@@ -46,7 +46,7 @@ from tinydiff.samplers import respaced
 DEFAULTS = dict(
     data="subset",
     channels=[16, 32, 64],
-    steps=1000,
+    steps=1200,
     batch=32,
     lr=2e-3,
     T=250,  # importance sampling needs ten terms at every t before it begins: 22 T draws or so
@@ -329,7 +329,7 @@ def bound(
         part = slice(start, start + AT_A_TIME)
         x0 = asarray_like(digits[chosen[part]], like)
         x_t = walk.q_sample(x0, t[part], standard_normal(rng, x0.shape, x0))
-        output = model.predict(x_t, asarray_like(times[t[part]], x0, np.int64))
+        output = model.predict(x_t, asarray_like(times[t[part]], x0, array_namespace(x0).int64))
         terms[part] = to_numpy(step_term(walk, output, x0, x_t, t[part], "8bit", clip=True)[0])
     bits = terms.reshape(steps, draws) / (digits[0].size * math.log(2))
     mean, second = np.mean(bits, axis=1), np.mean(np.square(bits), axis=1)
