@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tinydiff.kernels import _gather, _norm, _threads, _winograd, kernels_for, portable
+from tinydiff.kernels import _attention, _gather, _norm, _threads, _winograd, kernels_for, portable
 from tinydiff.kernels import numpy as twin
 
 dtypes = st.sampled_from([np.float64, np.float32])
@@ -77,6 +77,8 @@ def small_chunks():
     patch.setattr(_gather, "CHUNK_BYTES", 2**14)
     patch.setattr(_norm, "BLOCK_BYTES", 2**12)
     patch.setattr(_norm, "PARALLEL_SIZE", 0)
+    patch.setattr(_attention, "BLOCK_BYTES", 2**11)
+    patch.setattr(_attention, "PARALLEL_SIZE", 0)
     yield
     patch.undo()
 
@@ -193,6 +195,48 @@ def test_linear_silu_softmax(lead, c, d, dtype, seed):
     assert_close(p, p64, p64, dtype, 100)
     ds, ds64 = twin.softmax_backward(p, dx), portable.softmax_backward(p64, dx64)
     assert_close(ds, ds64, np.abs(p64) * np.linalg.norm(dx64), dtype, 100)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    n=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 12),
+    d=st.integers(1, 9),
+    size=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_attention(n, heads, length, d, size, dtype, seed):
+    """docs: A.23.  At size 30 whole rows of exp vanish under the bound, and the maximum must take its place.
+
+    A score is rounded relative to the bound on it, and p by as much as its score is off.
+    """
+    rng = np.random.default_rng(seed)
+    views = (normal(rng, (n, length, heads, d), dtype).transpose(0, 2, 1, 3) for _ in range(4))
+    q, k, v, do = views
+    q, k, scale = q * dtype(size), k * dtype(size), d**-0.5
+    o, saved = twin.attention(q, k, v, scale)
+    actual = [o, *twin.attention_backward(saved, do)]
+    q, k, v, do = (a.astype(np.float64) for a in (q, k, v, do))
+    o, saved = portable.attention(q, k, v, scale)
+    expected = [o, *portable.attention_backward(saved, do)]
+    p = portable.softmax(q @ k.swapaxes(2, 3) * scale)
+    dp = np.abs(do) @ np.abs(v).swapaxes(2, 3)
+    ds = p * (dp + np.sum(p * dp, axis=3, keepdims=True)) * scale
+    magnitude = [p @ np.abs(v), ds @ np.abs(k), ds.swapaxes(2, 3) @ np.abs(q), p.swapaxes(2, 3) @ np.abs(do)]
+    bound = scale * np.linalg.norm(q, axis=3).max() * np.linalg.norm(k, axis=3).max()
+    for a, e, m in zip(actual, expected, magnitude):
+        assert_close(a, e, m * (1 + bound), dtype)
+
+
+def test_a_score_that_is_not_a_number_stays_none():
+    """The trainer relies on seeing it; and the search for a smaller shift ends."""
+    q, k, v = (normal(np.random.default_rng(0), (1, 2, 3, 4), np.float32) for _ in range(3))
+    q[0, 1, 2, 3] = np.nan
+    o, saved = twin.attention(q, k, v, 0.5)
+    assert np.isnan(o[0, 1, 2]).all() and np.isfinite(o[0, 0]).all() and np.isfinite(o[0, 1, :2]).all()
+    assert np.isnan(twin.attention_backward(saved, v)[1][0, 1]).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -15,18 +15,17 @@ from tinydiff import interop
 from tinydiff.backend import to_numpy
 from tinydiff.kernels import many_steps
 from tinydiff.losses import mean_squared_error
+from tinydiff.parallel import shared_out
 
 LR = 1e-4
 
 
 @contextmanager
-def running(model: Any, threads: int) -> Iterator[Any]:
-    """The model as it is run in a loop of many steps, on so many threads.
-
-    The one place where it is wrapped, if it is: whatever is called and has parameters like a model will do.
-    """
-    with many_steps():
-        yield model
+def running(model: Any, config: Config) -> Iterator[Any]:
+    """The model as `td.train` and `td.sample` run it: its batches shared out to processes where that pays."""
+    largest = max((*config.training, *config.inference, *config.ddim))
+    with many_steps(), shared_out(model, largest) as shared:
+        yield shared
 
 
 def training_step(
@@ -53,7 +52,7 @@ class Tinydiff:
         self.xp = td.get_backend(backend)
         self.clock = clock or wall_clock
         self._stack = ExitStack()
-        self.model = self._stack.enter_context(running(config.model(backend, dtype), threads))
+        self.model = self._stack.enter_context(running(config.model(backend, dtype), config))
 
     def close(self) -> None:
         self._stack.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import (
     gather_conv,
     gather_conv_backward,
@@ -45,6 +46,8 @@ from tinydiff.kernels.portable import Padding
 
 __all__ = [
     "adam_step",
+    "attention",
+    "attention_backward",
     "conv2d",
     "conv2d_backward",
     "ema_step",

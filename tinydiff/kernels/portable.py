@@ -16,6 +16,8 @@ from tinydiff.backend import Array, array_namespace, device
 
 __all__ = [
     "adam_step",
+    "attention",
+    "attention_backward",
     "conv2d",
     "conv2d_backward",
     "ema_step",
@@ -197,6 +199,29 @@ def softmax_backward(p: Array, dp: Array) -> Array:
     """dx = p (dp - sum_k p_k dp_k).  (docs: B.14)"""
     xp = array_namespace(p)
     return p * (dp - xp.sum(p * dp, axis=-1, keepdims=True))
+
+
+def _transpose(x: Array) -> Array:
+    return array_namespace(x).permute_dims(x, (0, 1, 3, 2))
+
+
+def attention(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
+    """o = p v,  p = softmax(scale q k.T), for each image and head.  (docs: B.12)
+
+    q, k, v (N, heads, L, d)  ->  o (N, heads, L, d), and what `attention_backward` needs.
+    """
+    p = softmax((q @ _transpose(k)) * scale)
+    return p @ v, (q, k, v, p, scale)
+
+
+def attention_backward(saved: tuple[Any, ...], do: Array) -> tuple[Array, Array, Array]:
+    """Gradients of `attention`: dq, dk, dv.  (docs: B.13)
+
+    dv = p.T do,  dp = do v.T,  ds = scale dp through the softmax,  dq = ds k,  dk = ds.T q
+    """
+    q, k, v, p, scale = saved
+    ds = softmax_backward(p, do @ _transpose(v)) * scale
+    return ds @ k, _transpose(ds) @ q, _transpose(p) @ do
 
 
 def adam_step(

@@ -62,7 +62,6 @@ class SelfAttention(Module):
         kernels = kernels_for(x)
         n, h, w, c = x.shape
         d = self.head_dim
-        scale = 1.0 / math.sqrt(d)
 
         def split(pixels: Array) -> Array:  # (N, L, C) -> (N, heads, L, d)
             return xp.permute_dims(xp.reshape(pixels, (n, h * w, c // d, d)), (0, 2, 1, 3))
@@ -70,26 +69,19 @@ class SelfAttention(Module):
         def merge(heads: Array) -> Array:  # (N, heads, L, d) -> (N, L, C)
             return xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (n, h * w, c))
 
-        def transpose(matrix: Array) -> Array:
-            return xp.permute_dims(matrix, (0, 1, 3, 2))
-
         normed, norm_backward = self.group_norm(x)
         pixels = xp.reshape(normed, (n, h * w, c))
         q, q_backward = self.to_q(pixels)
         k, k_backward = self.to_k(pixels)
         v, v_backward = self.to_v(pixels)
-        q, k, v = split(q), split(k), split(v)
-        p = kernels.softmax((q @ transpose(k)) * scale)  # (N, heads, L, L)
-        out, out_backward = self.to_out[0](merge(p @ v))
+        heads, saved = kernels.attention(split(q), split(k), split(v), 1.0 / math.sqrt(d))
+        out, out_backward = self.to_out[0](merge(heads))
 
         @once
         def backward(dy: Array) -> Array:
-            """Through o = p v, p = softmax(s), s = q k.T / sqrt(d), then the projections.  (docs: B.13)"""
+            """Through the projection, the heads, and the projections before them.  (docs: B.13)"""
             do = split(out_backward(xp.reshape(dy, (n, h * w, c))))
-            dv = transpose(p) @ do
-            ds = kernels.softmax_backward(p, do @ transpose(v)) * scale
-            dq = ds @ k
-            dk = transpose(ds) @ q
+            dq, dk, dv = kernels.attention_backward(saved, do)
             dpixels = q_backward(merge(dq)) + k_backward(merge(dk)) + v_backward(merge(dv))
             return dy + norm_backward(xp.reshape(dpixels, (n, h, w, c)))
 
