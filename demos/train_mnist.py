@@ -32,7 +32,7 @@ from tinydiff.datasets import mnist
 DEFAULTS = dict(
     data="subset",
     channels=[16, 32, 64],
-    steps=2000,
+    steps=4000,
     batch=64,
     lr=2e-3,
     loss="simple",
@@ -53,7 +53,7 @@ DIGITS = 4  # in the pictures of the processes
 
 EXAMPLES = """examples:
   python demos/train_mnist.py
-  python demos/train_mnist.py --steps 3000 --data full --out runs/long
+  python demos/train_mnist.py --steps 8000 --data full --out runs/long
   python demos/train_mnist.py --resume
   python demos/train_mnist.py --loss hybrid --out runs/hybrid
   python demos/train_mnist.py --backend cupy --device 1 --batch auto

@@ -60,9 +60,10 @@ BOTH_G = np.kron(G, G)
 
 
 @functools.cache
-def _transforms(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """B.T, A.T and A of a dtype."""
-    return B.T.astype(dtype), A.T.astype(dtype), A.astype(dtype)
+def _transforms(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """B.T, A.T, A, and A.T with a column of ones more, of a dtype."""
+    with_one = np.concatenate([A.T, np.ones((TILE, 1))], axis=1)
+    return B.T.astype(dtype), A.T.astype(dtype), A.astype(dtype), with_one.astype(dtype)
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
@@ -129,13 +130,22 @@ def _by_tiles(y: np.ndarray) -> np.ndarray:
     return y.reshape(m, h // TILE, TILE, w // TILE, TILE, d).transpose(2, 4, 0, 1, 3, 5)
 
 
-def _output_transform(mm: np.ndarray, b: np.ndarray | float, y: np.ndarray) -> None:
+def _output_transform(mm: np.ndarray, b: np.ndarray | None, y: np.ndarray) -> None:
     """y = A.T M A + b of the patches: mm (6, 6, m, th, tw, D) written to y (m, H', W', D)."""
-    patches = _both_axes(_transforms(mm.dtype)[1], mm, between="one", to="two")
     m, th, tw, d = mm.shape[2:]
+    size = m * th * tw * d
+    at = _transforms(mm.dtype)[1]
+    inner = scratch("one", (PATCH + 1, TILE * size), mm.dtype)
+    np.matmul(at, mm.reshape(PATCH, PATCH, size), out=inner[:PATCH].reshape(PATCH, TILE, size))
+    patches = scratch("two", (TILE, TILE * size), mm.dtype)
+    if b is None:
+        np.matmul(at, inner[:PATCH], out=patches)
+    else:  # a row more, of biases, with the coefficient 1: the sum is made as the product is
+        inner[PATCH].reshape(-1, d)[...] = b
+        np.matmul(_transforms(mm.dtype)[3], inner, out=patches)
     whole = y.shape[1] == TILE * th and y.shape[2] == TILE * tw
     target = y if whole else scratch("ypad", (m, TILE * th, TILE * tw, d), mm.dtype)
-    np.add(patches, b, out=_by_tiles(target))
+    _by_tiles(target)[...] = patches.reshape(TILE, TILE, m, th, tw, d)
     if not whole:
         y[...] = target[:, : y.shape[1], : y.shape[2]]
 
@@ -154,7 +164,7 @@ def _output_transform_backward(dy: np.ndarray, th: int, tw: int) -> np.ndarray:
 
 
 def winograd_conv(
-    x: np.ndarray, u: np.ndarray, b: np.ndarray | float, before: int, y: np.ndarray, start: int, stop: int
+    x: np.ndarray, u: np.ndarray, b: np.ndarray | None, before: int, y: np.ndarray, start: int, stop: int
 ) -> None:
     """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C).  (docs: A.8)"""
     _, c, d = u.shape

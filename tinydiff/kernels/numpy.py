@@ -122,7 +122,7 @@ def conv2d_backward(
         dy_rows = dy[start:stop].reshape(-1, d)
         db = np.ones(dy_rows.shape[0], dy.dtype) @ dy_rows
         if winograd:
-            winograd_conv(dy, turned, 0.0, 2 - padding[0], dx, start, stop)
+            winograd_conv(dy, turned, None, 2 - padding[0], dx, start, stop)
             du = winograd_conv_taps(x, dy, padding[0], start, stop)
         elif _is_product(w, stride, padding):
             np.matmul(dy_rows, w[0, 0].T, out=dx[start:stop].reshape(-1, c))
