@@ -82,6 +82,8 @@ def _is_narrow(w: np.ndarray, stride: int, padding: Padding) -> bool:
 
 def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Padding) -> np.ndarray:
     """As ``portable.conv2d``."""
+    if _is_product(w, stride, padding):
+        return linear(x, w[0, 0], b)
     k, _, _, d = w.shape
     n, height, width, _ = x.shape
     before, after = padding
@@ -95,9 +97,7 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
     else:
 
         def work(start: int, stop: int) -> None:
-            if _is_product(w, stride, padding):
-                np.matmul(x[start:stop], w[0, 0], out=y[start:stop])
-            elif _is_narrow(w, stride, padding):
+            if _is_narrow(w, stride, padding):
                 narrow_conv(x, w, before, y, start, stop)
             else:
                 gather_conv(x, w, stride, before, y, start, stop)
@@ -111,8 +111,10 @@ def conv2d_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray, stride: int, padding: Padding
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.conv2d_backward``."""
-    c, d = w.shape[2:]
-    n = x.shape[0]
+    if _is_product(w, stride, padding):
+        dx, dw, db = linear_backward(x, w[0, 0], dy)
+        return dx, dw.reshape(w.shape), db
+    n, d = x.shape[0], w.shape[3]
     dy = np.ascontiguousarray(dy)
     dx = np.empty(x.shape, x.dtype)
     winograd = _is_winograd(w, stride, padding)
@@ -124,9 +126,6 @@ def conv2d_backward(
         if winograd:
             winograd_conv(dy, turned, None, 2 - padding[0], dx, start, stop)
             du = winograd_conv_taps(x, dy, padding[0], start, stop)
-        elif _is_product(w, stride, padding):
-            np.matmul(dy_rows, w[0, 0].T, out=dx[start:stop].reshape(-1, c))
-            du = (x[start:stop].reshape(-1, c).T @ dy_rows).reshape(w.shape)
         elif _is_narrow(w, stride, padding):
             du = narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
         else:
