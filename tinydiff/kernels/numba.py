@@ -1,0 +1,97 @@
+"""The Numba twin of ``portable.py``: the same functions for NumPy arrays, compiled for this processor.
+
+Optional, and chosen by ``TINYDIFF_KERNELS=numba`` or ``kernels.use("numba")``. What NumPy does well it goes on
+doing: matrix products, and convolutions that are nothing but one. Compiled is what NumPy can only do as many
+passes over memory: the transforms of Winograd's convolution (``_numba_winograd.py``), normalisation with SiLU
+(``_numba_norm.py``), softmax (``_numba_rows.py``), the optimiser's step (``_numba_optim.py``). They are
+written with vectors as values (``_numba_lanes.py``) and an exponential function of such (``_numba_exp.py``).
+
+Arrays that are neither all float32 nor all float64 go to the NumPy twin, as does what gains nothing here.
+The results equal the NumPy twin's up to rounding, not in their bits (docs: A.3, A.21).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinydiff.kernels import numpy as numpy_twin
+from tinydiff.kernels._linear import linear, linear_backward
+from tinydiff.kernels._numba_jit import fits
+from tinydiff.kernels._numba_norm import (
+    group_norm,
+    group_norm_backward,
+    group_norm_silu,
+    group_norm_silu_backward,
+)
+from tinydiff.kernels._numba_optim import adam_step, ema_step
+from tinydiff.kernels._numba_rows import silu, silu_backward, softmax, softmax_backward
+from tinydiff.kernels._numba_winograd import (
+    winograd_conv,
+    winograd_conv_backward,
+    winograd_weight,
+    winograd_weight_backward,
+)
+from tinydiff.kernels._threads import in_parallel
+from tinydiff.kernels.portable import Padding
+
+__all__ = [
+    "adam_step",
+    "conv2d",
+    "conv2d_backward",
+    "ema_step",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "linear",
+    "linear_backward",
+    "silu",
+    "silu_backward",
+    "softmax",
+    "softmax_backward",
+]
+
+# Winograd's transforms take 16 channels at a time, so there must be as many.
+WINOGRAD_CHANNELS = 16
+
+
+def _is_winograd(x: np.ndarray, w: np.ndarray, stride: int, padding: Padding) -> bool:
+    """Whether 4x4 patches of the output are right: 36 products each, of which those that stick out are lost."""
+    h_out, w_out = (size + sum(padding) - 2 for size in x.shape[1:3])
+    return (
+        w.shape[0] == 3
+        and stride == 1
+        and min(w.shape[2:]) >= WINOGRAD_CHANNELS
+        and 36 * -(-h_out // 4) * -(-w_out // 4) <= 5 * h_out * w_out
+    )
+
+
+def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Padding) -> np.ndarray:
+    """As ``portable.conv2d``."""
+    if not (_is_winograd(x, w, stride, padding) and fits(x, w, b)):
+        return numpy_twin.conv2d(x, w, b, stride, padding)
+    n, height, width, _ = x.shape
+    before, after = padding
+    x, b, u = np.ascontiguousarray(x), np.ascontiguousarray(b), winograd_weight(w)
+    y = np.empty((n, height + before + after - 2, width + before + after - 2, w.shape[3]), x.dtype)
+    in_parallel(lambda start, stop: winograd_conv(x, u, b, before, y, start, stop), n)
+    return y
+
+
+def conv2d_backward(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray, stride: int, padding: Padding
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``portable.conv2d_backward``."""
+    if not (_is_winograd(x, w, stride, padding) and fits(x, w, dy)):
+        return numpy_twin.conv2d_backward(x, w, dy, stride, padding)
+    x, dy, u = np.ascontiguousarray(x), np.ascontiguousarray(dy), winograd_weight(w)
+    dx = np.zeros(x.shape, x.dtype)
+
+    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        dy_rows = dy[start:stop].reshape(-1, w.shape[3])
+        db = np.ones(len(dy_rows), dy.dtype) @ dy_rows
+        return winograd_conv_backward(x, u, dy, padding[0], dx, start, stop), db
+
+    shares = in_parallel(work, x.shape[0])
+    du, db = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
+    return dx, winograd_weight_backward(du), db
