@@ -12,19 +12,17 @@ directory (``NUMBA_CACHE_DIR`` names another). Where neither can be written it i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 __all__ = ["OPTIONS", "fits", "inlined", "jit"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
-def jit(function: F) -> F:
+def jit(function: Callable[..., Any]) -> Any:
     """Compile at the first call for each new combination of dtypes; from the cache where there is one."""
     try:
         return njit(cache=True, **OPTIONS)(function)
@@ -32,7 +30,7 @@ def jit(function: F) -> F:
         return njit(**OPTIONS)(function)
 
 
-def inlined(function: F) -> F:
+def inlined(function: Callable[..., Any]) -> Any:
     """Compile as part of each caller, so that lengths known there are known here."""
     return njit(forceinline=True, **OPTIONS)(function)
 

@@ -7,8 +7,8 @@ So those kernels say what they mean::
     d = load(x, i)                 # x[i : i + LANES] of a flat array
     store(y, j, a * d + d)         # a is a scalar
 
-`+`, `-`, `*` and `/` are element by element. A product and a sum may be fused, as in ``_numba_jit.py``. How many
-instructions one operation takes is LLVM's business: one in float32 where registers have 512 bits.
+`+`, `-`, `*` and `/` are element by element. A product and a sum may be fused, as in ``_numba_jit.py``. How
+many instructions one operation takes is LLVM's business: one in float32 where registers have 512 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,20 @@ from numba import types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-__all__ = ["LANES", "clamp", "load", "scale_by_power_of_two", "spread", "store", "zero_before", "zeros"]
+__all__ = [
+    "LANES",
+    "Lanes",
+    "clamp",
+    "larger",
+    "largest_of",
+    "load",
+    "scale_by_power_of_two",
+    "spread",
+    "store",
+    "total_of",
+    "zero_before",
+    "zeros",
+]
 
 LANES = 16
 
@@ -130,6 +143,42 @@ def clamp(typingctx, value, low, high):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def larger(typingctx, left, right):  # type: ignore[no-untyped-def]
+    """The larger of two vectors, element by element; where one is NaN, either."""
+
+    def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return left(left, left), generate
+
+
+def _fold(combine: Any) -> Any:
+    """Make an intrinsic of a function of two values: the halves combined, again and again, down to one."""
+
+    def intrinsic_of(typingctx, value):  # type: ignore[no-untyped-def]
+        def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            vector, length = args[0], LANES
+            while length > 1:
+                length //= 2
+                halves = (
+                    ir.Constant(ir.VectorType(ir.IntType(32), length), list(range(start, start + length)))
+                    for start in (0, length)
+                )
+                undefined = ir.Constant(vector.type, ir.Undefined)
+                vector = combine(builder, *(builder.shuffle_vector(vector, undefined, h) for h in halves))
+            return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+        return value.dtype(value), generate
+
+    return intrinsic(intrinsic_of)
+
+
+# The sum, and the largest (where one is NaN, any), of a vector's numbers.
+total_of = _fold(lambda builder, a, b: builder.fadd(a, b))
+largest_of = _fold(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
+@intrinsic
 def scale_by_power_of_two(typingctx, value, shifted, magic):  # type: ignore[no-untyped-def]
     """Return value * 2^n for shifted = magic + n, where `magic` is so large that its last digit is the ones.
 
@@ -171,7 +220,8 @@ def _operator(symbol: Any, instruction: str) -> None:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         vectors = (
-            arg if isinstance(kind, Lanes) else _spread(builder, arg) for kind, arg in zip(sig.args, args)
+            arg if isinstance(kind, Lanes) else _spread(builder, arg)
+            for kind, arg in zip(sig.args, args, strict=True)
         )
         return getattr(builder, instruction)(*vectors, flags=("contract",))
 

@@ -171,9 +171,7 @@ def group_norm_backward(
     with_silu, b, flat_dx = bias is not None, weight if bias is None else bias, dx.reshape(-1)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        return _backward(
-            flat, flat_dy, start, stop, h * w, groups, weight, b, with_silu, mean, rstd, flat_dx
-        )
+        return _backward(flat, flat_dy, start, stop, h * w, groups, weight, b, with_silu, mean, rstd, flat_dx)
 
     shares = in_parallel(work, n, x.size >= PARALLEL_SIZE)
     dweight, dbias = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))

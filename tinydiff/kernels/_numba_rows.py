@@ -1,7 +1,7 @@
 """Softmax and SiLU, sixteen numbers at a time.
 
-What is left over at the end of a row, or of the array, goes through the same vector code in a small array
-of its own, filled up with what does not count.
+The last sixteen of a row begin before the block before them ends, where the row's length is no multiple of
+sixteen. What is in both is computed twice, and counted once. Shorter rows are left to the NumPy twin.
 """
 
 from __future__ import annotations
@@ -11,53 +11,68 @@ import numpy as np
 from tinydiff.kernels import _linear
 from tinydiff.kernels._linear import PARALLEL_SIZE
 from tinydiff.kernels._numba_exp import exp, sigmoid
-from tinydiff.kernels._numba_jit import fits, jit
-from tinydiff.kernels._numba_lanes import LANES, load, spread, store, zeros
+from tinydiff.kernels._numba_jit import fits, inlined, jit
+from tinydiff.kernels._numba_lanes import (
+    LANES,
+    larger,
+    largest_of,
+    load,
+    store,
+    total_of,
+    zero_before,
+    zeros,
+)
 from tinydiff.kernels._threads import in_parallel
 
 __all__ = ["silu", "silu_backward", "softmax", "softmax_backward"]
 
 
+@inlined
+def _block(k, length):  # type: ignore[no-untyped-def]
+    """Where block k of a row begins, and how many of its numbers the block before had already."""
+    first = min(k * LANES, length - LANES)
+    return first, k * LANES - first
+
+
 @jit
-def _softmax(x, start, stop, p):  # type: ignore[no-untyped-def]
-    """Rows start … stop-1 of p (rows, L)."""
+def _softmax(x, start, stop, probabilities):  # type: ignore[no-untyped-def]
+    """Rows start … stop-1 of the probabilities (rows, L), L >= LANES."""
     length = x.shape[1]
-    padded = (length + LANES - 1) // LANES * LANES
-    row = np.full(padded, -np.inf).astype(x.dtype)  # what fills it up counts as exp(-inf) = 0
-    lanes = np.empty(LANES, x.dtype)
+    blocks = (length + LANES - 1) // LANES
+    flat, p = x.reshape(-1), probabilities.reshape(-1)
+    row = np.empty(length, x.dtype)
     for i in range(start, stop):
-        largest = x[i, 0]
-        for k in range(length):
-            row[k] = x[i, k]
-            largest = max(largest, row[k])
-        total = zeros(x)
-        for k in range(0, padded, LANES):
-            e = exp(load(row, k) - largest)
-            store(row, k, e)
-            total += e
-        store(lanes, 0, total)
-        scale = x.dtype.type(1) / lanes.sum()
-        for k in range(length):
-            p[i, k] = row[k] * scale
-        row[length:] = -np.inf
+        most = load(flat, i * length)
+        for k in range(1, blocks):
+            first, _ = _block(k, length)
+            most = larger(most, load(flat, i * length + first))
+        largest, total = largest_of(most), zeros(x)
+        for k in range(blocks):
+            first, done = _block(k, length)
+            e = exp(load(flat, i * length + first) - largest)
+            store(row, first, e)
+            total += zero_before(e, done)
+        scale = x.dtype.type(1) / total_of(total)
+        for k in range(blocks):
+            first, _ = _block(k, length)
+            store(p, i * length + first, scale * load(row, first))
 
 
 @jit
-def _softmax_backward(p, dp, start, stop, dx):  # type: ignore[no-untyped-def]
-    """Rows start … stop-1 of dx (rows, L); all flat and L apart."""
-    length = p.shape[1]
-    product = np.zeros((length + LANES - 1) // LANES * LANES, p.dtype)
-    lanes = np.empty(LANES, p.dtype)
+def _softmax_backward(probabilities, gradient, start, stop, result):  # type: ignore[no-untyped-def]
+    """Rows start … stop-1 of the result (rows, L), L >= LANES."""
+    length = probabilities.shape[1]
+    blocks = (length + LANES - 1) // LANES
+    p, dp, dx = probabilities.reshape(-1), gradient.reshape(-1), result.reshape(-1)
     for i in range(start, stop):
-        for k in range(length):
-            product[k] = p[i, k] * dp[i, k]
         total = zeros(p)
-        for k in range(0, product.size, LANES):
-            total += load(product, k)
-        store(lanes, 0, total)
-        mean = lanes.sum()
-        for k in range(length):
-            dx[i, k] = p[i, k] * (dp[i, k] - mean)
+        for k in range(blocks):
+            first, done = _block(k, length)
+            total += zero_before(load(p, i * length + first) * load(dp, i * length + first), done)
+        mean = total_of(total)
+        for k in range(blocks):
+            index = i * length + _block(k, length)[0]
+            store(dx, index, load(p, index) * (load(dp, index) - mean))
 
 
 @jit
@@ -88,7 +103,7 @@ def _silu_backward(s, y, dy, start, stop, dx):  # type: ignore[no-untyped-def]
 
 def softmax(x: np.ndarray) -> np.ndarray:
     """As ``portable.softmax``."""
-    if not fits(x):
+    if x.shape[-1] < LANES or not fits(x):
         return _linear.softmax(x)
     rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     p = np.empty(rows.shape, x.dtype)
@@ -98,7 +113,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def softmax_backward(p: np.ndarray, dp: np.ndarray) -> np.ndarray:
     """As ``portable.softmax_backward``."""
-    if not fits(p, dp):
+    if p.shape[-1] < LANES or not fits(p, dp):
         return _linear.softmax_backward(p, dp)
     rows, dp_rows = (np.ascontiguousarray(a).reshape(-1, p.shape[-1]) for a in (p, dp))
     dx = np.empty(rows.shape, p.dtype)
@@ -126,7 +141,5 @@ def silu_backward(s: np.ndarray, y: np.ndarray, dy: np.ndarray) -> np.ndarray:
         return _linear.silu_backward(s, y, dy)
     flat = tuple(np.ascontiguousarray(a).reshape(-1) for a in (s, y, dy))
     dx = np.empty_like(flat[0])
-    in_parallel(
-        lambda start, stop: _silu_backward(*flat, start, stop, dx), dx.size, dx.size >= PARALLEL_SIZE
-    )
+    in_parallel(lambda start, stop: _silu_backward(*flat, start, stop, dx), dx.size, dx.size >= PARALLEL_SIZE)
     return dx.reshape(s.shape)

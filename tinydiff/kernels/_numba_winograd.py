@@ -47,8 +47,12 @@ G = np.array(
 )  # fmt: skip
 G_OF_2D = np.kron(G, G)
 
-# Bytes of V and M of a chunk.
+# Bytes of V and M of a chunk: what fits the second-level cache.
 CHUNK_BYTES = 2**20
+
+# Most patches of a chunk of the backward. BLAS adds their products to dU one after the other; over more
+# patches the rounding of these sums would show (docs: A.21).
+MOST_PATCHES = 64
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
@@ -61,7 +65,6 @@ def winograd_weight_backward(du: np.ndarray) -> np.ndarray:
     """dg = G.T dU G: (36, C, D)  ->  (3, 3, C, D).  (docs: A.20)"""
     c, d = du.shape[1:]
     return (G_OF_2D.T.astype(du.dtype) @ du.reshape(36, c * d)).reshape(3, 3, c, d)
-
 
 
 def _coefficients(dtype: np.dtype) -> tuple[np.floating, ...]:
@@ -145,9 +148,11 @@ def _store6(x, index, step, values):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _input_transform(x, shape, before, start, th, tw, points, v, patches):  # type: ignore[no-untyped-def]
-    """V = B.T d B of `patches` patches of x (N, H, W, C), from `start` on: v (36, T, C)."""
-    h, w, c = shape
+def _input_transform(images, before, start, th, tw, points, places):  # type: ignore[no-untyped-def]
+    """V = B.T d B of the patches `start` on of images (N, H, W, C): places (36, T, C)."""
+    _, h, w, c = images.shape
+    patches = places.shape[1]
+    x, v = images.reshape(-1), places.reshape(-1)
     e = np.empty(36 * LANES, x.dtype)  # (6, 6, LANES)
     for t in range(patches):
         n, patch = divmod(start + t, th * tw)
@@ -175,9 +180,11 @@ def _input_transform(x, shape, before, start, th, tw, points, v, patches):  # ty
 
 
 @jit
-def _input_transform_backward(dv, shape, before, start, th, tw, points, dx, patches):  # type: ignore[no-untyped-def]
-    """dd = B dV B.T of the patches of dv (36, T, C), added to dx (N, H, W, C) where they were read."""
-    h, w, c = shape
+def _input_transform_backward(places, before, start, th, tw, points, images):  # type: ignore[no-untyped-def]
+    """dd = B dV B.T of places (36, T, C), added to images (N, H, W, C) where the patches were read."""
+    _, h, w, c = images.shape
+    patches = places.shape[1]
+    dv, dx = places.reshape(-1), images.reshape(-1)
     e = np.empty(36 * LANES, dx.dtype)
     for t in range(patches):
         n, patch = divmod(start + t, th * tw)
@@ -198,9 +205,11 @@ def _input_transform_backward(dv, shape, before, start, th, tw, points, dx, patc
 
 
 @jit
-def _output_transform(m, shape, bias, start, th, tw, points, y, patches):  # type: ignore[no-untyped-def]
-    """y = A.T M A + bias of the patches of m (36, T, D), written to y (N, H', W', D)."""
-    h, w, c = shape
+def _output_transform(places, bias, start, th, tw, points, images):  # type: ignore[no-untyped-def]
+    """y = A.T M A + bias of places (36, T, D), written to images (N, H', W', D)."""
+    _, h, w, c = images.shape
+    patches = places.shape[1]
+    m, y = places.reshape(-1), images.reshape(-1)
     e = np.empty(24 * LANES, y.dtype)  # (4, 6, LANES)
     for t in range(patches):
         n, patch = divmod(start + t, th * tw)
@@ -221,9 +230,11 @@ def _output_transform(m, shape, bias, start, th, tw, points, y, patches):  # typ
 
 
 @jit
-def _output_transform_backward(dy, shape, start, th, tw, points, dm, patches):  # type: ignore[no-untyped-def]
-    """dM = A dy A.T of the patches of dy (N, H', W', D), from `start` on: dm (36, T, D)."""
-    h, w, c = shape
+def _output_transform_backward(images, start, th, tw, points, places):  # type: ignore[no-untyped-def]
+    """dM = A dy A.T of the patches `start` on of images (N, H', W', D): places (36, T, D)."""
+    _, h, w, c = images.shape
+    patches = places.shape[1]
+    dy, dm = images.reshape(-1), places.reshape(-1)
     e = np.empty(24 * LANES, dy.dtype)  # (6, 4, LANES)
     for t in range(patches):
         n, patch = divmod(start + t, th * tw)
@@ -246,8 +257,8 @@ def _output_transform_backward(dy, shape, start, th, tw, points, dm, patches):  
                 _store6(dm, index, patches * c, _times_a(e0, e1, e2, e3, points))
 
 
-def _chunks(start: int, stop: int, bytes_per_patch: int) -> list[tuple[int, int]]:
-    size = max(1, CHUNK_BYTES // bytes_per_patch) | 1
+def _chunks(start: int, stop: int, bytes_per_patch: int, most: int) -> list[tuple[int, int]]:
+    size = max(1, min(CHUNK_BYTES // bytes_per_patch, most))
     return [(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
@@ -258,32 +269,36 @@ def winograd_conv(
     _, c, d = u.shape
     th, tw = (y.shape[1] + 3) // 4, (y.shape[2] + 3) // 4
     points = _coefficients(x.dtype)
-    flat_x, flat_y = x.reshape(-1), y.reshape(-1)
-    for first, last in _chunks(start * th * tw, stop * th * tw, 36 * (c + d) * x.itemsize):
-        t = last - first
-        v, m = scratch("v", (36, t, c), x.dtype), scratch("m", (36, t, d), x.dtype)
-        _input_transform(flat_x, x.shape[1:], before, first, th, tw, points, v.reshape(-1), t)
+    first_patch, end, size = start * th * tw, stop * th * tw, 36 * (c + d) * x.itemsize
+    for first, last in _chunks(first_patch, end, size, end):
+        v = scratch("v", (36, last - first, c), x.dtype)
+        m = scratch("m", (36, last - first, d), x.dtype)
+        _input_transform(x, before, first, th, tw, points, v)
         np.matmul(v, u, out=m)
-        _output_transform(m.reshape(-1), y.shape[1:], bias, first, th, tw, points, flat_y, t)
+        _output_transform(m, bias, first, th, tw, points, y)
 
 
 def winograd_conv_backward(
-    x: np.ndarray, u: np.ndarray, dy: np.ndarray, before: int, dx: np.ndarray, start: int, stop: int
+    x: np.ndarray, ut: np.ndarray, dy: np.ndarray, before: int, dx: np.ndarray, start: int, stop: int
 ) -> np.ndarray:
-    """Add to images start … stop-1 of dx (N, H, W, C); returns their share of dU (36, C, D).  (docs: A.20)"""
-    _, c, d = u.shape
+    """Add to images start … stop-1 of dx (N, H, W, C); returns their share of dU (36, C, D).  (docs: A.20)
+
+    ut is U.T (36, D, C), that is `winograd_weight` of the taps' transposes: BLAS is faster so.
+    """
+    _, d, c = ut.shape
     th, tw = (dy.shape[1] + 3) // 4, (dy.shape[2] + 3) // 4
     points = _coefficients(x.dtype)
-    ut = np.ascontiguousarray(u.swapaxes(1, 2))
-    du = np.zeros_like(u)
-    part = scratch("du", u.shape, u.dtype)
-    flat_x, flat_dy, flat_dx = x.reshape(-1), dy.reshape(-1), dx.reshape(-1)
-    for first, last in _chunks(start * th * tw, stop * th * tw, 36 * (c + d) * x.itemsize):
-        t = last - first
-        v, dm = scratch("v", (36, t, c), x.dtype), scratch("m", (36, t, d), x.dtype)
-        _input_transform(flat_x, x.shape[1:], before, first, th, tw, points, v.reshape(-1), t)
-        _output_transform_backward(flat_dy, dy.shape[1:], first, th, tw, points, dm.reshape(-1), t)
-        du += np.matmul(v.swapaxes(1, 2), dm, out=part)
+    du = np.empty((36, c, d), x.dtype)
+    first_patch, end, size = start * th * tw, stop * th * tw, 36 * (c + d) * x.itemsize
+    for first, last in _chunks(first_patch, end, size, MOST_PATCHES):
+        v = scratch("v", (36, last - first, c), x.dtype)
+        dm = scratch("m", (36, last - first, d), x.dtype)
+        _input_transform(x, before, first, th, tw, points, v)
+        _output_transform_backward(dy, first, th, tw, points, dm)
+        if first == first_patch:
+            np.matmul(v.swapaxes(1, 2), dm, out=du)
+        else:
+            du += np.matmul(v.swapaxes(1, 2), dm, out=scratch("du", du.shape, du.dtype))
         np.matmul(dm, ut, out=v)
-        _input_transform_backward(v.reshape(-1), x.shape[1:], before, first, th, tw, points, flat_dx, t)
+        _input_transform_backward(v, before, first, th, tw, points, dx)
     return du

@@ -1,10 +1,10 @@
 """The Numba twin of ``portable.py``: the same functions for NumPy arrays, compiled for this processor.
 
-Optional, and chosen by ``TINYDIFF_KERNELS=numba`` or ``kernels.use("numba")``. What NumPy does well it goes on
-doing: matrix products, and convolutions that are nothing but one. Compiled is what NumPy can only do as many
-passes over memory: the transforms of Winograd's convolution (``_numba_winograd.py``), normalisation with SiLU
-(``_numba_norm.py``), softmax (``_numba_rows.py``), the optimiser's step (``_numba_optim.py``). They are
-written with vectors as values (``_numba_lanes.py``) and an exponential function of such (``_numba_exp.py``).
+Optional, and chosen by ``TINYDIFF_KERNELS=numba`` or ``kernels.use("numba")``. What NumPy does well it goes
+on doing: matrix products, and convolutions that are little else. Compiled is what NumPy can only do as many
+passes over memory: the transforms of Winograd's convolution (``_numba_winograd.py``), normalisation with
+SiLU (``_numba_norm.py``), softmax (``_numba_rows.py``) and the optimiser's step (``_numba_optim.py``). They
+are written with vectors as values (``_numba_lanes.py``), of which ``_numba_exp.py`` takes the exponential.
 
 Arrays that are neither all float32 nor all float64 go to the NumPy twin, as does what gains nothing here.
 The results equal the NumPy twin's up to rounding, not in their bits (docs: A.3, A.21).
@@ -54,15 +54,23 @@ __all__ = [
 # Winograd's transforms take 16 channels at a time, so there must be as many.
 WINOGRAD_CHANNELS = 16
 
+# The weight's gradient sums over patches. Over fewer than this its rounding is up to 5 times PyTorch's, so
+# the smaller patches of the NumPy twin are taken (docs: A.21).
+BACKWARD_PATCHES = 128
 
-def _is_winograd(x: np.ndarray, w: np.ndarray, stride: int, padding: Padding) -> bool:
-    """Whether 4x4 patches of the output are right: 36 products each, of which those that stick out are lost."""
+
+def _is_winograd(
+    x: np.ndarray, w: np.ndarray, stride: int, padding: Padding, fewest_patches: int = 0
+) -> bool:
+    """Whether to cut the output into 4x4 patches: 36 products each, also for those that stick out."""
     h_out, w_out = (size + sum(padding) - 2 for size in x.shape[1:3])
+    patches = -(-h_out // 4) * -(-w_out // 4)
     return (
         w.shape[0] == 3
         and stride == 1
         and min(w.shape[2:]) >= WINOGRAD_CHANNELS
-        and 36 * -(-h_out // 4) * -(-w_out // 4) <= 5 * h_out * w_out
+        and 36 * patches <= 5 * h_out * w_out
+        and x.shape[0] * patches >= fewest_patches
     )
 
 
@@ -82,15 +90,16 @@ def conv2d_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray, stride: int, padding: Padding
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.conv2d_backward``."""
-    if not (_is_winograd(x, w, stride, padding) and fits(x, w, dy)):
+    if not (_is_winograd(x, w, stride, padding, BACKWARD_PATCHES) and fits(x, w, dy)):
         return numpy_twin.conv2d_backward(x, w, dy, stride, padding)
-    x, dy, u = np.ascontiguousarray(x), np.ascontiguousarray(dy), winograd_weight(w)
+    x, dy = np.ascontiguousarray(x), np.ascontiguousarray(dy)
+    ut = winograd_weight(np.ascontiguousarray(w.swapaxes(2, 3)))
     dx = np.zeros(x.shape, x.dtype)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         dy_rows = dy[start:stop].reshape(-1, w.shape[3])
         db = np.ones(len(dy_rows), dy.dtype) @ dy_rows
-        return winograd_conv_backward(x, u, dy, padding[0], dx, start, stop), db
+        return winograd_conv_backward(x, ut, dy, padding[0], dx, start, stop), db
 
     shares = in_parallel(work, x.shape[0])
     du, db = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
