@@ -12,6 +12,8 @@ directory (``NUMBA_CACHE_DIR`` names another). Where neither can be written it i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +24,23 @@ __all__ = ["OPTIONS", "fits", "inlined", "jit"]
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
+def _sources() -> list[tuple[str, float, int]]:
+    """The names, times and sizes of the files that may be compiled into one another."""
+    files = sorted(Path(__file__).parent.glob("_numba_*.py"))
+    return [(file.name, file.stat().st_mtime, file.stat().st_size) for file in files]
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """Compile at the first call for each new combination of dtypes; from the cache where there is one."""
     try:
-        return njit(cache=True, **OPTIONS)(function)
+        compiled = njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # "no locator available": nowhere to write
         return njit(**OPTIONS)(function)
+    # What is in the cache is good as long as its file is unchanged, says Numba. But the other files of this
+    # twin are compiled into it. Should a later Numba keep this elsewhere, only who edits them is affected.
+    with suppress(AttributeError):
+        compiled._cache._cache_file._source_stamp = _sources()
+    return compiled
 
 
 def inlined(function: Callable[..., Any]) -> Any:
