@@ -181,11 +181,7 @@ def _input_transform(images, before, start, th, tw, points, places):  # type: ig
 
 @jit
 def _input_transform_backward(places, before, start, th, tw, points, images):  # type: ignore[no-untyped-def]
-    """dd = B dV B.T of places (36, T, C), summed in images (N, H, W, C) where the patches were read.
-
-    The patches of an image come in order. So a pixel has its first part if it is among neither the first two
-    rows of a patch that has one above it, nor the first two columns of one that has one on its left.
-    """
+    """dd = B dV B.T of places (36, T, C), added to images (N, H, W, C) where the patches were read."""
     _, h, w, c = images.shape
     patches = places.shape[1]
     dv, dx = places.reshape(-1), images.reshape(-1)
@@ -205,9 +201,7 @@ def _input_transform_backward(places, before, start, th, tw, points, images):  #
                 done = block * LANES - first  # channels that the block before has added already
                 for s, d in enumerate(_times_b(e0, e1, e2, e3, e4, e5, points)):
                     if 0 <= col + s < w:
-                        if (r < 2 and i > 0) or (s < 2 and j > 0):
-                            d = load(dx, index + s * c) + zero_before(d, done)
-                        store(dx, index + s * c, d)
+                        store(dx, index + s * c, load(dx, index + s * c) + zero_before(d, done))
 
 
 @jit
@@ -287,7 +281,7 @@ def winograd_conv(
 def winograd_conv_backward(
     x: np.ndarray, ut: np.ndarray, dy: np.ndarray, before: int, dx: np.ndarray, start: int, stop: int
 ) -> np.ndarray:
-    """Write images start … stop-1 of dx (N, H, W, C); returns their share of dU (36, C, D).  (docs: A.20)
+    """Add to images start … stop-1 of dx (N, H, W, C); returns their share of dU (36, C, D).  (docs: A.20)
 
     ut is U.T (36, D, C), that is `winograd_weight` of the taps' transposes: BLAS is faster so.
     """

@@ -94,7 +94,7 @@ def conv2d_backward(
         return numpy_twin.conv2d_backward(x, w, dy, stride, padding)
     x, dy = np.ascontiguousarray(x), np.ascontiguousarray(dy)
     ut = winograd_weight(np.ascontiguousarray(w.swapaxes(2, 3)))
-    dx = np.empty(x.shape, x.dtype)
+    dx = np.zeros(x.shape, x.dtype)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         dy_rows = dy[start:stop].reshape(-1, w.shape[3])
