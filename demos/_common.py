@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,49 +15,79 @@ from typing import Any, NoReturn
 import numpy as np
 
 import tinydiff as td
+from tinydiff.checkpoint import load_arrays
 from tinydiff.samplers import SAMPLERS
 
+LARGEST_BATCH = 1024  # that --batch auto takes on a GPU
 
-class Parser(argparse.ArgumentParser):
-    """The flags of both demos, in groups to which a demo adds its own; a wrong one ends in one sentence."""
+LOSSES = {  # what their values are
+    "simple": "mean squared error",
+    "hybrid": "mean squared error, and a thousandth of the bound",
+    "vlb": "bound, in bits per dimension",
+}
+
+
+class Plain(argparse.ArgumentParser):
+    """The flags of every demo, in groups to which a demo adds its own; a wrong one ends in one sentence."""
 
     def __init__(self, description: str, epilog: str, out: str, defaults: dict[str, Any]) -> None:
         super().__init__(
             description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        self.sampling_steps = defaults["sampling_steps"]
-        self.set_defaults(**{**defaults, "sampling_steps": None})
-        run = self.add_argument_group("the run")
-        run.add_argument("--out", type=Path, metavar="DIR", help=f"where the results go (default: {out})")
-        run.add_argument(
+        self.set_defaults(**defaults)
+        self.run = self.add_argument_group("the run")
+        self.run.add_argument(
+            "--out", type=Path, metavar="DIR", help=f"where the results go (default: {out})"
+        )
+        self.run.add_argument(
             "--seed", type=count_from(0), metavar="N", default=0, help="of everything random (default: 0)"
         )
-        run.add_argument("--quiet", action="store_true", help="print nothing but errors")
-        run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
-        run.add_argument(
+        self.run.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        self.run.add_argument(
             "--backend",
             choices=["numpy", "cupy"],
             help="the array library (default: TINYDIFF_BACKEND, or else numpy)",
         )
+        self.run.add_argument(
+            "--device",
+            type=count_from(0),
+            metavar="N",
+            help="which of the GPUs that CUDA_VISIBLE_DEVICES leaves visible (default: the first)",
+        )
+        self.run.add_argument(
+            "--tf32",
+            action="store_true",
+            help="let the GPU round the factors of float32 products to 11 binary digits, which may be faster "
+            "(as CUPY_TF32=1)",
+        )
         self.data = self.add_argument_group("the data")
+
+    def add_training(self) -> None:
+        """Add the groups ``training`` and ``process``."""
         self.training = self.add_argument_group("training")
         self.training.add_argument(
             "--steps", type=count_from(1), metavar="N", help="training steps (default: %(default)s)"
         )
-        self.training.add_argument(
-            "--batch", type=count_from(1), metavar="N", help="data per step (default: %(default)s)"
-        )
+        self.training.add_argument("--batch", metavar="N", **self.batch())
         self.training.add_argument(
             "--lr", type=positive, metavar="RATE", help="learning rate (default: %(default)s)"
         )
-        process = self.add_argument_group("the diffusion")
-        process.add_argument(
-            "--schedule", choices=["linear", "cosine"], help="of the noise (default: %(default)s)"
+        self.process = self.add_argument_group("the diffusion")
+        self.process.add_argument(
+            "--T", type=count_from(1), metavar="N", help="its length (default: %(default)s)"
         )
-        process.add_argument("--T", type=count_from(1), metavar="N", help="its length (default: %(default)s)")
-        process.add_argument(
+        self.process.add_argument(
             "--prediction", choices=["eps", "x0", "v"], help="what the network outputs (default: %(default)s)"
         )
+
+    def batch(self) -> dict[str, Any]:
+        """What --batch takes."""
+        return dict(type=count_from(1), help="data per step (default: %(default)s)")
+
+    def add_sampling(self) -> None:
+        """Add the group of one sampling."""
+        self.sampling_steps = self.get_default("sampling_steps")
+        self.set_defaults(sampling_steps=None)  # so that it is known who asked for more than there are
         sampling = self.add_argument_group("sampling")
         sampling.add_argument(
             "--samples", type=count_from(1), metavar="N", help="how many (default: %(default)s)"
@@ -79,8 +110,66 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
         args = super().parse_args(*given)
+        if args.tf32 and self._backend(*given) != "cupy":
+            self.error("argument --tf32: it is for --backend cupy")
         if args.out is not None and args.out.exists() and not args.out.is_dir():
             self.error(f"argument --out: {args.out} is not a directory")
+        return args
+
+    def _backend(self, *given: Any) -> str:
+        """The backend that the flags or the environment name: other defaults hang on it."""
+        first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+        first.add_argument("--backend", default=os.environ.get("TINYDIFF_BACKEND", ""))
+        try:
+            return first.parse_known_args(*given)[0].backend.strip().lower()
+        except argparse.ArgumentError:  # which the whole parser will name
+            return ""
+
+
+class Parser(Plain):
+    """The flags of a demo that trains one model and samples from it.
+
+    `on_a_gpu` holds the defaults that differ with the cupy backend.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        epilog: str,
+        out: str,
+        defaults: dict[str, Any],
+        on_a_gpu: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(description, epilog, out, defaults)
+        self.on_a_gpu = on_a_gpu or {}
+        self.run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
+        self.add_training()
+        self.training.add_argument(
+            "--loss",
+            choices=LOSSES,
+            help="the simple loss; the hybrid or the variational bound, for which the network also learns "
+            "the variance of the reverse steps (default: %(default)s)",
+        )
+        self.process.add_argument(
+            "--schedule", choices=["linear", "cosine"], help="of the noise (default: %(default)s)"
+        )
+        self.add_sampling()
+
+    def batch(self) -> dict[str, Any]:
+        """What --batch takes."""
+        return dict(
+            type=count_or_auto,
+            help="data per step, or auto: as many as fit in memory, up to the default, on a GPU up to "
+            f"{LARGEST_BATCH} (default: %(default)s)",
+        )
+
+    def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
+        largest = self.get_default("batch")
+        if self._backend(*given) == "cupy":
+            largest = LARGEST_BATCH
+            self.set_defaults(**self.on_a_gpu)
+        args = super().parse_args(*given)
+        args.largest_batch = largest
         if args.sampling_steps is None:
             args.sampling_steps = min(self.sampling_steps, args.T)
         if args.sampling_steps > args.T:
@@ -99,6 +188,16 @@ def count_from(least: int) -> Any:
     return count
 
 
+def count_or_auto(text: str) -> int | str:
+    """The type of --batch."""
+    if text == "auto":
+        return text
+    try:
+        return count_from(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
+
+
 def positive(text: str) -> float:
     """The type of a flag that takes a positive number."""
     try:
@@ -115,14 +214,50 @@ def schedules(T: int) -> dict[str, td.NoiseSchedule]:
     return {"linear": td.linear_schedule(T), "cosine": td.cosine_schedule(T)}
 
 
+def learned_variance(loss: str) -> bool:
+    """Whether the network of a --loss returns a variance besides its prediction."""
+    return loss in ("hybrid", "vlb")
+
+
+def loss_options(loss: str, decoder: str) -> dict[str, Any]:
+    """What a --loss is for `td.train`: the bound with t drawn by importance, as it is noisy otherwise."""
+    return dict(loss=loss, decoder=decoder, importance_sampling=loss == "vlb")
+
+
+def choose_device(args: argparse.Namespace) -> None:
+    """Make the GPU of --device the current one. To be called first: what is missing ends the demo here."""
+    if args.tf32:
+        os.environ["CUPY_TF32"] = "1"  # CuPy looks at it before its first product
+    td.get_backend(args.backend, device=args.device)
+
+
+def settle_batch(
+    args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion, data: Any, decoder: str
+) -> None:
+    """Put a number in the place of --batch auto: that of the run which is resumed, or what fits."""
+    if args.batch != "auto":
+        return
+    checkpoint = args.out / "checkpoint.safetensors"
+    if args.resume and checkpoint.exists():
+        args.batch = load_arrays(checkpoint)[1].get("settings", {}).get("batch_size", args.batch)
+    if args.batch == "auto":
+        how = dict(loss=args.loss, decoder=decoder, most=args.largest_batch)
+        args.batch = td.find_batch_size(model, diffusion, data, **how)
+    if not args.quiet:
+        print(f"--batch {args.batch}")
+
+
 @contextmanager
-def explained_errors(out: Path) -> Iterator[None]:
-    """End what a user can put right in one sentence and exit code 2, and Ctrl-C in one line and 130."""
+def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None]:
+    """End what a user can put right in one sentence and exit code 2, and Ctrl-C in one line and 130.
+
+    `interrupted` is that line; the default says whether there is a checkpoint in `out`.
+    """
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # td.train says when a loss is not finite
             yield
     except KeyboardInterrupt:
-        print(_what_is_kept(out), file=sys.stderr)
+        print(interrupted or _what_is_kept(out), file=sys.stderr)
         sys.exit(130)
     except (td.BackendError, ValueError, FloatingPointError, OSError, ImportError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)

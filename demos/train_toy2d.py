@@ -8,11 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from _common import Parser, explained_errors, schedules, write_metrics
+from _common import (
+    LOSSES,
+    Parser,
+    choose_device,
+    explained_errors,
+    learned_variance,
+    loss_options,
+    schedules,
+    settle_batch,
+    write_metrics,
+)
 
 import tinydiff as td
 from tinydiff import plotting
-from tinydiff.backend import to_numpy
+from tinydiff.backend import generator_beside, to_numpy
 from tinydiff.datasets import toy2d
 
 DEFAULTS = dict(
@@ -20,6 +30,7 @@ DEFAULTS = dict(
     steps=4000,
     batch=512,
     lr=4e-3,
+    loss="simple",
     schedule="cosine",
     T=100,
     prediction="v",  # on standardised data a v of 0 is already the best linear denoiser
@@ -54,18 +65,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    choose_device(args)
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
     both = schedules(args.T)
-    diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, VARIANCE)
-    model = td.MLP(in_features=2, hidden=HIDDEN, blocks=BLOCKS, rng=model_rng, backend=args.backend)
+    learned = learned_variance(args.loss)
+    variance = "learned_range" if learned else VARIANCE
+    diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, variance)
+    width = 4 if learned else 2
+    model = td.MLP(2, width, hidden=HIDDEN, blocks=BLOCKS, rng=model_rng, backend=args.backend)
     forward = plotting.forward_process(toy2d.sample(args.shape, DOTS, data_rng), both, data_rng)
 
+    def draw(n: int, rng: np.random.Generator) -> np.ndarray:
+        return toy2d.sample(args.shape, n, rng)
+
+    settle_batch(args, model, diffusion, draw, "density")
     result = td.train(
         model,
         diffusion,
-        lambda n, rng: toy2d.sample(args.shape, n, rng),
+        draw,
         steps=args.steps,
         batch_size=args.batch,
+        **loss_options(args.loss, decoder="density"),
         seed=args.seed,
         lr=args.lr,
         ema_decay=EMA_DECAY,
@@ -74,11 +94,15 @@ def run(args: argparse.Namespace) -> None:
         resume=args.resume,
         progress=not args.quiet,
     )
-    about = {key: getattr(args, key) for key in ["shape", "schedule", "T", "prediction", "steps", "seed"]}
+    about = {
+        key: getattr(args, key) for key in ["shape", "schedule", "T", "prediction", "loss", "steps", "seed"]
+    }
+    about["variance"] = diffusion.variance
     td.save_model(args.out / "model.safetensors", result.model, about)
 
     began = time.perf_counter()
-    how = dict(sampler=args.sampler, steps=args.sampling_steps, rng=sample_rng)
+    rng = generator_beside(model.linear_in.weight.value, sample_rng)
+    how = dict(sampler=args.sampler, steps=args.sampling_steps, rng=rng)
     shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
     samples = to_numpy(td.sample(result.model, diffusion, (args.samples, 2), **how, **shown))
     sampling_seconds = time.perf_counter() - began
@@ -89,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     verdict = f"sliced Wasserstein distance {distance:.4f}, sampling floor {floor:.4f}"
     pictures = {
         "forward.png": forward,
-        "training.png": plotting.training_curve(result.losses),
+        "training.png": plotting.training_curve(result.losses, LOSSES[args.loss]),
         "samples.png": plotting.samples_beside_data(samples, data, verdict),
         "reverse.png": plotting.reverse_process(states),
     }

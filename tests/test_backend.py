@@ -1,8 +1,11 @@
 """Where new arrays are made, and the sentences that say why they cannot be."""
 
+import ctypes
 import re
 import sys
 import types
+from importlib import metadata
+from pathlib import Path
 
 import array_api_strict as strict
 import numpy as np
@@ -10,11 +13,28 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import tinydiff as td
-from tinydiff.backend import BackendError, asarray_like, get_backend, standard_normal, to_numpy
+from tinydiff import backend
+from tinydiff.backend import (
+    BackendError,
+    asarray_like,
+    clip_to_unit,
+    generator_beside,
+    get_backend,
+    standard_normal,
+    to_numpy,
+)
 
 
 def fake_cupy(count=0, count_error=None, launch_error=None):
     """A module that fails as CuPy does: in the driver call, in the first kernel, or by finding nothing."""
+    current = [0]
+
+    class Device:
+        def __init__(self, number):
+            self.number = number
+
+        def use(self):
+            current[0] = self.number
 
     def getDeviceCount():
         if count_error is not None:
@@ -28,9 +48,40 @@ def fake_cupy(count=0, count_error=None, launch_error=None):
 
     cupy = types.ModuleType("cupy")
     cupy.__version__ = "14.0.0"
-    cupy.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=getDeviceCount))
+    cupy.cuda = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(getDeviceCount=getDeviceCount), Device=Device, current=current
+    )
     cupy.zeros = zeros
     return cupy
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """Call it to say what this machine has, whatever it has: ``machine(driver=12040, packages=[...])``."""
+
+    def has(driver=0, packages=()):
+        def version(package):
+            if package not in packages:
+                raise metadata.PackageNotFoundError(package)
+            return "14.0.0"
+
+        monkeypatch.setattr(backend, "_driver_version", lambda: driver)
+        monkeypatch.setattr(metadata, "version", version)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    has()
+    return has
+
+
+def importable_as_cupy_namespace(monkeypatch, cupy):
+    """Stands in for array-api-compat's wrapper, whose import needs more of CuPy than the fake has."""
+    import array_api_compat
+
+    wrapper = types.ModuleType("array_api_compat.cupy")
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "array_api_compat.cupy", wrapper)
+    monkeypatch.setattr(array_api_compat, "cupy", wrapper, raising=False)
+    return wrapper
 
 
 def message_of(call, *args, **kwargs):
@@ -74,12 +125,32 @@ def test_an_unknown_name_is_refused(name):
     assert "'numpy', 'cupy'" in message
 
 
-def test_cupy_is_not_installed(monkeypatch):
+@pytest.mark.parametrize(
+    ("driver", "says"),
+    [
+        (
+            0,
+            "no NVIDIA driver was found either; where there is one, pip install 'cupy-cuda12x[ctk]>=14'",
+        ),
+        (11040, "the NVIDIA driver knows CUDA 11.4 only, so update it first"),
+        (12040, "pip install 'cupy-cuda12x[ctk]>=14' fits the driver (CUDA 12.4)"),
+        (13000, "pip install 'cupy-cuda13x[ctk]>=14' fits the driver (CUDA 13.0)"),
+        (14010, "pip install 'cupy-cuda13x[ctk]>=14' fits the driver (CUDA 14.1)"),
+    ],
+)
+def test_cupy_is_not_installed(monkeypatch, machine, driver, says):
+    machine(driver)
     monkeypatch.setitem(sys.modules, "cupy", None)
     message = message_of(get_backend, "cupy")
-    assert "pip install 'tinydiff[cuda12]'" in message
-    assert "tinydiff[cuda13]" in message
+    assert says in message
     assert "TINYDIFF_BACKEND=numpy" in message
+
+
+def test_the_command_names_what_the_extras_install():
+    extras = (Path(__file__).resolve().parents[1] / "setup.cfg").read_text()
+    for cuda, package in backend.CUPY_PACKAGES.items():
+        wanted = re.search(r"'(.*)'", backend._pip(package)).group(1)
+        assert f"cuda{cuda} =\n    {wanted}\n" in extras
 
 
 def test_cupy_is_broken(monkeypatch, tmp_path):
@@ -93,23 +164,98 @@ def test_cupy_is_broken(monkeypatch, tmp_path):
     assert "pip install" in message
 
 
+NO_DRIVER = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient.")
+
+
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "driver", "packages", "says"),
     [
-        ({"count": 0}, "sees no GPU"),
-        ({"count_error": RuntimeError("cudaErrorNoDevice: no CUDA-capable device")}, "cudaErrorNoDevice"),
-        ({"count": 1, "launch_error": RuntimeError("driver too old.\nmore")}, "(driver too old)"),
-        ({"count": 1, "launch_error": RuntimeError()}, "(RuntimeError)"),
+        (
+            {"count": 0},
+            12040,
+            ["cupy-cuda12x"],
+            ["sees no GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or"],
+        ),
+        (
+            {"count_error": NO_DRIVER},
+            0,
+            ["cupy-cuda12x"],
+            ["(cudaErrorInsufficientDriver: ", "no NVIDIA driver was"],
+        ),
+        (
+            {"count_error": NO_DRIVER},
+            12040,
+            ["cupy-cuda13x"],
+            [
+                "cupy-cuda13x needs a newer driver than this one (CUDA 12.4)",
+                "pip uninstall cupy-cuda13x and then pip install 'cupy-cuda12x[ctk]>=14'",
+            ],
+        ),
+        (
+            {"count": 1, "launch_error": RuntimeError("libnvrtc.so.12: cannot open it.\nmore")},
+            13000,
+            ["cupy-cuda12x"],  # older than the driver: that works, and is kept
+            [
+                "cannot use the GPU (libnvrtc.so.12: cannot open it)",
+                "pip install 'cupy-cuda12x[ctk]>=14' (it brings",
+            ],
+        ),
+        ({"count": 1, "launch_error": RuntimeError()}, 13000, [], ["(RuntimeError)", "cupy-cuda13x"]),
     ],
 )
-def test_cupy_without_a_usable_gpu(monkeypatch, fault, says):
+def test_cupy_without_a_usable_gpu(monkeypatch, machine, fault, driver, packages, says):
+    machine(driver, packages)
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(**fault))
     monkeypatch.setenv("TINYDIFF_BACKEND", "cupy")
     message = message_of(get_backend)
-    assert says in message
+    for part in says:
+        assert part in message
     assert "CuPy 14.0.0 is installed" in message
-    assert "nvidia-smi" in message
     assert "TINYDIFF_BACKEND=numpy" in message
+
+
+def test_hidden_devices_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(count=0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES, which is ''" in message_of(get_backend, "cupy")
+
+
+def test_a_device_becomes_the_current_one(monkeypatch):
+    cupy = fake_cupy(count=2)
+    wrapper = importable_as_cupy_namespace(monkeypatch, cupy)
+    assert get_backend("cupy") is wrapper
+    assert cupy.cuda.current == [0]
+    assert get_backend("cupy", device=1) is wrapper
+    assert cupy.cuda.current == [1]
+    for device in (-1, 2):
+        assert f"device is {device}, but CuPy sees 2 GPUs: expected 0 … 1" in message_of(
+            get_backend, "cupy", device
+        )
+    assert cupy.cuda.current == [1]
+
+
+def test_numpy_has_no_devices():
+    assert "device is 0, but the backend is numpy" in message_of(get_backend, "numpy", 0)
+
+
+def test_the_driver_is_asked_for_its_version(monkeypatch):
+    monkeypatch.undo()  # of what `machine` put in its place
+
+    class Driver:
+        @staticmethod
+        def cuDriverGetVersion(pointer):
+            pointer._obj.value = 12040
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver)
+    assert backend._driver_version() == 12040
+    assert backend._version_of_cuda() == "12.4"
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert backend._driver_version() == 0
 
 
 def test_whoever_makes_arrays_says_the_same(monkeypatch, tmp_path):
@@ -152,3 +298,31 @@ def test_standard_normal_is_the_same_numbers_everywhere(dtype):
         assert type(drawn) is type(xp.zeros(1))
         assert drawn.dtype == like.dtype
         assert_array_equal(to_numpy(drawn), expected)
+
+
+def test_clip_to_unit_is_clip():
+    x = np.array([-np.inf, -1.5, -1.0, -0.0, 0.25, 1.0, 2.0, np.nan], np.float32)
+    for xp in (np, strict):
+        clipped = clip_to_unit(xp.asarray(x))
+        assert clipped.dtype == xp.float32
+        assert_array_equal(to_numpy(clipped), np.clip(x, -1, 1))
+
+
+def test_off_the_gpu_a_generator_stays_as_it_is():
+    rng = np.random.default_rng(3)
+    for xp in (np, strict):
+        assert generator_beside(xp.zeros(1), rng) is rng
+    assert rng.random() == np.random.default_rng(3).random()  # nothing was drawn
+
+
+def test_on_a_gpu_the_generator_is_seeded_by_the_one_on_the_host(monkeypatch):
+    cupy = types.ModuleType("cupy")
+    cupy.random = types.SimpleNamespace(
+        Philox4x3210=lambda seed: seed, Generator=lambda bits: ("on the GPU", bits)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(backend, "is_cupy_array", lambda x: True)
+    seeds = [generator_beside(np.zeros(1), np.random.default_rng(seed)) for seed in (3, 3, 4)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert seeds[0] == ("on the GPU", np.random.default_rng(3).integers(2**63))
+    assert generator_beside(np.zeros(1), "already there") == "already there"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from namespaces import OnDevice, assert_there, space
 from PIL import Image
 
 import tinydiff as td
@@ -143,6 +144,21 @@ def test_every_choice_of_process_and_sampler_works(tmp_path):
     assert (about["schedule"], about["prediction"]) == ("cosine", "v")
 
 
+@pytest.mark.parametrize("loss", ["hybrid", "vlb"])
+@pytest.mark.parametrize("name", ["train_toy2d", "train_mnist"])
+def test_with_the_other_losses_the_network_learns_a_variance(name, loss, tmp_path):
+    flags = TOY if name == "train_toy2d" else MNIST
+    run(name, *flags, "--loss", loss, "--out", tmp_path, "--quiet")
+    arrays, metadata = load_arrays(tmp_path / "checkpoint.safetensors")
+    assert (metadata["settings"]["loss"], metadata["settings"]["variance"]) == (loss, "learned_range")
+    assert metadata["settings"]["decoder"] == ("density" if name == "train_toy2d" else "8bit")
+    assert ("t_sampler.history" in arrays) == (loss == "vlb")
+    model, about = td.load_model(tmp_path / "model.safetensors")
+    assert about["loss"] == loss
+    assert model.config["out_features" if name == "train_toy2d" else "out_channels"] in (4, 2)
+    assert np.isfinite(np.load(tmp_path / "samples.npy")).all()
+
+
 def test_the_seed_decides_and_a_second_run_replaces_the_first(toy, tmp_path):
     for seed in [4, 3]:  # the second run is another, and begins anew: the first is finished
         run("train_toy2d", *TOY, "--shape", "rings", "--out", tmp_path, "--quiet", "--seed", seed)
@@ -175,10 +191,13 @@ def test_help_names_every_flag_its_default_and_an_example(name, capsys):
         module.main(["--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    flags = (
-        "out steps seed quiet resume backend batch lr sampler sampling-steps schedule prediction T samples"
-    )
-    for flag in [*flags.split(), *(["shape"] if name == "train_toy2d" else ["data", "channels"])]:
+    flags = "out steps seed quiet resume backend device tf32 batch lr loss schedule prediction T samples"
+    for flag in [
+        *flags.split(),
+        "sampler",
+        "sampling-steps",
+        *(["shape"] if name == "train_toy2d" else ["data", "channels"]),
+    ]:
         assert f"--{flag} " in text, flag
     for value in module.DEFAULTS.values():
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -212,6 +231,11 @@ def test_the_full_set_falls_back_to_the_subset_with_one_line(tmp_path, capsys, m
         ("train_toy2d", ["--lr", "nan"], ["--lr", "'nan'", "positive"]),
         ("train_toy2d", ["--T", "20", "--sampling-steps", "21"], ["--sampling-steps", "21", "20"]),
         ("train_toy2d", ["--backend", "abacus"], ["--backend", "abacus", "cupy"]),
+        ("train_toy2d", ["--backend"], ["--backend", "expected one argument"]),
+        ("train_toy2d", ["--batch", "few"], ["--batch", "'few'", "at least 1, nor auto"]),
+        ("train_toy2d", ["--device", "0"], ["device is 0", "numpy", "TINYDIFF_BACKEND=cupy"]),
+        ("train_toy2d", ["--device", "x"], ["--device", "'x'"]),
+        ("train_toy2d", ["--tf32"], ["--tf32", "--backend cupy"]),
         ("train_toy2d", ["--unknown"], ["--unknown"]),
         ("train_toy2d", ["--lr", "1e30"], ["loss", "smaller lr"]),
         ("train_mnist", ["--samples", "0"], ["--samples", "'0'"]),
@@ -258,6 +282,121 @@ def test_an_out_that_is_a_file_is_left_alone(tmp_path, capsys):
     said = run("train_toy2d", *TOY, "--out", path, capsys=capsys, expect=2)
     assert "--out" in said.err and "not a directory" in said.err
     assert path.read_text() == "years of work"
+
+
+# On a GPU
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The cupy backend, but its arrays are those of array-api-strict, on a device that is not the host."""
+    where = space("strict")
+    monkeypatch.setattr(td.backend, "_cupy_namespace", lambda number=None: OnDevice(where.device))
+    return where
+
+
+def test_the_cupy_backend_has_defaults_of_its_own(monkeypatch, capsys):
+    mnist = demo("train_mnist")
+    ours, theirs = mnist.DEFAULTS, {**mnist.DEFAULTS, **mnist.ON_A_GPU}
+    for environment, flags, expected in [
+        ("", [], ours),
+        ("cupy", [], theirs),
+        ("", ["--backend", "cupy"], theirs),
+        ("", ["--backend=cupy"], theirs),
+        ("cupy", ["--backend", "numpy"], ours),
+        ("cupy", ["--steps", "7", "--data", "subset"], {**theirs, "steps": 7, "data": "subset"}),
+    ]:
+        monkeypatch.setenv("TINYDIFF_BACKEND", environment)
+        args = vars(mnist.parse(flags))
+        assert {key: args[key] for key in expected} == expected
+        assert args["largest_batch"] == (1024 if expected["lr"] == theirs["lr"] else ours["batch"])
+    with pytest.raises(SystemExit):
+        mnist.main(["--help"])
+    said = capsys.readouterr().out.partition("with --backend cupy the defaults are (not measured):")[2]
+    for key, value in mnist.ON_A_GPU.items():
+        assert f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("train_toy2d", [*TOY, "--shape", "rings"]),
+        ("train_mnist", [*MNIST, "--data", "subset", "--lr", "0.002"]),
+    ],
+)
+def test_the_whole_demo_on_a_device_that_is_not_the_host(
+    name, flags, toy, digits, tmp_path, monkeypatch, accelerator
+):
+    trained = []
+
+    def train(model, *args, **kwargs):
+        trained.append(model)
+        return original(model, *args, **kwargs)
+
+    original = td.train
+    monkeypatch.setattr(td, "train", train)
+    monkeypatch.setenv("TINYDIFF_BACKEND", "cupy")
+    run(name, *flags, "--out", tmp_path, "--quiet", "--device", "0")
+    for p in trained[0].named_parameters().values():
+        assert_there(p.value, accelerator, "float32", name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES + PICTURES)
+    samples = np.load(tmp_path / "samples.npy")
+    assert samples.dtype == np.float32
+    on_the_host = np.load((toy if name == "train_toy2d" else digits) / "samples.npy")
+    np.testing.assert_allclose(samples, on_the_host, atol=1e-3)
+    settings = json.loads((tmp_path / "metrics.json").read_text())["settings"]
+    assert settings["device"] == 0 and settings["tf32"] is False
+
+
+def test_tf32_is_cupys_own_setting(monkeypatch, accelerator):
+    import _common
+
+    for flags, expected in [([], "0"), (["--tf32"], "1")]:
+        monkeypatch.setenv("CUPY_TF32", "0")
+        _common.choose_device(demo("train_mnist").parse(["--backend", "cupy", *flags]))
+        assert os.environ["CUPY_TF32"] == expected
+
+
+def test_batch_auto_is_what_fits_or_that_of_the_run_which_is_resumed(toy, tmp_path, monkeypatch, capsys):
+    import _common
+
+    tried = []
+
+    def find(model, diffusion, data, **how):
+        tried.append((model, diffusion, data, how))
+        return 32
+
+    monkeypatch.setattr(td, "find_batch_size", find)
+    for out, flags, batch in [
+        (tmp_path, [], 32),
+        (tmp_path, ["--resume"], 32),  # there is nothing to resume
+        (toy, ["--resume"], 16),  # what fits now is another question
+        (toy, ["--batch", "8"], 8),
+    ]:
+        flags = ["--backend", "cupy", "--batch", "auto", "--out", str(out), *flags]
+        args = demo("train_mnist").parse(flags)
+        _common.settle_batch(args, "model", "diffusion", "data", "8bit")
+        assert args.batch == batch
+        assert capsys.readouterr().out == ("" if batch == 8 else f"--batch {batch}\n")
+    how = dict(loss="simple", decoder="8bit", most=1024)
+    assert tried == [("model", "diffusion", "data", how)] * 2
+
+
+def test_batch_auto_on_the_host_is_at_most_the_default(tmp_path):
+    run("train_mnist", *MNIST, "--batch", "auto", "--steps", "1", "--out", tmp_path, "--quiet")
+    assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["batch"] in (16, 32, 64)
+
+
+def test_out_of_memory_ends_in_one_sentence(tmp_path, capsys, monkeypatch):
+    def too_little(model, x, t, rng=None):
+        if x.shape[0] > 5:
+            raise MemoryError("Out of memory allocating 1,024 bytes (allocated so far: 0 bytes).")
+        return original(model, x, t, rng)
+
+    original = td.MLP.__call__
+    monkeypatch.setattr(td.MLP, "__call__", too_little)
+    said = run("train_toy2d", *TOY, "--out", tmp_path, "--quiet", capsys=capsys, expect=2)
+    assert len(said.err.splitlines()) == 1 and "try batch_size=4" in said.err
 
 
 # Interruption
@@ -307,6 +446,146 @@ def test_ctrl_c_keeps_a_checkpoint_from_which_resume_makes_the_same_run(toy, tmp
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tmp_path, capsys):
     said = interrupted(tmp_path, capsys, at=0)
     assert len(said.err.splitlines()) == 1 and "nothing is kept" in said.err
+
+
+# The comparison of schedules
+
+COMPARE = ["--T", "20", "--batch", "2", "--channels", "8", "8", "--steps", "4", "--samples", "8"]
+COMPARE += ["--draws", "16", "--sampling-steps", "5", "2", "--only", "learned", "linear-simple", "cosine-vlb"]
+
+
+@pytest.fixture(scope="module")
+def few_digits():
+    """The data are small, so that their features are soon there."""
+    images, labels = td.datasets.mnist.load("subset")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(td.datasets.mnist, "load", lambda split="subset": (images[:1300], labels[:1300]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, few_digits):
+    out = tmp_path_factory.mktemp("compare")
+    run("compare_schedules", *COMPARE, "--out", out, "--quiet")
+    return out
+
+
+def test_the_comparison_leaves_a_table_a_picture_and_the_numbers(compared):
+    rows = json.loads((compared / "metrics.json").read_text())["rows"]
+    assert [(row["schedule"], row["loss"], row["variance"]) for row in rows] == [
+        ("linear", "simple", "fixed_large"),
+        ("linear", "simple", "fixed_small"),
+        ("cosine", "vlb", "learned_range"),
+        ("learned", "continuous bound", "fixed_large"),
+        ("learned", "continuous bound", "fixed_small"),
+    ]
+    table = (compared / "table.md").read_text()
+    for row in rows:
+        assert list(row["bound"]) == ["2", "5", "20"] and list(row["frechet_distance"]) == ["2", "5"]
+        for measured in row["bound"].values():
+            assert 0 < measured["L_0"] < measured["value"] and measured["standard_error"] > 0
+            assert f"{measured['value']:.3f} ± {measured['standard_error']:.3f}" in table
+        for number in row["frechet_distance"].values():
+            assert number > 0 and f"{number:.2f}" in table
+    with Image.open(compared / "compare.png") as image:
+        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 16
+
+
+def test_what_was_compared_is_not_made_again(compared, capsys, monkeypatch):
+    before = {name: (compared / name).read_bytes() for name in ("table.md", "compare.png")}
+
+    def never(*args, **kwargs):
+        raise AssertionError("made again")
+
+    module = demo("compare_schedules")
+    for name in ("sample", "train_learned_schedule", "training_loss"):
+        monkeypatch.setattr(td, name, never)
+    monkeypatch.setattr(td.training, "training_loss", never)
+    monkeypatch.setattr(module, "step_term", never)
+    assert run(module, *COMPARE, "--out", compared, "--quiet", capsys=capsys) == ("", "")
+    assert before == {name: (compared / name).read_bytes() for name in before}
+    # Nor is it given for what it is not.
+    for flags, words in [(["--lr", "0.5"], ["lr was"]), (["--lr", "0.5", "--only", "learned"], ["other"])]:
+        said = run(module, *COMPARE, *flags, "--out", compared, capsys=capsys, expect=2)
+        assert all(word in said.err.splitlines()[-1] for word in words)
+
+
+@pytest.mark.parametrize(("owner", "name", "at"), [(td.training, "training_loss", 6), (td, "sample", 3)])
+def test_an_interrupted_comparison_continues(owner, name, at, compared, tmp_path, capsys, monkeypatch):
+    original, calls = getattr(owner, name), iter(range(10**9))
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    flags = [*COMPARE, "--out", tmp_path, "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        said = run("compare_schedules", *flags, capsys=capsys, expect=130)
+    assert len(said.err.splitlines()) == 1 and "same command continues" in said.err
+    run("compare_schedules", *flags)
+    assert (tmp_path / "table.md").read_text() == (compared / "table.md").read_text()
+
+
+def test_the_comparison_s_bound_is_the_bound():
+    """From even draws of t, the mean of the complete sum (5 sigma) and the variance of uniform draws."""
+    module, T = demo("compare_schedules"), 20
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(T), "v", "fixed_large")
+    x = td.datasets.mnist.to_model_range(td.datasets.mnist.load()[0][:60])
+
+    class Guessing(td.MLP):
+        """All that is asked of a network, and knows a little about digits."""
+
+        def predict(self, x, t):
+            return diffusion.predict_v(x, np.asarray(t), np.clip(x - 0.5, -1, 1), given="x0")
+
+    model = Guessing()
+    parser = module.Plain("", "", out="", defaults=module.DEFAULTS)
+    args = parser.parse_args(["--quiet"])
+    args.draws = 2000
+    found = module.bound(model, diffusion, T, x, args)
+    whole = td.bits_per_dim(model, diffusion, x, rng=np.random.default_rng(1), progress=False)
+    error = np.hypot(found["standard_error"], whole.standard_error)
+    assert error < 0.05 * whole.value and abs(found["value"] - whole.value) < 5 * error
+    assert found["L_0"] == pytest.approx(whole.L_t[0], rel=0.1)
+    rng, n = np.random.default_rng(2), 4000
+    t, chosen = rng.integers(T, size=n), rng.integers(len(x), size=n)
+    x0 = x[chosen]
+    x_t = diffusion.q_sample(x0, t, rng.standard_normal(x0.shape, dtype=np.float32))
+    terms = td.bound.step_term(diffusion, model.predict(x_t, t), x0, x_t, t, "8bit", clip=True)[0]
+    draws = T * terms / (784 * np.log(2))
+    assert found["variance"] == pytest.approx(np.var(draws), rel=0.2)
+    later = (T - 1) / T * draws[t > 0]
+    assert found["variance_without_L_0"] == pytest.approx(np.var(later), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--only", "quadratic"], ["--only", "quadratic", "cosine-hybrid"]),
+        (["--T", "20", "--sampling-steps", "5", "21"], ["--sampling-steps", "21", "20"]),
+        (["--samples", "1"], ["--samples", "at least 2"]),
+        (["--T", "1", "--sampling-steps", "1"], ["--T", "at least 2"]),
+    ],
+)
+def test_a_mistake_in_a_comparison_ends_in_one_sentence(flags, words, tmp_path, capsys):
+    said = run("compare_schedules", *flags, "--out", tmp_path / "out", capsys=capsys, expect=2)
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert all(word in said.err for word in words) and not (tmp_path / "out").exists()
+
+
+def test_help_of_the_comparison_names_its_defaults(capsys):
+    module = demo("compare_schedules")
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for flag, value in module.DEFAULTS.items():
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
+        assert f"--{flag.replace('_', '-')} " in text and f"(default: {shown}" in text
+    for name in module.CONFIGURATIONS:
+        assert name in text.replace("- ", "-")  # a line may be broken there
+    assert "None" not in text and "python demos/compare_schedules.py --" in text
 
 
 def test_as_a_program_in_another_directory(tmp_path):

@@ -1,7 +1,7 @@
 """Rounding of the Numba twin's convolution in float32, beside PyTorch's: both against float64.
 
 Larger patches lose digits. How many is a matter of the points that Winograd's polynomials are taken at, and
-of how many patches are added up in a row; this test holds both. docs: A.20, A.21
+of how many patches are added up in a row; this test holds both. docs: A.23
 """
 
 import importlib

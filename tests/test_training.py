@@ -16,7 +16,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 import tinydiff as td
 from tinydiff import training
 from tinydiff.backend import to_numpy
+from tinydiff.bound import step_term
 from tinydiff.checkpoint import load_arrays, save_arrays
+from tinydiff.importance import LossSecondMomentSampler
+from tinydiff.mixture import GaussianMixture
 
 DIFFUSION = td.GaussianDiffusion(td.linear_schedule(T=20))
 POINTS = np.random.default_rng(5).standard_normal((10, 2)).astype(np.float32)
@@ -85,6 +88,15 @@ def failing(data, at, error):
 
 def drawn(batch_size, rng):
     return failing(POINTS, -1, None)(batch_size, rng)
+
+
+# Learned variances of few steps: ten terms at each t are soon there, and the draw stops being uniform.
+LEARNED = td.GaussianDiffusion(td.linear_schedule(T=3), "v", "learned_range")
+IMPORTANCE = dict(loss="vlb", importance_sampling=True)
+
+
+def learned_mlp():
+    return td.MLP(out_features=4, hidden=8, blocks=1, time_features=4, rng=np.random.default_rng(1))
 
 
 # The same seed
@@ -156,6 +168,63 @@ def test_the_loop_is_algorithm_1_written_out():
     assert_same_weights(result.model, ema.model)
 
 
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("simple", {}),
+        ("simple", {"min_snr_gamma": 0.7}),
+        ("hybrid", {}),
+        ("hybrid", {"min_snr_gamma": 0.7}),
+        ("vlb", {}),
+        ("vlb", {"decoder": "8bit"}),
+        ("vlb", {"t_sampler": ...}),
+    ],
+)
+def test_training_loss_draws_and_weighs_as_its_options_say(loss, options):
+    """The value and the derivative by the output, written again from the losses themselves."""
+    model, n = learned_mlp(), 40
+    levels = np.random.default_rng(0).integers(256, size=(n, 2)) / 127.5 - 1
+    sampler = LossSecondMomentSampler(3, history=1) if "t_sampler" in options else None
+    if sampler:
+        sampler.update(np.arange(3), np.array([1.0, 2.0, 30.0]))
+        options = {"t_sampler": sampler}
+    again = np.random.default_rng(8)
+    t, weights = sampler.sample(n, again) if sampler else (again.integers(3, size=n), None)
+    noise = again.standard_normal((n, 2))
+    model.to(np, np.float64)
+    model.linear_out.bias.value = np.array([0.1, -0.2, 0.3, 0.4])
+    value, backward = td.training_loss(model, LEARNED, levels, np.random.default_rng(8), loss, **options)
+    backward()
+    output, _ = model(LEARNED.q_sample(levels, t, noise), t)
+    given = (LEARNED, output, levels, t, noise)
+    if loss == "vlb":
+        decoder = options.get("decoder", "density")
+        expected, gradient = td.vlb_loss(*given, decoder=decoder, weights=weights)
+    else:
+        gamma = options.get("min_snr_gamma")
+        weights = None if gamma is None else td.min_snr_weight(LEARNED, t, gamma)
+        expected, gradient = {"simple": td.simple_loss, "hybrid": td.hybrid_loss}[loss](
+            *given, weights=weights
+        )
+    assert value == expected
+    assert_allclose(model.linear_out.bias.grad, gradient.sum(axis=0), rtol=1e-12)
+
+
+def test_hybrid_teaches_the_mean_what_the_simple_loss_does_and_the_variance_besides():
+    """Through the network: no derivative of the bound by the mean reaches the mean's weights (docs: V.5)."""
+    gradients = {}
+    for loss in ("simple", "hybrid", "vlb"):
+        model = learned_mlp()
+        model.linear_out.weight.value = np.random.default_rng(2).normal(size=(4, 8)).T.astype(np.float32)
+        _, backward = td.training_loss(model, LEARNED, POINTS, np.random.default_rng(8), loss)
+        backward()
+        gradients[loss] = model.linear_out.weight.grad
+    assert_array_equal(gradients["hybrid"][:, :2], gradients["simple"][:, :2])
+    assert_array_equal(gradients["simple"][:, 2:], 0.0)
+    assert_allclose(gradients["hybrid"][:, 2:], 1e-3 * gradients["vlb"][:, 2:], rtol=1e-5)
+    assert np.max(np.abs(gradients["vlb"][:, :2] - gradients["simple"][:, :2])) > 0.1
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_training_loss_is_the_loss_of_its_own_draw(prediction):
     diffusion = td.GaussianDiffusion(td.linear_schedule(T=20), prediction)
@@ -192,6 +261,14 @@ def test_under_array_api_strict():
     assert_allclose(strict_result.losses, losses, rtol=1e-5)
     for name, value in values(strict_result.model).items():
         assert value.dtype == np.float32, name
+
+
+def test_importance_sampling_under_array_api_strict():
+    strict_model = learned_mlp()
+    strict_model.to(strict)
+    many = {**SETTINGS, "steps": 20, **IMPORTANCE}
+    losses = td.train(learned_mlp(), LEARNED, POINTS, **many).losses
+    assert_allclose(td.train(strict_model, LEARNED, strict.asarray(POINTS), **many).losses, losses, rtol=1e-3)
 
 
 # Interruptions
@@ -302,6 +379,71 @@ def test_a_real_ctrl_c(tmp_path, tmp_path_factory, request):
     resume_and_compare(small_mlp, drawn, "drawn", tmp_path, tmp_path_factory)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("owner", "name", "at"),
+    [
+        (training, "vlb_loss", 17),
+        (training, "clip_grad_norm", 17),
+        (training.Adam, "step", 17),
+        (training.LossSecondMomentSampler, "update", 17),
+        (training._Run, "save", 2),
+    ],
+)
+@pytest.mark.parametrize("error", [Interrupted(), KeyboardInterrupt()])
+def test_the_history_of_importance_sampling_resumes_too(tmp_path, monkeypatch, owner, name, at, when, error):
+    """Interrupted where t is no longer drawn uniformly: without the history other t would be drawn."""
+    settings = {**SETTINGS, "steps": 24, **IMPORTANCE}
+    whole = learned_mlp()
+    expected = td.train(whole, LEARNED, POINTS, **settings, run_dir=tmp_path / "whole")
+    original, calls = getattr(owner, name), iter(range(10**9))
+
+    def interrupted(*args, **kwargs):
+        now = next(calls) == at
+        if now and when == "before":
+            raise error
+        result = original(*args, **kwargs)
+        if now:
+            raise error
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(type(error)):
+            td.train(learned_mlp(), LEARNED, POINTS, **settings, run_dir=tmp_path / "cut")
+    assert 10 <= steps_saved(tmp_path / "cut") < 24
+    resumed = learned_mlp()
+    result = td.train(resumed, LEARNED, POINTS, **settings, run_dir=tmp_path / "cut", resume=True)
+    assert_array_equal(result.losses, expected.losses)
+    assert_same_weights(resumed, whole)
+    saved = [load_arrays(tmp_path / run / "checkpoint.safetensors")[0] for run in ("cut", "whole")]
+    assert saved[0].keys() == saved[1].keys()
+    for key, array in saved[0].items():
+        assert_array_equal(array, saved[1][key], err_msg=key)
+
+
+def test_the_history_holds_the_terms_without_their_weights(tmp_path, monkeypatch):
+    """Of each step the bound's terms of its own draw, also once the weights are no longer 1 (docs: V.7)."""
+    seen = []
+
+    def spy(*args, weights=None, record=None, **options):
+        output, x0, t, noise = args[1:]
+        terms, _ = step_term(LEARNED, output, x0, LEARNED.q_sample(x0, t, noise), t)
+        seen.append((t, terms, weights))
+        return original(*args, weights=weights, record=record, **options)
+
+    original = training.vlb_loss
+    monkeypatch.setattr(training, "vlb_loss", spy)
+    td.train(learned_mlp(), LEARNED, POINTS, **{**SETTINGS, "steps": 24}, **IMPORTANCE, run_dir=tmp_path)
+    t, terms = np.concatenate([step[0] for step in seen]), np.concatenate([step[1] for step in seen])
+    assert_array_equal(seen[0][2], 1.0)
+    assert np.ptp(seen[-1][2]) > 0.5
+    arrays, _ = load_arrays(tmp_path / "checkpoint.safetensors")
+    assert_array_equal(arrays["t_sampler.counts"], np.bincount(t, minlength=3))
+    for i, history in enumerate(arrays["t_sampler.history"]):
+        assert_array_equal(np.sort(history), np.sort(terms[t == i][-10:].astype(np.float64)))
+
+
 @pytest.mark.parametrize("make", [shared_mlp, small_unet])
 def test_shared_weights_and_dropout_resume_too(tmp_path, tmp_path_factory, make):
     shape = (6, 8, 8, 1) if make is small_unet else (6, 2)
@@ -397,6 +539,7 @@ OTHER = {
     "weight_decay": dict(weight_decay=0.5),
     "clip_norm": dict(clip_norm=math.inf),
     "ema_decay": dict(ema_decay=0.5),
+    "min_snr_gamma": dict(min_snr_gamma=5),
 }
 
 
@@ -415,6 +558,35 @@ def test_resuming_with_other_settings_is_refused_by_name(tmp_path, name):
     assert contents(tmp_path) == before
     for key, value in values(arguments["model"]).items():
         assert_array_equal(value, weights[key])
+
+
+@pytest.mark.parametrize("name", ["loss", "variance", "decoder", "importance_sampling"])
+def test_resuming_with_another_objective_is_refused_by_name(tmp_path, name):
+    settings = dict(diffusion=LEARNED, **SETTINGS, loss="vlb", run_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        td.train(learned_mlp(), data=failing(POINTS, 7, KeyboardInterrupt()), **settings)
+    other = {
+        "loss": dict(loss="hybrid"),
+        "variance": dict(diffusion=td.GaussianDiffusion(LEARNED.schedule, "v", "fixed_small")),
+        "decoder": dict(decoder="8bit"),
+        "importance_sampling": dict(importance_sampling=True),
+    }[name]
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"other settings \({name} was .*, is [^,]*\)"):
+        td.train(learned_mlp(), data=drawn, **{**settings, **other}, resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_of_loss_is_resumed(tmp_path, tmp_path_factory):
+    interrupt(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    arrays, metadata = load_arrays(path)
+    for name in ("loss", "min_snr_gamma", "variance", "decoder", "importance_sampling"):
+        del metadata["settings"][name]
+    save_arrays(path, arrays, metadata)
+    with pytest.raises(ValueError, match="min_snr_gamma was None, is 5"):
+        td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, min_snr_gamma=5, run_dir=tmp_path, resume=True)
+    resume_and_compare(small_mlp, drawn, "drawn", tmp_path, tmp_path_factory)
 
 
 def test_settings_that_mean_the_same_are_the_same(tmp_path):
@@ -457,8 +629,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(tmp_path, monkeypatch):
-    def loss_with_infinite_gradient(model, *args):
-        loss, backward = original(model, *args)
+    def loss_with_infinite_gradient(model, *args, **options):
+        loss, backward = original(model, *args, **options)
 
         def then():
             backward()
@@ -485,9 +657,9 @@ def batches_seen(monkeypatch, n, batch_size, steps, seed=0):
     """The samples of every step, by their number."""
     seen = []
 
-    def spy(model, diffusion, x0, rng):
+    def spy(model, diffusion, x0, *args, **options):
         seen.append(x0[:, 0].astype(int).tolist())
-        return original(model, diffusion, x0 / n, rng)
+        return original(model, diffusion, x0 / n, *args, **options)
 
     data = np.repeat(np.arange(n, dtype=np.float32)[:, None], 2, axis=1)
     original = training.training_loss
@@ -558,6 +730,14 @@ def test_draws_of_a_step_do_not_repeat_in_another():
         ({"data": [[0.0, 1.0]]}, TypeError, "data is a list"),
         ({"data": np.float32(1)}, TypeError, "data is a float32"),
         ({"data": np.zeros((0, 2))}, ValueError, r"data has shape \(0, 2\)"),
+        ({"loss": "l2"}, ValueError, "loss is 'l2'; expected one of 'simple', 'hybrid', 'vlb'"),
+        ({"loss": "hybrid"}, ValueError, "variance 'fixed_small'; .* expects 'learned_range'"),
+        ({"min_snr_gamma": 0}, ValueError, "min_snr_gamma is 0"),
+        ({"min_snr_gamma": math.nan}, ValueError, "min_snr_gamma is nan"),
+        ({"loss": "vlb", "min_snr_gamma": 5}, ValueError, "min_snr_gamma is 5; .*no L_simple"),
+        ({"importance_sampling": True}, ValueError, "importance.* the loss is 'simple'"),
+        ({"decoder": "16bit"}, ValueError, "decoder is '16bit'"),
+        ({"loss": "vlb", "decoder": "8bit"}, ValueError, "data holds values that are not 8-bit levels"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, error, match):
@@ -603,3 +783,30 @@ def test_what_it_samples_is_what_it_was_shown(schedule, prediction, sampler):
     x = td.sample(result.model, diffusion, (4000, 2), sampler, rng=np.random.default_rng(1), progress=False)
     assert_allclose(np.mean(x, axis=0), mean, atol=0.1)
     assert_allclose(np.cov(x.T), root @ root.T, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "lowest", "highest"),
+    [
+        (dict(min_snr_gamma=5), 0.5, 1.2),
+        (dict(loss="hybrid"), -0.15, 0.2),
+        (dict(loss="vlb"), -0.15, 0.2),
+        (IMPORTANCE, -0.15, 0.2),
+    ],
+    ids=["min_snr", "hybrid", "vlb", "importance"],
+)
+def test_every_loss_brings_the_bound_down(options, lowest, highest):
+    """Two clusters in the plane, whose exact denoiser has the least bound there is.
+
+    Training begins 2.16 nats above it. Over three seeds L_simple ended 0.82 to 0.83 above, as it teaches no
+    variance, and the others 0.02 to 0.08; the standard error is 0.04, or 0.07.
+    """
+    mixture = GaussianMixture([1, 1], [[-1.0, 0.5], [1, -0.5]], 0.2)
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10), "v", "learned_range")
+    model = td.MLP(out_features=4, hidden=32, blocks=1, time_features=16)
+    data, rng = mixture.sample(2000, np.random.default_rng(1)), np.random.default_rng(2)
+    result = td.train(
+        model, diffusion, data, steps=600, batch_size=128, lr=1e-2, ema_decay=0.99, progress=False, **options
+    )
+    bound = td.variational_bound(result.model, diffusion, data, rng=rng, progress=False)
+    assert lowest < bound.value - mixture.optimal_bound(diffusion).value < highest

@@ -10,13 +10,15 @@ derived, proved in a test, and runs unchanged on a GPU through CuPy.
 >>> x = td.datasets.toy2d.sample("moons", 1000, rng=rng)
 """
 
-from tinydiff import datasets, interop, metrics, nn
+from tinydiff import datasets, interop, metrics, nn, pretrained
 from tinydiff._version import __version__
 from tinydiff.backend import BackendError, get_backend
 from tinydiff.bound import bits_per_dim, variational_bound
 from tinydiff.checkpoint import load_model, save_model
+from tinydiff.continuous_bound import continuous_bound, learned_schedule_loss
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.importance import LossSecondMomentSampler
+from tinydiff.learned_schedule import LearnedSchedule
 from tinydiff.likelihood import ode_log_likelihood
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.mixture import GaussianMixture
@@ -24,8 +26,9 @@ from tinydiff.models import MLP, UNet
 from tinydiff.nn import Parameter
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.samplers import invert, iterate_samples, sample
+from tinydiff.schedule_training import train_learned_schedule
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
-from tinydiff.training import train, training_loss
+from tinydiff.training import find_batch_size, train, training_loss
 
 __all__ = [
     "EMA",
@@ -34,6 +37,7 @@ __all__ = [
     "BackendError",
     "GaussianDiffusion",
     "GaussianMixture",
+    "LearnedSchedule",
     "LossSecondMomentSampler",
     "NoiseSchedule",
     "Parameter",
@@ -41,23 +45,28 @@ __all__ = [
     "__version__",
     "bits_per_dim",
     "clip_grad_norm",
+    "continuous_bound",
     "cosine_schedule",
     "datasets",
+    "find_batch_size",
     "get_backend",
     "hybrid_loss",
     "interop",
     "invert",
     "iterate_samples",
+    "learned_schedule_loss",
     "linear_schedule",
     "load_model",
     "metrics",
     "min_snr_weight",
     "nn",
     "ode_log_likelihood",
+    "pretrained",
     "sample",
     "save_model",
     "simple_loss",
     "train",
+    "train_learned_schedule",
     "training_loss",
     "variational_bound",
     "vlb_loss",

@@ -7,11 +7,17 @@ Code that computes never asks this module where it runs. It asks the array::
 and then uses only functions of the array API standard (2023.12 and later), so that NumPy, CuPy and
 array-api-strict arrays go through the same lines. The backend (``TINYDIFF_BACKEND``, or an argument)
 decides one thing only: where *new* arrays are made.
+
+What crosses from a device to the host goes through `to_numpy`, and waits for the device. Nothing in a step
+needs to: times and tables stay on the host, and what is sent the other way does not wait.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from importlib import metadata
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +28,9 @@ __all__ = [
     "BackendError",
     "array_namespace",
     "asarray_like",
+    "clip_to_unit",
     "device",
+    "generator_beside",
     "get_backend",
     "is_cupy_array",
     "is_numpy_array",
@@ -41,13 +49,16 @@ class BackendError(RuntimeError):
     """The chosen array library cannot be used; the message is one sentence that says what to do."""
 
 
-def get_backend(name: str | None = None) -> Namespace:
+def get_backend(name: str | None = None, device: int | None = None) -> Namespace:
     """Return the array namespace in which new arrays are made.
 
     Parameters
     ----------
     name : {"numpy", "cupy"}, optional
         The library. Default: the environment variable ``TINYDIFF_BACKEND``, or ``"numpy"``.
+    device : int, optional
+        Which GPU, of those that ``CUDA_VISIBLE_DEVICES`` leaves visible: it becomes CuPy's current one, on
+        which this thread makes new arrays from now on. Default: the current one, which is 0 at the start.
 
     Returns
     -------
@@ -57,46 +68,122 @@ def get_backend(name: str | None = None) -> Namespace:
     Raises
     ------
     BackendError
-        If the name is unknown, CuPy is not installed, or CuPy finds no usable GPU.
+        If the name is unknown, CuPy is not installed, CuPy finds no usable GPU, or there is no such device.
     """
     source = "backend" if name is not None else "TINYDIFF_BACKEND"
     chosen = (name if name is not None else os.environ.get("TINYDIFF_BACKEND") or "numpy").strip().lower()
     if chosen == "numpy":
+        if device is not None:
+            raise BackendError(
+                f"device is {device}, but the backend is numpy, which has none to choose from: set "
+                "TINYDIFF_BACKEND=cupy, or leave the device out."
+            )
         import array_api_compat.numpy as numpy_namespace
 
         return numpy_namespace
     if chosen == "cupy":
-        return _cupy_namespace()
+        return _cupy_namespace(device)
     raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, BACKENDS))}.")
 
 
-def _cupy_namespace() -> Namespace:
-    """CuPy's namespace, or one sentence on what is missing."""
-    install = "pip install 'tinydiff[cuda12]' (CUDA 12) or 'tinydiff[cuda13]' (CUDA 13)"
+# CuPy's packages by the major version of CUDA; [ctk] brings CUDA's own libraries along.
+CUPY_PACKAGES = {12: "cupy-cuda12x", 13: "cupy-cuda13x"}
+OR_NUMPY = "or set TINYDIFF_BACKEND=numpy."
+
+
+def _cupy_namespace(number: int | None = None) -> Namespace:
+    """CuPy's namespace, with GPU `number` the current one; or one sentence on what is missing."""
     try:
         import cupy
     except ImportError as error:
         raise BackendError(
             f"The cupy backend needs CuPy, which could not be imported ({_first_line(error)}): "
-            f"{install}, or set TINYDIFF_BACKEND=numpy."
+            f"{_how_to_install()}, {OR_NUMPY}"
         ) from None
+    installed = f"CuPy {cupy.__version__} is installed but"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-        if count:
-            cupy.zeros(1) + 1  # compiles and launches a kernel: a driver that is too old fails here
     except Exception as error:  # CuPy raises its own classes for driver, runtime and compiler faults
-        raise BackendError(
-            f"CuPy {cupy.__version__} is installed but finds no usable GPU ({_first_line(error)}): check "
-            "nvidia-smi and that the CuPy package matches the CUDA version, or set TINYDIFF_BACKEND=numpy."
-        ) from None
+        raise BackendError(f"{installed} finds no usable GPU ({_first_line(error)}): {_remedy()}") from None
     if not count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        which = "" if visible is None else f", which is {visible!r}"
         raise BackendError(
-            f"CuPy {cupy.__version__} is installed but sees no GPU: check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES, or set TINYDIFF_BACKEND=numpy."
+            f"{installed} sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES{which}, {OR_NUMPY}"
         )
+    if number is not None and not 0 <= number < count:
+        raise BackendError(
+            f"device is {number}, but CuPy sees {count} GPU{'s' * (count > 1)}: expected 0 … {count - 1}, of "
+            "those that CUDA_VISIBLE_DEVICES leaves visible."
+        )
+    try:
+        if number is not None:
+            cupy.cuda.Device(number).use()
+        cupy.zeros(1) + 1  # compiles and launches a kernel: missing libraries of CUDA are found out here
+    except Exception as error:
+        raise BackendError(f"{installed} cannot use the GPU ({_first_line(error)}): {_remedy()}") from None
     import array_api_compat.cupy as cupy_namespace
 
     return cupy_namespace
+
+
+def _how_to_install() -> str:
+    """The pip command for the CuPy that fits this machine's driver."""
+    major = _driver_version() // 1000
+    if major == 0:
+        commands = [f"{_pip(package)} (CUDA {cuda})" for cuda, package in CUPY_PACKAGES.items()]
+        return f"no NVIDIA driver was found either; where there is one, {' or '.join(commands)}"
+    if major < min(CUPY_PACKAGES):
+        return (
+            f"the NVIDIA driver knows CUDA {_version_of_cuda()} only, so update it first, to CUDA 12 or newer"
+        )
+    return (
+        f"{_pip(CUPY_PACKAGES[min(major, max(CUPY_PACKAGES))])} fits the driver (CUDA {_version_of_cuda()})"
+    )
+
+
+def _remedy() -> str:
+    """What to do about a CuPy that is there and does not work."""
+    major = _driver_version() // 1000
+    if major == 0:
+        return f"no NVIDIA driver was found (check nvidia-smi), so install one, {OR_NUMPY}"
+    ours = {cuda: package for cuda, package in CUPY_PACKAGES.items() if _is_installed(package)}
+    if ours and min(ours) > major:
+        wrong = ours[min(ours)]
+        return (
+            f"{wrong} needs a newer driver than this one (CUDA {_version_of_cuda()}), so update the driver, "
+            f"or pip uninstall {wrong} and then {_how_to_install()}, {OR_NUMPY}"
+        )
+    package = ours[max(ours)] if ours else CUPY_PACKAGES.get(major, CUPY_PACKAGES[max(CUPY_PACKAGES)])
+    return f"check nvidia-smi, {_pip(package)} (it brings CUDA's libraries), {OR_NUMPY}"
+
+
+def _pip(package: str) -> str:
+    return f"pip install '{package}[ctk]>=14'"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _driver_version() -> int:
+    """The newest CUDA that the NVIDIA driver knows, 12040 for 12.4; 0 without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
+def _version_of_cuda() -> str:
+    major, rest = divmod(_driver_version(), 1000)
+    return f"{major}.{rest // 10}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -128,6 +215,41 @@ def asarray_like(values: Any, like: Array, dtype: Any = None) -> Array:
     """
     xp = array_namespace(like)
     return xp.asarray(values, dtype=like.dtype if dtype is None else dtype, device=device(like))
+
+
+def clip_to_unit(x: Array) -> Array:
+    """x limited to [-1, 1], the range of images.
+
+    Not ``xp.clip``, for which array-api-compat selects by a mask: the host would wait to learn how many.
+    """
+    xp = array_namespace(x)
+    return xp.minimum(xp.maximum(x, -1.0), 1.0)
+
+
+def generator_beside(like: Array, rng: Any) -> Any:
+    """Return a generator whose numbers come into being beside `like`.
+
+    That is `rng` itself, from which nothing is drawn, unless `like` is on a GPU and `rng` draws on the host.
+    Then it is a ``cupy.random.Generator`` that one number of `rng` seeds: as reproducible, and no noise
+    crosses from the host. The numbers are others than `rng` would have drawn.
+
+    Parameters
+    ----------
+    like : array
+        Decides where.
+    rng : numpy.random.Generator or cupy.random.Generator
+        Where the randomness comes from.
+
+    Returns
+    -------
+    numpy.random.Generator or cupy.random.Generator
+        For `standard_normal`, and for the masks of dropout.
+    """
+    if not (is_cupy_array(like) and isinstance(rng, np.random.Generator)):
+        return rng
+    import cupy
+
+    return cupy.random.Generator(cupy.random.Philox4x3210(int(rng.integers(2**63))))
 
 
 def standard_normal(rng: np.random.Generator, shape: tuple[int, ...], like: Array) -> Array:

@@ -37,9 +37,19 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts
-from tinydiff.backend import Array, array_namespace, asarray_like, device, standard_normal, to_numpy
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    asarray_like,
+    clip_to_unit,
+    device,
+    standard_normal,
+    to_numpy,
+)
 from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module, once
+from tinydiff.parallel import shared_out
 
 __all__ = [
     "Bound",
@@ -185,15 +195,8 @@ def discretized_gaussian_nll(
     """
     from scipy.special import erfcx, log_ndtr
 
-    x_host, mean_host = to_numpy(x).astype(np.float64), to_numpy(mean).astype(np.float64)
-    level = np.round((x_host + 1) * 127.5)
-    with np.errstate(invalid="ignore"):  # inf - inf: nan, which is not close
-        known = np.abs(x_host - (level / 127.5 - 1)) < 1e-3
-    if not np.all(known & (level >= 0) & (level <= 255)):
-        raise ValueError(
-            "x holds values that are not 8-bit levels (2 k / 255 - 1 for k = 0 ... 255); expected 8-bit data "
-            "scaled to [-1, 1]. For other data take the decoder 'density'."
-        )
+    level = _levels(x)
+    mean_host = to_numpy(mean).astype(np.float64)
     sigma = np.exp(to_numpy(log_variance).astype(np.float64) / 2)
     # Two neighbours share an edge to the last bit, as a quotient of integers.
     low = ((2 * level - 256) / 255 - mean_host) / sigma
@@ -297,14 +300,14 @@ def step_term(
         If an argument does not fit; the message names it. Also if the output is eps at a t where abar_t is
         exactly 0, or if the decoder is ``"8bit"`` and `x0` at t = 0 is not 8-bit data.
     """
-    _check_decoder(decoder)
+    check_decoder(decoder)
     xp = array_namespace(x0)
     N = x0.shape[0]
     steps = np.broadcast_to(to_numpy(t), (N,))
     log_variance = diffusion.model_log_variance(x_t, steps, output)
     guess = diffusion.predict_x0(x_t, steps, output)
     inside = xp.astype(xp.abs(guess) <= 1, guess.dtype) if clip else 1.0
-    guess = xp.clip(guess, -1.0, 1.0) if clip else guess
+    guess = clip_to_unit(guess) if clip else guess
 
     # The means' common part in x_t is left out: what it adds to the difference is rounding.
     ones = _column(np.ones(N), x0)
@@ -385,6 +388,7 @@ def variational_bound(
     clip: bool = False,
     t_samples: int | None = None,
     batch_size: int = 256,
+    workers: int | None = None,
     progress: bool = True,
 ) -> Bound:
     """Evaluate the bound on the negative log-likelihood of data, in nats per sample.  (docs: L.1, L.2)
@@ -412,6 +416,8 @@ def variational_bound(
         How many random t for each sample. Default: every t.
     batch_size : int
         How many samples to show the network at a time.
+    workers : int, optional
+        Processes that share each batch, as in `tinydiff.sample`.
     progress : bool
         Show a progress bar on the standard error stream.
 
@@ -427,20 +433,24 @@ def variational_bound(
     """
     from tqdm import tqdm
 
-    _check_decoder(decoder)
+    check_decoder(decoder)
     check_counts(batch_size=batch_size)
     if t_samples is not None:
         check_counts(t_samples=t_samples)
     if data.ndim < 2 or data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")
-    predict = denoise.predict if isinstance(denoise, Module) else denoise
     like = next(iter(denoise.named_parameters().values())).value if isinstance(denoise, Module) else data
     T, n = diffusion.T, data.shape[0]
     draws = T if t_samples is None else t_samples
 
     totals, priors = np.zeros(n), np.zeros(n)
     sums, counts = np.zeros(T), np.zeros(T, dtype=np.int64)
-    with tqdm(total=n * draws, desc="bound", unit="term", disable=not progress, leave=False) as bar:
+    with (
+        many_steps(),
+        shared_out(denoise, min(n, batch_size), workers) as shared,
+        tqdm(total=n * draws, desc="bound", unit="term", disable=not progress, leave=False) as bar,
+    ):
+        predict: Any = shared.predict if isinstance(denoise, Module) else shared
         for start in range(0, n, batch_size):
             rows = slice(start, min(n, start + batch_size))
             x0 = asarray_like(data[rows, ...], like)
@@ -477,6 +487,7 @@ def bits_per_dim(
     clip: bool = True,
     t_samples: int | None = None,
     batch_size: int = 256,
+    workers: int | None = None,
     progress: bool = True,
 ) -> Bound:
     """Evaluate the bound of 8-bit images, in bits for each dimension.  (docs: L.12)
@@ -486,7 +497,7 @@ def bits_per_dim(
 
     Parameters
     ----------
-    denoise, diffusion, rng, t_samples, batch_size, progress
+    denoise, diffusion, rng, t_samples, batch_size, workers, progress
         As in `variational_bound`.
     data : array of shape (n, ...)
         8-bit data scaled to [-1, 1].
@@ -512,6 +523,7 @@ def bits_per_dim(
         clip=clip,
         t_samples=t_samples,
         batch_size=batch_size,
+        workers=workers,
         progress=progress,
     )
     unit = math.prod(data.shape[1:]) * math.log(2)
@@ -555,7 +567,24 @@ def _put(x: Array, rows: np.ndarray, values: Array) -> Array:
     return xp.where(mask, spread, x)
 
 
-def _check_decoder(decoder: str) -> None:
+def _levels(x: Array, name: str = "x") -> np.ndarray:
+    """k = 0 ... 255 of 8-bit data 2 k / 255 - 1, in float64 on the host; ValueError if it is none."""
+    x_host = to_numpy(x).astype(np.float64)
+    level = np.round((x_host + 1) * 127.5)
+    with np.errstate(invalid="ignore"):  # inf - inf: nan, which is not close
+        known = np.abs(x_host - (level / 127.5 - 1)) < 1e-3
+    if not np.all(known & (level >= 0) & (level <= 255)):
+        raise ValueError(
+            f"{name} holds values that are not 8-bit levels (2 k / 255 - 1 for k = 0 ... 255); expected "
+            "8-bit data scaled to [-1, 1]. For other data take the decoder 'density'."
+        )
+    return level
+
+
+def check_decoder(decoder: str, data: Array | None = None) -> None:
+    """ValueError if there is no such decoder, or `data` is not the 8-bit data it is for."""
     if decoder not in get_args(Decoder):
         choices = ", ".join(map(repr, get_args(Decoder)))
         raise ValueError(f"decoder is {decoder!r}; expected one of {choices}.")
+    if decoder == "8bit" and data is not None:
+        _levels(data, "data")

@@ -43,7 +43,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
+from tinydiff.backend import Array, array_namespace, asarray_like, clip_to_unit, to_numpy
 from tinydiff.schedules import NoiseSchedule
 
 __all__ = ["GaussianDiffusion", "Prediction", "Variance"]
@@ -250,11 +250,10 @@ class GaussianDiffusion:
             v = a eps - s x0 (Salimans & Ho 2022).
         """
         x0, noise = _matching(x0=x0, noise=noise)
+        if self.prediction != "v":
+            self._on_host(t, x0)  # refuses a wrong t; the rates are not needed
+            return noise if self.prediction == "eps" else x0
         a, s = self._rates(x0, t)
-        if self.prediction == "eps":
-            return noise
-        if self.prediction == "x0":
-            return x0
         return a * noise - s * x0
 
     def predict_x0(self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None) -> Array:
@@ -391,7 +390,7 @@ class GaussianDiffusion:
         """
         x0 = self.predict_x0(x_t, t, output)
         if clip:
-            x0 = array_namespace(x0).clip(x0, -1.0, 1.0)
+            x0 = clip_to_unit(x0)
         mean, _ = self.q_posterior_mean_variance(x0, x_t, t)
         if self.model_variance is None:
             return mean, array_namespace(x0).exp(self.model_log_variance(x_t, t, output))

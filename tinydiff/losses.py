@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -143,6 +144,7 @@ def vlb_loss(
     *,
     decoder: Decoder = "density",
     weights: Array | None = None,
+    record: Callable[[Array], None] | None = None,
 ) -> tuple[Array, Array]:
     """L_vlb, estimated from random t, in bits per dimension.  (docs: V.4)
 
@@ -164,6 +166,9 @@ def vlb_loss(
         What L_0 is: the density of points, or the probability of 8-bit levels.
     weights : array of shape (N,), optional
         1 / (T p_t) if t was drawn with probabilities p_t. Default: 1.
+    record : callable, optional
+        Called with L_t of each sample (N,), in nats and without weight: what a `LossSecondMomentSampler` is
+        to remember.
 
     Returns
     -------
@@ -178,6 +183,8 @@ def vlb_loss(
     """
     xp = array_namespace(output)
     terms, backward = step_term(diffusion, output, x0, diffusion.q_sample(x0, t, noise), t, decoder)
+    if record is not None:
+        record(terms)
     N = x0.shape[0]
     scale = xp.full_like(terms, diffusion.T * N / (math.prod(x0.shape) * math.log(2)))
     if weights is not None:

@@ -114,13 +114,15 @@ def forward_process(
 
 
 @_style()
-def training_curve(losses: Array) -> Figure:
+def training_curve(losses: Array, label: str = "mean squared error") -> Figure:
     """Draw the loss of every training step, faint, and its running mean.
 
     Parameters
     ----------
     losses : array of shape (steps,)
         As in ``TrainingResult.losses``.
+    label : str
+        What the loss is.
 
     Returns
     -------
@@ -151,7 +153,7 @@ def training_curve(losses: Array) -> Figure:
     ax.set_xlim(1, max(2, len(losses)))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_xlabel("training step")
-    ax.set_ylabel("mean squared error")
+    ax.set_ylabel(label)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color=FRAME, linewidth=0.5)
     ax.set_axisbelow(True)
@@ -405,6 +407,6 @@ def _loss_axis(ax: Axes, losses: np.ndarray) -> None:
         ax.yaxis.set_minor_locator(NullLocator())
     else:
         margin = 0.1 * (high - low) or 0.1
-        ax.set_ylim(max(0.0, low - margin), high + margin)
+        ax.set_ylim(max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
         ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -50,10 +50,12 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, device, get_backend, standard_normal
+from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
+from tinydiff.memory import is_out_of_memory, reason, what_fits
 from tinydiff.nn.module import Module
+from tinydiff.parallel import shared_out
 from tinydiff.schedules import evenly_spaced_timesteps
 
 __all__ = ["SAMPLERS", "SamplerState", "invert", "iterate_samples", "sample"]
@@ -214,7 +216,7 @@ def _estimator(
         t = xp.full((x.shape[0],), int(timesteps[i]), dtype=xp.int64, device=device(x))
         output = predict(x, t)
         x0 = walk.predict_x0(x, i, output)
-        return output, xp.clip(x0, -1.0, 1.0) if clip else x0
+        return output, clip_to_unit(x0) if clip else x0
 
     return estimate
 
@@ -247,6 +249,7 @@ def sample(
     clip: bool = False,
     x_T: Array | None = None,
     batch_size: int | None = None,
+    workers: int | None = None,
     progress: bool = True,
 ) -> Array:
     """Draw samples.
@@ -282,6 +285,9 @@ def sample(
     batch_size : int, optional
         How many samples to walk at a time. Default: all. A part of what the samples depend on: noise is
         drawn batch after batch.
+    workers : int, optional
+        Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
+        if the model is a `UNet` in NumPy, on Linux.
     progress : bool
         Show a progress bar on the standard error stream.
 
@@ -293,6 +299,8 @@ def sample(
     ------
     ValueError
         If an argument is out of its range or shapes do not fit; the message names the argument.
+    MemoryError
+        If a step does not fit in memory; the message names a `batch_size` that does.
 
     Notes
     -----
@@ -314,23 +322,44 @@ def sample(
     starts = range(0, total, size)
     parts = []
     steps_in_all = respaced(diffusion, steps)[0].T * len(starts)
-    with tqdm(total=steps_in_all, desc="sampling", unit="step", disable=not progress, leave=False) as bar:
-        for start in starts:
-            stop = min(total, start + size)
-            states = iterate_samples(
-                denoise,
-                diffusion,
-                (stop - start, *shape[1:]),
-                sampler,
-                steps,
-                rng=rng,
-                eta=eta,
-                clip=clip,
-                x_T=None if x_T is None else x_T[start:stop, ...],
-            )
-            for state in states:
-                bar.update(0 if state.x0 is None else 1)
-            parts.append(state.x)
+
+    def walk(denoise: Any, start: int, stop: int, rng: Any) -> Iterator[SamplerState]:
+        return iterate_samples(
+            denoise,
+            diffusion,
+            (stop - start, *shape[1:]),
+            sampler,
+            steps,
+            rng=rng,
+            eta=eta,
+            clip=clip,
+            x_T=None if x_T is None else x_T[start:stop, ...],
+        )
+
+    def one_step(n: int) -> None:
+        states = walk(denoise, 0, n, np.random.default_rng(0))
+        next(states)
+        next(states)
+
+    refused = ""
+    state: Any = None
+    try:
+        with (
+            shared_out(denoise, min(size, total), workers) as shared,
+            tqdm(total=steps_in_all, desc="sampling", unit="step", disable=not progress, leave=False) as bar,
+        ):
+            for start in starts:
+                for state in walk(shared, start, min(total, start + size), rng):
+                    bar.update(0 if state.x0 is None else 1)
+                parts.append(state.x)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        refused = reason(error)
+    if refused:
+        state, parts = None, []
+        like = _like(denoise) if x_T is None else x_T
+        raise MemoryError(what_fits(one_step, like, min(size, total), refused))
     return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=0)
 
 

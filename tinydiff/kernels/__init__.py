@@ -21,9 +21,9 @@ from tinydiff.backend import Array, BackendError, is_numpy_array
 from tinydiff.kernels import numpy as numpy_kernels
 from tinydiff.kernels import portable
 from tinydiff.kernels._memory import keep_freed_memory
-from tinydiff.kernels._threads import blas_on_one_thread
+from tinydiff.kernels._threads import alone, blas_on_one_thread, threads_in_reach
 
-__all__ = ["kernels_for", "many_steps", "use"]
+__all__ = ["alone", "kernels_for", "many_steps", "threads_in_reach", "use"]
 
 TWINS = ("numpy", "numba")
 

@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from tinydiff.kernels._threads import scratch
 
-__all__ = ["gather_conv", "gather_conv_backward", "narrow_conv", "narrow_conv_backward"]
+__all__ = ["gather_conv", "gather_conv_backward", "narrow_conv", "narrow_conv_backward", "transposed_taps"]
 
 # Bytes of the gathered rows of a chunk.
 CHUNK_BYTES = 2**19
@@ -95,8 +95,8 @@ def gather_conv_backward(
     return dw.reshape(w.shape)
 
 
-def _transpose(w: np.ndarray) -> np.ndarray:
-    """Weights (k, k, D, C) of the transposed convolution, with the taps turned round."""
+def transposed_taps(w: np.ndarray) -> np.ndarray:
+    """Weights (k, k, D, C) of the transposed convolution, with the taps turned round.  (docs: A.6, A.9)"""
     return w[::-1, ::-1].swapaxes(2, 3)
 
 
@@ -104,7 +104,7 @@ def narrow_conv(x: np.ndarray, w: np.ndarray, before: int, y: np.ndarray, start:
     """As `gather_conv` with stride 1, for D < C.  (docs: A.6)"""
     k, _, c, d = w.shape
     _, h, width, _ = x.shape
-    taps = np.ascontiguousarray(_transpose(w)).reshape(k * k * d, c).T
+    taps = np.ascontiguousarray(transposed_taps(w)).reshape(k * k * d, c).T
     for chunk in _chunks(start, stop, h * width * k * k * d * x.itemsize):
         rows = scratch("rows", (chunk.stop - chunk.start, h, width, k, k, d), x.dtype)
         np.matmul(x[chunk].reshape(-1, c), taps, out=rows.reshape(-1, k * k * d))
@@ -117,10 +117,10 @@ def narrow_conv_backward(
     """As `gather_conv_backward` with stride 1, for D < C.  (docs: A.6)"""
     k, _, c, d = w.shape
     _, h, width, _ = x.shape
-    taps = np.ascontiguousarray(_transpose(w)).reshape(k * k * d, c)
+    taps = np.ascontiguousarray(transposed_taps(w)).reshape(k * k * d, c)
     dtaps = np.zeros_like(taps)
     for chunk in _chunks(start, stop, h * width * k * k * d * x.itemsize):
         rows = _gather(dy[chunk], k, 1, k - 1 - before, h, width).reshape(-1, k * k * d)
         np.matmul(rows, taps, out=dx[chunk].reshape(-1, c))
         dtaps += rows.T @ x[chunk].reshape(-1, c)
-    return np.ascontiguousarray(_transpose(dtaps.reshape(k, k, d, c)))
+    return np.ascontiguousarray(transposed_taps(dtaps.reshape(k, k, d, c)))

@@ -11,7 +11,12 @@ Written per channel, with xc = x - mean and a = rstd weight (docs: A.10, A.11)::
     dx = a dz - rstd mean(weight dz) - rstd xhat mean(weight dz xhat)
 
 so the two means over a group are sums over its channels of weight times each image's share of dbias and
-dweight. Sums over pixels are products with a row of ones; the variance is that of the centred values
+dweight. SiLU's sigmoid is got from a hyperbolic tangent, which overflows nowhere: with u = z / 2 and
+T = tanh u::
+
+    z sigmoid(z) = u (1 + T)      dz = dy (1 + T) (1 + u (1 - T)) / 2
+
+Sums over pixels are products with a row of ones; the variance is that of the centred values
 (docs: A.14).
 
 An image is seen as H rows of W C numbers and a vector of channels is repeated W times to match: loops
@@ -29,7 +34,7 @@ from tinydiff.kernels._threads import in_parallel, scratch
 __all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
 
 # Bytes of a block; three or four blocks are in use at a time.
-BLOCK_BYTES = 2**21
+BLOCK_BYTES = 2**19
 
 # Fewer elements than this are not worth a second thread.
 PARALLEL_SIZE = 2**16
@@ -70,14 +75,6 @@ def _group_means(sums: np.ndarray, groups: int, pixels: int) -> np.ndarray:
     return np.repeat(means, per_group, axis=1)
 
 
-def _negative_sigmoid(minus_z: np.ndarray, out: np.ndarray) -> None:
-    """out = -sigmoid(z) from -z.  Where exp overflows the result is rightly 0."""
-    with np.errstate(over="ignore"):
-        np.exp(minus_z, out=out)
-    np.subtract(-1.0, out, out=out)
-    np.divide(1.0, out, out=out)
-
-
 def _forward(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float, with_silu: bool
 ) -> tuple[np.ndarray, Saved]:
@@ -95,11 +92,12 @@ def _forward(
             np.multiply(out, out, out=temp)
             variance = _group_means(_pixel_sums(temp, c), groups, h * w)
             rstd[block] = 1.0 / np.sqrt(variance + eps)
-            sign = -1.0 if with_silu else 1.0
-            out *= _repeat(rstd[block] * weight * sign, w)
-            out += _repeat(bias[None] * sign, w)
-            if with_silu:
-                _negative_sigmoid(out, out=temp)
+            half = 0.5 if with_silu else 1.0
+            out *= _repeat(half * rstd[block] * weight, w)
+            out += _repeat(half * bias[None], w)
+            if with_silu:  # out is u = z / 2
+                np.tanh(out, out=temp)
+                temp += 1.0
                 out *= temp
 
     in_parallel(work, n, x.size >= PARALLEL_SIZE)
@@ -122,23 +120,24 @@ def _backward(
             np.subtract(x_rows[block], _repeat(mean[block], w), out=xc)
             temp, out = scratch("norm", xc.shape, x.dtype), dx[block]
             if bias is None:
-                dz = dy_rows[block]
-            else:  # dz = dy s (1 + z (1 - s)), with -z and -s at hand
-                dz = scratch("dz", xc.shape, x.dtype)
-                np.multiply(xc, _repeat(r * weight * -1.0, w), out=temp)
-                temp -= _repeat(bias[None], w)
-                _negative_sigmoid(temp, out=out)
-                np.add(out, 1.0, out=dz)
+                half, dz = 1.0, dy_rows[block]
+            else:  # from here on dz is twice that of the formulas
+                half, dz = 0.5, scratch("dz", xc.shape, x.dtype)
+                np.multiply(xc, _repeat(half * r * weight, w), out=temp)
+                temp += _repeat(half * bias[None], w)
+                np.tanh(temp, out=out)
+                np.subtract(1.0, out, out=dz)
                 dz *= temp
-                dz -= 1.0
+                dz += 1.0
+                out += 1.0
                 dz *= out
                 dz *= dy_rows[block]
-            dbias_images = _pixel_sums(dz, c)
+            dbias_images = half * _pixel_sums(dz, c)
             np.multiply(dz, xc, out=temp)
-            dweight_images = r * _pixel_sums(temp, c)
+            dweight_images = half * r * _pixel_sums(temp, c)
             dbias += dbias_images.sum(axis=0)
             dweight += dweight_images.sum(axis=0)
-            np.multiply(dz, _repeat(r * weight, w), out=out)
+            np.multiply(dz, _repeat(half * r * weight, w), out=out)
             xc *= _repeat(r * r * _group_means(weight * dweight_images, groups, h * w), w)
             xc += _repeat(r * _group_means(weight * dbias_images, groups, h * w), w)
             out -= xc

@@ -1,6 +1,6 @@
 """The exponential function of sixteen numbers at once, and the sigmoid.
 
-LLVM has no vector instruction for exp, so here is one of sums and products (docs: A.22). With
+LLVM has no vector instruction for exp, so here is one of sums and products (docs: A.24). With
 n the integer next to x / ln 2::
 
     exp(x) = 2^n exp(r),   r = x - n ln 2,   |r| <= ln 2 / 2
@@ -26,12 +26,12 @@ __all__ = ["exp", "sigmoid"]
 
 
 def exp(x: Any) -> Any:
-    """e^x of a vector.  NaN gives NaN, what overflows infinity, what underflows 0.  (docs: A.22)"""
+    """e^x of a vector.  NaN gives NaN, what overflows infinity, what underflows 0.  (docs: A.24)"""
     raise NotImplementedError("only for compiled code")
 
 
 def sigmoid(x: Any) -> Any:
-    """1 / (1 + e^-x) of a vector.  Where e^-x overflows, 0.  (docs: A.12, A.22)"""
+    """1 / (1 + e^-x) of a vector.  Where e^-x overflows, 0.  (docs: A.12, A.24)"""
     raise NotImplementedError("only for compiled code")
 
 

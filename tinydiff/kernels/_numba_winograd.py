@@ -1,7 +1,6 @@
-"""Winograd's convolution F(4x4, 3x3): 36 multiplications where the definition takes 144.
+"""Winograd's convolution F(4x4, 3x3), as in ``_winograd.py`` (docs: A.7, A.8, A.9), in one pass.
 
-As ``_winograd.py`` (which see; docs: A.8, A.9) with larger tiles: 6x6 patches d for 4x4 patches y of the
-output, interpolating at the points 0, ±a, ±b and infinity instead of 0, ±1 and infinity (docs: A.20)::
+6x6 patches d for 4x4 patches y of the output, interpolating at 0, ±a, ±b and infinity (docs: A.23)::
 
     y = A.T [ (G g G.T) * (B.T d B) ] A
 
@@ -31,7 +30,7 @@ from tinydiff.kernels._threads import scratch
 __all__ = ["winograd_conv", "winograd_conv_backward", "winograd_weight", "winograd_weight_backward"]
 
 # The points: few binary digits, so that the coefficients of A and B are exact in float32, and chosen for the
-# smallest rounding error of the result among such (docs: A.21).
+# smallest rounding error of the result among such (docs: A.23).
 a, b = 5 / 8, 3 / 2
 a2, b2 = a * a, b * b
 
@@ -51,18 +50,18 @@ G_OF_2D = np.kron(G, G)
 CHUNK_BYTES = 2**20
 
 # Most patches of a chunk of the backward. BLAS adds their products to dU one after the other; over more
-# patches the rounding of these sums would show (docs: A.21).
+# patches the rounding of these sums would show (docs: A.23).
 MOST_PATCHES = 64
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
-    """U = G g G.T: (3, 3, C, D)  ->  (36, C, D).  (docs: A.20)"""
+    """U = G g G.T: (3, 3, C, D)  ->  (36, C, D).  (docs: A.8)"""
     c, d = g.shape[2:]
     return (G_OF_2D.astype(g.dtype) @ g.reshape(9, c * d)).reshape(36, c, d)
 
 
 def winograd_weight_backward(du: np.ndarray) -> np.ndarray:
-    """dg = G.T dU G: (36, C, D)  ->  (3, 3, C, D).  (docs: A.20)"""
+    """dg = G.T dU G: (36, C, D)  ->  (3, 3, C, D).  (docs: A.9)"""
     c, d = du.shape[1:]
     return (G_OF_2D.T.astype(du.dtype) @ du.reshape(36, c * d)).reshape(3, 3, c, d)
 
@@ -265,7 +264,7 @@ def _chunks(start: int, stop: int, bytes_per_patch: int, most: int) -> list[tupl
 def winograd_conv(
     x: np.ndarray, u: np.ndarray, bias: np.ndarray, before: int, y: np.ndarray, start: int, stop: int
 ) -> None:
-    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C).  (docs: A.20)"""
+    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C).  (docs: A.8)"""
     _, c, d = u.shape
     th, tw = (y.shape[1] + 3) // 4, (y.shape[2] + 3) // 4
     points = _coefficients(x.dtype)
@@ -281,7 +280,7 @@ def winograd_conv(
 def winograd_conv_backward(
     x: np.ndarray, ut: np.ndarray, dy: np.ndarray, before: int, dx: np.ndarray, start: int, stop: int
 ) -> np.ndarray:
-    """Add to images start … stop-1 of dx (N, H, W, C); returns their share of dU (36, C, D).  (docs: A.20)
+    """Add to images start … stop-1 of dx (N, H, W, C); returns their share of dU (36, C, D).  (docs: A.9)
 
     ut is U.T (36, D, C), that is `winograd_weight` of the taps' transposes: BLAS is faster so.
     """

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["blas_on_one_thread", "in_parallel", "scratch"]
+__all__ = ["alone", "blas_on_one_thread", "in_parallel", "scratch", "threads_in_reach"]
 
 T = TypeVar("T")
 
@@ -80,6 +80,23 @@ def blas_on_one_thread() -> Iterator[None]:
         _before_hold = 0
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it kernels do not share work out: other processes are at work on the other cores."""
+    global _before_hold
+    with blas_on_one_thread():
+        before, _before_hold = _before_hold, 1
+        try:
+            yield
+        finally:
+            _before_hold = before
+
+
+def threads_in_reach() -> int:
+    """How many threads BLAS would use; 1 where it is not known how to ask it."""
+    return 1 if _blas is None else _before_hold or _blas[0]()
+
+
 def _threads() -> ThreadPoolExecutor:
     global _executor
     if _executor is None:
@@ -105,7 +122,7 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
     if not parallel or n < 2 or _blas is None:
         return [work(0, n)]
     with _one_region:
-        shares = min(_before_hold or _blas[0](), MAX_THREADS, n)
+        shares = min(threads_in_reach(), MAX_THREADS, n)
         if shares < 2:
             return [work(0, n)]
         edges = [n * i // shares for i in range(shares + 1)]
@@ -121,9 +138,16 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return this thread's array `name`, uninitialised, its memory reused from call to call."""
+    try:
+        return _local.views[name, dtype, shape]
+    except AttributeError:
+        _local.arrays, _local.views = {}, {}
+    except KeyError:
+        pass
     size = math.prod(shape)
-    held = _local.__dict__.setdefault("arrays", {})
-    flat = held.get((name, dtype))
+    flat = _local.arrays.get((name, dtype))
     if flat is None or flat.size < size:
-        flat = held[name, dtype] = np.empty(size, dtype)
-    return flat[:size].reshape(shape)
+        flat = _local.arrays[name, dtype] = np.empty(size, dtype)
+        _local.views = {key: view for key, view in _local.views.items() if key[:2] != (name, dtype)}
+    view = _local.views[name, dtype, shape] = flat[:size].reshape(shape)
+    return view

@@ -7,7 +7,7 @@ SiLU (``_numba_norm.py``), softmax (``_numba_rows.py``) and the optimiser's step
 are written with vectors as values (``_numba_lanes.py``), of which ``_numba_exp.py`` takes the exponential.
 
 Arrays that are neither all float32 nor all float64 go to the NumPy twin, as does what gains nothing here.
-The results equal the NumPy twin's up to rounding, not in their bits (docs: A.3, A.21).
+The results equal the NumPy twin's up to rounding, not in their bits (docs: A.3, A.23).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinydiff.kernels import numpy as numpy_twin
+from tinydiff.kernels._gather import gather_conv_backward
 from tinydiff.kernels._linear import linear, linear_backward
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
@@ -55,22 +56,24 @@ __all__ = [
 WINOGRAD_CHANNELS = 16
 
 # The weight's gradient sums over patches. Over fewer than this its rounding is up to 5 times PyTorch's, so
-# the smaller patches of the NumPy twin are taken (docs: A.21).
+# rows are gathered instead (docs: A.4, A.23).
 BACKWARD_PATCHES = 128
 
 
-def _is_winograd(
-    x: np.ndarray, w: np.ndarray, stride: int, padding: Padding, fewest_patches: int = 0
-) -> bool:
-    """Whether to cut the output into 4x4 patches: 36 products each, also for those that stick out."""
+def _patches(x: np.ndarray, padding: Padding) -> int:
+    """How many 4x4 patches the output is cut into, those that stick out included."""
     h_out, w_out = (size + sum(padding) - 2 for size in x.shape[1:3])
-    patches = -(-h_out // 4) * -(-w_out // 4)
+    return x.shape[0] * -(-h_out // 4) * -(-w_out // 4)
+
+
+def _is_winograd(x: np.ndarray, w: np.ndarray, stride: int, padding: Padding) -> bool:
+    """Whether to cut the output into patches: each takes 36 products, however much of it sticks out."""
+    h_out, w_out = (size + sum(padding) - 2 for size in x.shape[1:3])
     return (
         w.shape[0] == 3
         and stride == 1
         and min(w.shape[2:]) >= WINOGRAD_CHANNELS
-        and 36 * patches <= 5 * h_out * w_out
-        and x.shape[0] * patches >= fewest_patches
+        and 36 * _patches(x, padding) <= 5 * x.shape[0] * h_out * w_out
     )
 
 
@@ -90,17 +93,20 @@ def conv2d_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray, stride: int, padding: Padding
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.conv2d_backward``."""
-    if not (_is_winograd(x, w, stride, padding, BACKWARD_PATCHES) and fits(x, w, dy)):
+    if not (_is_winograd(x, w, stride, padding) and fits(x, w, dy)):
         return numpy_twin.conv2d_backward(x, w, dy, stride, padding)
     x, dy = np.ascontiguousarray(x), np.ascontiguousarray(dy)
     ut = winograd_weight(np.ascontiguousarray(w.swapaxes(2, 3)))
     dx = np.zeros(x.shape, x.dtype)
+    few = _patches(x, padding) < BACKWARD_PATCHES
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         dy_rows = dy[start:stop].reshape(-1, w.shape[3])
         db = np.ones(len(dy_rows), dy.dtype) @ dy_rows
+        if few:
+            return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop), db
         return winograd_conv_backward(x, ut, dy, padding[0], dx, start, stop), db
 
     shares = in_parallel(work, x.shape[0])
     du, db = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
-    return dx, winograd_weight_backward(du), db
+    return dx, du if few else winograd_weight_backward(du), db

@@ -17,6 +17,7 @@ from tinydiff.kernels._gather import (
     gather_conv_backward,
     narrow_conv,
     narrow_conv_backward,
+    transposed_taps,
 )
 from tinydiff.kernels._linear import (
     linear,
@@ -36,7 +37,7 @@ from tinydiff.kernels._optim import adam_step, ema_step
 from tinydiff.kernels._threads import in_parallel
 from tinydiff.kernels._winograd import (
     winograd_conv,
-    winograd_conv_backward,
+    winograd_conv_taps,
     winograd_weight,
     winograd_weight_backward,
 )
@@ -67,8 +68,8 @@ def _is_product(w: np.ndarray, stride: int, padding: Padding) -> bool:
     return w.shape[0] == 1 and stride == 1 and padding == (0, 0)
 
 
-def _is_winograd(w: np.ndarray, stride: int) -> bool:
-    return w.shape[0] == 3 and stride == 1 and min(w.shape[2:]) >= WINOGRAD_CHANNELS
+def _is_winograd(w: np.ndarray, stride: int, padding: Padding) -> bool:
+    return w.shape[0] == 3 and stride == 1 and padding[0] < 3 and min(w.shape[2:]) >= WINOGRAD_CHANNELS
 
 
 def _is_narrow(w: np.ndarray, stride: int, padding: Padding) -> bool:
@@ -85,7 +86,7 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
         (n, (height + before + after - k) // stride + 1, (width + before + after - k) // stride + 1, d),
         x.dtype,
     )
-    if _is_winograd(w, stride):
+    if _is_winograd(w, stride, padding):
         u = winograd_weight(w)
         in_parallel(lambda start, stop: winograd_conv(x, u, b, before, y, start, stop), n)
     else:
@@ -111,14 +112,15 @@ def conv2d_backward(
     n = x.shape[0]
     dy = np.ascontiguousarray(dy)
     dx = np.empty(x.shape, x.dtype)
-    winograd = _is_winograd(w, stride)
-    u = winograd_weight(w) if winograd else w
+    winograd = _is_winograd(w, stride, padding)
+    turned = winograd_weight(transposed_taps(w)) if winograd else w
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         dy_rows = dy[start:stop].reshape(-1, d)
         db = np.ones(dy_rows.shape[0], dy.dtype) @ dy_rows
         if winograd:
-            du = winograd_conv_backward(x, u, dy, padding[0], dx, start, stop)
+            winograd_conv(dy, turned, 0.0, 2 - padding[0], dx, start, stop)
+            du = winograd_conv_taps(x, dy, padding[0], start, stop)
         elif _is_product(w, stride, padding):
             np.matmul(dy_rows, w[0, 0].T, out=dx[start:stop].reshape(-1, c))
             du = (x[start:stop].reshape(-1, c).T @ dy_rows).reshape(w.shape)

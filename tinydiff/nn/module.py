@@ -116,12 +116,12 @@ class Module:
             value = asarray_like(to_numpy(state[name]), parameter.value)
             parameter.value = array_namespace(value).asarray(value, copy=True)
 
-    def to(self, xp: Namespace, dtype: Any = None) -> Any:
-        """Move every parameter to the namespace `xp` and, if given, to its dtype `dtype`; returns self."""
+    def to(self, xp: Namespace, dtype: Any = None, device: Any = None) -> Any:
+        """Move every parameter to `xp` and, if given, to its `dtype` and its `device`; returns self."""
         for parameter in self.named_parameters().values():
             value = to_numpy(parameter.value)
             target = dtype if dtype is not None else getattr(xp, str(value.dtype))
-            parameter.value = xp.asarray(value, dtype=target)
+            parameter.value = xp.asarray(value, dtype=target, device=device)
             parameter.zero_grad()
         return self
 
@@ -168,6 +168,11 @@ def inference() -> Iterator[None]:
         _keeping.reset(token)
 
 
+def keeping() -> bool:
+    """Whether derivatives are kept: True but within `inference`."""
+    return _keeping.get()
+
+
 def _not_kept(*args: Any) -> Any:
     raise RuntimeError("this output came from inference, which keeps nothing for a backward.")
 
@@ -177,7 +182,7 @@ def once(backward: F) -> F:
 
     What it held is let go as soon as it returns; in `inference`, at once.
     """
-    if not _keeping.get():
+    if not keeping():
         return _not_kept  # type: ignore[return-value]
     held: list[F] = [backward]
 

@@ -1,0 +1,105 @@
+"""tinydiff's side: a training step and an inference step, as closures over one batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+import tinydiff as td
+from _bench.networks import Batch, Config, T
+from tinydiff import interop
+from tinydiff.backend import to_numpy
+from tinydiff.kernels import many_steps
+from tinydiff.losses import mean_squared_error
+
+LR = 1e-4
+
+
+@contextmanager
+def running(model: Any, threads: int) -> Iterator[Any]:
+    """The model as it is run in a loop of many steps, on so many threads.
+
+    The one place where it is wrapped, if it is: whatever is called and has parameters like a model will do.
+    """
+    with many_steps():
+        yield model
+
+
+def training_step(
+    model: Any, optimizer: Any, batch: Batch, loss: Callable[..., Any] = mean_squared_error
+) -> Any:
+    """Forward, loss, backward, Adam, gradients back to zero."""
+    y, backward = model(batch.x, batch.t)
+    value, gradient = loss(y, batch.target)
+    backward(gradient)
+    optimizer.step()
+    optimizer.zero_grad()
+    return value
+
+
+class Tinydiff:
+    """One network of tinydiff's, held ready until `close`."""
+
+    name = "tinydiff"
+
+    def __init__(
+        self, config: Config, threads: int, backend: str = "numpy", dtype: Any = np.float32, clock: Any = None
+    ) -> None:
+        self.config = config
+        self.xp = td.get_backend(backend)
+        self.clock = clock or wall_clock
+        self._stack = ExitStack()
+        self.model = self._stack.enter_context(running(config.model(backend, dtype), threads))
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def training(self, batch: Batch) -> Callable[[], Any]:
+        optimizer = td.Adam(self.model.named_parameters(), LR)
+        here = self._here(batch)
+        return lambda: training_step(self.model, optimizer, here)
+
+    def inference(self, batch: Batch) -> Callable[[], Any]:
+        here = self._here(batch)
+        return lambda: self.model.predict(here.x, here.t)
+
+    def ddim(self, batch: Batch, steps: int) -> Callable[[], Any]:
+        """From the noise `batch.x` to data, by DDIM."""
+        diffusion = td.GaussianDiffusion(td.cosine_schedule(T))
+        x, rng = self._here(batch).x, np.random.default_rng(0)
+        how = dict(sampler="ddim", steps=steps, rng=rng, x_T=x, progress=False)
+        return lambda: td.sample(self.model, diffusion, tuple(x.shape), **how)
+
+    def output_and_gradients(self, batch: Batch) -> dict[str, np.ndarray]:
+        """The output, and the gradient of the loss by each parameter in PyTorch's layout, by name."""
+        here = self._here(batch)
+        y, backward = self.model(here.x, here.t)
+        backward(mean_squared_error(y, here.target)[1])
+        gradients = self.config.model()  # to carry the gradients across as weights are
+        for name, parameter in gradients.named_parameters().items():
+            parameter.value = to_numpy(self.model.named_parameters()[name].grad)
+        for parameter in self.model.named_parameters().values():
+            parameter.zero_grad()
+        return {"output": to_numpy(y), **in_torch_layout(gradients)}
+
+    def _here(self, batch: Batch) -> Batch:
+        return Batch(*(self.xp.asarray(array) for array in batch))
+
+
+def in_torch_layout(model: Any) -> dict[str, np.ndarray]:
+    """The weights of a model as PyTorch keeps them, by name."""
+    if isinstance(model, td.UNet):
+        return interop.unet_to_diffusers(model)[1]
+    return {name: np.ascontiguousarray(array.T) for name, array in model.state_dict().items()}
+
+
+def wall_clock(step: Callable[[], Any], n: int) -> float:
+    """Seconds a step, over n of them."""
+    began = time.perf_counter()
+    for _ in range(n):
+        step()
+    return (time.perf_counter() - began) / n

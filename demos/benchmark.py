@@ -1,0 +1,446 @@
+"""Time tinydiff beside PyTorch and diffusers: the same networks, the same weights, in one process, in turn.
+
+With the extra `oracle` (pip install '.[oracle]') each configuration is first checked: output and gradients by
+every parameter must agree in float64, and tinydiff's float32 error against PyTorch's float64 may be at most
+4 times PyTorch's own float32 error. Only then is it timed. Without torch, or with --profile, tinydiff's own
+step is laid out layer by layer, beside the rate at which this machine multiplies matrices.
+
+  training   forward, mean squared error, backward, Adam, gradients to zero
+  inference  forward, nothing kept for a backward
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EPILOG = """how it is made fair:
+  - Both sides run in this process, in turn, A B A B; a turn is as many steps as fill 0.2 s (at least one).
+    Given are medians over the turns, and tinydiff's median over the other's, with the quartiles of the same
+    ratio taken round by round: what else the machine does in a round slows both.
+  - Both have the same number of threads (--threads; default: all cores this process may use), set through
+    torch.set_num_threads, and in OpenBLAS, which tinydiff's kernels take as their number of threads.
+    PyTorch's threads and OpenBLAS's are not the same; each side's rest while the other has its turn.
+  - Both have had 3 steps before any counts (torch.compile compiles then). Python's garbage collector runs
+    between turns only. Where a turn is of several steps, one more is taken first that does not count: it
+    brings back to the caches what the other's turn drove out.
+  - tinydiff runs as in td.train: within tinydiff.kernels.many_steps. That also tells the C library's
+    allocator to keep freed memory, for the whole process, so PyTorch gains by it too.
+  - PyTorch runs as it comes: NCHW, torch.optim.Adam (--fused-adam for its fused form), zero_grad to None,
+    inference_mode; beside it the same in channels_last memory format, and torch.compile of the model.
+  - The networks are diffusers' UNet2DModel with its own defaults (8 channels a head; 32 groups for cifar),
+    and for `toy` the MLP written out in PyTorch. No weight is zero.
+  - On a GPU (--backend cupy) times are the device's own, between two events queued around a turn's steps,
+    and so is a whole walk of 50 DDIM steps; TF32 is on both sides or on neither; cuDNN chooses its
+    algorithms in the warm-up. Memory beside the host's: what each allocator took from the driver.
+  - Peak memory is that of a process of its own, which imports one side only and takes 4 training steps:
+    the high-water mark of its resident set (VmHWM). If it has children, the largest sum of their
+    proportional set sizes (PSS), so that shared pages count once.
+
+examples:
+  python demos/benchmark.py
+  python demos/benchmark.py --configs mnist toy --threads 1 --rounds 20 --json times.json
+  python demos/benchmark.py --profile --growth --no-compile
+  python demos/benchmark.py --backend cupy --tf32"""
+
+QUICK = "networks of a quarter of the channels, batches of 2, two rounds: to see that all of it runs"
+LEAST_SHARE = 0.005  # of the step: layers below it are summed in one line (--json has them all)
+NEEDS_TORCH = "PyTorch and diffusers are needed to compare with: pip install '.[oracle]'"
+
+
+def count(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        metavar="NAME",
+        help="mnist, cifar, sampling, toy; with --backend cupy also cifar128 (default: all)",
+    )
+    parser.add_argument("--rounds", type=count, metavar="N", help="turns of each side (default: 9)")
+    parser.add_argument("--threads", type=count, metavar="N", help="of both sides (default: all cores)")
+    parser.add_argument("--quick", action="store_true", help=QUICK)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (a minute each)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--fused-adam", action="store_true", help="PyTorch's Adam with fused=True")
+    parser.add_argument(
+        "--profile", action="store_true", help="where tinydiff's training step spends its time, by layer"
+    )
+    parser.add_argument(
+        "--growth",
+        action="store_true",
+        help="the exponent of time in batch (8 to 128) and in pixels (16x16 to 64x64)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument(
+        "--backend", choices=["numpy", "cupy"], default="numpy", help="cupy: both on one GPU (default: numpy)"
+    )
+    parser.add_argument(
+        "--tf32", action="store_true", help="on a GPU: TF32 products on both sides, not float32"
+    )
+    args = parser.parse_args(argv)
+    known = ["mnist", "cifar", "sampling", "toy"] + (["cifar128"] if args.backend == "cupy" else [])
+    for name in args.configs or []:
+        if name not in known:
+            parser.error(f"argument --configs: {name!r} is not one of {', '.join(known)}")
+    if args.backend == "cupy" and (args.profile or args.growth):
+        parser.error("argument --backend: --profile and --growth are of the CPU")
+    if args.tf32 and args.backend != "cupy":
+        parser.error("argument --tf32: only with --backend cupy")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"argument --json: {args.json} is a folder, or in one that is not there")
+    args.rounds = args.rounds or (2 if args.quick else 9)
+    return args
+
+
+def set_threads(threads: int) -> None:
+    """In this process, and in those it starts."""
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = str(threads)
+    from tinydiff.kernels import _threads
+
+    if _threads._blas is not None:  # where NumPy came with the variables set otherwise
+        _threads._blas[1](threads)
+    if has_torch():
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def has_torch() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "diffusers"))
+
+
+class Benchmark:
+    """What one run measures, printed as it comes and kept in `found`."""
+
+    def __init__(self, args: argparse.Namespace, device: Any = None) -> None:
+        from _bench import networks
+
+        self.args = args
+        self.device = device
+        self.compare = has_torch()
+        default = networks.ON_THE_CPU if device is None else networks.ON_A_GPU
+        self.configs = [networks.CONFIGS[name] for name in args.configs or default]
+        self.configs = [config.quick() if args.quick else config for config in self.configs]
+        self.variants = ["eager", "channels_last", "compile"]
+        if args.no_compile:
+            self.variants.remove("compile")
+        self.failures: list[str] = []
+        self.agreed: list[Any] = []
+        self.found: dict[str, Any] = {
+            "environment": environment(args, self.compare) | (device.about() if device else {}),
+            "agreement": {},
+            "times": [],
+            "memory": {},
+        }
+
+    def run(self) -> int:
+        print("  ".join(f"{key}: {value}" for key, value in self.found["environment"].items()))
+        if not self.compare:
+            print(f"{NEEDS_TORCH}. Without them, tinydiff alone:")
+        for config in self.configs:
+            print(f"\n{config.name}: {config.about}")
+            if self.compare and not self.agree(config):
+                continue
+            for work in ("training", "inference", "ddim"):
+                for n in getattr(config, work):
+                    if work != "ddim" or self.device is not None:
+                        self.time(config, work, n)
+            if not self.args.no_memory:
+                self.memory(config)
+        if self.args.growth:
+            self.growth()
+        if self.args.profile or not self.compare:
+            self.profile()
+        for failure in self.failures:
+            print(f"FAILED: {failure}", file=sys.stderr)
+        if self.args.json:
+            self.found["failures"] = self.failures
+            self.args.json.write_text(json.dumps(self.found, indent=1) + "\n")
+        return 1 if self.failures else 0
+
+    # The two sides
+
+    def ours(self, config: Any, dtype: str = "float32") -> Any:
+        from _bench.ours import Tinydiff
+
+        backend, clock = ("numpy", None) if self.device is None else self.device.ours()
+        return Tinydiff(config, self.args.threads, backend, dtype, clock)
+
+    def theirs(self, config: Any, variant: str, dtype: str = "float32", exact_time: bool = False) -> Any:
+        from _bench import ours, theirs
+
+        model = config.model()
+        network = model.config
+        if config.network.__name__ == "UNet":
+            from tinydiff.interop import unet_to_diffusers
+
+            network = unet_to_diffusers(model, config.shape[0])[0]
+        twin = theirs.build(config.network.__name__, network, ours.in_torch_layout(model))
+        where, clock = ("cpu", None) if self.device is None else self.device.theirs()
+        return theirs.PyTorch(twin, variant, where, dtype, exact_time, self.args.fused_adam, clock)
+
+    def sides(self, config: Any) -> dict[str, Any]:
+        """By name, every side that there is; points have no channels_last."""
+        sides = [self.ours(config)]
+        if self.compare:
+            variants = [v for v in self.variants if v != "channels_last" or len(config.shape) == 3]
+            sides += [self.theirs(config, variant) for variant in variants]
+        return {side.name: side for side in sides}
+
+    # What is measured
+
+    def agree(self, config: Any) -> bool:
+        """Output and gradients of both sides, in both precisions; what is wrong goes to `failures`."""
+        from _bench import agreement
+
+        batch = config.batch(max(config.training + config.inference))
+        twin = next(
+            (c for c in self.agreed if (c.arguments, c.shape) == (config.arguments, config.shape)), None
+        )
+        if twin is not None:
+            print(f"  agreement: the network of {twin.name}")
+            return True
+        results = []
+        for dtype in ("float32", "float64"):
+            for make in (self.ours, lambda *a: self.theirs(a[0], "eager", a[1], exact_time=True)):
+                side = make(config, dtype)
+                results.append(side.output_and_gradients(batch.astype(dtype)))
+                side.close()
+        found = agreement.compare(
+            ours=results[0], theirs=results[1], ours_64=results[2], theirs_64=results[3]
+        )
+        self.found["agreement"][config.name] = found
+        errors, ratio = found["float32_error"], found["error_ratio"]
+        lines = {
+            "difference in float64": found["float64_difference"],
+            "difference in float32": found["float32_difference"],
+            "error of tinydiff's float32": errors["tinydiff"],
+            "error of PyTorch's float32": errors["PyTorch"],
+        }
+        print(f"  {'relative to PyTorch in float64':34}{'output':>8}{'gradients':>12}{'worst parameter':>18}")
+        for about, e in lines.items():
+            numbers = f"{e['output']:8.1e}{e['gradients']:12.1e}{e['worst_gradient']:18.1e}"
+            print(f"    {about:32}{numbers}  {e['worst_parameter']}")
+        numbers = f"{ratio['output']:8.2f}{ratio['gradients']:12.2f}{ratio['worst_gradient']:18.2f}"
+        print(f"    {f'ratio of errors (at most {agreement.MOST:g})':32}{numbers}  (the worst is not judged)")
+        if not found["accurate"]:
+            self.failures.append(f"{config.name}: float32 error more than {agreement.MOST:g} times PyTorch's")
+        if not found["same"]:
+            self.failures.append(f"{config.name}: the two sides do not agree in float64; not timed")
+        if found["same"]:
+            self.agreed.append(config)
+        return found["same"]
+
+    def time(self, config: Any, work: str, n: int) -> None:
+        """One line a side: median, and tinydiff's ratio to it."""
+        from _bench import machine, rounds
+
+        given = machine.share_given(self.args.threads)
+        batch = config.batch(n)
+        sides = self.sides(config)
+        steps = {name: self.step(side, work, batch) for name, side in sides.items()}
+        try:
+            if "torch.compile" in steps and not self.compiles(steps["torch.compile"]):
+                sides.pop("torch.compile").close()
+                del steps["torch.compile"]
+            clocks = {name: side.clock for name, side in sides.items()}
+            times = rounds.in_turn(steps, clocks, self.args.rounds, 0.0 if self.args.quick else 0.2)
+        finally:
+            for side in sides.values():
+                side.close()
+        given = min(given, machine.share_given(self.args.threads))
+        found = rounds.compared(times)
+        self.found["times"].append(
+            {"config": config.name, "work": work, "batch": n, "processor_share": given, **found}
+        )
+        what = f"{work}, batch {n}" if work != "ddim" else f"50 DDIM steps, batch {n}"
+        print(f"  {what}: median of {self.args.rounds} rounds")
+        for name, seconds in found["seconds"].items():
+            line = f"    {name:23}{1e3 * seconds:12.3f} ms"
+            if name in found["ratio"]:
+                r = found["ratio"][name]
+                line += (
+                    f"    tinydiff / it {r['ratio']:6.2f}"
+                    f"   (quartiles {r['lower_quartile']:.2f} … {r['upper_quartile']:.2f})"
+                )
+            print(line, flush=True)
+        self.say_if_busy(given)
+
+    def say_if_busy(self, given: float) -> None:
+        from _bench.machine import ENOUGH
+
+        if given < ENOUGH:
+            threads = self.args.threads
+            print(f"    BUSY: other programs left this one {given:.0%} of the time of {threads} thread(s)")
+            if threads > 1:
+                print("    threads that wait for each other may take many times too long: try --threads 1")
+
+    def step(self, side: Any, work: str, batch: Any) -> Any:
+        if work != "ddim":
+            return getattr(side, work)(batch)
+        steps = 2 if self.args.quick else 50
+        if side.name == "tinydiff":
+            return side.ddim(batch, steps)
+        from _bench.networks import T
+
+        import tinydiff as td
+        from tinydiff.schedules import evenly_spaced_timesteps
+
+        timesteps = evenly_spaced_timesteps(T, steps)
+        return side.ddim(batch, timesteps, td.cosine_schedule(T).alphas_cumprod[timesteps])
+
+    def compiles(self, step: Any) -> bool:
+        """Whether torch.compile works here (on a CPU it needs a C++ compiler); said once if not."""
+        try:
+            step()
+        except Exception as error:  # the compiler's own, of many kinds
+            words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            print(f"  torch.compile is left out: {words}")
+            self.variants.remove("compile")
+            return False
+        return True
+
+    def memory(self, config: Any) -> None:
+        from _bench import memory
+
+        work = "training" if config.training else "inference"
+        n = max(getattr(config, work))
+        network: dict[str, Any] = {}
+        sides = ["tinydiff"]
+        if self.compare:
+            model = config.model()
+            network = model.config
+            if config.network.__name__ == "UNet":
+                from tinydiff.interop import unet_to_diffusers
+
+                network = unet_to_diffusers(model, config.shape[0])[0]
+            sides += [v for v in self.variants if v != "channels_last" or len(config.shape) == 3]
+        print(f"  peak memory, {memory.STEPS} steps of {work}, batch {n} (of it, imports)")
+        found = self.found["memory"][config.name] = {"work": work, "batch": n, "sides": {}}
+        for side in sides:
+            job = {
+                "side": side,
+                "config": config.name,
+                "quick": self.args.quick,
+                "kind": config.network.__name__,
+                "network": network,
+                "shape": config.shape,
+                "work": work,
+                "batch": n,
+                "threads": self.args.threads,
+                "backend": "numpy" if self.device is None else self.device.ours()[0],
+                "device": "cpu" if self.device is None else self.device.theirs()[0],
+            }
+            told = memory.measured(job)
+            name = side if side == "tinydiff" else self.name_of(side)
+            found["sides"][name] = told
+            print(f"    {name:23}{memory.described(told)}", flush=True)
+
+    @staticmethod
+    def name_of(variant: str) -> str:
+        from _bench import theirs
+
+        return theirs.VARIANTS[variant]
+
+    def growth(self) -> None:
+        from _bench import growth
+
+        def sides_of(config: Any) -> dict[str, Any]:
+            sides = [self.ours(config)] + ([self.theirs(config, "eager")] if self.compare else [])
+            return {side.name: side for side in sides}
+
+        print("\ngrowth of a training step of mnist: time ~ size ^ exponent", flush=True)
+        self.found["growth"] = growth.growth(sides_of, min(self.args.rounds, 3), self.args.quick)
+        for along, found in self.found["growth"].items():
+            print(f"  in {along}: {', '.join(map(str, found['sizes']))}")
+            for name, of in found["sides"].items():
+                milliseconds = "  ".join(f"{1e3 * s:.2f}" for s in of["seconds"])
+                print(f"    {name:23} exponent {of['exponent']:.2f}    ({milliseconds} ms)")
+
+    def profile(self) -> None:
+        from _bench import layers, machine
+
+        self.found["profile"] = []
+        for config in self.configs:
+            for n in config.training:
+                measured = layers.profile(config, n, 1 if self.args.quick else 5)
+                measured["processor_share"] = given = machine.share_given(self.args.threads)
+                self.found["profile"].append(measured)
+                print(
+                    f"\n{config.name}, training, batch {n}, by layer (ms): a step takes "
+                    f"{1e3 * measured['step_seconds']:.2f} ms, {1e3 * measured['step_seconds_watched']:.2f} "
+                    f"watched; products run at {measured['product_gflops']:.0f} GFLOP/s"
+                )
+                self.say_if_busy(given)
+                print("\n".join(layers.table(measured, "kinds")))
+                print("\n".join(layers.table(measured, "layers", LEAST_SHARE)))
+
+
+def environment(args: argparse.Namespace, compare: bool) -> dict[str, Any]:
+    """What the numbers depend on."""
+    import numpy as np
+    from _bench.machine import processor
+
+    import tinydiff as td
+
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})  # type: ignore[call-overload]
+    about = {
+        "processor": processor(),
+        "threads": args.threads,
+        "python": platform.python_version(),
+        "tinydiff": td.__version__,
+        "numpy": np.__version__,
+        "blas": f"{blas.get('name', '?')} {blas.get('version', '')}".strip(),
+    }
+    if compare:
+        import diffusers
+        import torch
+
+        about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    if hasattr(os, "getloadavg"):
+        about["load before"] = round(os.getloadavg()[0], 2)
+    return about
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    from _bench.machine import available_cores
+
+    import tinydiff as td
+
+    args.threads = args.threads or available_cores()
+    device = None
+    try:
+        if args.backend == "cupy":
+            from _bench.gpu import Gpu
+
+            device = Gpu(args.tf32)
+        set_threads(args.threads)
+        code = Benchmark(args, device).run()
+    except td.BackendError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

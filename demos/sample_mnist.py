@@ -1,0 +1,111 @@
+"""Draw handwritten digits at once, with the weights that come with the package or your own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import Plain, choose_device, explained_errors, write_metrics
+from train_mnist import digits, draw, pixel_statistics
+
+import tinydiff as td
+from tinydiff import plotting
+from tinydiff.datasets import mnist
+from tinydiff.metrics.digits import digit_report
+
+DEFAULTS = dict(data="subset", samples=64, sampler="ddim", sampling_steps=50)
+
+EXAMPLES = """examples:
+  python demos/sample_mnist.py
+  python demos/sample_mnist.py --sampler dpm++ --sampling-steps 10 --out runs/fast
+  python demos/sample_mnist.py --samples 1000 --report
+  python demos/sample_mnist.py --model runs/mnist/model.safetensors"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Plain(__doc__, EXAMPLES, out="runs/mnist-samples", defaults=DEFAULTS)
+    parser.add_sampling()
+    parser.run.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="a model.safetensors that train_mnist.py left (default: the weights in the package)",
+    )
+    parser.run.add_argument(
+        "--report",
+        action="store_true",
+        help="judge the digits (legible, all ten, distributed as MNIST's, new), in metrics.json under digits",
+    )
+    parser.data.add_argument(
+        "--data",
+        choices=["subset", "full"],
+        help="what the digits are shown beside and judged by: 10,000 that come with the package, or all "
+        "60,000, from the folder TINYDIFF_DATA or downloaded (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs/mnist-samples")
+    with explained_errors(args.out, interrupted="Interrupted: nothing is kept."):
+        run(args, parser.sampling_steps)
+
+
+def run(args: argparse.Namespace, default_steps: int) -> None:
+    choose_device(args)
+    try:
+        import matplotlib  # noqa: F401 (asked for before anything is sampled)
+    except ImportError:
+        raise ImportError("Pictures need matplotlib: pip install 'tinydiff[demos]'.") from None
+    if args.model is None:
+        model, diffusion, about = td.pretrained.mnist(args.backend)
+    else:
+        model, diffusion, about = td.pretrained.load(args.model, args.backend)
+    check(args, model, diffusion, default_steps)
+    data_rng, sample_rng = np.random.default_rng(args.seed).spawn(2)
+    data = data_rng.permutation(digits(args))
+    title = f"{args.sampling_steps} {args.sampler.upper()} steps"
+    samples, seconds, pictures = draw(args, model, diffusion, data, sample_rng, title)
+    for name, picture in pictures.items():
+        plotting.save(picture, args.out / name)
+    found: dict[str, Any] = {
+        "pixels": {"samples": pixel_statistics(samples), "data": pixel_statistics(data)},
+        "n": args.samples,
+        "sampling_seconds": round(seconds, 3),
+        "seconds_a_digit": seconds / args.samples,
+        "trained": about,
+    }
+    if args.report:
+        found["digits"] = digit_report(samples, data, heldout(args), rng=data_rng)
+    write_metrics(args, **found)
+    if not args.quiet:
+        if args.report:
+            judged, floor = found["digits"]["samples"], found["digits"]["floor"]
+            for key in ("frechet_distance", "confidence", "effective_classes", "share_too_near"):
+                print(f"{key.replace('_', ' ')}: {judged[key]:.3f} (real digits: {floor[key]:.3f})")
+        print(f"{args.samples} digits in {seconds:.1f} s; pictures in {args.out}: {', '.join(pictures)}")
+
+
+def check(args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion, default_steps: int) -> None:
+    """Before anything is drawn: a network for 28x28x1 images, and no more steps than it knows."""
+    if not isinstance(model, td.UNet) or model.config["in_channels"] != 1:
+        kind = type(model).__name__
+        channels = f" of {model.config['in_channels']} channels" if isinstance(model, td.UNet) else ""
+        raise ValueError(f"{args.model} holds a {kind}{channels}; expected a UNet for images of 1 channel.")
+    if args.sampling_steps is None:
+        args.sampling_steps = min(default_steps, diffusion.T)
+    if args.sampling_steps > diffusion.T:
+        raise ValueError(f"--sampling-steps is {args.sampling_steps}; this model knows {diffusion.T} steps.")
+    if args.report and args.samples < 2:
+        raise ValueError("--report needs at least 2 samples.")
+
+
+def heldout(args: argparse.Namespace) -> np.ndarray | None:
+    """With all 60,000 training digits, MNIST's test digits; else none, and some of the data are set aside."""
+    if args.data != "full":
+        return None
+    return mnist.to_model_range(mnist.load("test")[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What only a GPU can show: that the host does not wait, and that running out of its memory ends well.
+
+That the numbers are right there is shown by the bodies of ``test_portability.py`` and ``test_resident.py``,
+which run under CuPy with ``pytest -m gpu``, too. This file has not been run yet: no GPU was at hand.
+"""
+
+import numpy as np
+import pytest
+from namespaces import space
+
+import tinydiff as td
+
+pytestmark = pytest.mark.gpu
+
+PROCESS = td.GaussianDiffusion(td.cosine_schedule(100), "v")
+
+
+@pytest.fixture
+def cupy():
+    space("cupy")  # or the test is skipped, with the reason
+    return pytest.importorskip("cupy")
+
+
+def test_the_host_runs_ahead_of_a_step(cupy):
+    """A second of work is put before three steps: the host is through with them while it still runs."""
+    model = td.UNet(block_channels=(8, 16), attention=(False, True), dropout=0.1, backend="cupy")
+    optimizer, ema = td.Adam(model.named_parameters()), td.EMA(model)
+    x0 = cupy.zeros((4, 8, 8, 1), dtype=cupy.float32)
+    big = cupy.ones((4096, 4096), dtype=cupy.float32)
+    rng = np.random.default_rng(0)
+
+    def steps(n):
+        for _ in range(n):
+            optimizer.zero_grad()
+            _, backward = td.training_loss(model, PROCESS, x0, rng)
+            backward()
+            td.clip_grad_norm(model.named_parameters(), 1.0)
+            optimizer.step()
+            ema.update()
+
+    steps(5)  # compiles, and fills the pools: to allocate is to wait
+    big @ big
+    cupy.cuda.get_current_stream().synchronize()
+    for _ in range(400):
+        big @ big
+    before = cupy.cuda.Event()
+    before.record()
+    steps(3)
+    assert not before.done
+
+
+def test_out_of_memory_ends_in_a_batch_that_fits(cupy):
+    pool = cupy.get_default_memory_pool()
+    model = td.UNet(block_channels=(16, 32), attention=(False, True), backend="cupy")
+    data = np.zeros((64, 16, 16, 1), np.float32)
+    how = dict(steps=2, progress=False)
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.total_bytes() + 256 * 2**20)
+    try:
+        with pytest.raises(MemoryError, match=r"try batch_size=\d+\.$") as caught:
+            td.train(model, PROCESS, data, batch_size=8192, **how)
+        td.train(model, PROCESS, data, batch_size=int(str(caught.value).split("=")[-1][:-1]), **how)
+        found = td.find_batch_size(model, PROCESS, data, most=8192)
+        assert 1 <= found < 8192
+        td.train(model, PROCESS, data, batch_size=found, **how)
+    finally:
+        pool.set_limit(size=0)

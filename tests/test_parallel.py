@@ -1,0 +1,291 @@
+"""A batch shared among processes is the batch: the same output and gradients, and nothing left behind."""
+
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+from gradients import normal, randomise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tinydiff as td
+from tinydiff.kernels import kernels_for
+from tinydiff.parallel import DataParallel, shared_out
+
+pytestmark = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="needs a system that forks"
+)
+
+
+def unet(dropout=0.0, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, dropout=dropout, rng=rng)
+    randomise(model, rng)
+    model.to(np, dtype)
+    model.load_state_dict(model.state_dict())  # copies that may be stepped in place
+    return model
+
+
+def batch(n, rng, dtype=np.float64):
+    return normal(rng, (n, 6, 6, 1), dtype), rng.integers(1000, size=n)
+
+
+def gradients(model):
+    return {name: p.grad.copy() for name, p in model.named_parameters().items()}
+
+
+def assert_close(actual, expected, what, tolerance=1e-11):
+    error = np.linalg.norm(actual - expected)
+    assert error <= tolerance * max(np.linalg.norm(expected), 1e-30), f"{what} is off by {error:.1e}"
+
+
+def assert_gradients(model, expected):
+    """To the rounding of the largest: a bias of the keys has none at all (docs: B.14)."""
+    scale = max(np.linalg.norm(grad) for grad in expected.values())
+    for name, grad in gradients(model).items():
+        error = np.linalg.norm(grad - expected[name])
+        assert error <= 1e-11 * scale, f"the gradient of {name} is off by {error:.1e}"
+
+
+@settings(deadline=None, max_examples=12)
+@given(n=st.integers(1, 9), workers=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+def test_output_and_gradients_are_the_models_own(n, workers, seed):
+    """docs: A.20.  More workers than samples, and shares of different sizes, among them."""
+    rng = np.random.default_rng(seed)
+    model = unet(seed=seed)
+    x, t = batch(n, rng)
+    y, backward = model(x, t)
+    dy = normal(rng, y.shape, y.dtype)
+    dx = backward(dy)
+    expected = gradients(model)
+    model.zero_grad()
+    with DataParallel(model, workers) as shared:
+        assert_close(shared.predict(x, t), y, "the prediction")
+        y_shared, backward = shared(x, t)
+        dx_shared = backward(dy)
+    assert_close(y_shared, y, "y")
+    assert_close(dx_shared, dx, "dx")
+    assert_gradients(model, expected)
+
+
+def test_calls_before_either_backward_and_gradients_that_add_up():
+    rng = np.random.default_rng(0)
+    model = unet()
+    (x1, t1), (x2, t2) = batch(4, rng), batch(5, rng)
+    for x, t in [(x1, t1), (x2, t2)]:
+        y, backward = model(x, t)
+        backward(np.ones_like(y))
+    expected = gradients(model)
+    model.zero_grad()
+    with DataParallel(model, 2) as shared:
+        y1, backward1 = shared(x1, t1)
+        y2, backward2 = shared(x2, t2)
+        backward1(np.ones_like(y1))
+        backward2(np.ones_like(y2))
+        with pytest.raises(RuntimeError, match="second time"):
+            backward1(np.ones_like(y1))
+    assert_gradients(model, expected)
+
+
+def test_workers_see_new_weights():
+    """Stepped in place, as Adam does, and replaced, as load_state_dict does."""
+    rng = np.random.default_rng(0)
+    model, other = unet(seed=1), unet(seed=2)
+    x, t = batch(4, rng)
+    with DataParallel(model, 2) as shared:
+        shared.predict(x, t)
+        optimizer = td.Adam(model.named_parameters(), lr=0.1)
+        for p in model.named_parameters().values():
+            p.grad = normal(rng, p.shape, np.float64)
+        optimizer.step()
+        assert_close(shared.predict(x, t), model.predict(x, t), "after a step")
+        shared.load_state_dict(other.state_dict())
+        assert_close(shared.predict(x, t), other.predict(x, t), "after loading")
+
+
+def test_the_model_is_itself_again_afterwards():
+    rng = np.random.default_rng(0)
+    model = unet()
+    x, t = batch(4, rng)
+    before = model.predict(x, t)
+    children = set(multiprocessing.active_children())
+    with DataParallel(model, 3) as shared:
+        assert len(set(multiprocessing.active_children()) - children) == 2
+        assert shared.config == model.config
+        assert shared.named_parameters().keys() == model.named_parameters().keys()
+        shared.predict(x, t)
+    assert set(multiprocessing.active_children()) == children
+    np.testing.assert_array_equal(model.predict(x, t), before)
+    assert all(p.value.base is None for p in model.named_parameters().values())
+
+
+def test_dropout_is_drawn_from_the_generator_given():
+    model = unet(dropout=0.5)
+    x, t = batch(6, np.random.default_rng(0))
+    with DataParallel(model, 2) as shared:
+        first, second, third = (shared(x, t, np.random.default_rng(seed))[0] for seed in (3, 3, 4))
+        plain = shared(x, t)[0]
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first[:3], third[:3]) and not np.array_equal(first[3:], third[3:])
+    assert_close(plain, model(x, t)[0], "what is drawn without a generator")
+    # Both processes draw, and not the same masks: the same image twice gives two outputs.
+    twice = np.concatenate([x[:1], x[:1]])
+    with DataParallel(model, 2) as shared:
+        y, _ = shared(twice, np.array([5, 5]), np.random.default_rng(0))
+    assert not np.array_equal(y[0], y[1])
+
+
+def test_errors_of_the_model_come_out_and_leave_it_usable():
+    rng = np.random.default_rng(0)
+    model = unet()
+    x, t = batch(4, rng)
+    with DataParallel(model, 2) as shared:
+        for wrong in [(x[:, :5], t), (x.astype(np.float32), t), (x, t[:3]), (x[0], t), ("x", t)]:
+            with pytest.raises((ValueError, TypeError)) as of_the_model:
+                model(*wrong)
+            with pytest.raises(type(of_the_model.value)) as of_the_shared:
+                shared(*wrong)
+            assert str(of_the_shared.value)[:8] == str(of_the_model.value)[:8]
+        assert_close(shared.predict(x, t), model.predict(x, t), "the prediction after errors")
+
+
+def test_an_error_in_a_worker_comes_out(monkeypatch):
+    model = unet()
+    x, t = batch(4, np.random.default_rng(0))
+    parent = os.getpid()
+    conv2d = kernels_for(x).conv2d
+
+    for error, expected in [(MemoryError, MemoryError), (ZeroDivisionError, RuntimeError)]:
+
+        def fail(*arguments, error=error):
+            if os.getpid() != parent:
+                raise error("in the other process")
+            return conv2d(*arguments)
+
+        monkeypatch.setattr(kernels_for(x), "conv2d", fail)
+        message = f"worker process failed: {error.__name__}: in the other process"
+        with DataParallel(model, 2) as shared, pytest.raises(expected, match=message):
+            shared(x, t)
+
+
+def test_a_worker_that_died_is_reported_and_replaced():
+    model = unet()
+    x, t = batch(4, np.random.default_rng(0))
+    with DataParallel(model, 2) as shared:
+        os.kill(shared._workers[0][0].pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="ended unexpectedly"):
+            shared.predict(x, t)
+            shared.predict(x, t)  # the pipe may have taken the first question
+        assert_close(shared.predict(x, t), model.predict(x, t), "the prediction of its successor")
+
+
+def test_an_interruption_loses_nothing_but_the_call():
+    """Ctrl-C in the middle of a call, even while the answers are awaited: the next call is right."""
+    model = unet()
+    rng = np.random.default_rng(0)
+    (x1, t1), (x2, t2) = batch(4, rng), batch(4, rng)
+    with DataParallel(model, 2) as shared:
+
+        class Interrupted:
+            """The end of a pipe at which Ctrl-C comes while an answer is awaited."""
+
+            def __init__(self, connection):
+                self.send, self.close = connection.send, connection.close
+
+            def recv(self):
+                raise KeyboardInterrupt
+
+        process, connection = shared._workers[0]
+        shared._workers[0] = process, Interrupted(connection)
+        with pytest.raises(KeyboardInterrupt):
+            shared.predict(x1, t1)
+        assert_close(shared.predict(x2, t2), model.predict(x2, t2), "the next prediction")
+
+
+def test_a_call_in_inference_keeps_nothing():
+    model = unet()
+    x, t = batch(4, np.random.default_rng(0))
+    with DataParallel(model, 2) as shared, td.nn.inference():
+        y, backward = shared(x, t)
+        with pytest.raises(RuntimeError, match="inference"):
+            backward(y)
+
+
+def test_what_cannot_be_shared_is_refused():
+    model = unet()
+    for workers in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="workers"):
+            DataParallel(model, workers)
+    strict = pytest.importorskip("array_api_strict")
+    model.to(strict, strict.float64)
+    with pytest.raises(ValueError, match="NumPy"):
+        DataParallel(model, 2)
+
+
+def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
+    from tinydiff import parallel
+
+    monkeypatch.setattr(parallel, "threads_in_reach", lambda: 2)
+    model, points = unet(), td.MLP()
+    with shared_out(model, 64) as shared:
+        assert isinstance(shared, DataParallel) and len(shared._workers) == 1
+        with shared_out(shared, 64) as same:
+            assert same is shared
+    for denoise, n, workers in [(model, 64, 1), (model, 7, None), (points, 64, None), (len, 64, None)]:
+        with shared_out(denoise, n, workers) as same:
+            assert same is denoise
+    with shared_out(points, 64, 2) as shared:
+        assert isinstance(shared, DataParallel)
+
+
+def test_sampling_is_the_same_shared_or_not():
+    model = unet()
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
+    draw = lambda workers: td.sample(  # noqa: E731
+        model, diffusion, (5, 6, 6, 1), rng=np.random.default_rng(0), workers=workers, progress=False,
+        x_T=np.random.default_rng(1).standard_normal((5, 6, 6, 1)),
+    )  # fmt: skip
+    assert_close(draw(2), draw(1), "the samples", 1e-9)
+
+
+def test_training_is_the_same_shared_or_not():
+    """To rounding; and bit for bit with the same number of processes."""
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
+    data = np.random.default_rng(0).standard_normal((20, 6, 6, 1))
+
+    def run(workers):
+        how = dict(steps=4, batch_size=6, seed=1, progress=False)
+        return td.train(unet(), diffusion, data, workers=workers, **how)
+
+    alone, shared, again = run(1), run(3), run(3)
+    np.testing.assert_array_equal(shared.losses, again.losses)
+    assert_close(shared.losses, alone.losses, "the losses")
+    for name, value in shared.model.state_dict().items():
+        np.testing.assert_array_equal(value, again.model.state_dict()[name])
+    assert not multiprocessing.active_children()
+
+
+def test_an_interrupted_shared_training_is_resumed_to_the_bit(tmp_path):
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
+
+    def draw(stop_at):
+        calls = iter(range(stop_at))
+
+        def data(count, rng):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return rng.standard_normal((count, 6, 6, 1))
+
+        return data
+
+    how = dict(steps=5, batch_size=6, seed=1, progress=False, workers=2)
+    whole = td.train(unet(), diffusion, draw(9), **how)
+    with pytest.raises(KeyboardInterrupt):
+        td.train(unet(), diffusion, draw(3), run_dir=tmp_path, **how)
+    resumed = td.train(unet(), diffusion, draw(9), run_dir=tmp_path, resume=True, **how)
+    np.testing.assert_array_equal(resumed.losses, whole.losses)
+    for name, value in resumed.model.state_dict().items():
+        np.testing.assert_array_equal(value, whole.model.state_dict()[name])
+    assert not multiprocessing.active_children()

@@ -1,0 +1,248 @@
+"""A saved model says which process it was trained for, and sample_mnist.py draws from it."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tinydiff as td
+from tinydiff import pretrained
+
+DEMOS = Path(__file__).resolve().parents[1] / "demos"
+ABOUT = {"schedule": "cosine", "T": 12, "prediction": "v"}
+
+
+def tiny(**changes):
+    arguments = dict(block_channels=[8, 8], layers_per_block=1, attention=[False, True], norm_groups=4)
+    model = td.UNet(**{**arguments, **changes}, rng=np.random.default_rng(5))
+    for p in model.named_parameters().values():  # a fresh network predicts 0 whatever it is asked
+        p.value = p.value + np.float32(0.1)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.safetensors"
+    td.save_model(path, tiny(), ABOUT)
+    return path
+
+
+@pytest.fixture
+def demo(monkeypatch, capsys):
+    """Run sample_mnist.py in this process; return what it said."""
+    monkeypatch.syspath_prepend(DEMOS)
+    monkeypatch.setattr(sys, "argv", ["sample_mnist.py"])
+    spec = importlib.util.spec_from_file_location("sample_mnist", DEMOS / "sample_mnist.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*argv, expect=0):
+        if expect:
+            with pytest.raises(SystemExit) as end:
+                module.main([str(arg) for arg in argv])
+            assert end.value.code == expect
+        else:
+            module.main([str(arg) for arg in argv])
+        return capsys.readouterr()
+
+    return run
+
+
+# The process from the metadata
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("variance", [None, "fixed_large"])
+def test_metadata_suffices_to_rebuild_the_process(schedule, variance, tmp_path):
+    about = {**ABOUT, "schedule": schedule} | ({"variance": variance} if variance else {})
+    td.save_model(tmp_path / "m.safetensors", tiny(), about)
+    model, diffusion, metadata = pretrained.load(tmp_path / "m.safetensors")
+    expected = {"linear": td.linear_schedule, "cosine": td.cosine_schedule}[schedule](12)
+    np.testing.assert_array_equal(diffusion.schedule.betas, expected.betas)
+    assert diffusion.prediction == "v" and diffusion.variance == (variance or "fixed_small")
+    assert metadata["T"] == 12
+    for name, value in tiny().state_dict().items():
+        np.testing.assert_array_equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schedule": None}, ["does not say the schedule"]),
+        ({"T": None}, ["does not say the T"]),
+        ({"prediction": None}, ["does not say the prediction"]),
+        ({"schedule": "quadratic"}, ["'quadratic'", "linear", "cosine"]),
+        ({"T": -1}, ["T is -1"]),
+        ({"T": "many"}, ["T is", "many"]),
+        ({"prediction": "score"}, ["prediction", "score"]),
+        ({"variance": "none"}, ["variance", "none"]),
+    ],
+)
+def test_metadata_that_does_not_suffice(change, words, tmp_path):
+    about = {k: v for k, v in {**ABOUT, **change}.items() if v is not None}
+    path = tmp_path / "m.safetensors"
+    td.save_model(path, tiny(), about)
+    with pytest.raises(ValueError) as caught:
+        pretrained.load(path)
+    assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words)
+
+
+def test_a_file_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        pretrained.load(tmp_path / "m.safetensors")
+    monkeypatch.setattr(pretrained, "MNIST", tmp_path / "mnist_unet.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"train_mnist\.py"):
+        td.pretrained.mnist()
+
+
+def test_mnist_is_the_packages_file(saved, monkeypatch):
+    assert pretrained.MNIST.parent == Path(td.__file__).parent / "pretrained"
+    monkeypatch.setattr(pretrained, "MNIST", saved)
+    model, diffusion, _ = td.pretrained.mnist()
+    rng = np.random.default_rng(0)
+    x = td.sample(model, diffusion, (2, 28, 28, 1), steps=3, clip=True, rng=rng, progress=False)
+    assert x.shape == (2, 28, 28, 1) and np.isfinite(x).all()
+
+
+@pytest.mark.skipif(not pretrained.MNIST.is_file(), reason="the weights are not in this checkout")
+def test_the_shipped_weights_are_of_digits_and_small():
+    model, diffusion, about = td.pretrained.mnist()
+    assert pretrained.MNIST.stat().st_size <= 5e6
+    assert model.config["in_channels"] == 1 and about["T"] == diffusion.T
+    rng = np.random.default_rng(0)
+    x = td.sample(model, diffusion, (8, 28, 28, 1), "ddim", 15, clip=True, rng=rng, progress=False)
+    assert td.metrics.digits.digit_probabilities(x).max(axis=1).mean() > 0.8
+
+
+# The demo
+
+
+def test_it_leaves_what_it_promises(saved, demo, tmp_path):
+    out = tmp_path / "new" / "run"
+    said = demo("--model", saved, "--out", out, "--samples", 5, "--sampling-steps", 4, "--quiet")
+    assert said == ("", "")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "metrics.json",
+        "reverse.png",
+        "samples.npy",
+        "samples.png",
+    ]
+    samples = np.load(out / "samples.npy")
+    assert samples.shape == (5, 28, 28, 1) and samples.dtype == np.float32 and np.abs(samples).max() <= 1
+    for name in ["samples.png", "reverse.png"]:
+        with Image.open(out / name) as image:
+            assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 24)) > 16
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["n"] == 5 and metrics["sampling_seconds"] > 0 and "digits" not in metrics
+    assert metrics["settings"]["sampling_steps"] == 4 and metrics["trained"]["prediction"] == "v"
+    assert metrics["pixels"]["samples"]["mean"] == pytest.approx(samples.mean(), rel=1e-4)
+
+
+def test_the_seed_decides_and_so_does_the_sampler(saved, demo, tmp_path):
+    def samples(*flags):
+        demo(
+            "--model",
+            saved,
+            "--out",
+            tmp_path / "out",
+            "--samples",
+            2,
+            "--sampling-steps",
+            3,
+            "--quiet",
+            *flags,
+        )
+        return np.load(tmp_path / "out" / "samples.npy")
+
+    first = samples()
+    np.testing.assert_array_equal(samples(), first)
+    for flags in [("--seed", 1), ("--sampler", "ddpm"), ("--sampling-steps", 2)]:
+        assert not np.array_equal(samples(*flags), first), flags
+
+
+def test_by_default_it_walks_at_most_the_steps_there_are(saved, demo, tmp_path):
+    demo("--model", saved, "--out", tmp_path / "out", "--samples", 1, "--quiet")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["sampling_steps"] == 12
+
+
+def test_the_report_is_the_digits_report(saved, demo, tmp_path):
+    said = demo("--model", saved, "--out", tmp_path, "--samples", 4, "--sampling-steps", 2, "--report")
+    report = json.loads((tmp_path / "metrics.json").read_text())["digits"]
+    assert report["n"] == 4 and report["heldout"] == "set aside from data"
+    assert f"confidence: {report['samples']['confidence']:.3f}" in said.out
+    assert f"(real digits: {report['floor']['confidence']:.3f})" in said.out
+    assert str(tmp_path) in said.out.splitlines()[-1]
+
+
+def test_a_model_of_train_mnist_is_sampled_from(demo, tmp_path):
+    train = importlib.import_module("train_mnist")
+    flags = ["--steps", "2", "--T", "8", "--batch", "2", "--channels", "8", "8", "--samples", "1", "--quiet"]
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    demo(
+        "--model",
+        tmp_path / "run" / "model.safetensors",
+        "--out",
+        tmp_path / "out",
+        "--samples",
+        2,
+        "--quiet",
+    )
+    about = json.loads((tmp_path / "out" / "metrics.json").read_text())["trained"]
+    assert about["variance"] == "fixed_small" and about["steps"] == 2
+
+
+def test_help_names_every_flag_and_its_default(demo, capsys):
+    with pytest.raises(SystemExit) as end:
+        demo("--help")
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    flags = "out seed quiet samples sampler sampling-steps backend model report data"
+    for flag in flags.split():
+        assert f"--{flag} " in text, flag
+    for value in ("subset", 64, "ddim", 50, "runs/mnist-samples"):
+        assert f"(default: {value}" in text, value
+    assert "--resume" not in text and "None" not in text and "python demos/sample_mnist.py --" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sampling-steps", "13"], ["13", "12 steps"]),
+        (["--sampler", "euler"], ["euler", "ddim"]),
+        (["--samples", "0"], ["'0'"]),
+        (["--report", "--samples", "1"], ["--report", "2"]),
+        (["--resume"], ["--resume"]),
+        (["--model", "nowhere.safetensors"], ["nowhere.safetensors"]),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(flags, words, saved, demo, tmp_path):
+    said = demo("--model", saved, "--out", tmp_path / "out", "--quiet", *flags, expect=2)
+    assert said.out == "" and len(said.err.splitlines()) == 1 and all(word in said.err for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(tiny(in_channels=3, out_channels=3), ["3 channels"]), (td.MLP(hidden=8, blocks=1), ["MLP", "UNet"])],
+)
+def test_a_model_of_something_else_is_refused(model, words, demo, tmp_path):
+    td.save_model(tmp_path / "m.safetensors", model, ABOUT)
+    said = demo("--model", tmp_path / "m.safetensors", "--out", tmp_path / "out", expect=2)
+    assert len(said.err.splitlines()) == 1 and all(word in said.err for word in words)
+
+
+def test_without_the_packages_weights_it_says_how_to_make_them(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "MNIST", tmp_path / "mnist_unet.safetensors")
+    said = demo("--out", tmp_path / "out", expect=2)
+    assert len(said.err.splitlines()) == 1 and "train_mnist.py" in said.err
+
+
+def test_matplotlib_missing_is_said_before_anything_is_drawn(saved, demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = demo("--model", saved, "--out", tmp_path / "out", "--quiet", expect=2)
+    assert len(said.err.splitlines()) == 1 and "pip install" in said.err
+    assert not (tmp_path / "out").exists()

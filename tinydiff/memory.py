@@ -1,0 +1,148 @@
+"""Whether a batch fits in memory, and how large one may be.
+
+A step of training keeps what its backward needs, so its memory is a part that does not depend on the batch
+and one in proportion to it:
+
+    need(n) = fixed + n * per_sample
+
+On a GPU an allocation that does not fit fails at once, and to try is the surest estimate. On a host it may
+succeed and bring the machine to a halt when the memory is used. There two small steps are measured instead,
+and the line through them is followed up to half of what is free.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tracemalloc
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from tinydiff.backend import Array, is_cupy_array, is_numpy_array
+
+__all__ = ["available_memory", "is_out_of_memory", "largest_batch", "let_go", "what_fits"]
+
+# What CuPy calls it when a library of CUDA, not its own pool, was refused.
+REFUSED = ("cudaErrorMemoryAllocation", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+UNKNOWN = 2 * 2**30  # bytes taken to be free where the system does not say
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory (CuPy's OutOfMemoryError is a MemoryError)."""
+    return isinstance(error, MemoryError) or any(name in str(error) for name in REFUSED)
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as a part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def what_fits(step: Callable[[int], None], like: Array, batch_size: int, refused: str) -> str:
+    """What to say where a step of `batch_size` ran out of memory; `refused` is the `reason`.
+
+    Halves of the batch are tried until one fits. To be called where the exception is gone, for with it go the
+    arrays of the step that failed.
+    """
+    let_go(like)
+    smaller = batch_size // 2
+    while smaller and not runs(step, like, smaller):
+        smaller //= 2
+    advice = f"a step of {smaller} fits, so try batch_size={smaller}" if smaller else "not even one of 1 fits"
+    return f"a step of batch_size={batch_size} does not fit in memory ({refused}); {advice}."
+
+
+def let_go(like: Array) -> None:
+    """Give back what CuPy's pools hold unused, if `like` is on a GPU: arrays to come may need it whole."""
+    if is_cupy_array(like):
+        import cupy
+
+        gc.collect()
+        cupy.get_default_memory_pool().free_all_blocks()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
+
+
+def largest_batch(step: Callable[[int], None], like: Array, most: int) -> int:
+    """Return the largest power of two, `most` at most, of which a step fits in memory; 0 if 1 does not.
+
+    Parameters
+    ----------
+    step : callable
+        ``step(n)`` makes a step of batch n and keeps nothing of it.
+    like : array
+        Where the step is made.
+    most : int
+        At least 1.
+
+    Returns
+    -------
+    int
+        On the host by need(n) and half of `available_memory`; elsewhere by doubling n until a step fails.
+    """
+    if is_numpy_array(like):
+        step(1)  # what is made once and kept is not the step's
+        one, two = _peak(step, 1), _peak(step, 2)
+        free = available_memory()
+        allowed = (UNKNOWN if free is None else free) / 2
+
+        def fits(n: int) -> bool:
+            return one + (n - 1) * max(0, two - one) <= allowed
+    else:
+
+        def fits(n: int) -> bool:
+            return runs(step, like, n)
+
+    largest, n = 0, 1
+    while n <= most and fits(n):
+        largest, n = n, 2 * n
+    return largest
+
+
+def runs(step: Callable[[int], None], like: Array, n: int) -> bool:
+    """Whether ``step(n)`` ends without running out of memory."""
+    fits = True
+    try:
+        step(n)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False
+    let_go(like)  # after the exception, whose traceback holds the arrays of the step
+    return fits
+
+
+def _peak(step: Callable[[int], None], n: int) -> int:
+    """The most bytes that a step of batch n holds at a time (NumPy tells tracemalloc of its arrays)."""
+    traced_already = tracemalloc.is_tracing()
+    if not traced_already:
+        tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        step(n)
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        if not traced_already:
+            tracemalloc.stop()
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of host memory that this process may still take, or None where the system does not say.
+
+    On Linux what the kernel estimates to be free without swapping, or what is left of the limit of this
+    process' control group (that of a container), if that is less.
+    """
+    found = []
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:
+        if sys.platform != "win32" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = root / "sys/fs/cgroup"
+    with suppress(OSError, ValueError):  # there is no such group, or its limit is "max"
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        found.append(int(limit) - int(used))
+    return max(0, min(found)) if found else None

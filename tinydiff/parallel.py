@@ -1,0 +1,311 @@
+"""One batch, several processes: each computes its share of the samples.
+
+Samples do not meet inside a network here (group normalisation and attention stay within one image), so a
+batch can be cut anywhere. With its shares S_1, S_2, ..., the output is that of the shares one after another,
+and the gradient of every parameter is a sum over samples (docs: A.20)::
+
+    y = [f(S_1), f(S_2), ...]        dL/dw = dL/dw on S_1 + dL/dw on S_2 + ...
+
+`DataParallel` is therefore itself a model: it is called like one, and returns its output and its derivative.
+Whatever trains or samples needs not know.
+
+Threads do this badly in Python. NumPy lets go of the interpreter's lock while it computes, but every one of
+the thousands of calls of a step takes it back, and waits for the other thread to hand it over. A process has
+a lock of its own. The weights lie in memory that all processes see; what is sent is a batch and a result.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from tinydiff._checks import check_counts
+from tinydiff.backend import Array, is_numpy_array
+from tinydiff.kernels import alone, threads_in_reach
+from tinydiff.models import UNet
+from tinydiff.nn.module import Module, Parameter, keeping, once
+
+__all__ = ["DataParallel", "shared_out"]
+
+# A share of fewer samples is not worth a process: the calls of a step cost the same for one as for four.
+SMALLEST_SHARE = 4
+
+
+class DataParallel(Module):
+    """A model whose batches are shared out to processes.
+
+    To be called and differentiated as the model itself, with the same parameters; use it as a context
+    manager, or `close` it, so that the processes end. Linux only: the processes are forks of this one.
+
+    Parameters
+    ----------
+    model : UNet or MLP
+        A model with NumPy weights, whose samples do not influence one another.
+    workers : int
+        Number of processes, this one included. A batch of fewer samples is shared among fewer.
+
+    Raises
+    ------
+    ValueError
+        If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
+    RuntimeError
+        If this system cannot fork; later, if a process has ended that should not have.
+
+    Notes
+    -----
+    The same inputs give the same bits on every run with the same number of processes. With another number,
+    products are cut elsewhere and round differently; and each process draws dropout masks of its own.
+
+    Examples
+    --------
+    >>> with DataParallel(model, workers=2) as both:
+    ...     y, backward = both(x, t)
+    """
+
+    def __init__(self, model: Any, workers: int) -> None:
+        check_counts(workers=workers)
+        self._model = model
+        self._parameters = list(model.named_parameters().values())
+        if not all(is_numpy_array(p.value) for p in self._parameters):
+            raise ValueError("model has weights that are not NumPy arrays; only those can be shared.")
+        self._count = workers
+        self._values = _in_shared_memory(self._parameters)
+        self._grads = [_in_shared_memory(self._parameters) for _ in range(workers - 1)]
+        self._workers: list[tuple[Any, Connection]] = []
+        self._calls = 0
+        self._forgotten: list[int] = []  # calls whose backward was thrown away: the workers may let go too
+        self._unanswered = False
+        self._share_values()
+        self._fork()
+
+    def __enter__(self) -> DataParallel:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; the model's weights are ordinary memory again."""
+        self._end()
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            if parameter.value is value:
+                parameter.value = value.copy()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """That of the model."""
+        return self._model.config
+
+    def _named(self) -> Iterator[tuple[str, Parameter]]:
+        return self._model._named()
+
+    def __call__(
+        self, x: Array, t: Array, rng: np.random.Generator | None = None
+    ) -> tuple[Array, Callable[[Array], Array]]:
+        """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
+        if not keeping():
+            return self.predict(x, t), once(lambda dy: dy)
+        edges = self._edges(x, t)
+        self._calls += 1
+        key = self._calls
+        shares = self._shares(edges, x, t)
+        rngs = [None] * len(shares) if rng is None else rng.spawn(len(shares))
+        messages = [("call", key, (*share, r)) for share, r in zip(shares[1:], rngs[1:], strict=True)]
+        (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
+
+        @once
+        def backward(dy: Array) -> Array:
+            """Each process walks back through its share; the gradients of the parameters are added up."""
+            dys = self._shares(edges, dy)
+            messages = [("backward", key, dy_share) for dy_share in dys[1:]]
+            dx, dxs = self._ask(messages, lambda: backward_own(*dys[0]))
+            for grads in self._grads[: len(messages)]:
+                for parameter, grad in zip(self._parameters, grads, strict=True):
+                    parameter.grad = parameter.grad + grad
+            return np.concatenate([dx, *dxs])
+
+        weakref.finalize(backward, self._forgotten.append, key)
+        return np.concatenate([y, *ys]), backward
+
+    def predict(self, x: Array, t: Array) -> Array:
+        """Predict without keeping anything for a backward; arguments and result as in the call."""
+        shares = self._shares(self._edges(x, t), x, t)
+        messages = [("predict", 0, share) for share in shares[1:]]
+        y, ys = self._ask(messages, lambda: self._model.predict(*shares[0]))
+        return np.concatenate([y, *ys])
+
+    def _edges(self, x: Array, t: Array) -> list[int]:
+        """Where the batch is cut; what is no batch goes to the model as it is, which says what is wrong."""
+        n = x.shape[0] if getattr(x, "ndim", 0) and getattr(t, "shape", None) == x.shape[:1] else 1
+        count = max(1, min(self._count, n))
+        return [n * i // count for i in range(count + 1)]
+
+    @staticmethod
+    def _shares(edges: list[int], *arrays: Array) -> list[tuple[Array, ...]]:
+        if len(edges) == 2:
+            return [arrays]
+        return [tuple(a[start:stop] for a in arrays) for start, stop in pairwise(edges)]
+
+    def _share_values(self) -> None:
+        """Put the weights where the workers see them; they may have been replaced since."""
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            if parameter.value is not value:
+                value[...] = parameter.value
+                parameter.value = value
+
+    def _ask(self, messages: list[tuple[str, int, Any]], own: Callable[[], Any]) -> tuple[Any, list[Any]]:
+        """Give the workers their shares, compute this process's own, and collect the answers."""
+        if self._count > 1 and (self._unanswered or not self._workers):
+            self._end()  # interrupted while the workers were at it: what they would answer is lost
+            self._fork()
+        self._share_values()
+        forget, self._forgotten[:] = self._forgotten[:], []
+        asked = [connection for _, connection in self._workers[: len(messages)]]
+        self._unanswered = True
+        try:
+            for connection, message in zip(asked, messages, strict=True):
+                connection.send((*message, forget))
+            try:
+                with alone():
+                    result = own()
+            finally:
+                answers = [connection.recv() for connection in asked]
+                self._unanswered = False
+        except (EOFError, ConnectionError):
+            self._end()
+            raise RuntimeError(
+                "a worker process has ended unexpectedly (was memory short?); workers=1 does without."
+            ) from None
+        for answer in answers:
+            if isinstance(answer, _Failure):
+                raise (MemoryError if answer.of_memory else RuntimeError)(answer.text)
+        return result, answers
+
+    def _fork(self) -> None:
+        if self._count == 1:
+            return
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise RuntimeError("this system cannot fork processes; expected Linux, or workers=1.")
+        context = multiprocessing.get_context("fork")
+        pipes = [context.Pipe() for _ in self._grads]
+        for grads, (_, theirs) in zip(self._grads, pipes, strict=True):
+            others = [end for pair in pipes for end in pair if end is not theirs]
+            arguments = (theirs, others, self._model, self._parameters, grads)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            self._workers.append((process, pipes[len(self._workers)][0]))
+        for _, theirs in pipes:
+            theirs.close()
+
+    def _end(self) -> None:
+        for process, connection in self._workers:
+            connection.close()  # the worker's next recv ends it
+            process.join(timeout=0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers.clear()
+        self._unanswered = False
+
+
+class _Failure:
+    def __init__(self, error: Exception) -> None:
+        self.text = f"a worker process failed: {type(error).__name__}: {error}"
+        self.of_memory = isinstance(error, MemoryError)
+
+
+def _serve(
+    connection: Connection,
+    others: list[Connection],
+    model: Any,
+    parameters: list[Parameter],
+    grads: list[np.ndarray],
+) -> None:
+    """A worker: answer what comes through the pipe until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
+    gc.freeze()  # what was there before the fork belongs to the other process
+    for other in others:
+        other.close()
+    kept: dict[int, Any] = {}
+    with alone():
+        while True:
+            try:
+                what, key, arguments, forget = connection.recv()
+            except (EOFError, OSError):
+                return
+            for call in forget:
+                kept.pop(call, None)
+            try:
+                answer: Any
+                if what == "predict":
+                    answer = model.predict(*arguments)
+                elif what == "call":
+                    answer, kept[key] = model(*arguments)
+                else:
+                    for parameter in parameters:
+                        parameter.zero_grad()
+                    answer = kept.pop(key)(*arguments)
+                    for parameter, grad in zip(parameters, grads, strict=True):
+                        grad[...] = parameter.grad
+            except Exception as error:
+                answer = _Failure(error)
+            connection.send(answer)
+
+
+def _in_shared_memory(parameters: list[Parameter]) -> list[np.ndarray]:
+    """Arrays of the parameters' shapes, zero, in memory that forked processes share."""
+    align = 64
+    sizes = [-(-p.value.nbytes // align) * align for p in parameters]
+    memory = mmap.mmap(-1, max(align, sum(sizes)))
+    starts = np.cumsum([0, *sizes[:-1]])
+    return [
+        np.frombuffer(memory, p.value.dtype, math.prod(p.shape), int(start)).reshape(p.shape)
+        for p, start in zip(parameters, starts, strict=True)
+    ]
+
+
+@contextmanager
+def shared_out(model: Any, batch_size: int, workers: int | None = None) -> Iterator[Any]:
+    """`model`, or a `DataParallel` of it where that is worth it and can be done.
+
+    Parameters
+    ----------
+    model : callable
+        Any; what is not a `UNet` with NumPy weights is handed back as it is unless `workers` says otherwise.
+    batch_size : int
+        Samples per call.
+    workers : int, optional
+        Number of processes. Default: as many as BLAS would use threads, with at least four samples each, on
+        Linux; 1 elsewhere.
+    """
+    if workers is None:
+        workers = _reasonable(model, batch_size)
+    else:
+        check_counts(workers=workers)
+    if workers == 1 or isinstance(model, DataParallel):
+        yield model
+        return
+    with DataParallel(model, workers) as crew:
+        yield crew
+
+
+def _reasonable(model: Any, batch_size: int) -> int:
+    can_fork = sys.platform.startswith("linux") and hasattr(os, "fork")
+    if not can_fork or multiprocessing.current_process().daemon or not isinstance(model, UNet):
+        return 1
+    if not is_numpy_array(model.conv_in.weight.value):
+        return 1
+    return max(1, min(threads_in_reach(), batch_size // SMALLEST_SHARE))

@@ -1,0 +1,119 @@
+"""A saved network together with the process it was trained for: what is needed to sample, and no more.
+
+``mnist()`` is the one that travels with the package. ``load`` reads any ``model.safetensors`` that the demos
+leave; its metadata names the schedule, its length T, the prediction and the variance, which determine the
+`GaussianDiffusion`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tinydiff.checkpoint import load_model
+from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.models import UNet
+from tinydiff.schedules import cosine_schedule, linear_schedule
+
+__all__ = ["MNIST", "diffusion_from", "load", "mnist"]
+
+MNIST = Path(__file__).parent / "mnist_unet.safetensors"
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
+def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
+    """Return the process that a model's metadata names.
+
+    Parameters
+    ----------
+    metadata : dict
+        ``schedule`` ("linear" or "cosine", with `linear_schedule`'s or `cosine_schedule`'s defaults), ``T``,
+        ``prediction`` and, unless it is "fixed_small", ``variance``.
+
+    Returns
+    -------
+    GaussianDiffusion
+
+    Raises
+    ------
+    ValueError
+        If an entry is missing or has no such value; the message names it.
+    """
+    for key in ("schedule", "T", "prediction"):
+        if key not in metadata:
+            raise ValueError(f"metadata does not say the {key}, without which its diffusion is not known.")
+    if metadata["schedule"] not in SCHEDULES:
+        raise ValueError(
+            f"metadata has schedule {metadata['schedule']!r}; expected one of {', '.join(SCHEDULES)}."
+        )
+    return GaussianDiffusion(
+        SCHEDULES[metadata["schedule"]](metadata["T"]),
+        metadata["prediction"],
+        metadata.get("variance", "fixed_small"),
+    )
+
+
+def load(
+    path: str | os.PathLike[str], backend: str | None = None
+) -> tuple[Any, GaussianDiffusion, dict[str, Any]]:
+    """Read a model and the process it was trained for.
+
+    Parameters
+    ----------
+    path : path
+        A ``model.safetensors`` whose metadata has what `diffusion_from` needs, as the demos write it.
+    backend : {"numpy", "cupy"}, optional
+        Where the weights go. Default: ``TINYDIFF_BACKEND``.
+
+    Returns
+    -------
+    model : UNet or MLP
+    diffusion : GaussianDiffusion
+    metadata : dict
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no file at `path`.
+    ValueError
+        If the file is damaged, not a model of tinydiff's, or does not say what it was trained for.
+    """
+    model, metadata = load_model(path, backend)
+    try:
+        return model, diffusion_from(metadata), metadata
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be sampled from: {error}") from None
+
+
+def mnist(backend: str | None = None) -> tuple[UNet, GaussianDiffusion, dict[str, Any]]:
+    """Return the U-Net that travels with the package: it draws MNIST's digits, 28x28x1 in [-1, 1].
+
+    Parameters
+    ----------
+    backend : {"numpy", "cupy"}, optional
+        Where the weights go. Default: ``TINYDIFF_BACKEND``.
+
+    Returns
+    -------
+    model : UNet
+    diffusion : GaussianDiffusion
+    metadata : dict
+        How it was trained.
+
+    Raises
+    ------
+    FileNotFoundError
+        If this copy of the package came without the weights; the message says how to make them.
+
+    Examples
+    --------
+    ``model, diffusion, _ = td.pretrained.mnist()``, then
+    ``td.sample(model, diffusion, (64, 28, 28, 1), steps=100, clip=True, rng=rng)``.
+    """
+    if not MNIST.is_file():
+        raise FileNotFoundError(
+            f"this copy of tinydiff came without {MNIST.name}: train a model with "
+            "`python demos/train_mnist.py`, and load its model.safetensors by tinydiff.pretrained.load."
+        )
+    return load(MNIST, backend)
