@@ -1,13 +1,17 @@
-"""The NumPy twin of every kernel against the portable definition, over random shapes.
+"""The twins of every kernel, NumPy's and Numba's, against the portable definition, over random shapes.
 
-In float64 the two must agree to rounding; in float32 to a few units in the last place of the largest
-numbers summed. The twin shares images out to threads and reuses scratch memory, so here too: the same
+In float64 they must agree to rounding; in float32 to a few units in the last place of the largest
+numbers summed. A twin shares images out to threads and reuses scratch memory, so here too: the same
 call gives the same bits, an earlier result is never overwritten, and no input is touched.
 """
 
 import functools
+import importlib
 import importlib.util
 import operator
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -15,8 +19,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tinydiff.kernels import _attention, _gather, _norm, _threads, _winograd, kernels_for, portable
-from tinydiff.kernels import numpy as twin
+import tinydiff.kernels
+from tinydiff.backend import BackendError
+from tinydiff.kernels import _attention, _gather, _norm, _threads, _winograd, kernels_for, portable, use
+from tinydiff.kernels import numpy as numpy_twin
+
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs Numba, the extra `fast`")
+for_each_twin = pytest.mark.parametrize("twin", ["numpy", pytest.param("numba", marks=needs_numba)])
+
+
+def module(twin):
+    return importlib.import_module(f"tinydiff.kernels.{twin}")
+
 
 dtypes = st.sampled_from([np.float64, np.float32])
 seeds = st.integers(0, 2**32 - 1)
@@ -79,13 +94,19 @@ def small_chunks():
     patch.setattr(_norm, "PARALLEL_SIZE", 0)
     patch.setattr(_attention, "BLOCK_BYTES", 2**11)
     patch.setattr(_attention, "PARALLEL_SIZE", 0)
+    if HAS_NUMBA:
+        patch.setattr("tinydiff.kernels._numba_winograd.CHUNK_BYTES", 36 * 33 * 4 * 5)
+        patch.setattr("tinydiff.kernels._numba_norm.PARALLEL_SIZE", 0)
+        patch.setattr("tinydiff.kernels.numba.BACKWARD_PATCHES", 0)
     yield
     patch.undo()
 
 
+@for_each_twin
 @settings(deadline=None, max_examples=150)
 @given(convolutions())
-def test_conv2d(arguments):
+def test_conv2d(twin, arguments):
+    twin = module(twin)
     x, w, b, stride, padding, dy, dtype = arguments
     actual = [
         twin.conv2d(x, w, b, stride, padding),
@@ -103,13 +124,15 @@ def test_conv2d(arguments):
         assert_close(*values, dtype)
 
 
+@for_each_twin
 @pytest.mark.parametrize("channels", [16, 32, 64, 128])
-def test_winograd_loses_few_digits(channels):
+def test_winograd_loses_few_digits(twin, channels):
     """In float32, y and dx are off by at most 3 times as much as the direct sum in order.  (docs: A.16)
 
     And by at most 7 times as much as the definition, whose sums are added up by the same BLAS. The points
     0, 1, -1, 2, -2 would lose 3.7 to 5.0 and 11 times as much.
     """
+    twin = module(twin)
     rng = np.random.default_rng(channels)
     x, dy = normal(rng, (2, 1, 16, 16, channels), np.float32)
     w, b = normal(rng, (3, 3, channels, channels), np.float32), np.zeros(channels, np.float32)
@@ -126,20 +149,22 @@ def test_winograd_loses_few_digits(channels):
         assert error <= 7 * np.linalg.norm(portable.conv2d(image, taps, b, 1, (1, 1)) - exact)
 
 
+@for_each_twin
 @settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(1, 9),
     h=st.integers(1, 8),
     w=st.integers(1, 8),
     groups=st.integers(1, 5),
-    per_group=st.integers(1, 5),
+    per_group=st.one_of(st.integers(1, 5), st.sampled_from([8, 16])),  # Numba's goes by sixteen channels
     offset=st.sampled_from([0.0, 30.0]),
     with_silu=st.booleans(),
     dtype=dtypes,
     seed=seeds,
 )
-def test_group_norm(n, h, w, groups, per_group, offset, with_silu, dtype, seed):
+def test_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype, seed):
     """Also far from zero: a variance taken as E x^2 - (E x)^2 would lose its digits at mean 30 sigma."""
+    twin = module(twin)
     assume(h * w * per_group > 1)  # a single number has no variance: its gradient is rounding only
     rng = np.random.default_rng(seed)
     c = groups * per_group
@@ -168,6 +193,7 @@ def test_group_norm(n, h, w, groups, per_group, offset, with_silu, dtype, seed):
         assert_close(*values, dtype, 10 * lost)
 
 
+@for_each_twin
 @settings(deadline=None, max_examples=60)
 @given(
     lead=st.lists(st.integers(1, 7), min_size=1, max_size=3),
@@ -176,7 +202,8 @@ def test_group_norm(n, h, w, groups, per_group, offset, with_silu, dtype, seed):
     dtype=dtypes,
     seed=seeds,
 )
-def test_linear_silu_softmax(lead, c, d, dtype, seed):
+def test_linear_silu_softmax(twin, lead, c, d, dtype, seed):
+    twin = module(twin)
     rng = np.random.default_rng(seed)
     x, w, b = normal(rng, (*lead, c), dtype), normal(rng, (c, d), dtype), normal(rng, d, dtype)
     dy, dx = normal(rng, (*lead, d), dtype), normal(rng, (*lead, c), dtype)
@@ -197,6 +224,7 @@ def test_linear_silu_softmax(lead, c, d, dtype, seed):
     assert_close(ds, ds64, np.abs(p64) * np.linalg.norm(dx64), dtype, 100)
 
 
+@for_each_twin
 @settings(deadline=None, max_examples=100)
 @given(
     n=st.integers(1, 3),
@@ -207,11 +235,12 @@ def test_linear_silu_softmax(lead, c, d, dtype, seed):
     dtype=dtypes,
     seed=seeds,
 )
-def test_attention(n, heads, length, d, size, dtype, seed):
+def test_attention(twin, n, heads, length, d, size, dtype, seed):
     """docs: A.23.  At size 30 whole rows of exp vanish under the bound, and the maximum must take its place.
 
     A score is rounded relative to the bound on it, and p by as much as its score is off.
     """
+    twin = module(twin)
     rng = np.random.default_rng(seed)
     views = (normal(rng, (n, length, heads, d), dtype).transpose(0, 2, 1, 3) for _ in range(4))
     q, k, v, do = views
@@ -230,8 +259,10 @@ def test_attention(n, heads, length, d, size, dtype, seed):
         assert_close(a, e, m * (1 + bound), dtype)
 
 
-def test_a_score_that_is_not_a_number_stays_none():
+@for_each_twin
+def test_a_score_that_is_not_a_number_stays_none(twin):
     """The trainer relies on seeing it; and the search for a smaller shift ends."""
+    twin = module(twin)
     q, k, v = (normal(np.random.default_rng(0), (1, 2, 3, 4), np.float32) for _ in range(3))
     q[0, 1, 2, 3] = np.nan
     o, saved = twin.attention(q, k, v, 0.5)
@@ -239,23 +270,88 @@ def test_a_score_that_is_not_a_number_stays_none():
     assert np.isnan(twin.attention_backward(saved, v)[1][0, 1]).all()
 
 
+@for_each_twin
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_extreme_activations_are_finite_and_silent(dtype):
+@pytest.mark.parametrize("length", [7, 40])
+@pytest.mark.parametrize("channels", [1, 16])
+def test_extreme_activations_are_finite_and_silent(twin, dtype, length, channels):
     """Where exp overflows, sigmoid is 0, softmax does not care, and nothing warns."""
+    twin = module(twin)
     x = np.array([-1e30, -1e4, -100.0, 0.0, 100.0, 1e4, 1e30], dtype)
+    x = np.concatenate([np.full(length - 7, -1e30, dtype), x])
     with np.errstate(all="raise", under="ignore"):
         y, s = twin.silu(x)
         p = twin.softmax(x)
-    np.testing.assert_allclose(s, [0, 0, 0, 0.5, 1, 1, 1], atol=1e-40)
-    np.testing.assert_allclose(y, [0, 0, 0, 0, 100, 1e4, 1e30], rtol=1e-6, atol=1e-40)
-    np.testing.assert_array_equal(p, [0, 0, 0, 0, 0, 0, 1])
-    image = np.zeros((1, 1, 2, 1), dtype)
-    image[0, 0, 0, 0] = 1.0
+    np.testing.assert_allclose(s[-7:], [0, 0, 0, 0.5, 1, 1, 1], atol=1e-40)
+    np.testing.assert_allclose(y[-7:], [0, 0, 0, 0, 100, 1e4, 1e30], rtol=1e-6, atol=1e-40)
+    np.testing.assert_array_equal(p, np.arange(length) == length - 1)
+    image = np.zeros((1, 1, 2, channels), dtype)
+    image[0, 0, 0] = 1.0
+    weight = np.full(channels, 1e4, dtype)
     with np.errstate(all="raise", under="ignore"):
-        y, saved = twin.group_norm_silu(image, np.full(1, 1e4, dtype), np.zeros(1, dtype), 1, 1e-5)
-        dx, _, _ = twin.group_norm_silu_backward(saved, np.full(1, 1e4, dtype), np.ones_like(image))
-    assert y[0, 0, 1, 0] == 0.0
+        y, saved = twin.group_norm_silu(image, weight, np.zeros(channels, dtype), channels, 1e-5)
+        dx, _, _ = twin.group_norm_silu_backward(saved, weight, np.ones_like(image))
+    assert (y[0, 0, 1] == 0.0).all()
     assert np.isfinite(dx).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, from threads that errstate does not reach
+@for_each_twin
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_comes_out(twin, dtype, bad):
+    """One such number and the result holds one: the trainer stops at a loss that is not finite."""
+    twin = module(twin)
+    rng = np.random.default_rng(0)
+    image, w, b = normal(rng, (2, 8, 8, 16), dtype), normal(rng, (3, 3, 16, 16), dtype), np.ones(16, dtype)
+    rows = normal(rng, (3, 40), dtype)
+    broken_image, broken_rows = image.copy(), rows.copy()
+    broken_image[1, 5, 6, 7], broken_rows[1, 37] = bad, bad
+    _, saved = twin.group_norm_silu(image, b, b, 4, 1e-5)
+    s = twin.silu(rows)[1]
+    results = [
+        twin.conv2d(broken_image, w, b, 1, (1, 1)),
+        *twin.conv2d_backward(broken_image, w, image, 1, (1, 1))[1:2],
+        *twin.conv2d_backward(image, w, broken_image, 1, (1, 1)),
+        twin.group_norm_silu(broken_image, b, b, 4, 1e-5)[0],
+        *twin.group_norm_silu_backward(saved, b, broken_image),
+        twin.silu(broken_rows)[0],
+        twin.silu_backward(s, rows * s, broken_rows),
+        twin.softmax(broken_rows),
+        twin.softmax_backward(twin.softmax(rows), broken_rows),
+        twin.adam_step(rows.copy(), broken_rows, 0 * rows, 0 * rows, 0.1, 0.9, 0.99, 1.0, 1e-8, 1.0)[0],
+        twin.ema_step(rows.copy(), broken_rows, 0.5),
+    ]
+    for result in results:
+        assert not np.isfinite(result).all()
+    np.testing.assert_array_equal(np.isfinite(results[5][0]), True)  # the other image is not touched
+
+
+@for_each_twin
+@settings(deadline=None, max_examples=30)
+@given(
+    size=st.integers(1, 70),
+    decay=st.sampled_from([1.0, 0.99]),
+    transposed=st.booleans(),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_adam_and_ema(twin, size, decay, transposed, dtype, seed):
+    twin = module(twin)
+    rng = np.random.default_rng(seed)
+    value, grad, m, v = (normal(rng, (3, size), dtype) for _ in range(4))
+    v *= v
+    if transposed:
+        value, grad, m, v = (np.asfortranarray(a) for a in (value, grad, m, v))
+    numbers = (0.1, 0.9, 0.99, 0.5, 1e-8, decay)
+    expected = portable.adam_step(*(a.astype(np.float64) for a in (value, grad, m, v)), *numbers)
+    average, rate = normal(rng, (3, size), dtype), 0.3
+    expected_average = portable.ema_step(average.astype(np.float64), value.astype(np.float64), rate)
+    actual_average = twin.ema_step(average, value, rate)
+    for a, e in zip(
+        [*twin.adam_step(value, grad, m, v, *numbers), actual_average], [*expected, expected_average]
+    ):
+        assert_close(a, e, np.abs(e) + 1, dtype)
 
 
 def calls():
@@ -272,23 +368,25 @@ def calls():
 
         return call
 
-    def norm(name):
+    def norm(name, c):
         def call(rng, kernels):
-            both = normal(rng, (7, 6, 9, 20), np.float32)
-            weight, bias = normal(rng, 12, np.float32), normal(rng, 12, np.float32)
+            both = normal(rng, (7, 6, 9, c + 8), np.float32)
+            weight, bias = normal(rng, c, np.float32), normal(rng, c, np.float32)
             inputs = [both, weight, bias]
-            y, saved = getattr(kernels, name)(both[..., :12], weight, bias, 4, 1e-5)
+            y, saved = getattr(kernels, name)(both[..., :c], weight, bias, 4, 1e-5)
             return inputs, [y, *getattr(kernels, name + "_backward")(saved, weight, both[..., 8:])]
 
         return call
 
     def rows(rng, kernels):
-        x, w, b = (normal(rng, s, np.float32) for s in ((5, 9, 11), (11, 8), (8,)))
-        both = normal(rng, (5, 9, 12), np.float32)
+        x, w, b = (normal(rng, s, np.float32) for s in ((5, 9, 21), (21, 18), (18,)))
+        both = normal(rng, (5, 9, 22), np.float32)
         inputs = [x, w, b, both]
-        p = kernels.softmax(both[..., :8])
+        p = kernels.softmax(both[..., :18])
         y = kernels.linear(both[..., 1:], w, b)
         parts = kernels.linear_backward(x, w, both[..., 4:])
+        parts += kernels.silu(both[..., :18])
+        parts += (kernels.silu_backward(both[..., :18], both[..., 1:19], both[..., 4:]),)
         return inputs, [p, y, *parts, kernels.softmax_backward(p, both[..., 4:])]
 
     return {
@@ -296,14 +394,17 @@ def calls():
         "gather": conv(3, 1, (1, 1), 4, 5),
         "strided": conv(3, 2, (0, 1), 16, 18),
         "pointwise": conv(1, 1, (0, 0), 16, 18),
-        "group_norm": norm("group_norm"),
-        "group_norm_silu": norm("group_norm_silu"),
+        "group_norm": norm("group_norm", 16),
+        "group_norm_silu": norm("group_norm_silu", 32),
+        "group_norm_silu, odd": norm("group_norm_silu", 12),
         "rows": rows,
     }
 
 
+@for_each_twin
 @pytest.mark.parametrize("name", calls())
-def test_calls_do_not_disturb_one_another(name):
+def test_calls_do_not_disturb_one_another(twin, name):
+    twin = module(twin)
     call = calls()[name]
     inputs, first = call(np.random.default_rng(0), twin)
     before = [a.copy() for a in first]
@@ -321,8 +422,10 @@ def test_calls_do_not_disturb_one_another(name):
         np.testing.assert_allclose(a, e, rtol=0, atol=2e-5 * np.abs(e).max())
 
 
-def test_kernels_called_from_several_threads_at_once():
+@for_each_twin
+def test_kernels_called_from_several_threads_at_once(twin):
     """Scratch belongs to a thread, and one parallel region runs at a time."""
+    twin = module(twin)
     call = calls()["winograd"]
     expected = [call(np.random.default_rng(seed), twin)[1] for seed in range(4)]
     results = [None] * 4
@@ -367,7 +470,7 @@ def test_definition_is_portable(arguments):
     x, w, b, stride, padding, dy, _ = arguments
     sx, sw, sb, sdy = (strict.asarray(a) for a in (x, w, b, dy))
     assert kernels_for(sx) is portable
-    assert kernels_for(x) is twin
+    assert kernels_for(x) is use()
     np.testing.assert_array_equal(
         np.asarray(portable.conv2d(sx, sw, sb, stride, padding)), portable.conv2d(x, w, b, stride, padding)
     )
@@ -382,3 +485,69 @@ def test_definition_is_portable(arguments):
     expected, _ = portable.group_norm_silu(x, w[0, 0, :, 0], w[0, 0, :, 0], c, 1e-5)
     np.testing.assert_array_equal(np.asarray(y), expected)
     assert portable.group_norm_silu_backward(saved, sw[0, 0, :, 0], sx)[0].dtype == sx.dtype
+
+
+@pytest.fixture
+def chosen_again(monkeypatch):
+    """Forget which twin is in use, and remember it after the test."""
+    monkeypatch.setattr(tinydiff.kernels, "_twin", None)
+    monkeypatch.delenv("TINYDIFF_KERNELS", raising=False)
+
+
+def test_numpy_is_the_default_and_an_unknown_twin_is_refused(chosen_again, monkeypatch):
+    assert kernels_for(np.zeros(1)) is numpy_twin
+    with pytest.raises(BackendError, match=r"name is 'fortran': set it to one of 'numpy', 'numba'\."):
+        use("fortran")
+    assert kernels_for(np.zeros(1)) is numpy_twin
+    monkeypatch.setattr(tinydiff.kernels, "_twin", None)
+    monkeypatch.setenv("TINYDIFF_KERNELS", "fortran")
+    with pytest.raises(BackendError, match="TINYDIFF_KERNELS is 'fortran'"):
+        kernels_for(np.zeros(1))
+
+
+@needs_numba
+def test_numba_is_chosen_by_the_environment_or_by_name(chosen_again, monkeypatch):
+    monkeypatch.setenv("TINYDIFF_KERNELS", "Numba")
+    assert kernels_for(np.zeros(1)) is module("numba")
+    assert use("numpy") is numpy_twin
+    assert kernels_for(np.zeros(1)) is numpy_twin
+    assert use() is module("numba")
+
+
+def test_without_numba_the_message_says_what_to_do(chosen_again, monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("tinydiff.kernels") and "numba" in name:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(BackendError, match=r"pip install 'tinydiff\[fast\]', or set TINYDIFF_KERNELS=numpy"):
+        use("numba")
+    assert kernels_for(np.zeros(1)) is numpy_twin
+
+
+def test_numba_is_not_imported_unasked():
+    code = "import sys, numpy, tinydiff; tinydiff.kernels.kernels_for(numpy.zeros(1)); "
+    code += "print('numba' in sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k != "TINYDIFF_KERNELS"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert shown.stdout.strip() == "False"
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exp_and_sigmoid_of_vectors(dtype):
+    """exp to 1 unit in the last place and over all its range, through silu and softmax.  docs: A.25"""
+    twin = module("numba")
+    low = float(np.log(np.finfo(dtype).tiny))
+    x = np.concatenate([np.linspace(low, 0, 100_000), -np.logspace(-30, 0, 100_000)]).astype(dtype)
+    rows = np.full((len(x), 16), -np.inf, dtype)
+    rows[:, 0], rows[:, 1] = 0, x
+    p = twin.softmax(rows)  # (1, e^x) / (1 + e^x): the ratio is e^x, with two roundings more
+    exact = np.exp(x.astype(np.longdouble))
+    error = np.abs(p[:, 1] / p[:, 0].astype(np.longdouble) - exact) / (np.finfo(dtype).eps * exact)
+    assert error[p[:, 1] >= np.finfo(dtype).tiny].max() < 2.5
+    assert (p[:, 2:] == 0).all()
+    _, s = twin.silu(np.concatenate([x, -x]))
+    exact = 1 / (1 + np.concatenate([1 / exact, exact]))
+    assert (np.abs(s - exact) / (np.finfo(dtype).eps * exact)).max() < 3

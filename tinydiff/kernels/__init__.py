@@ -2,7 +2,8 @@
 
 ``portable.py`` is the definition: readable, in the array API standard, right for every library.
 ``numpy.py`` is a faster twin of the same functions for NumPy arrays, tested against the definition over
-random shapes. A layer asks for the module that fits its input::
+random shapes; ``numba.py`` is another, faster still, for who installs the extra ``fast`` and asks for it
+(``TINYDIFF_KERNELS=numba``, or `use`). A layer asks for the module that fits its input::
 
     kernels = kernels_for(x)
     y = kernels.conv2d(x, weight, bias, stride, padding)
@@ -10,22 +11,70 @@ random shapes. A layer asks for the module that fits its input::
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tinydiff.backend import Array, is_numpy_array
+from tinydiff.backend import Array, BackendError, is_numpy_array
 from tinydiff.kernels import numpy as numpy_kernels
 from tinydiff.kernels import portable
 from tinydiff.kernels._memory import keep_freed_memory
 from tinydiff.kernels._threads import alone, blas_on_one_thread, threads_in_reach
 
-__all__ = ["alone", "kernels_for", "many_steps", "threads_in_reach"]
+__all__ = ["alone", "kernels_for", "many_steps", "threads_in_reach", "use"]
+
+TWINS = ("numpy", "numba")
+
+# The module for NumPy arrays; None until it is asked for.
+_twin: Any = None
 
 
 def kernels_for(x: Array) -> Any:
-    """Return the kernel module for arrays like `x`: ``kernels.numpy`` or ``kernels.portable``."""
-    return numpy_kernels if is_numpy_array(x) else portable
+    """Return the kernel module for arrays like `x`: the chosen twin for NumPy's, else ``kernels.portable``.
+
+    Raises
+    ------
+    BackendError
+        If ``TINYDIFF_KERNELS`` names a twin that is unknown or cannot be imported.
+    """
+    if not is_numpy_array(x):
+        return portable
+    return use() if _twin is None else _twin
+
+
+def use(name: str | None = None) -> Any:
+    """Choose the twin for NumPy arrays, from now on in this process; returns its module.
+
+    What a forward pass of one twin has kept is for the backward of the same: layers see to that.
+
+    Parameters
+    ----------
+    name : {"numpy", "numba"}, optional
+        The twin. Default: the environment variable ``TINYDIFF_KERNELS``, or ``"numpy"``.
+
+    Raises
+    ------
+    BackendError
+        If the name is unknown, or Numba cannot be imported.
+    """
+    global _twin
+    source = "name" if name is not None else "TINYDIFF_KERNELS"
+    chosen = (name if name is not None else os.environ.get("TINYDIFF_KERNELS") or "numpy").strip().lower()
+    if chosen not in TWINS:
+        raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, TWINS))}.")
+    if chosen == "numpy":
+        _twin = numpy_kernels
+    else:
+        try:
+            _twin = importlib.import_module("tinydiff.kernels.numba")
+        except ImportError as error:
+            raise BackendError(
+                f"The numba kernels need Numba, which could not be imported ({error}): "
+                "pip install 'tinydiff[fast]', or set TINYDIFF_KERNELS=numpy."
+            ) from None
+    return _twin
 
 
 @contextmanager

@@ -1,0 +1,62 @@
+"""The optimiser's chains, in place, in one pass through memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinydiff.kernels import _optim
+from tinydiff.kernels._numba_jit import fits, jit
+
+__all__ = ["adam_step", "ema_step"]
+
+
+@jit
+def _adam(value, grad, m, v, step_size, beta1, beta2, root, eps, decay):  # type: ignore[no-untyped-def]
+    real = value.dtype.type
+    rate1, rate2, per_root = real(1.0 - beta1), real(1.0 - beta2), real(1.0 / root)
+    step, epsilon, keep = real(step_size), real(eps), real(decay)
+    for i in range(value.size):
+        g = grad[i]
+        m1 = m[i] + rate1 * (g - m[i])
+        v1 = v[i] + rate2 * (g * g - v[i])
+        m[i], v[i] = m1, v1
+        value[i] = keep * value[i] - step * (m1 / (np.sqrt(v1) * per_root + epsilon))
+
+
+@jit
+def _ema(average, value, rate):  # type: ignore[no-untyped-def]
+    r = average.dtype.type(rate)
+    for i in range(average.size):
+        average[i] += r * (value[i] - average[i])
+
+
+def adam_step(
+    value: np.ndarray,
+    grad: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    root: float,
+    eps: float,
+    decay: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Step `value`, `m` and `v` in place; see ``portable.adam_step``."""
+    if not fits(value, grad, m, v):
+        return _optim.adam_step(value, grad, m, v, step_size, beta1, beta2, root, eps, decay)
+    if not (value.flags.c_contiguous and m.flags.c_contiguous and v.flags.c_contiguous):
+        value, m, v = (np.array(array, order="C") for array in (value, m, v))
+    flat = (array.reshape(-1) for array in (value, np.ascontiguousarray(grad), m, v))
+    _adam(*flat, float(step_size), float(beta1), float(beta2), float(root), float(eps), float(decay))
+    return value, m, v
+
+
+def ema_step(average: np.ndarray, value: np.ndarray, rate: float) -> np.ndarray:
+    """Move `average` in place; see ``portable.ema_step``."""
+    if not fits(average, value):
+        return _optim.ema_step(average, value, rate)
+    if not average.flags.c_contiguous:
+        average = np.array(average, order="C")
+    _ema(average.reshape(-1), np.ascontiguousarray(value).reshape(-1), float(rate))
+    return average
