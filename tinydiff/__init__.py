@@ -25,6 +25,7 @@ from tinydiff.mixture import GaussianMixture
 from tinydiff.models import MLP, UNet
 from tinydiff.nn import Parameter
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
+from tinydiff.parallel import DataParallel
 from tinydiff.samplers import invert, iterate_samples, sample
 from tinydiff.schedule_training import train_learned_schedule
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
@@ -35,6 +36,7 @@ __all__ = [
     "MLP",
     "Adam",
     "BackendError",
+    "DataParallel",
     "GaussianDiffusion",
     "GaussianMixture",
     "LearnedSchedule",
