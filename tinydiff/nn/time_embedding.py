@@ -66,7 +66,8 @@ def sinusoidal_embedding(
         last = int(t.max())
         if last < LARGEST_TABLE and t.min() >= 0:
             length = 1 << max(10, last.bit_length())
-            return _table(length, dim, like.dtype, flip_sin_to_cos, freq_shift, max_period)[t]
+            table = _table(length, dim, like.dtype, flip_sin_to_cos, freq_shift, max_period)
+            return table.take(t, axis=0)
     return _embed(t, dim, like, flip_sin_to_cos, freq_shift, max_period)
 
 
