@@ -44,11 +44,11 @@ def adam_step(
     if not (value.flags.c_contiguous and m.flags.c_contiguous and v.flags.c_contiguous):
         value, m, v = (np.array(array, order="C") for array in (value, m, v))
     for w, g, m1, v1 in _blocks(value, np.ascontiguousarray(grad), m, v):
-        a = np.empty_like(g)
-        _move(g, m1, v1, a, step_size, beta1, beta2, root, eps)
+        change = np.empty_like(g)
+        _move(g, m1, v1, change, step_size, beta1, beta2, root, eps)
         if decay != 1.0:
             w *= decay
-        w -= a
+        w -= change
     return value, m, v
 
 
@@ -56,28 +56,28 @@ def _move(
     g: np.ndarray,
     m: np.ndarray,
     v: np.ndarray,
-    a: np.ndarray,
+    change: np.ndarray,
     step_size: float,
     beta1: float,
     beta2: float,
     root: float,
     eps: float,
 ) -> None:
-    """Step the moments in place; `a` becomes step_size m / (sqrt(v) / root + eps).
+    """Step the moments in place; `change`, which may be `g`, becomes step_size m / (sqrt(v) / root + eps).
 
     Numerator and denominator are both multiplied by root: one pass less.
     """
-    np.subtract(g, m, out=a)
+    a = g - m
     a *= 1.0 - beta1
     m += a
-    np.multiply(g, g, out=a)
-    a -= v
-    a *= 1.0 - beta2
-    v += a
-    np.sqrt(v, out=a)
-    a += eps * root
-    np.divide(m, a, out=a)
-    a *= step_size * root
+    np.multiply(g, g, out=change)
+    change -= v
+    change *= 1.0 - beta2
+    v += change
+    np.sqrt(v, out=change)
+    change += eps * root
+    np.divide(m, change, out=change)
+    change *= step_size * root
 
 
 class Together:
@@ -109,7 +109,7 @@ class Together:
         self.which = which
         shapes = [m[i].shape for i in which]
         edges = np.cumsum([0, *(m[i].size for i in which)]).tolist()
-        self._flat = [np.empty(edges[-1], m[which[0]].dtype) for _ in range(4)]
+        self._flat = [np.empty(edges[-1], m[which[0]].dtype) for _ in range(3)]
         self._views = [
             [flat[a:b].reshape(s) for a, b, s in zip(edges[:-1], edges[1:], shapes, strict=True)]
             for flat in self._flat
@@ -144,11 +144,10 @@ class Together:
     ) -> None:
         """As `adam_step` for each of `values` and `grads`, those numbered `which`; all is done in place."""
         self._adopt(m, v)
-        g, a = self._flat[2:]
-        np.concatenate([grad.reshape(-1) for grad in grads], out=g)
-        for m1, v1, g1, a1 in _blocks(*self._flat):
-            _move(g1, m1, v1, a1, step_size, beta1, beta2, root, eps)
-        for value, change in zip(values, self._views[3], strict=True):
+        np.concatenate(grads, axis=None, out=self._flat[2])
+        for m1, v1, g1 in _blocks(*self._flat):
+            _move(g1, m1, v1, g1, step_size, beta1, beta2, root, eps)
+        for value, change in zip(values, self._views[2], strict=True):
             if decay != 1.0:
                 value *= decay
             value -= change
