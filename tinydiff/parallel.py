@@ -37,7 +37,7 @@ import numpy as np
 from tinydiff._checks import check_counts
 from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import alone, threads_in_reach
-from tinydiff.models import UNet
+from tinydiff.models import MLP, UNet
 from tinydiff.nn.module import Module, Parameter, keeping, once
 
 __all__ = ["DataParallel", "shared_out"]
@@ -45,8 +45,12 @@ __all__ = ["DataParallel", "shared_out"]
 # A share of fewer samples is not worth a process: the calls of a step cost the same for one as for four.
 SMALLEST_SHARE = 4
 
+# Of a network of points a share is worth a process from this many multiplications by weights: 101 points for
+# the plane's MLP, with 83,394 of them. The exchange of a step then takes a third of what a second core saves.
+SMALLEST_PRODUCTS = 2**23
+
 # How long to ask again and again for a message before going to sleep. Waking up takes longer than a small
-# network's share; between two steps of it pass a few hundred microseconds.
+# network's share. Between two steps of it, or of a U-Net's, pass one or two milliseconds.
 SPIN_SECONDS = 2e-3
 
 
@@ -86,6 +90,7 @@ class _Line:
 
     def recv(self) -> Any:
         until = time.perf_counter() + SPIN_SECONDS
+        # Nor is the core offered to others meanwhile: on a busy machine it came back after milliseconds.
         while self._counts[self._other] == self._received and time.perf_counter() < until:
             pass
         message = self._connection.recv_bytes()
@@ -174,7 +179,8 @@ class DataParallel(Module):
         self._calls += 1
         key = self._calls
         shares = self._shares(edges, x, t)
-        rngs = [None] * len(shares) if rng is None else rng.spawn(len(shares))
+        draws = rng is not None and not isinstance(self._model, MLP)  # which takes one, and draws nothing
+        rngs = rng.spawn(len(shares)) if draws else [None] * len(shares)
         messages = [("call", key, (*share, r)) for share, r in zip(shares[1:], rngs[1:], strict=True)]
         (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
 
@@ -336,12 +342,13 @@ def shared_out(model: Any, batch_size: int, workers: int | None = None) -> Itera
     Parameters
     ----------
     model : callable
-        Any; what is not a `UNet` with NumPy weights is handed back as it is unless `workers` says otherwise.
+        Any; what is not a `UNet` or `MLP` with NumPy weights is handed back as it is unless `workers` says
+        otherwise.
     batch_size : int
         Samples per call.
     workers : int, optional
-        Number of processes. Default: as many as BLAS would use threads, with at least four samples each, on
-        Linux; 1 elsewhere.
+        Number of processes. Default: on Linux as many as BLAS would use threads, with at least four samples
+        each, of an MLP at least `SMALLEST_PRODUCTS` multiplications; 1 elsewhere.
     """
     if workers is None:
         workers = _reasonable(model, batch_size)
@@ -356,8 +363,12 @@ def shared_out(model: Any, batch_size: int, workers: int | None = None) -> Itera
 
 def _reasonable(model: Any, batch_size: int) -> int:
     can_fork = sys.platform.startswith("linux") and hasattr(os, "fork")
-    if not can_fork or multiprocessing.current_process().daemon or not isinstance(model, UNet):
+    if not can_fork or multiprocessing.current_process().daemon or not isinstance(model, (UNet, MLP)):
         return 1
-    if not is_numpy_array(model.conv_in.weight.value):
+    if not all(is_numpy_array(p.value) for p in model.named_parameters().values()):
         return 1
-    return max(1, min(threads_in_reach(), batch_size // SMALLEST_SHARE))
+    if isinstance(model, UNet):
+        most = batch_size // SMALLEST_SHARE
+    else:
+        most = batch_size * model.num_parameters() // SMALLEST_PRODUCTS
+    return max(1, min(threads_in_reach(), most))

@@ -52,11 +52,12 @@ def linear_backward(
 
 
 def silu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As ``portable.silu``.  A tangent overflows nowhere: s = (1 + tanh(x/2)) / 2.  (docs: A.12)"""
-    s = x * 0.5
-    np.tanh(s, out=s)
-    s *= 0.5
-    s += 0.5
+    """As ``portable.silu``.  Where exp overflows, 1 / (1 + exp(-x)) is rightly 0.  (docs: A.12)"""
+    s = np.negative(x)
+    with np.errstate(over="ignore"):
+        np.exp(s, out=s)
+    s += 1.0
+    np.divide(1.0, s, out=s)
     return x * s, s
 
 
