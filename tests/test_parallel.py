@@ -233,6 +233,8 @@ def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
         assert isinstance(shared, DataParallel) and len(shared._workers) == 1
         with shared_out(shared, 64) as same:
             assert same is shared
+    with shared_out(points, 256) as shared:  # 256 points' worth of products, of 64 not
+        assert isinstance(shared, DataParallel)
     for denoise, n, workers in [(model, 64, 1), (model, 7, None), (points, 64, None), (len, 64, None)]:
         with shared_out(denoise, n, workers) as same:
             assert same is denoise
@@ -248,6 +250,51 @@ def test_sampling_is_the_same_shared_or_not():
         x_T=np.random.default_rng(1).standard_normal((5, 6, 6, 1)),
     )  # fmt: skip
     assert_close(draw(2), draw(1), "the samples", 1e-9)
+
+
+@pytest.mark.parametrize("awake", [0.0, 5.0])
+def test_messages_come_in_order_asleep_or_awake(awake, monkeypatch):
+    """A reader that went to sleep is woken by the pipe, whatever it knows of the counter; large ones too."""
+    from tinydiff import parallel
+
+    monkeypatch.setattr(parallel, "SPIN_SECONDS", awake)
+    one, other = parallel._Line.pair(multiprocessing.get_context("fork"))
+
+    def echo():
+        for _ in range(6):
+            other.send(other.recv())
+
+    process = multiprocessing.get_context("fork").Process(target=echo, daemon=True)
+    process.start()
+    other.close()
+    one.send("first")
+    one.send("second")
+    assert [one.recv(), one.recv()] == ["first", "second"]
+    for n in (1, 100, 1_000_000):
+        one.send(np.arange(n))
+        np.testing.assert_array_equal(one.recv(), np.arange(n))
+    one.send("last")
+    assert one.recv() == "last"
+    process.join()
+    with pytest.raises(EOFError):  # at once, or after the time awake: never for ever
+        monkeypatch.setattr(parallel, "SPIN_SECONDS", 0.0)
+        one.recv()
+
+
+def test_points_are_trained_the_same_shared_or_not():
+    """An MLP takes a generator and draws nothing from it."""
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
+    data = np.random.default_rng(0).standard_normal((20, 2))
+
+    def run(workers):
+        model = td.MLP(2, hidden=8, blocks=1).to(np, np.float64)
+        how = dict(steps=6, batch_size=7, seed=1, progress=False)
+        return td.train(model, diffusion, data, workers=workers, **how)
+
+    alone, shared = run(1), run(2)
+    assert_close(shared.losses, alone.losses, "the losses")
+    for name, value in shared.model.state_dict().items():
+        assert_close(value, alone.model.state_dict()[name], name, 1e-8)
 
 
 def test_training_is_the_same_shared_or_not():

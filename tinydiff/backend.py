@@ -20,8 +20,8 @@ import sys
 from importlib import metadata
 from typing import Any, TypeAlias
 
-import numpy as np
 import array_api_compat.numpy
+import numpy as np
 from array_api_compat import device, is_cupy_array
 
 __all__ = [

@@ -179,8 +179,10 @@ class DataParallel(Module):
         self._calls += 1
         key = self._calls
         shares = self._shares(edges, x, t)
-        draws = rng is not None and not isinstance(self._model, MLP)  # which takes one, and draws nothing
-        rngs = rng.spawn(len(shares)) if draws else [None] * len(shares)
+        if rng is None or type(self._model) is MLP:  # which takes one, and draws nothing
+            rngs: list[Any] = [None] * len(shares)
+        else:
+            rngs = rng.spawn(len(shares))
         messages = [("call", key, (*share, r)) for share, r in zip(shares[1:], rngs[1:], strict=True)]
         (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
 

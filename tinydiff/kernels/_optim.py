@@ -3,8 +3,8 @@
 The definition in ``portable.py`` makes a new array for every operator, each a pass through memory; here a
 block of the weights goes through the whole chain before the next one is touched.
 
-A network of small layers has many weights smaller than a block, and a dozen calls for each cost more than their
-arithmetic. `Together` lays their moments end to end, and steps them all as one array.
+A network of small layers has many weights smaller than a block, and a dozen calls for each cost more than
+their arithmetic. `Together` lays their moments end to end, and steps them all as one array.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Together:
 
     def _adopt(self, m: list[np.ndarray], v: list[np.ndarray]) -> None:
         """Copy in what has been put in a moment's place, by a checkpoint or a copy of the optimiser."""
-        for moments, views, flat in zip((m, v), self._views, self._flat, strict=False):
+        for moments, views in zip((m, v), self._views[:2], strict=True):
             for i, view in zip(self.which, views, strict=True):
                 if moments[i] is not view:
                     view[...] = moments[i]
