@@ -202,7 +202,7 @@ def assert_stepped(optimizer, values, m, v, decay):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_small_arrays_stepped_together_are_the_definition(weight_decay):
-    """In place too, for processes that share the weights; and from the moments that a checkpoint put there."""
+    """In place, for processes that share the weights; and from the moments that a checkpoint put there."""
     parameters = many(np.random.default_rng(0))
     optimizer = td.Adam(parameters, lr=0.01, weight_decay=weight_decay)
     values = [p.value.copy() for p in parameters]
