@@ -45,9 +45,9 @@ __all__ = ["DataParallel", "shared_out"]
 # A share of fewer samples is not worth a process: the calls of a step cost the same for one as for four.
 SMALLEST_SHARE = 4
 
-# Of points a share is worth a process from this many multiplications by weights: from 101 points of the plane's
-# MLP, with 83,394 weights. Measured with 128 on each of two free cores: a training step takes 0.83 of its time
-# on one, a prediction 0.66.
+# Of points a share is worth a process from this many multiplications by weights: 101 points of the plane's
+# MLP, which has 83,394. Measured with 128 on each of two free cores: a training step takes 0.83 of its time on
+# one, a prediction 0.66.
 SMALLEST_PRODUCTS = 2**23
 
 # How long to ask again and again for a message before going to sleep. Waking up takes longer than a small
