@@ -46,8 +46,8 @@ __all__ = ["DataParallel", "shared_out"]
 SMALLEST_SHARE = 4
 
 # Of points a share is worth a process from this many multiplications by weights: 101 points of the plane's
-# MLP, which has 83,394. Measured with 128 on each of two free cores: a training step takes 0.83 of its time on
-# one, a prediction 0.66.
+# MLP, which has 83,394. Measured with 128 on each of two free cores: a training step takes 0.83 of its time,
+# a prediction 0.66.
 SMALLEST_PRODUCTS = 2**23
 
 # How long to ask again and again for a message before going to sleep. Waking up takes longer than a small
