@@ -7,6 +7,7 @@ import types
 from importlib import metadata
 from pathlib import Path
 
+import array_api_compat
 import array_api_strict as strict
 import numpy as np
 import pytest
@@ -23,6 +24,20 @@ from tinydiff.backend import (
     standard_normal,
     to_numpy,
 )
+
+
+def test_numpy_arrays_are_told_at_sight_and_others_as_ever():
+    class Sub(np.ndarray):
+        pass
+
+    x, s = np.zeros(2), strict.zeros(2)
+    sub = x.view(Sub)
+    for arrays in [(x,), (x, x), (sub,), (x, sub), (s,), (s, s)]:
+        assert backend.array_namespace(*arrays) is array_api_compat.array_namespace(*arrays)
+    assert [backend.is_numpy_array(a) for a in (x, sub, s, 1.0, [x])] == [True, True, False, False, False]
+    for wrong in [(), (x, s), ([1.0],), ("x",)]:
+        with pytest.raises(TypeError):
+            backend.array_namespace(*wrong)
 
 
 def fake_cupy(count=0, count_error=None, launch_error=None):

@@ -104,6 +104,21 @@ def test_sinusoidal_embedding(t, half, flip, shift):
     assert_array_equal(single, y.astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sinusoids_from_the_table_are_those_computed(dtype):
+    """In every bit, wherever the times lie; and nobody can write into the table."""
+    like = np.zeros(1, dtype)
+    for t in ([0], [5, 999, 5], [1023, 1024], [4095, 7], [4096, 1], [-1, 3], [], [10**6]):
+        for kind in (np.int64, np.int32):
+            whole = np.array(t, kind)
+            looked_up = nn.sinusoidal_embedding(whole, 7, like=like, freq_shift=0.5)
+            assert looked_up.dtype == dtype and looked_up.shape == (len(t), 7)
+            computed = nn.sinusoidal_embedding(whole.astype(np.float64), 7, like=like, freq_shift=0.5)
+            assert_array_equal(looked_up, computed)
+            looked_up += 1.0
+            assert_array_equal(nn.sinusoidal_embedding(whole, 7, like=like, freq_shift=0.5), computed)
+
+
 def test_sinusoids_at_their_ends():
     """Frequency 1 comes first; the last is 1/10000 exactly if the shift is 1, and short of it if 0."""
     t = np.array([0, 1])

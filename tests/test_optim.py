@@ -1,6 +1,8 @@
 """Adam by hand, the NumPy twins against their definition, clipping, the learning rate, the moving average."""
 
+import copy
 import math
+import pickle
 
 import array_api_strict as strict
 import numpy as np
@@ -167,6 +169,89 @@ def test_the_numpy_adam_step_is_the_definition(shape, dtype, order, seed, decays
         assert ours.dtype == dtype
         assert_allclose(ours, definition, rtol=8 * eps, atol=8 * eps)
     assert_array_equal(given_grad, grad)
+
+
+# Of two dtypes, smaller and larger than a block, of one dtype alone, without elements, without dimensions.
+MANY = [((3, 4), "f4"), ((), "f4"), ((BLOCK + 1,), "f4"), ((0,), "f4"), ((2, 3), "f8"), ((BLOCK - 1,), "f4"),
+        ((5,), "f8"), ((2, 3, 4), "f4")]  # fmt: skip
+
+
+def many(rng):
+    return [Parameter(np.asarray(rng.standard_normal(shape), dtype)) for shape, dtype in MANY]
+
+
+def give_gradients(parameters, seed):
+    rng = np.random.default_rng(seed)
+    for p in parameters:
+        g = np.asarray(rng.standard_normal(p.shape), p.value.dtype)
+        p.grad = np.asfortranarray(g) if g.ndim else g
+
+
+def assert_stepped(optimizer, values, m, v, decay):
+    """Step `optimizer`, and the definition for each array of it by itself; they must agree."""
+    k, (beta1, beta2) = optimizer.steps + 1, optimizer.betas
+    scalars = (optimizer.lr / (1 - beta1**k), beta1, beta2, math.sqrt(1 - beta2**k), optimizer.eps, decay)
+    optimizer.step()
+    for i, p in enumerate(optimizer.parameters):
+        values[i], m[i], v[i] = portable.adam_step(values[i], p.grad, m[i], v[i], *scalars)
+        for ours, definition in [(p.value, values[i]), (optimizer.m[i], m[i]), (optimizer.v[i], v[i])]:
+            eps = np.finfo(definition.dtype).eps
+            assert ours.shape == definition.shape and ours.dtype == definition.dtype
+            assert_allclose(ours, definition, rtol=16 * eps, atol=16 * eps)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_small_arrays_stepped_together_are_the_definition(weight_decay):
+    """In place, for processes that share the weights; and from the moments that a checkpoint put there."""
+    parameters = many(np.random.default_rng(0))
+    optimizer = td.Adam(parameters, lr=0.01, weight_decay=weight_decay)
+    values = [p.value.copy() for p in parameters]
+    memory = [p.value for p in parameters]
+    m, v = ([np.zeros_like(value) for value in values] for _ in range(2))
+    for step in range(5):
+        give_gradients(parameters, step)
+        if step == 2:  # as after a checkpoint
+            for i in range(len(m)):
+                m[i], v[i] = m[i] + 1, v[i] + 2
+                optimizer.m[i], optimizer.v[i] = m[i].copy(), v[i].copy()
+        if step == 3:  # a weight replaced
+            values[0] = values[0] + 1
+            parameters[0].value = memory[0] = values[0].copy()
+        assert_stepped(optimizer, values, m, v, 1 - 0.01 * weight_decay)
+        assert all(p.value is array for p, array in zip(parameters, memory))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_of_the_optimizer_goes_its_own_way(copied):
+    """Its moments must not be views of memory that it no longer has, nor the original's."""
+    parameters = many(np.random.default_rng(0))
+    first = td.Adam(parameters, lr=0.01)
+    give_gradients(parameters, 0)
+    first.step()
+    second = copied(first)
+    values, m, v = ([a.copy() for a in arrays] for arrays in
+                    ([p.value for p in second.parameters], second.m, second.v))  # fmt: skip
+    for step in range(1, 4):
+        give_gradients(second.parameters, step)
+        assert_stepped(second, values, m, v, 1.0)
+    if second.m is not first.m:
+        give_gradients(parameters, 0)
+        before = [a.copy() for a in second.m]
+        first.step()
+        for ours, theirs in zip(second.m, before):
+            assert_array_equal(ours, theirs)
+
+
+def test_small_arrays_may_leave_for_another_library():
+    parameters = [parameter(np.ones(3)), parameter(np.ones(2))]
+    optimizer = td.Adam(parameters, lr=0.1)
+    give_gradients(parameters, 0)
+    optimizer.step()
+    for i, p in enumerate(parameters):
+        p.value, p.grad = strict.asarray(p.value), strict.asarray(np.ones(p.shape))
+        optimizer.m[i], optimizer.v[i] = strict.asarray(optimizer.m[i]), strict.asarray(optimizer.v[i])
+    optimizer.step()
+    assert all(type(p.value) is type(strict.ones(1)) for p in parameters)
 
 
 @given(SHAPES, st.sampled_from([np.float32, np.float64]), st.sampled_from(["C", "F", "strided"]), SEEDS)

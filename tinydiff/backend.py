@@ -20,8 +20,9 @@ import sys
 from importlib import metadata
 from typing import Any, TypeAlias
 
+import array_api_compat.numpy
 import numpy as np
-from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array
+from array_api_compat import device, is_cupy_array
 
 __all__ = [
     "Array",
@@ -43,6 +44,21 @@ Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 
 BACKENDS = ("numpy", "cupy")
+
+
+def is_numpy_array(x: Any) -> bool:
+    """Whether `x` is a NumPy array."""
+    return type(x) is np.ndarray or array_api_compat.is_numpy_array(x)
+
+
+def array_namespace(*arrays: Array) -> Namespace:
+    """Return the array API namespace of `arrays`, as array-api-compat does.
+
+    A network of small layers asks several times for every product, so NumPy's own arrays are told at sight.
+    """
+    if arrays and all(type(x) is np.ndarray for x in arrays):
+        return array_api_compat.numpy
+    return array_api_compat.array_namespace(*arrays)
 
 
 class BackendError(RuntimeError):

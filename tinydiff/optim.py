@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tinydiff.backend import Array, array_namespace
 from tinydiff.kernels import kernels_for
+from tinydiff.kernels._optim import Together
 from tinydiff.nn.module import Module, Parameter
 
 __all__ = ["EMA", "Adam", "clip_grad_norm", "warmup_cosine"]
@@ -63,6 +64,11 @@ class Adam:
         self.steps = 0
         self.m = [array_namespace(p.value).zeros_like(p.value) for p in self.parameters]
         self.v = [array_namespace(p.value).zeros_like(p.value) for p in self.parameters]
+        self._together: list[Together] | None = None  # made by the first step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: all but the memory that its moments would be views of."""
+        return self.__dict__ | {"_together": None}
 
     def step(self) -> None:
         """Move every parameter against its gradient.  (docs: B.21)"""
@@ -72,9 +78,17 @@ class Adam:
         step_size = self.lr / (1.0 - beta1**self.steps)
         root = math.sqrt(1.0 - beta2**self.steps)
         decay = 1.0 - self.lr * self.weight_decay
-        for i, p in enumerate(self.parameters):
+        how = (step_size, beta1, beta2, root, self.eps, decay)
+        left = dict(enumerate(self.parameters))
+        if self._together is None:
+            self._together = Together.groups([p.value for p in self.parameters], self.m, self.v)
+        for small in self._together:
+            values = [self.parameters[i].value for i in small.which]
+            if small.fits(values):
+                small.step(values, [left.pop(i).grad for i in small.which], self.m, self.v, *how)
+        for i, p in left.items():
             p.value, self.m[i], self.v[i] = kernels_for(p.value).adam_step(
-                p.value, p.grad, self.m[i], self.v[i], step_size, beta1, beta2, root, self.eps, decay
+                p.value, p.grad, self.m[i], self.v[i], *how
             )
 
     def zero_grad(self) -> None:

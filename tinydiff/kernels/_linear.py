@@ -16,13 +16,17 @@ PARALLEL_SIZE = 2**16
 def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As ``portable.linear``."""
     rows = x.reshape(-1, w.shape[0])
+    if rows.size * w.shape[1] < PARALLEL_PRODUCTS:
+        y = rows @ w
+        y += b
+        return y.reshape(*x.shape[:-1], w.shape[1])
     y = np.empty((rows.shape[0], w.shape[1]), x.dtype)
 
     def work(start: int, stop: int) -> None:
         np.matmul(rows[start:stop], w, out=y[start:stop])
         y[start:stop] += b
 
-    in_parallel(work, rows.shape[0], rows.size * w.shape[1] >= PARALLEL_PRODUCTS)
+    in_parallel(work, rows.shape[0])
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
@@ -32,6 +36,9 @@ def linear_backward(
     """As ``portable.linear_backward``."""
     rows = x.reshape(-1, w.shape[0])
     dy_rows = np.ascontiguousarray(dy).reshape(-1, w.shape[1])
+    if rows.size * w.shape[1] < PARALLEL_PRODUCTS:
+        db = np.ones(dy_rows.shape[0], dy.dtype) @ dy_rows
+        return (dy_rows @ w.T).reshape(x.shape), rows.T @ dy_rows, db
     dx = np.empty(rows.shape, x.dtype)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +46,7 @@ def linear_backward(
         np.matmul(share, w.T, out=dx[start:stop])
         return rows[start:stop].T @ share, np.ones(stop - start, dy.dtype) @ share
 
-    shares = in_parallel(work, rows.shape[0], rows.size * w.shape[1] >= PARALLEL_PRODUCTS)
+    shares = in_parallel(work, rows.shape[0])
     dw, db = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
     return dx.reshape(x.shape), dw, db
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like
+from tinydiff.backend import Array, array_namespace, asarray_like, is_numpy_array
 from tinydiff.nn.linear import Linear
 from tinydiff.nn.module import Module, once
 from tinydiff.nn.silu import silu
 
 __all__ = ["TimestepEmbedding", "sinusoidal_embedding"]
+
+# Times 0 ... this - 1 are looked up on the host, where their sines would cost as much as a layer.
+LARGEST_TABLE = 2**12
 
 
 def sinusoidal_embedding(
@@ -54,10 +59,23 @@ def sinusoidal_embedding(
     ValueError
         If `freq_shift` is not less than dim/2: there is no such spacing.
     """
-    xp = array_namespace(like)
     half = dim // 2
     if half and not freq_shift < half:
         raise ValueError(f"freq_shift is {freq_shift}; expected less than half of dim = {dim}.")
+    if is_numpy_array(like) and is_numpy_array(t) and t.dtype.kind in "iu" and t.ndim == 1 and t.size:
+        last = int(t.max())
+        if last < LARGEST_TABLE and t.min() >= 0:
+            length = 1 << max(10, last.bit_length())
+            table = _table(length, dim, like.dtype, flip_sin_to_cos, freq_shift, max_period)
+            return table.take(t, axis=0)
+    return _embed(t, dim, like, flip_sin_to_cos, freq_shift, max_period)
+
+
+def _embed(
+    t: Array, dim: int, like: Array, flip_sin_to_cos: bool, freq_shift: float, max_period: float
+) -> Array:
+    xp = array_namespace(like)
+    half = dim // 2
     omega = np.exp(-math.log(max_period) * np.arange(half) / (half - freq_shift))
     angles = asarray_like(t, like, xp.float64)[:, None] * asarray_like(omega, like, xp.float64)[None, :]
     sin, cos = xp.sin(angles), xp.cos(angles)
@@ -65,6 +83,14 @@ def sinusoidal_embedding(
     if dim % 2:
         parts.append(xp.zeros_like(angles[:, :1]))
     return xp.astype(xp.concat(parts, axis=1), like.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _table(length: int, dim: int, dtype: np.dtype, *settings: Any) -> np.ndarray:
+    """The embeddings of the times 0 ... length - 1: a row is what `_embed` returns, in every bit."""
+    table = _embed(np.arange(length), dim, np.empty(0, dtype), *settings)
+    table.flags.writeable = False
+    return table
 
 
 class TimestepEmbedding(Module):
