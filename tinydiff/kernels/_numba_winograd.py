@@ -51,7 +51,7 @@ CHUNK_BYTES = 2**20
 
 # Most patches of a chunk of the backward. BLAS adds their products to dU one after the other; over more
 # patches the rounding of these sums would show (docs: A.24).
-MOST_PATCHES = 64
+MOST_PATCHES = 32
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
