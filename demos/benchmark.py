@@ -180,7 +180,7 @@ class Benchmark:
         from _bench.ours import Tinydiff
 
         backend, clock = ("numpy", None) if self.device is None else self.device.ours()
-        return Tinydiff(config, self.args.threads, backend, dtype, clock)
+        return Tinydiff(config, backend, dtype, clock)
 
     def theirs(self, config: Any, variant: str, dtype: str = "float32", exact_time: bool = False) -> Any:
         from _bench import ours, theirs

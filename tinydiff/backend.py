@@ -30,12 +30,14 @@ __all__ = [
     "array_namespace",
     "asarray_like",
     "clip_to_unit",
+    "column_like",
     "device",
     "generator_beside",
     "get_backend",
     "is_cupy_array",
     "is_numpy_array",
     "standard_normal",
+    "sum_samples",
     "to_numpy",
 ]
 
@@ -94,9 +96,7 @@ def get_backend(name: str | None = None, device: int | None = None) -> Namespace
                 f"device is {device}, but the backend is numpy, which has none to choose from: set "
                 "TINYDIFF_BACKEND=cupy, or leave the device out."
             )
-        import array_api_compat.numpy as numpy_namespace
-
-        return numpy_namespace
+        return array_api_compat.numpy
     if chosen == "cupy":
         return _cupy_namespace(device)
     raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, BACKENDS))}.")
@@ -231,6 +231,17 @@ def asarray_like(values: Any, like: Array, dtype: Any = None) -> Array:
     """
     xp = array_namespace(like)
     return xp.asarray(values, dtype=like.dtype if dtype is None else dtype, device=device(like))
+
+
+def column_like(values: np.ndarray, like: Array) -> Array:
+    """Host values (N,), one for each sample of `like` (N, ...), as (N, 1, ..., 1) beside it."""
+    return asarray_like(values.reshape((-1,) + (1,) * (like.ndim - 1)), like)
+
+
+def sum_samples(x: Array) -> Array:
+    """The sum of each sample: over all axes but the first, (N, ...)  ->  (N,)."""
+    xp = array_namespace(x)
+    return xp.sum(xp.reshape(x, (x.shape[0], -1)), axis=1)
 
 
 def clip_to_unit(x: Array) -> Array:

@@ -36,14 +36,16 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_choice, check_counts
 from tinydiff.backend import (
     Array,
     array_namespace,
     asarray_like,
     clip_to_unit,
+    column_like,
     device,
     standard_normal,
+    sum_samples,
     to_numpy,
 )
 from tinydiff.diffusion import GaussianDiffusion
@@ -252,11 +254,10 @@ def prior_term(diffusion: GaussianDiffusion, x0: Array) -> Array:
     -------
     array of shape (N,)
     """
-    xp = array_namespace(x0)
     abar = float(diffusion.schedule.alphas_cumprod[-1])
     # Of a chain that ends in noise 1 - abar is 1, its logarithm is 0, and abar is what log1p still sees.
     log_noise = math.log(diffusion.schedule.one_minus_alphas_cumprod[-1]) if abar > 0.5 else math.log1p(-abar)
-    return _sum_samples(xp, abar * x0 * x0 - (abar + log_noise)) / 2
+    return sum_samples(abar * x0 * x0 - (abar + log_noise)) / 2
 
 
 def step_term(
@@ -310,11 +311,11 @@ def step_term(
     guess = clip_to_unit(guess) if clip else guess
 
     # The means' common part in x_t is left out: what it adds to the difference is rounding.
-    ones = _column(np.ones(N), x0)
+    ones = column_like(np.ones(N), x0)
     w, _ = diffusion.q_posterior_mean_variance(ones, 0 * ones, steps)
     log_small, log_large = diffusion.log_variance_range
-    kl, backward_kl = gaussian_kl(w * x0, _column(log_small[steps], x0), w * guess, log_variance)
-    value = _sum_samples(xp, kl)
+    kl, backward_kl = gaussian_kl(w * x0, column_like(log_small[steps], x0), w * guess, log_variance)
+    value = sum_samples(kl)
 
     # L_0 only where t = 0: few samples of a batch, if any.
     last = np.flatnonzero(steps == 0)
@@ -324,7 +325,7 @@ def step_term(
         x0_last, mean_last, log_variance_last = (xp.take(a, index, axis=0) for a in (x0, guess, log_variance))
         likelihood = gaussian_nll if decoder == "density" else discretized_gaussian_nll
         nll, backward_nll = likelihood(x0_last, mean_last, log_variance_last)
-        value = _put(value, last, _sum_samples(xp, nll))
+        value = _put(value, last, sum_samples(nll))
 
     @once
     def backward(dvalue: Array) -> Array:
@@ -340,7 +341,7 @@ def step_term(
         dprediction = slope * (inside * dguess)
         if diffusion.variance != "learned_range":
             return dprediction
-        dv = _column((log_large - log_small)[steps] / 2, x0) * dlog_variance
+        dv = column_like((log_large - log_small)[steps] / 2, x0) * dlog_variance
         return xp.concat([dprediction, dv], axis=-1)
 
     return value, backward
@@ -537,16 +538,6 @@ def bits_per_dim(
     )
 
 
-def _column(values: np.ndarray, x: Array) -> Array:
-    """Host values (N,) as (N, 1, ..., 1) beside `x`."""
-    return asarray_like(values.reshape((-1,) + (1,) * (x.ndim - 1)), x)
-
-
-def _sum_samples(xp: Any, x: Array) -> Array:
-    """The sum over all axes but the first."""
-    return xp.sum(xp.reshape(x, (x.shape[0], -1)), axis=1)
-
-
 def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of an argument that was broadcast from `shape`."""
     xp = array_namespace(gradient)
@@ -583,8 +574,6 @@ def _levels(x: Array, name: str = "x") -> np.ndarray:
 
 def check_decoder(decoder: str, data: Array | None = None) -> None:
     """ValueError if there is no such decoder, or `data` is not the 8-bit data it is for."""
-    if decoder not in get_args(Decoder):
-        choices = ", ".join(map(repr, get_args(Decoder)))
-        raise ValueError(f"decoder is {decoder!r}; expected one of {choices}.")
+    check_choice("decoder", decoder, get_args(Decoder))
     if decoder == "8bit" and data is not None:
         _levels(data, "data")

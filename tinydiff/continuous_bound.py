@@ -33,8 +33,16 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_counts
-from tinydiff.backend import Array, array_namespace, asarray_like, standard_normal, to_numpy
+from tinydiff._checks import check_choice, check_counts
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    asarray_like,
+    column_like,
+    standard_normal,
+    sum_samples,
+    to_numpy,
+)
 from tinydiff.bound import Decoder, discretized_gaussian_nll, gaussian_nll
 from tinydiff.diffusion import Prediction
 from tinydiff.learned_schedule import LearnedSchedule
@@ -99,7 +107,7 @@ def diffuse(x0: Array, noise: Array, gamma: Array) -> tuple[Array, Callable[[Arr
         From dL/dz to dL/dgamma (N,), float64 on the host.
     """
     a, s = _rates(gamma)
-    a_, s_ = _column(a, x0), _column(s, x0)
+    a_, s_ = column_like(a, x0), column_like(s, x0)
 
     @once
     def backward(dz: Array) -> np.ndarray:
@@ -142,21 +150,21 @@ def integral_term(
     """
     gamma, slope = _host(gamma), _host(slope)
     a, s = _rates(gamma)
-    a_, s_ = _column(a, x0), _column(s, x0)
-    if _checked_prediction(prediction) == "eps":
+    a_, s_ = column_like(a, x0), column_like(s, x0)
+    if check_choice("prediction", prediction, get_args(Prediction)) == "eps":
         target, weight, dlog_weight = noise, np.ones_like(gamma), np.zeros_like(gamma)
     elif prediction == "x0":
         target, weight, dlog_weight = x0, np.exp(-gamma), -np.ones_like(gamma)
     else:
         target, weight, dlog_weight = a_ * noise - s_ * x0, a * a, -s * s
     error = output - target
-    squares = _sum_samples(error * error)
+    squares = sum_samples(error * error)
     value = squares * asarray_like(slope * weight / 2, x0)
 
     @once
     def backward(dvalue: Array) -> tuple[Array, np.ndarray, np.ndarray]:
         d = _host(dvalue)
-        doutput = _column(d * slope * weight, x0) * error
+        doutput = column_like(d * slope * weight, x0) * error
         dslope = d * weight / 2 * _host(squares)
         dgamma = slope * dslope * dlog_weight
         if prediction == "v":  # the target moves: dv/dgamma = -a s / 2 z
@@ -208,29 +216,26 @@ def reconstruction_term(
     ValueError
         If `prediction` or `decoder` is none of these; or, with ``"8bit"``, if `x0` is not 8-bit data.
     """
-    if decoder not in get_args(Decoder):
-        raise ValueError(
-            f"decoder is {decoder!r}; expected one of {', '.join(map(repr, get_args(Decoder)))}."
-        )
+    check_choice("decoder", decoder, get_args(Decoder))
     gamma = _host(gamma)
     a, s = _rates(gamma)
-    a_, s_ = _column(a, x0), _column(s, x0)
-    if _checked_prediction(prediction) == "eps":
+    a_, s_ = column_like(a, x0), column_like(s, x0)
+    if check_choice("prediction", prediction, get_args(Prediction)) == "eps":
         apart, scale = noise - output, np.exp(gamma / 2)
     elif prediction == "x0":
         apart, scale = output - x0, np.ones_like(gamma)
     else:
         apart, scale = a_ * noise - s_ * x0 - output, s
-    off = _column(scale, x0) * apart  # x_0^ - x_0
+    off = column_like(scale, x0) * apart  # x_0^ - x_0
     likelihood = gaussian_nll if decoder == "density" else discretized_gaussian_nll
-    log_variance = _column(-np.logaddexp(0, -gamma), x0)
+    log_variance = column_like(-np.logaddexp(0, -gamma), x0)
     nll, nll_backward = likelihood(x0, x0 + off, log_variance)
 
     @once
     def backward(dvalue: Array) -> tuple[Array, np.ndarray]:
-        dmean, dlog_variance = nll_backward(_column(_host(dvalue), x0) + 0 * x0)
-        dgamma = a * a * _host(_sum_samples(dlog_variance))
-        doutput = _column(scale if prediction == "x0" else -scale, x0) * dmean
+        dmean, dlog_variance = nll_backward(column_like(_host(dvalue), x0) + 0 * x0)
+        dgamma = a * a * _host(sum_samples(dlog_variance))
+        doutput = column_like(scale if prediction == "x0" else -scale, x0) * dmean
         if prediction == "eps":
             dgamma = dgamma + _dot(dmean, off) / 2
         elif prediction == "v":
@@ -238,7 +243,7 @@ def reconstruction_term(
             dgamma = dgamma - a * s * s / 2 * _dot(dmean, a_ * x0 + s_ * noise)
         return doutput, dgamma
 
-    return _sum_samples(nll), backward
+    return sum_samples(nll), backward
 
 
 def prior_term(x0: Array, gamma_1: float) -> tuple[Array, Callable[[Array], float]]:
@@ -260,7 +265,7 @@ def prior_term(x0: Array, gamma_1: float) -> tuple[Array, Callable[[Array], floa
         From dL/dvalue (N,) to dL/dgamma_1.
     """
     a2, s2, log_s2 = (float(f) for f in _squares(np.asarray(gamma_1, dtype=np.float64)))
-    squares = _sum_samples(x0 * x0)
+    squares = sum_samples(x0 * x0)
     D = math.prod(x0.shape[1:])
 
     @once
@@ -496,27 +501,9 @@ def _host(values: Array) -> np.ndarray:
     return to_numpy(values).astype(np.float64)
 
 
-def _column(values: np.ndarray, x: Array) -> Array:
-    """Host values (N,) as (N, 1, ..., 1) beside `x`."""
-    return asarray_like(values.reshape((-1,) + (1,) * (x.ndim - 1)), x)
-
-
-def _sum_samples(x: Array) -> Array:
-    """The sum over all axes but the first."""
-    xp = array_namespace(x)
-    return xp.sum(xp.reshape(x, (x.shape[0], -1)), axis=1)
-
-
 def _dot(x: Array, y: Array) -> np.ndarray:
     """The product of each sample's x with its y, (N,) on the host."""
-    return _host(_sum_samples(x * y))
-
-
-def _checked_prediction(prediction: Prediction) -> Prediction:
-    if prediction not in get_args(Prediction):
-        choices = ", ".join(map(repr, get_args(Prediction)))
-        raise ValueError(f"prediction is {prediction!r}; expected one of {choices}.")
-    return prediction
+    return _host(sum_samples(x * y))
 
 
 def _check_clock(T: int) -> None:

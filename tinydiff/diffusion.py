@@ -39,18 +39,18 @@ Salimans & Ho 2022, *Progressive distillation for fast sampling of diffusion mod
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like, clip_to_unit, to_numpy
+from tinydiff._checks import check_choice
+from tinydiff.backend import Array, array_namespace, clip_to_unit, column_like, to_numpy
 from tinydiff.schedules import NoiseSchedule
 
 __all__ = ["GaussianDiffusion", "Prediction", "Variance"]
 
 Prediction: TypeAlias = Literal["eps", "x0", "v"]
 Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
-Choice = TypeVar("Choice")
 
 
 class GaussianDiffusion:
@@ -110,8 +110,8 @@ class GaussianDiffusion:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule is a {type(schedule).__name__}; expected a NoiseSchedule.")
         self.schedule = schedule
-        self.prediction: Prediction = _one_of("prediction", prediction, get_args(Prediction))
-        self.variance: Variance = _one_of("variance", variance, get_args(Variance))
+        self.prediction: Prediction = check_choice("prediction", prediction, get_args(Prediction))
+        self.variance: Variance = check_choice("variance", variance, get_args(Variance))
         fixed = {"fixed_small": schedule.posterior_variance, "fixed_large": schedule.betas}
         self.model_variance = fixed.get(self.variance)
         # A sum of logarithms: beta~ itself underflows where betas are tiny.
@@ -152,7 +152,7 @@ class GaussianDiffusion:
         x_prev, noise = _matching(x_prev=x_prev, noise=noise)
         t = self._on_host(t, x_prev)
         alpha, beta = self.schedule.alphas[t], self.schedule.betas[t]
-        return _column(np.sqrt(alpha), x_prev) * x_prev + _column(np.sqrt(beta), x_prev) * noise
+        return column_like(np.sqrt(alpha), x_prev) * x_prev + column_like(np.sqrt(beta), x_prev) * noise
 
     def q_sample(self, x0: Array, t: Array | int, noise: Array) -> Array:
         """Draw x_t from the marginal q(x_t | x_0) in one leap (Ho et al. 2020, eq. 4; docs: F.2).
@@ -195,7 +195,7 @@ class GaussianDiffusion:
         (x0,) = _matching(x0=x0)
         t = self._on_host(t, x0)
         abar, one_minus_abar = self.schedule.alphas_cumprod[t], self.schedule.one_minus_alphas_cumprod[t]
-        return _column(np.sqrt(abar), x0) * x0, _column(one_minus_abar, x0)
+        return column_like(np.sqrt(abar), x0) * x0, column_like(one_minus_abar, x0)
 
     def q_posterior_mean_variance(self, x0: Array, x_t: Array, t: Array | int) -> tuple[Array, Array]:
         """Return mean and variance of the posterior q(x_{t-1} | x_t, x_0) (docs: P.1).
@@ -226,8 +226,8 @@ class GaussianDiffusion:
         one_minus_abar_prev = self.schedule.one_minus_alphas_cumprod_prev[t]
         weight_x0 = np.sqrt(abar_prev) * (beta / one_minus_abar)
         weight_x_t = np.sqrt(alpha) * (one_minus_abar_prev / one_minus_abar)
-        mean = _column(weight_x0, x0) * x0 + _column(weight_x_t, x0) * x_t
-        return mean, _column(self.schedule.posterior_variance[t], x0)
+        mean = column_like(weight_x0, x0) * x0 + column_like(weight_x_t, x0) * x_t
+        return mean, column_like(self.schedule.posterior_variance[t], x0)
 
     # Changes of variable: from x_t and any one of eps, x0 and v to the other two
 
@@ -394,7 +394,7 @@ class GaussianDiffusion:
         mean, _ = self.q_posterior_mean_variance(x0, x_t, t)
         if self.model_variance is None:
             return mean, array_namespace(x0).exp(self.model_log_variance(x_t, t, output))
-        return mean, _column(self.model_variance[self._on_host(t, x_t)], x_t)
+        return mean, column_like(self.model_variance[self._on_host(t, x_t)], x_t)
 
     def model_log_variance(self, x_t: Array, t: Array | int, output: Array) -> Array:
         """Return the logarithm of the reverse step's variance.  (docs: V.1)
@@ -420,10 +420,10 @@ class GaussianDiffusion:
         log_small, log_large = self.log_variance_range
         t = self._on_host(t, x_t)
         if v is None:
-            return _column((log_small if self.variance == "fixed_small" else log_large)[t], x_t)
+            return column_like((log_small if self.variance == "fixed_small" else log_large)[t], x_t)
         x_t, v = _matching(x_t=x_t, v=v)
         middle, half = (log_large + log_small) / 2, (log_large - log_small) / 2
-        return _column(middle[t], x_t) + v * _column(half[t], x_t)
+        return column_like(middle[t], x_t) + v * column_like(half[t], x_t)
 
     def split_output(self, x_t: Array, output: Array) -> tuple[Array, Array | None]:
         """Return the network's prediction and, if the variance is learned, its v.  (docs: V.1)
@@ -460,7 +460,7 @@ class GaussianDiffusion:
         """The rates of signal and noise, a = sqrt(abar_t) and s = sqrt(1 - abar_t), (N, 1, ..., 1)."""
         t = self._on_host(t, x)
         abar, one_minus_abar = self.schedule.alphas_cumprod[t], self.schedule.one_minus_alphas_cumprod[t]
-        return _column(np.sqrt(abar), x), _column(np.sqrt(one_minus_abar), x)
+        return column_like(np.sqrt(abar), x), column_like(np.sqrt(one_minus_abar), x)
 
     def _on_host(self, t: Any, x: Array) -> np.ndarray:
         """`t` as a NumPy array of shape (N,) for the batch `x`, or ValueError."""
@@ -493,13 +493,8 @@ class GaussianDiffusion:
         return (
             x_t,
             output,
-            self.prediction if given is None else _one_of("given", given, get_args(Prediction)),
+            self.prediction if given is None else check_choice("given", given, get_args(Prediction)),
         )
-
-
-def _column(values: np.ndarray, x: Array) -> Array:
-    """`values` (N,) float64 on the host as (N, 1, ..., 1) beside `x`: its library, device and dtype."""
-    return asarray_like(values.reshape((-1,) + (1,) * (x.ndim - 1)), x)
 
 
 def _matching(**arrays: Array) -> tuple[Array, ...]:
@@ -525,9 +520,3 @@ def _matching(**arrays: Array) -> tuple[Array, ...]:
 
 def _library(x: Array) -> str:
     return type(x).__module__.partition(".")[0]
-
-
-def _one_of(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choice:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
-    return value

@@ -17,7 +17,7 @@ from typing import Generic
 
 import numpy as np
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_counts, check_seed
 from tinydiff.bound import Decoder
 from tinydiff.continuous_bound import learned_schedule_loss
 from tinydiff.diffusion import Prediction
@@ -133,8 +133,7 @@ def train_learned_schedule(
     """
     check_counts(T=T, steps=steps, batch_size=batch_size)
     warmup = min(500, steps // 20) if warmup is None else warmup
-    if not 0 <= seed < 2**32:  # NumPy splits a larger one in two words: two seeds would share a stream
-        raise ValueError(f"seed is {seed}; expected an integer in 0 … 2**32 - 1.")
+    check_seed(seed)
     if not clip_norm > 0:
         raise ValueError(f"clip_norm is {clip_norm}; expected a positive number.")
     warmup_cosine(0, steps, warmup, final_lr)  # refuses what is out of range

@@ -25,7 +25,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_counts, check_seed
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff.backend import (
     Array,
@@ -264,8 +264,7 @@ def train(
     """
     check_counts(steps=steps, batch_size=batch_size, checkpoint_every=checkpoint_every, log_every=log_every)
     warmup = min(500, steps // 20) if warmup is None else warmup
-    if not 0 <= seed < 2**32:  # NumPy splits a larger one in two words: two seeds would share a stream
-        raise ValueError(f"seed is {seed}; expected an integer in 0 … 2**32 - 1.")
+    check_seed(seed)
     if not clip_norm > 0:
         raise ValueError(f"clip_norm is {clip_norm}; expected a positive number.")
     warmup_cosine(0, steps, warmup, final_lr)  # refuses what is out of range, before anything is written

@@ -76,9 +76,7 @@ def child() -> None:
         from _bench.networks import Batch
 
         config = CONFIGS[job["config"]]
-        side: Any = module.Tinydiff(
-            config.quick() if job["quick"] else config, job["threads"], job["backend"]
-        )
+        side: Any = module.Tinydiff(config.quick() if job["quick"] else config, job["backend"])
         batch = Batch(*batch)
     else:
         side = module.PyTorch(module.build(job["kind"], job["network"]), job["side"], job["device"])

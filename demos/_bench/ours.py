@@ -46,7 +46,7 @@ class Tinydiff:
     name = "tinydiff"
 
     def __init__(
-        self, config: Config, threads: int, backend: str = "numpy", dtype: Any = np.float32, clock: Any = None
+        self, config: Config, backend: str = "numpy", dtype: Any = np.float32, clock: Any = None
     ) -> None:
         self.config = config
         self.xp = td.get_backend(backend)
