@@ -8,6 +8,7 @@ call gives the same bits, an earlier result is never overwritten, and no input i
 import functools
 import importlib
 import importlib.util
+import math
 import operator
 import os
 import subprocess
@@ -125,6 +126,34 @@ def test_conv2d(twin, arguments):
 
 
 @for_each_twin
+@settings(deadline=None, max_examples=100)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
+    channels=st.tuples(*[st.sampled_from([1, 3, 16, 17, 33])] * 2),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_upsample_conv2d(twin, shape, channels, dtype, seed):
+    """docs: A.26.  The doubled image is never made, so at its edges the padding must still be one zero."""
+    twin = module(twin)
+    rng = np.random.default_rng(seed)
+    (n, h, w), (c, d) = shape, channels
+    x, weight, b = (normal(rng, s, dtype) for s in ((n, h, w, c), (3, 3, c, d), (d,)))
+    dy = normal(rng, (n, 2 * h, 2 * w, d), dtype)
+    actual = [twin.upsample_conv2d(x, weight, b), *twin.upsample_conv2d_backward(x, weight, dy)]
+    x, weight, b, dy = (a.astype(np.float64) for a in (x, weight, b, dy))
+    expected, magnitude = (
+        [
+            portable.upsample_conv2d(f(x), f(weight), f(b)),
+            *portable.upsample_conv2d_backward(f(x), f(weight), f(dy)),
+        ]
+        for f in (np.asarray, np.abs)
+    )
+    for values in zip(actual, expected, magnitude):
+        assert_close(*values, dtype)
+
+
+@for_each_twin
 @pytest.mark.parametrize("channels", [16, 32, 64, 128])
 def test_winograd_loses_few_digits(twin, channels):
     """In float32, y and dx are off by at most 3 times as much as the direct sum in order.  (docs: A.16)
@@ -232,14 +261,25 @@ def test_linear_silu_softmax(twin, lead, c, d, dtype, seed):
     length=st.integers(1, 12),
     d=st.integers(1, 9),
     size=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+    power=st.sampled_from([(np.exp, 1.0), (np.exp2, math.log2(math.e))]),
+    narrow=st.sampled_from([4, 64]),
     dtype=dtypes,
     seed=seeds,
 )
-def test_attention(twin, n, heads, length, d, size, dtype, seed):
+def test_attention(twin, n, heads, length, d, size, power, narrow, dtype, seed):
     """docs: A.23.  At size 30 whole rows of exp vanish under the bound, and the maximum must take its place.
 
-    A score is rounded relative to the bound on it, and p by as much as its score is off.
+    A score is rounded relative to the bound on it, and p by as much as its score is off. Which exponential is
+    faster is the processor's affair; either must do.
     """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_attention, "POWER", power[0])
+        patch.setattr(_attention, "LOG_E", power[1])
+        patch.setattr(_attention, "NARROW", narrow)
+        check_attention(twin, n, heads, length, d, size, dtype, seed)
+
+
+def check_attention(twin, n, heads, length, d, size, dtype, seed):
     twin = module(twin)
     rng = np.random.default_rng(seed)
     views = (normal(rng, (n, length, heads, d), dtype).transpose(0, 2, 1, 3) for _ in range(4))
@@ -368,6 +408,12 @@ def calls():
 
         return call
 
+    def upsample(rng, kernels):
+        x, w, b = (normal(rng, s, np.float32) for s in ((7, 3, 5, 16), (3, 3, 16, 18), (18,)))
+        both = normal(rng, (7, 6, 10, 20), np.float32)
+        y = kernels.upsample_conv2d(x, w, b)
+        return [x, w, b, both], [y, *kernels.upsample_conv2d_backward(x, w, both[..., 1:19])]
+
     def norm(name, c):
         def call(rng, kernels):
             both = normal(rng, (7, 6, 9, c + 8), np.float32)
@@ -391,6 +437,7 @@ def calls():
 
     return {
         "winograd": conv(3, 1, (1, 1), 16, 18),
+        "upsample": upsample,
         "gather": conv(3, 1, (1, 1), 4, 5),
         "strided": conv(3, 2, (0, 1), 16, 18),
         "pointwise": conv(1, 1, (0, 0), 16, 18),

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinydiff.kernels._threads import in_parallel
+from tinydiff.kernels._threads import in_parallel, sums
 
-__all__ = ["linear", "linear_backward", "silu", "silu_backward", "softmax", "softmax_backward"]
+__all__ = [
+    "linear",
+    "linear_backward",
+    "silu",
+    "silu_backward",
+    "softmax",
+    "softmax_backward",
+    "sum_of_rows",
+    "sums",
+]
 
 # Fewer multiplications or elements than this are not worth a second thread.
 PARALLEL_PRODUCTS = 2**23
 PARALLEL_SIZE = 2**16
+
+
+def sum_of_rows(rows: np.ndarray) -> np.ndarray:
+    """(R, D)  ->  (D,), by a product."""
+    return np.ones(len(rows), rows.dtype) @ rows
 
 
 def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -37,17 +51,15 @@ def linear_backward(
     rows = x.reshape(-1, w.shape[0])
     dy_rows = np.ascontiguousarray(dy).reshape(-1, w.shape[1])
     if rows.size * w.shape[1] < PARALLEL_PRODUCTS:
-        db = np.ones(dy_rows.shape[0], dy.dtype) @ dy_rows
-        return (dy_rows @ w.T).reshape(x.shape), rows.T @ dy_rows, db
+        return (dy_rows @ w.T).reshape(x.shape), rows.T @ dy_rows, sum_of_rows(dy_rows)
     dx = np.empty(rows.shape, x.dtype)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         share = dy_rows[start:stop]
         np.matmul(share, w.T, out=dx[start:stop])
-        return rows[start:stop].T @ share, np.ones(stop - start, dy.dtype) @ share
+        return rows[start:stop].T @ share, sum_of_rows(share)
 
-    shares = in_parallel(work, rows.shape[0])
-    dw, db = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
+    dw, db = sums(in_parallel(work, rows.shape[0]))
     return dx.reshape(x.shape), dw, db
 
 

@@ -29,7 +29,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from tinydiff.kernels._threads import in_parallel, scratch
+from tinydiff.kernels._threads import in_parallel, scratch, sums
 
 __all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
 
@@ -143,8 +143,7 @@ def _backward(
             out -= xc
         return dweight, dbias
 
-    shares = in_parallel(work, n, x.size >= PARALLEL_SIZE)
-    dweight, dbias = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
+    dweight, dbias = sums(in_parallel(work, n, x.size >= PARALLEL_SIZE))
     return dx.reshape(x.shape), dweight, dbias
 
 

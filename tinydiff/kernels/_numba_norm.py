@@ -17,7 +17,7 @@ from tinydiff.kernels._norm import PARALLEL_SIZE, Saved
 from tinydiff.kernels._numba_exp import sigmoid
 from tinydiff.kernels._numba_jit import fits, inlined, jit
 from tinydiff.kernels._numba_lanes import LANES, load, store, zeros
-from tinydiff.kernels._threads import in_parallel
+from tinydiff.kernels._threads import in_parallel, sums
 
 __all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
 
@@ -173,8 +173,7 @@ def group_norm_backward(
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         return _backward(flat, flat_dy, start, stop, h * w, groups, weight, b, with_silu, mean, rstd, flat_dx)
 
-    shares = in_parallel(work, n, x.size >= PARALLEL_SIZE)
-    dweight, dbias = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
+    dweight, dbias = sums(in_parallel(work, n, x.size >= PARALLEL_SIZE))
     return dx, dweight, dbias
 
 

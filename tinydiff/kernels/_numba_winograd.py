@@ -114,10 +114,10 @@ def _times_a(y0, y1, y2, y3, points):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _pixel(x, row, col, h, w, index):  # type: ignore[no-untyped-def]
-    """LANES channels of a pixel, from flat `index` on; 0 outside the image."""
+def _pixel(x, row, col, h, w, c, index):  # type: ignore[no-untyped-def]
+    """LANES channels of a pixel, 0 outside the image; in row 0 they begin at the flat `index`."""
     if 0 <= row < h and 0 <= col < w:
-        return load(x, index)
+        return load(x, index + row * w * c)
     return zeros(x)
 
 
@@ -147,8 +147,11 @@ def _store6(x, index, step, values):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _input_transform(images, before, start, th, tw, points, places):  # type: ignore[no-untyped-def]
-    """V = B.T d B of the patches `start` on of images (N, H, W, C): places (36, T, C)."""
+def _input_transform(images, doubled, before, start, th, tw, points, places):  # type: ignore[no-untyped-def]
+    """V = B.T d B of the patches `start` on of images (N, H, W, C): places (36, T, C).
+
+    With `doubled` = 1, not 0, of the images with every pixel doubled (docs: A.26).
+    """
     _, h, w, c = images.shape
     patches = places.shape[1]
     x, v = images.reshape(-1), places.reshape(-1)
@@ -157,20 +160,21 @@ def _input_transform(images, before, start, th, tw, points, places):  # type: ig
         n, patch = divmod(start + t, th * tw)
         i, j = divmod(patch, tw)
         row, col = 4 * i - before, 4 * j - before
-        inside = row >= 0 and row + 6 <= h and col >= 0 and col + 6 <= w
+        inside = doubled == 0 and row >= 0 and row + 6 <= h and col >= 0 and col + 6 <= w
         for block in range((c + LANES - 1) // LANES):
             first = min(block * LANES, c - LANES)
             for s in range(6):
-                index = ((n * h + row) * w + col + s) * c + first
+                column = (col + s) >> doubled
+                index = (n * h * w + column) * c + first
                 if inside:
-                    d0, d1, d2, d3, d4, d5 = _load6(x, index, w * c)
+                    d0, d1, d2, d3, d4, d5 = _load6(x, index + row * w * c, w * c)
                 else:
-                    d0 = _pixel(x, row, col + s, h, w, index)
-                    d1 = _pixel(x, row + 1, col + s, h, w, index + w * c)
-                    d2 = _pixel(x, row + 2, col + s, h, w, index + 2 * w * c)
-                    d3 = _pixel(x, row + 3, col + s, h, w, index + 3 * w * c)
-                    d4 = _pixel(x, row + 4, col + s, h, w, index + 4 * w * c)
-                    d5 = _pixel(x, row + 5, col + s, h, w, index + 5 * w * c)
+                    d0 = _pixel(x, row >> doubled, column, h, w, c, index)
+                    d1 = _pixel(x, (row + 1) >> doubled, column, h, w, c, index)
+                    d2 = _pixel(x, (row + 2) >> doubled, column, h, w, c, index)
+                    d3 = _pixel(x, (row + 3) >> doubled, column, h, w, c, index)
+                    d4 = _pixel(x, (row + 4) >> doubled, column, h, w, c, index)
+                    d5 = _pixel(x, (row + 5) >> doubled, column, h, w, c, index)
                 _store6(e, s * LANES, 6 * LANES, _times_bt(d0, d1, d2, d3, d4, d5, points))
             for k in range(6):
                 e0, e1, e2, e3, e4, e5 = _load6(e, 6 * k * LANES, LANES)
@@ -179,7 +183,7 @@ def _input_transform(images, before, start, th, tw, points, places):  # type: ig
 
 
 @jit
-def _input_transform_backward(places, before, start, th, tw, points, images):  # type: ignore[no-untyped-def]
+def _input_transform_backward(places, doubled, before, start, th, tw, points, images):  # type: ignore[no-untyped-def]
     """dd = B dV B.T of places (36, T, C), added to images (N, H, W, C) where the patches were read."""
     _, h, w, c = images.shape
     patches = places.shape[1]
@@ -194,13 +198,14 @@ def _input_transform_backward(places, before, start, th, tw, points, images):  #
             for l in range(6):
                 v0, v1, v2, v3, v4, v5 = _load6(dv, (l * patches + t) * c + first, 6 * patches * c)
                 _store6(e, l * LANES, 6 * LANES, _times_b(v0, v1, v2, v3, v4, v5, points))
-            for r in range(max(0, -row), min(6, h - row)):
+            for r in range(max(0, -row), min(6, (h << doubled) - row)):
                 e0, e1, e2, e3, e4, e5 = _load6(e, 6 * r * LANES, LANES)
-                index = ((n * h + row + r) * w + col) * c + first
+                line = (n * h + ((row + r) >> doubled)) * w * c + first
                 done = block * LANES - first  # channels that the block before has added already
                 for s, d in enumerate(_times_b(e0, e1, e2, e3, e4, e5, points)):
-                    if 0 <= col + s < w:
-                        store(dx, index + s * c, load(dx, index + s * c) + zero_before(d, done))
+                    if 0 <= col + s < w << doubled:
+                        index = line + ((col + s) >> doubled) * c
+                        store(dx, index, load(dx, index) + zero_before(d, done))
 
 
 @jit
@@ -242,11 +247,11 @@ def _output_transform_backward(images, start, th, tw, points, places):  # type: 
         for block in range((c + LANES - 1) // LANES):
             first = min(block * LANES, c - LANES)
             for s in range(4):
-                index = ((n * h + row) * w + col + s) * c + first
-                y0 = _pixel(dy, row, col + s, h, w, index)
-                y1 = _pixel(dy, row + 1, col + s, h, w, index + w * c)
-                y2 = _pixel(dy, row + 2, col + s, h, w, index + 2 * w * c)
-                y3 = _pixel(dy, row + 3, col + s, h, w, index + 3 * w * c)
+                index = (n * h * w + col + s) * c + first
+                y0 = _pixel(dy, row, col + s, h, w, c, index)
+                y1 = _pixel(dy, row + 1, col + s, h, w, c, index)
+                y2 = _pixel(dy, row + 2, col + s, h, w, c, index)
+                y3 = _pixel(dy, row + 3, col + s, h, w, c, index)
                 _store6(e, s * LANES, 4 * LANES, _times_a(y0, y1, y2, y3, points))
             for k in range(6):
                 index = 4 * k * LANES
@@ -262,9 +267,20 @@ def _chunks(start: int, stop: int, bytes_per_patch: int, most: int) -> list[tupl
 
 
 def winograd_conv(
-    x: np.ndarray, u: np.ndarray, bias: np.ndarray, before: int, y: np.ndarray, start: int, stop: int
+    x: np.ndarray,
+    u: np.ndarray,
+    bias: np.ndarray,
+    before: int,
+    y: np.ndarray,
+    start: int,
+    stop: int,
+    *,
+    doubled: bool = False,
 ) -> None:
-    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C).  (docs: A.8)"""
+    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C).  (docs: A.8, A.26)
+
+    `doubled`: as if every pixel of x were doubled first.
+    """
     _, c, d = u.shape
     th, tw = (y.shape[1] + 3) // 4, (y.shape[2] + 3) // 4
     points = _coefficients(x.dtype)
@@ -272,13 +288,21 @@ def winograd_conv(
     for first, last in _chunks(first_patch, end, size, end):
         v = scratch("v", (36, last - first, c), x.dtype)
         m = scratch("m", (36, last - first, d), x.dtype)
-        _input_transform(x, before, first, th, tw, points, v)
+        _input_transform(x, int(doubled), before, first, th, tw, points, v)
         np.matmul(v, u, out=m)
         _output_transform(m, bias, first, th, tw, points, y)
 
 
 def winograd_conv_backward(
-    x: np.ndarray, ut: np.ndarray, dy: np.ndarray, before: int, dx: np.ndarray, start: int, stop: int
+    x: np.ndarray,
+    ut: np.ndarray,
+    dy: np.ndarray,
+    before: int,
+    dx: np.ndarray,
+    start: int,
+    stop: int,
+    *,
+    doubled: bool = False,
 ) -> np.ndarray:
     """Add to images start … stop-1 of dx (N, H, W, C); returns their share of dU (36, C, D).  (docs: A.9)
 
@@ -292,12 +316,12 @@ def winograd_conv_backward(
     for first, last in _chunks(first_patch, end, size, MOST_PATCHES):
         v = scratch("v", (36, last - first, c), x.dtype)
         dm = scratch("m", (36, last - first, d), x.dtype)
-        _input_transform(x, before, first, th, tw, points, v)
+        _input_transform(x, int(doubled), before, first, th, tw, points, v)
         _output_transform_backward(dy, first, th, tw, points, dm)
         if first == first_patch:
             np.matmul(v.swapaxes(1, 2), dm, out=du)
         else:
             du += np.matmul(v.swapaxes(1, 2), dm, out=scratch("du", du.shape, du.dtype))
         np.matmul(dm, ut, out=v)
-        _input_transform_backward(v, before, first, th, tw, points, dx)
+        _input_transform_backward(v, int(doubled), before, first, th, tw, points, dx)
     return du

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["alone", "blas_on_one_thread", "in_parallel", "scratch", "threads_in_reach"]
+__all__ = ["alone", "blas_on_one_thread", "in_parallel", "scratch", "sums", "threads_in_reach"]
 
 T = TypeVar("T")
 
@@ -134,6 +134,14 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
                 for other in others:
                     other.exception()
             return [first] + [other.result() for other in others]
+
+
+def sums(shares: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The two sums of what the threads return, in their order."""
+    first, second = shares[0]
+    for one, other in shares[1:]:
+        first, second = first + one, second + other
+    return first, second
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

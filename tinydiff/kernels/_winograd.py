@@ -40,6 +40,7 @@ PATCH = TILE + TAPS - 1
 # Patches times channels in a chunk: V and M take 144 bytes each for every one of them in float32, and should
 # stay in cache between one product and the next. There are two arrays of that size, or three, and no more.
 CHUNK = 4096
+LEAST = 32
 
 
 def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -59,11 +60,24 @@ A, B, G = _matrices()
 BOTH_G = np.kron(G, G)
 
 
+# Of an image whose pixels are all doubled, a patch is known from four by four pixels; and of an image in
+# which pixels are to be added two by two, a patch is two by two sums (docs: A.26).
+DOUBLE = np.repeat(np.eye(4), 2, axis=0)[1:-1]  # (6, 4): a, b, b, c, c, d of a, b, c, d
+PAIRS = np.repeat(np.eye(2), 2, axis=1)  # (2, 4): a + b, c + d of a, b, c, d
+
+
 @functools.cache
-def _transforms(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """B.T, A.T, A, and A.T with a column of ones more, of a dtype."""
-    with_one = np.concatenate([A.T, np.ones((TILE, 1))], axis=1)
-    return B.T.astype(dtype), A.T.astype(dtype), A.astype(dtype), with_one.astype(dtype)
+def _of(name: str, dtype: np.dtype) -> np.ndarray:
+    """A transform's matrix, of a dtype."""
+    matrices = {
+        "B.T": B.T,
+        "B.T double": B.T @ DOUBLE,
+        "A.T": A.T,
+        "A.T, 1": np.concatenate([A.T, np.ones((TILE, 1))], axis=1),
+        "pairs A.T": PAIRS @ A.T,
+        "A": A,
+    }
+    return matrices[name].astype(dtype)
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
@@ -78,14 +92,14 @@ def winograd_weight_backward(du: np.ndarray) -> np.ndarray:
     return (BOTH_G.T.astype(du.dtype) @ du.reshape(PATCH**2, c * d)).reshape(TAPS, TAPS, c, d)
 
 
-def _tiles(size: int) -> int:
-    return -(-size // TILE)
+def _chunks(start: int, stop: int, th: int, tw: int, patches: int) -> Iterator[tuple[slice, int, int]]:
+    """Images, and their rows of patches from one to another: a few images whole, or about equal parts of one.
 
-
-def _chunks(start: int, stop: int, th: int, values_per_row: int) -> Iterator[tuple[slice, int, int]]:
-    """Images, and their rows of patches from one to another: a few images whole, or a part of one."""
-    rows = max(1, min(th, CHUNK // values_per_row))
-    images = max(1, CHUNK // (th * values_per_row))
+    About `patches` patches each.
+    """
+    parts = -(-th // max(1, min(th, patches // tw)))
+    rows = -(-th // parts)
+    images = max(1, patches // (th * tw))
     for i in range(start, stop, images):
         for row in range(0, th, rows):
             yield slice(i, min(i + images, stop)), row, min(row + rows, th)
@@ -105,47 +119,56 @@ def _both_axes(matrix: np.ndarray, patches: np.ndarray, between: str, to: str) -
     return out.reshape(q, q, *patches.shape[2:])
 
 
-def _input_transform(x: np.ndarray, first: int, th: int, before: int, tw: int) -> np.ndarray:
-    """V = B.T d B of th rows of patches of x (m, H, W, C): (6, 6, m, th, tw, C).
+def _input_transform(x: np.ndarray, row: int, th: int, before: int, tw: int, doubled: bool) -> np.ndarray:
+    """V = B.T d B of th rows of patches of x (m, H, W, C), from row number `row` on: (6, 6, m, th, tw, C).
 
-    The first row of patches begins at the pixels' row `first`, each row of them `before` columns left of the
-    image; outside the image x is zero.
+    Patches begin `before` pixels before the image, where x is zero. With `doubled` it is as if every pixel
+    of x were doubled first.
     """
+    matrix = _of("B.T double" if doubled else "B.T", x.dtype)
+    size, step = matrix.shape[1], TILE // 2 if doubled else TILE
     m, h, w, c = x.shape
-    xpad = scratch("xpad", (m, TILE * th + TAPS - 1, TILE * tw + TAPS - 1, c), x.dtype)
+    xpad = scratch("xpad", (m, step * (th - 1) + size, step * (tw - 1) + size, c), x.dtype)
+    first = step * row - before
     top, left = max(0, -first), before
     rows, cols = max(0, min(h - first, xpad.shape[1]) - top), min(w, xpad.shape[2] - left)
     xpad[:, :top] = xpad[:, top + rows :] = 0.0
     xpad[:, :, :left] = xpad[:, :, left + cols :] = 0.0
     xpad[:, top : top + rows, left : left + cols] = x[:, first + top : first + top + rows, :cols]
-    image, row, col, channel = xpad.strides
-    d = scratch("one", (PATCH, PATCH, m, th, tw, c), x.dtype)
-    d[...] = np.ndarray(d.shape, x.dtype, xpad, strides=(row, col, image, TILE * row, TILE * col, channel))
-    return _both_axes(_transforms(x.dtype)[0], d, between="two", to="one")
+    image, down, right, channel = xpad.strides
+    d = scratch("one", (size, size, m, th, tw, c), x.dtype)
+    d[...] = np.ndarray(
+        d.shape, x.dtype, xpad, strides=(down, right, image, step * down, step * right, channel)
+    )
+    return _both_axes(matrix, d, between="two", to="one")
 
 
-def _by_tiles(y: np.ndarray) -> np.ndarray:
-    """View of y (m, 4 th, 4 tw, D) as (4, 4, m, th, tw, D)."""
+def _by_tiles(y: np.ndarray, tile: int) -> np.ndarray:
+    """View of y (m, tile th, tile tw, D) as (tile, tile, m, th, tw, D)."""
     m, h, w, d = y.shape
-    return y.reshape(m, h // TILE, TILE, w // TILE, TILE, d).transpose(2, 4, 0, 1, 3, 5)
+    return y.reshape(m, h // tile, tile, w // tile, tile, d).transpose(2, 4, 0, 1, 3, 5)
 
 
-def _output_transform(mm: np.ndarray, b: np.ndarray | None, y: np.ndarray) -> None:
-    """y = A.T M A + b of the patches: mm (6, 6, m, th, tw, D) written to y (m, H', W', D)."""
+def _output_transform(mm: np.ndarray, b: np.ndarray | None, y: np.ndarray, in_pairs: bool) -> None:
+    """y = A.T M A + b of the patches: mm (6, 6, m, th, tw, D) written to y (m, H', W', D).
+
+    With `in_pairs` it is as if y's rows, and then its columns, were added two by two at the end.
+    """
     m, th, tw, d = mm.shape[2:]
     size = m * th * tw * d
-    at = _transforms(mm.dtype)[1]
-    inner = scratch("one", (PATCH + 1, TILE * size), mm.dtype)
-    np.matmul(at, mm.reshape(PATCH, PATCH, size), out=inner[:PATCH].reshape(PATCH, TILE, size))
-    patches = scratch("two", (TILE, TILE * size), mm.dtype)
+    at = _of("pairs A.T" if in_pairs else "A.T", mm.dtype)
+    tile = len(at)
+    inner = scratch("one", (PATCH + 1, tile * size), mm.dtype)
+    np.matmul(at, mm.reshape(PATCH, PATCH, size), out=inner[:PATCH].reshape(PATCH, tile, size))
+    patches = scratch("two", (tile, tile * size), mm.dtype)
     if b is None:
         np.matmul(at, inner[:PATCH], out=patches)
     else:  # a row more, of biases, with the coefficient 1: the sum is made as the product is
         inner[PATCH].reshape(-1, d)[...] = b
-        np.matmul(_transforms(mm.dtype)[3], inner, out=patches)
-    whole = y.shape[1] == TILE * th and y.shape[2] == TILE * tw
-    target = y if whole else scratch("ypad", (m, TILE * th, TILE * tw, d), mm.dtype)
-    _by_tiles(target)[...] = patches.reshape(TILE, TILE, m, th, tw, d)
+        np.matmul(_of("A.T, 1", mm.dtype), inner, out=patches)
+    whole = y.shape[1] == tile * th and y.shape[2] == tile * tw
+    target = y if whole else scratch("ypad", (m, tile * th, tile * tw, d), mm.dtype)
+    _by_tiles(target, tile)[...] = patches.reshape(tile, tile, m, th, tw, d)
     if not whole:
         y[...] = target[:, : y.shape[1], : y.shape[2]]
 
@@ -159,31 +182,46 @@ def _output_transform_backward(dy: np.ndarray, th: int, tw: int) -> np.ndarray:
         source[:, h:] = source[:, :, w:] = 0.0
         source[:, :h, :w] = dy
     patches = scratch("three", (TILE, TILE, m, th, tw, d), dy.dtype)
-    patches[...] = _by_tiles(source)
-    return _both_axes(_transforms(dy.dtype)[2], patches, between="two", to="three")
+    patches[...] = _by_tiles(source, TILE)
+    return _both_axes(_of("A", dy.dtype), patches, between="two", to="three")
 
 
 def winograd_conv(
-    x: np.ndarray, u: np.ndarray, b: np.ndarray | None, before: int, y: np.ndarray, start: int, stop: int
+    x: np.ndarray,
+    u: np.ndarray,
+    b: np.ndarray | None,
+    before: int,
+    y: np.ndarray,
+    start: int,
+    stop: int,
+    *,
+    doubled: bool = False,
+    in_pairs: bool = False,
 ) -> None:
-    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C).  (docs: A.8)"""
+    """Write images start … stop-1 of y (N, H', W', D) from those of x (N, H, W, C).  (docs: A.8, A.26)
+
+    `doubled`: x is to be doubled first; `in_pairs`: y is to be added two by two, and has no bias.
+    """
     _, c, d = u.shape
-    th, tw = _tiles(y.shape[1]), _tiles(y.shape[2])
-    for images, row, end in _chunks(start, stop, th, tw * max(c, d)):
-        v = _input_transform(x[images], TILE * row - before, end - row, before, tw)
+    tile = TILE // 2 if in_pairs else TILE
+    th, tw = -(-y.shape[1] // tile), -(-y.shape[2] // tile)
+    for images, row, end in _chunks(start, stop, th, tw, CHUNK // max(c, (c + d) // 2)):
+        v = _input_transform(x[images], row, end - row, before, tw, doubled)
         mm = scratch("two", (*v.shape[:-1], d), x.dtype)
         np.matmul(v.reshape(PATCH**2, -1, c), u, out=mm.reshape(PATCH**2, -1, d))
-        _output_transform(mm, b, y[images, TILE * row : TILE * end])
+        _output_transform(mm, b, y[images, tile * row : tile * end], in_pairs)
 
 
-def winograd_conv_taps(x: np.ndarray, dy: np.ndarray, before: int, start: int, stop: int) -> np.ndarray:
+def winograd_conv_taps(
+    x: np.ndarray, dy: np.ndarray, before: int, start: int, stop: int, *, doubled: bool = False
+) -> np.ndarray:
     """The share of images start … stop-1 in dU (36, C, D).  (docs: A.9)"""
     c, d = x.shape[3], dy.shape[3]
-    th, tw = _tiles(dy.shape[1]), _tiles(dy.shape[2])
+    th, tw = -(-dy.shape[1] // TILE), -(-dy.shape[2] // TILE)
     du = np.zeros((PATCH**2, c, d), x.dtype)
     part = scratch("du", du.shape, x.dtype)
-    for images, row, end in _chunks(start, stop, th, tw * max(c, d)):
-        v = _input_transform(x[images], TILE * row - before, end - row, before, tw)
+    for images, row, end in _chunks(start, stop, th, tw, max(LEAST, CHUNK // max(c, d))):
+        v = _input_transform(x[images], row, end - row, before, tw, doubled)
         dm = _output_transform_backward(dy[images, TILE * row : TILE * end], end - row, tw)
         du += np.matmul(v.reshape(PATCH**2, -1, c).swapaxes(1, 2), dm.reshape(PATCH**2, -1, d), out=part)
     return du

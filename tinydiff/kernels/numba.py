@@ -17,7 +17,7 @@ import numpy as np
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import gather_conv_backward
-from tinydiff.kernels._linear import linear, linear_backward
+from tinydiff.kernels._linear import linear, linear_backward, sum_of_rows
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
     group_norm,
@@ -33,7 +33,7 @@ from tinydiff.kernels._numba_winograd import (
     winograd_weight,
     winograd_weight_backward,
 )
-from tinydiff.kernels._threads import in_parallel
+from tinydiff.kernels._threads import in_parallel, sums
 from tinydiff.kernels.portable import Padding
 
 __all__ = [
@@ -53,6 +53,8 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "upsample_conv2d",
+    "upsample_conv2d_backward",
 ]
 
 # Winograd's transforms take 16 channels at a time, so there must be as many.
@@ -63,33 +65,31 @@ WINOGRAD_CHANNELS = 16
 BACKWARD_PATCHES = 128
 
 
-def _patches(x: np.ndarray, padding: Padding) -> int:
+def _size(x: np.ndarray, padding: Padding) -> tuple[int, int, int]:
+    """The images, rows and columns of the output of a 3x3 convolution with stride 1."""
+    n, h, w, _ = x.shape
+    return n, h + sum(padding) - 2, w + sum(padding) - 2
+
+
+def _patches(n: int, h_out: int, w_out: int) -> int:
     """How many 4x4 patches the output is cut into, those that stick out included."""
-    h_out, w_out = (size + sum(padding) - 2 for size in x.shape[1:3])
-    return x.shape[0] * -(-h_out // 4) * -(-w_out // 4)
+    return n * -(-h_out // 4) * -(-w_out // 4)
+
+
+def _worth_it(w: np.ndarray, n: int, h_out: int, w_out: int) -> bool:
+    """Whether to cut the output into patches: each takes 36 products, however much of it sticks out."""
+    return min(w.shape[2:]) >= WINOGRAD_CHANNELS and 36 * _patches(n, h_out, w_out) <= 5 * n * h_out * w_out
 
 
 def _is_winograd(x: np.ndarray, w: np.ndarray, stride: int, padding: Padding) -> bool:
-    """Whether to cut the output into patches: each takes 36 products, however much of it sticks out."""
-    h_out, w_out = (size + sum(padding) - 2 for size in x.shape[1:3])
-    return (
-        w.shape[0] == 3
-        and stride == 1
-        and min(w.shape[2:]) >= WINOGRAD_CHANNELS
-        and 36 * _patches(x, padding) <= 5 * x.shape[0] * h_out * w_out
-    )
+    return w.shape[0] == 3 and stride == 1 and _worth_it(w, *_size(x, padding))
 
 
 def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Padding) -> np.ndarray:
     """As ``portable.conv2d``."""
     if not (_is_winograd(x, w, stride, padding) and fits(x, w, b)):
         return numpy_twin.conv2d(x, w, b, stride, padding)
-    n, height, width, _ = x.shape
-    before, after = padding
-    x, b, u = np.ascontiguousarray(x), np.ascontiguousarray(b), winograd_weight(w)
-    y = np.empty((n, height + before + after - 2, width + before + after - 2, w.shape[3]), x.dtype)
-    in_parallel(lambda start, stop: winograd_conv(x, u, b, before, y, start, stop), n)
-    return y
+    return _winograd(x, w, b, padding[0], _size(x, padding), doubled=False)
 
 
 def conv2d_backward(
@@ -98,18 +98,57 @@ def conv2d_backward(
     """As ``portable.conv2d_backward``."""
     if not (_is_winograd(x, w, stride, padding) and fits(x, w, dy)):
         return numpy_twin.conv2d_backward(x, w, dy, stride, padding)
+    if _patches(*_size(x, padding)) >= BACKWARD_PATCHES:
+        return _winograd_backward(x, w, dy, padding[0], doubled=False)
+    dy = np.ascontiguousarray(dy)
+    dx = np.empty(x.shape, x.dtype)
+
+    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        dw = gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
+        return dw, sum_of_rows(dy[start:stop].reshape(-1, w.shape[3]))
+
+    dw, db = sums(in_parallel(work, x.shape[0]))
+    return dx, dw, db
+
+
+def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """As ``portable.upsample_conv2d``.  (docs: A.26)"""
+    n, h, width, _ = x.shape
+    size = (n, 2 * h, 2 * width)
+    if not (_worth_it(w, *size) and fits(x, w, b)):
+        return numpy_twin.upsample_conv2d(x, w, b)
+    return _winograd(x, w, b, 1, size, doubled=True)
+
+
+def upsample_conv2d_backward(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``portable.upsample_conv2d_backward``.  (docs: A.26)"""
+    size = dy.shape[:3]
+    if not (_worth_it(w, *size) and fits(x, w, dy) and _patches(*size) >= BACKWARD_PATCHES):
+        return numpy_twin.upsample_conv2d_backward(x, w, dy)
+    return _winograd_backward(x, w, dy, 1, doubled=True)
+
+
+def _winograd(
+    x: np.ndarray, w: np.ndarray, b: np.ndarray, before: int, size: tuple[int, int, int], doubled: bool
+) -> np.ndarray:
+    x, b, u = np.ascontiguousarray(x), np.ascontiguousarray(b), winograd_weight(w)
+    y = np.empty((*size, w.shape[3]), x.dtype)
+    in_parallel(lambda start, stop: winograd_conv(x, u, b, before, y, start, stop, doubled=doubled), size[0])
+    return y
+
+
+def _winograd_backward(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray, before: int, doubled: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x, dy = np.ascontiguousarray(x), np.ascontiguousarray(dy)
     ut = winograd_weight(np.ascontiguousarray(w.swapaxes(2, 3)))
     dx = np.zeros(x.shape, x.dtype)
-    few = _patches(x, padding) < BACKWARD_PATCHES
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        dy_rows = dy[start:stop].reshape(-1, w.shape[3])
-        db = np.ones(len(dy_rows), dy.dtype) @ dy_rows
-        if few:
-            return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop), db
-        return winograd_conv_backward(x, ut, dy, padding[0], dx, start, stop), db
+        du = winograd_conv_backward(x, ut, dy, before, dx, start, stop, doubled=doubled)
+        return du, sum_of_rows(dy[start:stop].reshape(-1, w.shape[3]))
 
-    shares = in_parallel(work, x.shape[0])
-    du, db = (sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))
-    return dx, du if few else winograd_weight_backward(du), db
+    du, db = sums(in_parallel(work, x.shape[0]))
+    return dx, winograd_weight_backward(du), db

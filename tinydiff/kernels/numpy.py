@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinydiff.kernels import portable
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import (
     gather_conv,
@@ -26,6 +27,7 @@ from tinydiff.kernels._linear import (
     silu_backward,
     softmax,
     softmax_backward,
+    sum_of_rows,
 )
 from tinydiff.kernels._norm import (
     group_norm,
@@ -34,7 +36,7 @@ from tinydiff.kernels._norm import (
     group_norm_silu_backward,
 )
 from tinydiff.kernels._optim import adam_step, ema_step
-from tinydiff.kernels._threads import in_parallel
+from tinydiff.kernels._threads import in_parallel, sums
 from tinydiff.kernels._winograd import (
     winograd_conv,
     winograd_conv_taps,
@@ -60,6 +62,8 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "upsample_conv2d",
+    "upsample_conv2d_backward",
 ]
 
 # Fewer channels on either side than this and Winograd's additions outweigh the multiplications saved.
@@ -113,26 +117,55 @@ def conv2d_backward(
     if _is_product(w, stride, padding):
         dx, dw, db = linear_backward(x, w[0, 0], dy)
         return dx, dw.reshape(w.shape), db
-    n, d = x.shape[0], w.shape[3]
+    if _is_winograd(w, stride, padding):
+        return _winograd_backward(x, w, dy, padding[0], doubled=False)
+    d = w.shape[3]
     dy = np.ascontiguousarray(dy)
     dx = np.empty(x.shape, x.dtype)
-    winograd = _is_winograd(w, stride, padding)
-    turned = winograd_weight(transposed_taps(w)) if winograd else w
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        dy_rows = dy[start:stop].reshape(-1, d)
-        db = np.ones(dy_rows.shape[0], dy.dtype) @ dy_rows
-        if winograd:
-            winograd_conv(dy, turned, None, 2 - padding[0], dx, start, stop)
-            du = winograd_conv_taps(x, dy, padding[0], start, stop)
-        elif _is_narrow(w, stride, padding):
-            du = narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
+        if _is_narrow(w, stride, padding):
+            dw = narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
         else:
-            du = gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
-        return du, db
+            dw = gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
+        return dw, sum_of_rows(dy[start:stop].reshape(-1, d))
 
-    shares = in_parallel(work, n)
-    du, db = shares[0]
-    for du_share, db_share in shares[1:]:
-        du, db = du + du_share, db + db_share
-    return dx, winograd_weight_backward(du) if winograd else du, db
+    dw, db = sums(in_parallel(work, x.shape[0]))
+    return dx, dw, db
+
+
+def _winograd_backward(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray, before: int, doubled: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    dy = np.ascontiguousarray(dy)
+    dx = np.empty(x.shape, x.dtype)
+    turned = winograd_weight(transposed_taps(w))
+
+    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        winograd_conv(dy, turned, None, 2 - before, dx, start, stop, in_pairs=doubled)
+        du = winograd_conv_taps(x, dy, before, start, stop, doubled=doubled)
+        return du, sum_of_rows(dy[start:stop].reshape(-1, w.shape[3]))
+
+    du, db = sums(in_parallel(work, x.shape[0]))
+    return dx, winograd_weight_backward(du), db
+
+
+def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """As ``portable.upsample_conv2d``.  (docs: A.26)"""
+    if not _is_winograd(w, 1, (1, 1)):
+        return conv2d(portable.upsample(x), w, b, 1, (1, 1))
+    n, h, width, _ = x.shape
+    y = np.empty((n, 2 * h, 2 * width, w.shape[3]), x.dtype)
+    u = winograd_weight(w)
+    in_parallel(lambda start, stop: winograd_conv(x, u, b, 1, y, start, stop, doubled=True), n)
+    return y
+
+
+def upsample_conv2d_backward(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``portable.upsample_conv2d_backward``.  (docs: A.26)"""
+    if _is_winograd(w, 1, (1, 1)):
+        return _winograd_backward(x, w, dy, 1, doubled=True)
+    dx, dw, db = conv2d_backward(portable.upsample(x), w, dy, 1, (1, 1))
+    return portable.upsample_backward(dx), dw, db

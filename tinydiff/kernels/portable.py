@@ -31,6 +31,10 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "upsample",
+    "upsample_backward",
+    "upsample_conv2d",
+    "upsample_conv2d_backward",
 ]
 
 Padding = tuple[int, int]
@@ -171,6 +175,33 @@ def group_norm_silu_backward(
     """Gradients of `group_norm_silu`: dx, dweight, dbias.  (docs: B.3, B.11)"""
     norm_saved, s, y = saved
     return group_norm_backward(norm_saved, weight, silu_backward(s, y, dy))
+
+
+def upsample(x: Array) -> Array:
+    """y[n,p,q,:] = x[n, p // 2, q // 2, :]: (N, H, W, C)  ->  (N, 2H, 2W, C).  (docs: B.15)"""
+    xp = array_namespace(x)
+    n, h, w, c = x.shape
+    copies = xp.broadcast_to(xp.reshape(x, (n, h, 1, w, 1, c)), (n, h, 2, w, 2, c))
+    return xp.reshape(copies, (n, 2 * h, 2 * w, c))
+
+
+def upsample_backward(dy: Array) -> Array:
+    """dx = the sum of dy over the four copies: (N, 2H, 2W, C)  ->  (N, H, W, C).  (docs: B.15)"""
+    n, h, w, c = dy.shape
+    copies = array_namespace(dy).reshape(dy, (n, h // 2, 2, w // 2, 2, c))
+    rows = copies[:, :, 0, ...] + copies[:, :, 1, ...]
+    return rows[:, :, :, 0, :] + rows[:, :, :, 1, :]
+
+
+def upsample_conv2d(x: Array, w: Array, b: Array) -> Array:
+    """Double the pixels of x (N, H, W, C), and convolve with w (3, 3, C, D): (N, 2H, 2W, D)."""
+    return conv2d(upsample(x), w, b, 1, (1, 1))
+
+
+def upsample_conv2d_backward(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """Gradients of `upsample_conv2d` by x, w and b."""
+    dx, dw, db = conv2d_backward(upsample(x), w, dy, 1, (1, 1))
+    return upsample_backward(dx), dw, db
 
 
 def linear(x: Array, w: Array, b: Array) -> Array:

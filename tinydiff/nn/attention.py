@@ -82,7 +82,13 @@ class SelfAttention(Module):
             """Through the projection, the heads, and the projections before them.  (docs: B.13)"""
             do = split(out_backward(xp.reshape(dy, (n, h * w, c))))
             dq, dk, dv = kernels.attention_backward(saved, do)
-            dpixels = q_backward(merge(dq)) + k_backward(merge(dk)) + v_backward(merge(dv))
-            return dy + norm_backward(xp.reshape(dpixels, (n, h, w, c)))
+            dpixels = q_backward(merge(dq))
+            dpixels += k_backward(merge(dk))
+            dpixels += v_backward(merge(dv))
+            dx = norm_backward(xp.reshape(dpixels, (n, h, w, c)))
+            dx += dy
+            return dx
 
-        return x + xp.reshape(out, (n, h, w, c)), backward
+        y = xp.reshape(out, (n, h, w, c))
+        y += x
+        return y, backward

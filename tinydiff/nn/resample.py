@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace
+from tinydiff.backend import Array
+from tinydiff.kernels import kernels_for
+from tinydiff.kernels.portable import upsample, upsample_backward
 from tinydiff.nn.conv import Conv2d
 from tinydiff.nn.module import Module, once
 
@@ -42,20 +44,13 @@ def upsample_nearest(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
     x (N, H, W, C)  ->  y (N, 2H, 2W, C)
     """
-    xp = array_namespace(x)
-    n, h, w, c = x.shape
-    y = xp.reshape(
-        xp.broadcast_to(xp.reshape(x, (n, h, 1, w, 1, c)), (n, h, 2, w, 2, c)), (n, 2 * h, 2 * w, c)
-    )
 
     @once
     def backward(dy: Array) -> Array:
         """dx = the sum of dy over the four copies.  (docs: B.15)"""
-        copies = xp.reshape(dy, (n, h, 2, w, 2, c))
-        rows = copies[:, :, 0, ...] + copies[:, :, 1, ...]
-        return rows[:, :, :, 0, :] + rows[:, :, :, 1, :]
+        return upsample_backward(dy)
 
-    return y, backward
+    return upsample(x), backward
 
 
 class Upsample(Module):
@@ -73,12 +68,17 @@ class Upsample(Module):
         self.conv = Conv2d(channels, channels, 3, rng=rng)
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """x (N, H, W, C)  ->  y (N, 2H, 2W, C)."""
-        h, backward_repeat = upsample_nearest(x)
-        y, backward_conv = self.conv(h)
+        """x (N, H, W, C)  ->  y (N, 2H, 2W, C).  (docs: B.15, B.7)"""
+        kernels = kernels_for(x)
+        weight = self.conv.weight.value
+        y = kernels.upsample_conv2d(x, weight, self.conv.bias.value)
 
         @once
         def backward(dy: Array) -> Array:
-            return backward_repeat(backward_conv(dy))
+            """Through the convolution, then the doubling, which need not be two steps.  (docs: A.26)"""
+            dx, dw, db = kernels.upsample_conv2d_backward(x, weight, dy)
+            self.conv.weight.accumulate(dw)
+            self.conv.bias.accumulate(db)
+            return dx
 
         return y, backward

@@ -62,7 +62,7 @@ class ResnetBlock(Module):
         h, backward_norm1 = self.norm1(x)
         h, backward_conv1 = self.conv1(h)
         e, backward_emb = self.time_emb_proj(emb)
-        h = h + e[:, None, None, :]
+        h += e[:, None, None, :]
         h, backward_norm2 = self.norm2(h)
         h, backward_dropout = dropout(h, self.dropout_rate, rng)
         h, backward_conv2 = self.conv2(h)
@@ -74,6 +74,8 @@ class ResnetBlock(Module):
             dh = backward_norm2(backward_dropout(backward_conv2(dy)))
             demb = backward_emb(array_namespace(dh).sum(dh, axis=(1, 2)))
             dx = backward_norm1(backward_conv1(dh))
-            return dx + (dy if backward_shortcut is None else backward_shortcut(dy)), demb
+            dx += dy if backward_shortcut is None else backward_shortcut(dy)
+            return dx, demb
 
-        return shortcut + h, backward
+        h += shortcut
+        return h, backward
