@@ -179,6 +179,15 @@ def test_winograd_loses_few_digits(twin, channels):
 
 
 @for_each_twin
+@settings(deadline=None, max_examples=30)
+@given(shape=st.tuples(*[st.integers(1, 9)] * 4), dtype=dtypes, seed=seeds)
+def test_sum_pixels(twin, shape, dtype, seed):
+    x = normal(np.random.default_rng(seed), (*shape[:3], shape[3] + 2), dtype)[..., 2:]
+    exact = portable.sum_pixels(x.astype(np.float64))
+    assert_close(module(twin).sum_pixels(x), exact, portable.sum_pixels(np.abs(x)), dtype)
+
+
+@for_each_twin
 @settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(1, 9),

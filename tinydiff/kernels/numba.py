@@ -17,7 +17,7 @@ import numpy as np
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import gather_conv_backward
-from tinydiff.kernels._linear import linear, linear_backward, sum_of_rows
+from tinydiff.kernels._linear import linear, linear_backward, sum_of_rows, sum_pixels
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
     group_norm,
@@ -53,6 +53,7 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "sum_pixels",
     "upsample_conv2d",
     "upsample_conv2d_backward",
 ]

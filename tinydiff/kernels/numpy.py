@@ -28,6 +28,7 @@ from tinydiff.kernels._linear import (
     softmax,
     softmax_backward,
     sum_of_rows,
+    sum_pixels,
 )
 from tinydiff.kernels._norm import (
     group_norm,
@@ -62,6 +63,7 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "sum_pixels",
     "upsample_conv2d",
     "upsample_conv2d_backward",
 ]

@@ -31,6 +31,7 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "sum_pixels",
     "upsample",
     "upsample_backward",
     "upsample_conv2d",
@@ -175,6 +176,11 @@ def group_norm_silu_backward(
     """Gradients of `group_norm_silu`: dx, dweight, dbias.  (docs: B.3, B.11)"""
     norm_saved, s, y = saved
     return group_norm_backward(norm_saved, weight, silu_backward(s, y, dy))
+
+
+def sum_pixels(x: Array) -> Array:
+    """Sum over the pixels of each image: (N, H, W, C)  ->  (N, C)."""
+    return array_namespace(x).sum(x, axis=(1, 2))
 
 
 def upsample(x: Array) -> Array:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace
+from tinydiff.backend import Array
+from tinydiff.kernels import kernels_for
 from tinydiff.nn.conv import Conv2d
 from tinydiff.nn.dropout import dropout
 from tinydiff.nn.group_norm import GroupNorm
@@ -72,7 +73,7 @@ class ResnetBlock(Module):
         def backward(dy: Array) -> tuple[Array, Array]:
             """Returns dx and demb.  e is added at every pixel, so its gradient is summed over them."""
             dh = backward_norm2(backward_dropout(backward_conv2(dy)))
-            demb = backward_emb(array_namespace(dh).sum(dh, axis=(1, 2)))
+            demb = backward_emb(kernels_for(dh).sum_pixels(dh))
             dx = backward_norm1(backward_conv1(dh))
             dx += dy if backward_shortcut is None else backward_shortcut(dy)
             return dx, demb
