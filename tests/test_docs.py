@@ -60,7 +60,6 @@ MATHEMATICS = {
 EXEMPT = {
     "nn.module": "names and holds parameters",
     "nn.init": "draws the first weights; nothing is derived from it",
-    "nn.resample.Upsample.__call__": "upsample_nearest, then Conv2d, which cite B.15 and B.7",
     "models.mlp.MLP.predict": "the call, without its derivative",
     "models.unet.UNet.predict": "the call, without its derivative",
     "models.unet.UNet.run_embedded": "the call, from the sinusoids on",

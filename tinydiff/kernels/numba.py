@@ -34,7 +34,7 @@ from tinydiff.kernels._numba_winograd import (
     winograd_weight_backward,
 )
 from tinydiff.kernels._threads import in_parallel, sums
-from tinydiff.kernels.portable import Padding
+from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
 __all__ = [
     "adam_step",
@@ -54,6 +54,8 @@ __all__ = [
     "softmax",
     "softmax_backward",
     "sum_pixels",
+    "upsample",
+    "upsample_backward",
     "upsample_conv2d",
     "upsample_conv2d_backward",
 ]

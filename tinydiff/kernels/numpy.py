@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinydiff.kernels import portable
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import (
     gather_conv,
@@ -44,7 +43,7 @@ from tinydiff.kernels._winograd import (
     winograd_weight,
     winograd_weight_backward,
 )
-from tinydiff.kernels.portable import Padding
+from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
 __all__ = [
     "adam_step",
@@ -64,6 +63,8 @@ __all__ = [
     "softmax",
     "softmax_backward",
     "sum_pixels",
+    "upsample",
+    "upsample_backward",
     "upsample_conv2d",
     "upsample_conv2d_backward",
 ]
@@ -155,7 +156,7 @@ def _winograd_backward(
 def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As ``portable.upsample_conv2d``.  (docs: A.26)"""
     if not _is_winograd(w, 1, (1, 1)):
-        return conv2d(portable.upsample(x), w, b, 1, (1, 1))
+        return conv2d(upsample(x), w, b, 1, (1, 1))
     n, h, width, _ = x.shape
     y = np.empty((n, 2 * h, 2 * width, w.shape[3]), x.dtype)
     u = winograd_weight(w)
@@ -169,5 +170,5 @@ def upsample_conv2d_backward(
     """As ``portable.upsample_conv2d_backward``.  (docs: A.26)"""
     if _is_winograd(w, 1, (1, 1)):
         return _winograd_backward(x, w, dy, 1, doubled=True)
-    dx, dw, db = conv2d_backward(portable.upsample(x), w, dy, 1, (1, 1))
-    return portable.upsample_backward(dx), dw, db
+    dx, dw, db = conv2d_backward(upsample(x), w, dy, 1, (1, 1))
+    return upsample_backward(dx), dw, db

@@ -8,7 +8,6 @@ import numpy as np
 
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
-from tinydiff.kernels.portable import upsample, upsample_backward
 from tinydiff.nn.conv import Conv2d
 from tinydiff.nn.module import Module, once
 
@@ -44,13 +43,14 @@ def upsample_nearest(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
     x (N, H, W, C)  ->  y (N, 2H, 2W, C)
     """
+    kernels = kernels_for(x)
 
     @once
     def backward(dy: Array) -> Array:
         """dx = the sum of dy over the four copies.  (docs: B.15)"""
-        return upsample_backward(dy)
+        return kernels.upsample_backward(dy)
 
-    return upsample(x), backward
+    return kernels.upsample(x), backward
 
 
 class Upsample(Module):
