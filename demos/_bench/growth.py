@@ -17,7 +17,6 @@ from _bench.rounds import in_turn
 
 BATCHES = (8, 16, 32, 64, 128)
 SIDES = (16, 32, 64)
-BATCH = 8  # at which pixels grow
 
 
 def exponent(sizes: Any, seconds: Any) -> float:
@@ -29,14 +28,16 @@ def growth(
 ) -> dict[str, dict[str, Any]]:
     """For batch and pixels: the sizes, and of each side the median seconds and the exponent.
 
-    `sides_of` builds the sides of a configuration by name; they are closed here.
+    Pixels grow at the configuration's own batch. `sides_of` builds the sides of a configuration by name; they
+    are closed here.
     """
     config = CONFIGS["mnist"].quick() if quick else CONFIGS["mnist"]
     square = replace(config, shape=(32, 32, config.shape[2]))
+    own = config.training[0]
     batches, edges = (BATCHES[:2], SIDES[:2]) if quick else (BATCHES, SIDES)
     works = {
         "batch": [(config, n, n) for n in batches],
-        "pixels": [(replace(square, shape=(s, s, config.shape[2])), BATCH, s * s) for s in edges],
+        "pixels": [(replace(square, shape=(s, s, config.shape[2])), own, s * s) for s in edges],
     }
     grown = {}
     for along, points in works.items():
