@@ -22,7 +22,17 @@ from hypothesis import strategies as st
 
 import tinydiff.kernels
 from tinydiff.backend import BackendError
-from tinydiff.kernels import _attention, _gather, _norm, _threads, _winograd, kernels_for, portable, use
+from tinydiff.kernels import (
+    _attention,
+    _exponential,
+    _gather,
+    _norm,
+    _threads,
+    _winograd,
+    kernels_for,
+    portable,
+    use,
+)
 from tinydiff.kernels import numpy as numpy_twin
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
@@ -197,11 +207,18 @@ def test_sum_pixels(twin, shape, dtype, seed):
     per_group=st.one_of(st.integers(1, 5), st.sampled_from([8, 16])),  # Numba's goes by sixteen channels
     offset=st.sampled_from([0.0, 30.0]),
     with_silu=st.booleans(),
+    tanh=st.sampled_from([_exponential._by_tanh, _exponential._by_exp]),
     dtype=dtypes,
     seed=seeds,
 )
-def test_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype, seed):
+def test_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, tanh, dtype, seed):
     """Also far from zero: a variance taken as E x^2 - (E x)^2 would lose its digits at mean 30 sigma."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_norm, "one_plus_tanh", tanh)
+        check_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype, seed)
+
+
+def check_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype, seed):
     twin = module(twin)
     assume(h * w * per_group > 1)  # a single number has no variance: its gradient is rounding only
     rng = np.random.default_rng(seed)
@@ -282,8 +299,8 @@ def test_attention(twin, n, heads, length, d, size, power, narrow, dtype, seed):
     faster is the processor's affair; either must do.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_attention, "POWER", power[0])
-        patch.setattr(_attention, "LOG_E", power[1])
+        patch.setattr(_exponential, "power", power[0])
+        patch.setattr(_exponential, "LOG_E", power[1])
         patch.setattr(_attention, "NARROW", narrow)
         check_attention(twin, n, heads, length, d, size, dtype, seed)
 
@@ -306,6 +323,38 @@ def check_attention(twin, n, heads, length, d, size, dtype, seed):
     bound = scale * np.linalg.norm(q, axis=3).max() * np.linalg.norm(k, axis=3).max()
     for a, e, m in zip(actual, expected, magnitude):
         assert_close(a, e, m * (1 + bound), dtype)
+
+
+@pytest.mark.parametrize(
+    "exp2, exp, power, tanh",
+    [
+        ("X86_V4", "X86_V4", np.exp2, _exponential._by_tanh),
+        ("AVX512_SKX", "AVX512_SKX", np.exp2, _exponential._by_tanh),
+        ("baseline(X86_V2)", "X86_V3", np.exp, _exponential._by_exp),
+        ("baseline(SSE SSE2 SSE3)", "FMA3 AVX2", np.exp, _exponential._by_exp),
+        ("baseline(NEON)", "baseline(NEON)", np.exp, _exponential._by_tanh),
+        ("", "", np.exp, _exponential._by_tanh),  # before NumPy 2.1
+    ],
+)
+def test_the_exponential_with_vectors_is_chosen(exp2, exp, power, tanh):
+    chosen, log_e = _exponential._choose_power(exp2)
+    assert chosen is power and chosen(log_e) == pytest.approx(math.e, rel=1e-15)
+    assert _exponential._choose_tanh(exp) is tanh
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("form", [_exponential._by_tanh, _exponential._by_exp])
+def test_one_plus_tanh(form, dtype):
+    """Without a warning where exp overflows."""
+    u = np.concatenate([np.linspace(-12, 12, 1001), [-1e4, 1e4, -0.0]]).astype(dtype)
+    out = np.empty_like(u)
+    with np.errstate(all="raise", under="ignore"):
+        form(u, out)
+    exact = 1 + np.tanh(u.astype(np.longdouble))
+    assert np.all(np.abs(out - exact) <= 4 * np.finfo(dtype).eps)
+    nan = np.array([np.nan], dtype)
+    form(nan, nan)
+    assert np.isnan(nan[0])
 
 
 @for_each_twin

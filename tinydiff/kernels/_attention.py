@@ -17,17 +17,14 @@ key by query, because BLAS is up to twice as fast with factors that lie so (docs
 The shift must be known before the scores are. It need not be their maximum: |q| times the largest |k| is at
 least that. Where it is so much more that a column of e vanishes, the maximum itself is taken.
 
-Where NumPy's exp2 is written in this processor's vectors it takes half of exp's time, and is e's exponential
-too: exp(s) = 2^(s log2 e), a factor that q is given on the way.
+Where exp2 is faster than exp (``_exponential.py``) exp(s) = 2^(s log2 e): a factor that q gets on the way.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import numpy as np
 
+from tinydiff.kernels import _exponential
 from tinydiff.kernels._threads import in_parallel, scratch
 
 __all__ = ["attention", "attention_backward"]
@@ -42,18 +39,6 @@ PARALLEL_SIZE = 2**16
 NARROW = 64
 
 Saved = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]
-
-
-def _exponential() -> tuple[Any, float]:
-    """exp2 if NumPy has it in vectors here, or else exp; and the logarithm of e to its base."""
-    try:
-        of_float = np.lib.introspect.opt_func_info("^exp2$", "float32")["exp2"]["ff"]["current"]
-    except (AttributeError, KeyError):  # before NumPy 2.1
-        return np.exp, 1.0
-    return (np.exp, 1.0) if of_float.startswith("baseline") else (np.exp2, math.log2(math.e))
-
-
-POWER, LOG_E = _exponential()
 
 
 def _blocks(start: int, stop: int, bytes_per_head: int) -> list[slice]:
@@ -86,7 +71,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tupl
     """As ``portable.attention``; what it saves is for ``attention_backward`` of this module.  (docs: A.23)"""
     n, heads, length, d = q.shape
     q1, k1, v1 = _columns(q), _columns(k), _columns(v)
-    q1[:, :d] *= scale * LOG_E
+    q1[:, :d] *= scale * _exponential.LOG_E
     q1[:, d] = -_lengths(q1[:, :d]) * _lengths(k1[:, :d]).max(axis=1, keepdims=True)
     o1 = np.empty((n * heads, d + 1, length), v.dtype)
     least = np.finfo(q.dtype).tiny / np.finfo(q.dtype).eps
@@ -96,13 +81,13 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tupl
             e = scratch("scores", (block.stop - block.start, length, length), q.dtype)
             kt = _turned(k1[block])
             np.matmul(kt, q1[block], out=e)
-            POWER(e, out=e)
+            _exponential.power(e, out=e)
             np.matmul(v1[block], e, out=o1[block])
             if not o1[block, d].min() > least:  # or it is not a number
                 np.matmul(kt, q1[block], out=e)
                 q1[block, d] -= e.max(axis=1)
                 np.matmul(kt, q1[block], out=e)  # as the backward will have it, to the bit
-                POWER(e, out=e)
+                _exponential.power(e, out=e)
                 np.matmul(v1[block], e, out=o1[block])
 
     in_parallel(work, n * heads, n * heads * length**2 >= PARALLEL_SIZE)
@@ -133,7 +118,7 @@ def attention_backward(saved: Saved, do: np.ndarray) -> tuple[np.ndarray, np.nda
             e, ds = scratch("scores", shape, do.dtype), scratch("dscores", shape, do.dtype)
             q_rows, g_rows = (np.ascontiguousarray(_turned(a[block, :d])) for a in (q1, g1))
             np.matmul(_turned(k1[block]), q1[block], out=e)
-            POWER(e, out=e)
+            _exponential.power(e, out=e)
             np.matmul(e, g_rows, out=dv[block])
             np.matmul(_turned(v1[block]), g1[block], out=ds)
             ds *= e
@@ -142,5 +127,5 @@ def attention_backward(saved: Saved, do: np.ndarray) -> tuple[np.ndarray, np.nda
 
     in_parallel(work, count, count * length**2 >= PARALLEL_SIZE)
     dq *= scale
-    dk *= 1.0 / LOG_E  # q1 has the scale, and this factor
+    dk *= 1.0 / _exponential.LOG_E  # q1 has the scale, and this factor
     return _heads(dq, do.shape), dk.reshape(do.shape), dv.reshape(do.shape)

@@ -16,6 +16,8 @@ T = tanh u::
 
     z sigmoid(z) = u (1 + T)      dz = dy (1 + T) (1 + u (1 - T)) / 2
 
+(Or from exp, where that is faster: ``_exponential.py``.)
+
 Sums over pixels are products with a row of ones; the variance is that of the centred values
 (docs: A.14).
 
@@ -29,6 +31,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from tinydiff.kernels._exponential import one_plus_tanh
 from tinydiff.kernels._threads import in_parallel, scratch, sums
 
 __all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
@@ -96,8 +99,7 @@ def _forward(
             out *= _repeat(half * rstd[block] * weight, w)
             out += _repeat(half * bias[None], w)
             if with_silu:  # out is u = z / 2
-                np.tanh(out, out=temp)
-                temp += 1.0
+                one_plus_tanh(out, temp)
                 out *= temp
 
     in_parallel(work, n, x.size >= PARALLEL_SIZE)
@@ -125,11 +127,10 @@ def _backward(
                 half, dz = 0.5, scratch("dz", xc.shape, x.dtype)
                 np.multiply(xc, _repeat(half * r * weight, w), out=temp)
                 temp += _repeat(half * bias[None], w)
-                np.tanh(temp, out=out)
-                np.subtract(1.0, out, out=dz)
+                one_plus_tanh(temp, out)
+                np.subtract(2.0, out, out=dz)
                 dz *= temp
                 dz += 1.0
-                out += 1.0
                 dz *= out
                 dz *= dy_rows[block]
             dbias_images = half * _pixel_sums(dz, c)
