@@ -21,7 +21,17 @@ from hypothesis import strategies as st
 
 import tinydiff.kernels
 from tinydiff.backend import BackendError
-from tinydiff.kernels import _attention, _gather, _norm, _threads, _winograd, kernels_for, portable, use
+from tinydiff.kernels import (
+    _attention,
+    _gather,
+    _linear,
+    _norm,
+    _threads,
+    _winograd,
+    kernels_for,
+    portable,
+    use,
+)
 from tinydiff.kernels import numpy as numpy_twin
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
@@ -94,9 +104,12 @@ def small_chunks():
     patch.setattr(_norm, "PARALLEL_SIZE", 0)
     patch.setattr(_attention, "BLOCK_BYTES", 2**11)
     patch.setattr(_attention, "PARALLEL_SIZE", 0)
+    patch.setattr(_linear, "PARALLEL_SIZE", 0)
+    patch.setattr(_linear, "PARALLEL_PRODUCTS", 2**10)
     if HAS_NUMBA:
         patch.setattr("tinydiff.kernels._numba_winograd.CHUNK_BYTES", 36 * 33 * 4 * 5)
         patch.setattr("tinydiff.kernels._numba_norm.PARALLEL_SIZE", 0)
+        patch.setattr("tinydiff.kernels._numba_rows.PARALLEL_SIZE", 0)
         patch.setattr("tinydiff.kernels.numba.BACKWARD_PATCHES", 0)
     yield
     patch.undo()
