@@ -25,7 +25,7 @@ from tinydiff.kernels._numba_norm import (
     group_norm_silu,
     group_norm_silu_backward,
 )
-from tinydiff.kernels._numba_optim import adam_step, ema_step
+from tinydiff.kernels._numba_optim import adam_change, adam_step, ema_step
 from tinydiff.kernels._numba_rows import silu, silu_backward, softmax, softmax_backward
 from tinydiff.kernels._numba_winograd import (
     winograd_conv,
@@ -37,6 +37,7 @@ from tinydiff.kernels._threads import in_parallel
 from tinydiff.kernels.portable import Padding
 
 __all__ = [
+    "adam_change",
     "adam_step",
     "attention",
     "attention_backward",
