@@ -17,7 +17,7 @@ import numpy as np
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import gather_conv_backward
-from tinydiff.kernels._linear import linear, linear_backward
+from tinydiff.kernels._linear import column_sums, linear, linear_backward
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
     group_norm,
@@ -105,8 +105,7 @@ def conv2d_backward(
     few = _patches(x, padding) < BACKWARD_PATCHES
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        dy_rows = dy[start:stop].reshape(-1, w.shape[3])
-        db = np.ones(len(dy_rows), dy.dtype) @ dy_rows
+        db = column_sums(dy[start:stop].reshape(-1, w.shape[3]))
         if few:
             return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop), db
         return winograd_conv_backward(x, ut, dy, padding[0], dx, start, stop), db

@@ -20,6 +20,7 @@ from tinydiff.kernels._gather import (
     transposed_taps,
 )
 from tinydiff.kernels._linear import (
+    column_sums,
     linear,
     linear_backward,
     silu,
@@ -121,8 +122,7 @@ def conv2d_backward(
     turned = winograd_weight(transposed_taps(w)) if winograd else w
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        dy_rows = dy[start:stop].reshape(-1, d)
-        db = np.ones(dy_rows.shape[0], dy.dtype) @ dy_rows
+        db = column_sums(dy[start:stop].reshape(-1, d))
         if winograd:
             winograd_conv(dy, turned, None, 2 - padding[0], dx, start, stop)
             du = winograd_conv_taps(x, dy, padding[0], start, stop)
