@@ -26,6 +26,7 @@ from tinydiff.kernels import (
     _attention,
     _exponential,
     _gather,
+    _linear,
     _norm,
     _threads,
     _winograd,
@@ -105,9 +106,12 @@ def small_chunks():
     patch.setattr(_norm, "PARALLEL_SIZE", 0)
     patch.setattr(_attention, "BLOCK_BYTES", 2**11)
     patch.setattr(_attention, "PARALLEL_SIZE", 0)
+    patch.setattr(_linear, "PARALLEL_SIZE", 0)
+    patch.setattr(_linear, "PARALLEL_PRODUCTS", 2**10)
     if HAS_NUMBA:
         patch.setattr("tinydiff.kernels._numba_winograd.CHUNK_BYTES", 36 * 33 * 4 * 5)
         patch.setattr("tinydiff.kernels._numba_norm.PARALLEL_SIZE", 0)
+        patch.setattr("tinydiff.kernels._numba_rows.PARALLEL_SIZE", 0)
         patch.setattr("tinydiff.kernels.numba.BACKWARD_PATCHES", 0)
     yield
     patch.undo()
@@ -418,6 +422,7 @@ def test_what_is_not_finite_comes_out(twin, dtype, bad):
         twin.softmax(broken_rows),
         twin.softmax_backward(twin.softmax(rows), broken_rows),
         twin.adam_step(rows.copy(), broken_rows, 0 * rows, 0 * rows, 0.1, 0.9, 0.99, 1.0, 1e-8, 1.0)[0],
+        twin.adam_change(broken_rows.copy(), 0 * rows, 0 * rows, 0.1, 0.9, 0.99, 1.0, 1e-8)[0],
         twin.ema_step(rows.copy(), broken_rows, 0.5),
     ]
     for result in results:
@@ -449,6 +454,25 @@ def test_adam_and_ema(twin, size, decay, transposed, dtype, seed):
     for a, e in zip(
         [*twin.adam_step(value, grad, m, v, *numbers), actual_average], [*expected, expected_average]
     ):
+        assert_close(a, e, np.abs(e) + 1, dtype)
+
+
+@for_each_twin
+@settings(deadline=None, max_examples=60)
+@given(size=st.one_of(st.integers(0, 40), st.integers(0, 400)), dtype=dtypes, seed=seeds)
+def test_adam_change(twin, size, dtype, seed):
+    """It is written over the gradient and the moments, whatever is left over when they are cut in vectors."""
+    twin = module(twin)
+    rng = np.random.default_rng(seed)
+    arrays = [normal(rng, size, dtype), normal(rng, size, dtype), normal(rng, size, dtype) ** 2]
+    again = [a.copy() for a in arrays]
+    numbers = (0.1, 0.9, 0.99, 0.5, 1e-8)
+    expected = portable.adam_change(*(a.astype(np.float64) for a in arrays), *numbers)
+    returned = twin.adam_change(*arrays, *numbers)
+    twin.adam_change(*again, *numbers)
+    for a, b, given_array, e in zip(returned, again, arrays, expected):
+        assert a is given_array
+        np.testing.assert_array_equal(a, b)
         assert_close(a, e, np.abs(e) + 1, dtype)
 
 

@@ -1,6 +1,7 @@
 """Adam by hand, the NumPy twins against their definition, clipping, the learning rate, the moving average."""
 
 import copy
+import importlib.util
 import math
 import pickle
 
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 import tinydiff as td
+import tinydiff.kernels
 from tinydiff.backend import to_numpy
-from tinydiff.kernels import _optim, portable
+from tinydiff.kernels import _optim, portable, use
 from tinydiff.nn import Parameter
 
 BLOCK = _optim.BLOCK
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs Numba")
+for_each_twin = pytest.mark.parametrize("twin", ["numpy", pytest.param("numba", marks=needs_numba)])
 SEEDS = st.integers(0, 2**32 - 1)
 # Around the borders of a block, where an off-by-one would leave elements out or step them twice.
 SHAPES = st.sampled_from(
@@ -200,8 +204,16 @@ def assert_stepped(optimizer, values, m, v, decay):
             assert_allclose(ours, definition, rtol=16 * eps, atol=16 * eps)
 
 
+@pytest.fixture
+def chosen(twin, monkeypatch):
+    """The twin, in use until the end of the test."""
+    monkeypatch.setattr(tinydiff.kernels, "_twin", None)
+    return use(twin)
+
+
+@for_each_twin
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_small_arrays_stepped_together_are_the_definition(weight_decay):
+def test_small_arrays_stepped_together_are_the_definition(chosen, weight_decay):
     """In place, for processes that share the weights; and from the moments that a checkpoint put there."""
     parameters = many(np.random.default_rng(0))
     optimizer = td.Adam(parameters, lr=0.01, weight_decay=weight_decay)
@@ -219,6 +231,25 @@ def test_small_arrays_stepped_together_are_the_definition(weight_decay):
             parameters[0].value = memory[0] = values[0].copy()
         assert_stepped(optimizer, values, m, v, 1 - 0.01 * weight_decay)
         assert all(p.value is array for p, array in zip(parameters, memory))
+
+
+@for_each_twin
+def test_steps_are_repeatable_bit_for_bit_and_by_the_chosen_twin(chosen, monkeypatch):
+    results = []
+    for _ in range(2):
+        parameters = many(np.random.default_rng(0))
+        optimizer = td.Adam(parameters, lr=0.01)
+        for step in range(3):
+            give_gradients(parameters, step)
+            optimizer.step()
+        results.append([p.value for p in parameters])
+    for one, other in zip(*results):
+        assert_array_equal(one, other)
+    sizes = []
+    change = chosen.adam_change
+    monkeypatch.setattr(chosen, "adam_change", lambda g, *a: sizes.append(g.size) or change(g, *a))
+    optimizer.step()
+    assert sum(sizes) == sum(p.value.size for p in parameters if p.value.size < BLOCK)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])

@@ -39,8 +39,11 @@ def mean_squared_error(output: Array, target: Array) -> tuple[Array, Array]:
             f"output has shape {tuple(output.shape)}; expected {tuple(target.shape)}, the target's."
         )
     xp = array_namespace(output)
-    difference = output - xp.astype(target, output.dtype, copy=False)
-    return xp.mean(difference * difference), difference * (2.0 / math.prod(output.shape))
+    if target.dtype != output.dtype:
+        target = xp.astype(target, output.dtype)
+    difference = output - target
+    size = math.prod(output.shape)
+    return xp.sum(difference * difference) / size, difference * (2.0 / size)
 
 
 def simple_loss(

@@ -85,7 +85,8 @@ class Adam:
         for small in self._together:
             values = [self.parameters[i].value for i in small.which]
             if small.fits(values):
-                small.step(values, [left.pop(i).grad for i in small.which], self.m, self.v, *how)
+                grads = [left.pop(i).grad for i in small.which]
+                small.step(kernels_for(values[0]), values, grads, self.m, self.v, *how)
         for i, p in left.items():
             p.value, self.m[i], self.v[i] = kernels_for(p.value).adam_step(
                 p.value, p.grad, self.m[i], self.v[i], *how

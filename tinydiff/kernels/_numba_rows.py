@@ -95,9 +95,10 @@ def _silu(x, start, stop, y, s):  # type: ignore[no-untyped-def]
 
 @jit
 def _silu_backward(s, y, dy, start, stop, dx):  # type: ignore[no-untyped-def]
-    """Elements start … stop-1 of dx."""
+    """Elements start … stop-1 of dx.  Indices from 0 cannot be negative, so LLVM vectorises the loop."""
     one = s.dtype.type(1)
-    for i in range(start, stop):
+    s, y, dy, dx = s[start:stop], y[start:stop], dy[start:stop], dx[start:stop]
+    for i in range(dx.size):
         dx[i] = dy[i] * (s[i] + y[i] * (one - s[i]))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinydiff.backend import is_numpy_array
 
-__all__ = ["Together", "adam_step", "ema_step"]
+__all__ = ["Together", "adam_change", "adam_step", "ema_step"]
 
 BLOCK = 32_768  # elements: five float32 blocks are 640 KiB
 
@@ -50,6 +50,22 @@ def adam_step(
             w *= decay
         w -= change
     return value, m, v
+
+
+def adam_change(
+    grad: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    root: float,
+    eps: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``portable.adam_change``, written over `grad`, `m` and `v`, which are contiguous."""
+    for g, m1, v1 in _blocks(grad, m, v):
+        _move(g, m1, v1, g, step_size, beta1, beta2, root, eps)
+    return grad, m, v
 
 
 def _move(
@@ -109,7 +125,7 @@ class Together:
         self.which = which
         shapes = [m[i].shape for i in which]
         edges = np.cumsum([0, *(m[i].size for i in which)]).tolist()
-        self._flat = [np.empty(edges[-1], m[which[0]].dtype) for _ in range(3)]
+        self._flat = [np.empty(edges[-1], m[which[0]].dtype) for _ in range(3)]  # gradients, m, v
         self._views = [
             [flat[a:b].reshape(s) for a, b, s in zip(edges[:-1], edges[1:], shapes, strict=True)]
             for flat in self._flat
@@ -123,7 +139,7 @@ class Together:
 
     def _adopt(self, m: list[np.ndarray], v: list[np.ndarray]) -> None:
         """Copy in what has been put in a moment's place, by a checkpoint or a copy of the optimiser."""
-        for moments, views in zip((m, v), self._views[:2], strict=True):
+        for moments, views in zip((m, v), self._views[1:], strict=True):
             for i, view in zip(self.which, views, strict=True):
                 if moments[i] is not view:
                     view[...] = moments[i]
@@ -131,6 +147,7 @@ class Together:
 
     def step(
         self,
+        kernels: Any,
         values: Sequence[np.ndarray],
         grads: Sequence[np.ndarray],
         m: list[np.ndarray],
@@ -142,12 +159,17 @@ class Together:
         eps: float,
         decay: float,
     ) -> None:
-        """As `adam_step` for each of `values` and `grads`, those numbered `which`; all is done in place."""
+        """As `adam_step` for each of `values` and `grads`, those numbered `which`; all is done in place.
+
+        `kernels` is the module whose `adam_change` does it.
+        """
         self._adopt(m, v)
-        np.concatenate(grads, axis=None, out=self._flat[2])
-        for m1, v1, g1 in _blocks(*self._flat):
-            _move(g1, m1, v1, g1, step_size, beta1, beta2, root, eps)
-        for value, change in zip(values, self._views[2], strict=True):
+        np.concatenate(grads, axis=None, out=self._flat[0])
+        moved = kernels.adam_change(*self._flat, step_size, beta1, beta2, root, eps)
+        for flat, new in zip(self._flat, moved, strict=True):
+            if new is not flat:  # from the definition, which writes over nothing
+                flat[...] = new
+        for value, change in zip(values, self._views[0], strict=True):
             if decay != 1.0:
                 value *= decay
             value -= change

@@ -17,7 +17,7 @@ import numpy as np
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import gather_conv_backward
-from tinydiff.kernels._linear import linear, linear_backward, sum_of_rows, sum_pixels
+from tinydiff.kernels._linear import column_sums, linear, linear_backward, sum_pixels
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
     group_norm,
@@ -25,7 +25,7 @@ from tinydiff.kernels._numba_norm import (
     group_norm_silu,
     group_norm_silu_backward,
 )
-from tinydiff.kernels._numba_optim import adam_step, ema_step
+from tinydiff.kernels._numba_optim import adam_change, adam_step, ema_step
 from tinydiff.kernels._numba_rows import silu, silu_backward, softmax, softmax_backward
 from tinydiff.kernels._numba_winograd import (
     winograd_conv,
@@ -37,6 +37,7 @@ from tinydiff.kernels._threads import in_parallel, sums
 from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
 __all__ = [
+    "adam_change",
     "adam_step",
     "attention",
     "attention_backward",
@@ -108,7 +109,7 @@ def conv2d_backward(
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         dw = gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
-        return dw, sum_of_rows(dy[start:stop].reshape(-1, w.shape[3]))
+        return dw, column_sums(dy[start:stop].reshape(-1, w.shape[3]))
 
     dw, db = sums(in_parallel(work, x.shape[0]))
     return dx, dw, db
@@ -151,7 +152,7 @@ def _winograd_backward(
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         du = winograd_conv_backward(x, ut, dy, before, dx, start, stop, doubled=doubled)
-        return du, sum_of_rows(dy[start:stop].reshape(-1, w.shape[3]))
+        return du, column_sums(dy[start:stop].reshape(-1, w.shape[3]))
 
     du, db = sums(in_parallel(work, x.shape[0]))
     return dx, winograd_weight_backward(du), db

@@ -20,13 +20,13 @@ from tinydiff.kernels._gather import (
     transposed_taps,
 )
 from tinydiff.kernels._linear import (
+    column_sums,
     linear,
     linear_backward,
     silu,
     silu_backward,
     softmax,
     softmax_backward,
-    sum_of_rows,
     sum_pixels,
 )
 from tinydiff.kernels._norm import (
@@ -35,7 +35,7 @@ from tinydiff.kernels._norm import (
     group_norm_silu,
     group_norm_silu_backward,
 )
-from tinydiff.kernels._optim import adam_step, ema_step
+from tinydiff.kernels._optim import adam_change, adam_step, ema_step
 from tinydiff.kernels._threads import in_parallel, sums
 from tinydiff.kernels._winograd import (
     winograd_conv,
@@ -46,6 +46,7 @@ from tinydiff.kernels._winograd import (
 from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
 __all__ = [
+    "adam_change",
     "adam_step",
     "attention",
     "attention_backward",
@@ -131,7 +132,7 @@ def conv2d_backward(
             dw = narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
         else:
             dw = gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
-        return dw, sum_of_rows(dy[start:stop].reshape(-1, d))
+        return dw, column_sums(dy[start:stop].reshape(-1, d))
 
     dw, db = sums(in_parallel(work, x.shape[0]))
     return dx, dw, db
@@ -147,7 +148,7 @@ def _winograd_backward(
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         winograd_conv(dy, turned, None, 2 - before, dx, start, stop, in_pairs=doubled)
         du = winograd_conv_taps(x, dy, before, start, stop, doubled=doubled)
-        return du, sum_of_rows(dy[start:stop].reshape(-1, w.shape[3]))
+        return du, column_sums(dy[start:stop].reshape(-1, w.shape[3]))
 
     du, db = sums(in_parallel(work, x.shape[0]))
     return dx, winograd_weight_backward(du), db

@@ -28,19 +28,27 @@ class ResidualBlock(Module):
         self.linear_2 = Linear(features, features, rng)
 
     def __call__(self, h: Array, emb: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-        """h (N, F), emb (N, E)  ->  (N, F)."""
+        """h (N, F), emb (N, E)  ->  (N, F).
+
+        What a layer or its backward returns and nobody has kept is added to in place: no new array, no new
+        memory to go through.
+        """
         r, backward_silu_1 = silu(h)
         r, backward_1 = self.linear_1(r)
         e, backward_emb = self.time_emb_proj(emb)
-        r, backward_silu_2 = silu(r + e)
+        e += r
+        r, backward_silu_2 = silu(e)
         r, backward_2 = self.linear_2(r)
 
         @once
         def backward(dy: Array) -> tuple[Array, Array]:
             dr = backward_silu_2(backward_2(dy))
-            return dy + backward_silu_1(backward_1(dr)), backward_emb(dr)
+            dh = backward_silu_1(backward_1(dr))
+            dh += dy
+            return dh, backward_emb(dr)
 
-        return h + r, backward
+        r += h
+        return r, backward
 
 
 class MLP(Module):
@@ -141,10 +149,10 @@ class MLP(Module):
         @once
         def backward(dy: Array) -> Array:
             dh = backward_silu(backward_out(dy))
-            demb: Array = 0.0
+            dh, demb = backwards.pop()(dh)
             while backwards:
                 dh, de = backwards.pop()(dh)
-                demb = demb + de
+                demb += de
             backward_time(backward_emb(demb))
             return backward_in(dh)
 
