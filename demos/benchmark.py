@@ -73,6 +73,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=count, metavar="N", help="turns of each side (default: 9)")
     parser.add_argument("--threads", type=count, metavar="N", help="of both sides (default: all cores)")
+    parser.add_argument(
+        "--workers",
+        type=count,
+        metavar="N",
+        help="processes that share each of tinydiff's batches (default: as in training and sampling, one a "
+        "thread for a U-Net, 1 for points)",
+    )
     parser.add_argument("--quick", action="store_true", help=QUICK)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (a minute each)")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
@@ -180,7 +187,7 @@ class Benchmark:
         from _bench.ours import Tinydiff
 
         backend, clock = ("numpy", None) if self.device is None else self.device.ours()
-        return Tinydiff(config, backend, dtype, clock)
+        return Tinydiff(config, backend, dtype, clock, self.args.workers)
 
     def theirs(self, config: Any, variant: str, dtype: str = "float32", exact_time: bool = False) -> Any:
         from _bench import ours, theirs
@@ -338,6 +345,7 @@ class Benchmark:
                 "side": side,
                 "config": config.name,
                 "quick": self.args.quick,
+                "workers": self.args.workers,
                 "kind": config.network.__name__,
                 "network": network,
                 "shape": config.shape,

@@ -240,11 +240,25 @@ def test_help_is_enough(capsys):
         benchmark().main(["--help"])
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    flags = "configs rounds threads quick no-compile no-memory profile growth json backend tf32 fused-adam"
-    for flag in flags.split():
+    flags = "configs rounds threads workers quick no-compile no-memory profile growth json backend tf32"
+    for flag in [*flags.split(), "fused-adam"]:
         assert f"--{flag} " in said, flag
     for word in ["A B A B", "median", "quartiles", "torch.set_num_threads", "many_steps", "VmHWM", "PSS"]:
         assert word in said, word
+
+
+def test_workers_share_the_points():
+    from _bench.networks import CONFIGS
+    from _bench.ours import Tinydiff
+
+    config = CONFIGS["toy"].quick()
+    for workers, expected in [(2, 2), (None, 1)]:
+        side = Tinydiff(config, workers=workers)
+        try:
+            assert getattr(side.model, "_count", 1) == expected
+            side.training(config.batch(2))()
+        finally:
+            side.close()
 
 
 @pytest.mark.parametrize(

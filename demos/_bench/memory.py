@@ -76,7 +76,8 @@ def child() -> None:
         from _bench.networks import Batch
 
         config = CONFIGS[job["config"]]
-        side: Any = module.Tinydiff(config.quick() if job["quick"] else config, job["backend"])
+        config = config.quick() if job["quick"] else config
+        side: Any = module.Tinydiff(config, job["backend"], workers=job["workers"])
         batch = Batch(*batch)
     else:
         side = module.PyTorch(module.build(job["kind"], job["network"]), job["side"], job["device"])

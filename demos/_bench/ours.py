@@ -21,10 +21,13 @@ LR = 1e-4
 
 
 @contextmanager
-def running(model: Any, config: Config) -> Iterator[Any]:
-    """The model as `td.train` and `td.sample` run it: its batches shared out to processes where that pays."""
+def running(model: Any, config: Config, workers: int | None = None) -> Iterator[Any]:
+    """The model as `td.train` and `td.sample` run it: its batches shared out to processes where that pays.
+
+    Or to so many `workers`, as they do where it is asked for.
+    """
     largest = max((*config.training, *config.inference, *config.ddim))
-    with many_steps(), shared_out(model, largest) as shared:
+    with many_steps(), shared_out(model, largest, workers) as shared:
         yield shared
 
 
@@ -46,13 +49,18 @@ class Tinydiff:
     name = "tinydiff"
 
     def __init__(
-        self, config: Config, backend: str = "numpy", dtype: Any = np.float32, clock: Any = None
+        self,
+        config: Config,
+        backend: str = "numpy",
+        dtype: Any = np.float32,
+        clock: Any = None,
+        workers: int | None = None,
     ) -> None:
         self.config = config
         self.xp = td.get_backend(backend)
         self.clock = clock or wall_clock
         self._stack = ExitStack()
-        self.model = self._stack.enter_context(running(config.model(backend, dtype), config))
+        self.model = self._stack.enter_context(running(config.model(backend, dtype), config, workers))
 
     def close(self) -> None:
         self._stack.close()
