@@ -138,6 +138,7 @@ def test_flops_are_those_of_the_definition_and_the_calls_are_put_back():
     flop = {x["layer"]: x["forward_gflop"] * 1e9 for x in measured["layers"]}
     assert flop["conv_in"] == pytest.approx(2 * 3 * 4 * 6 * 9 * 1 * 8)
     assert flop["down_blocks.0.downsamplers.0.conv"] == pytest.approx(2 * 3 * 2 * 3 * 9 * 8 * 8)
+    assert flop["up_blocks.0.upsamplers.0"] == pytest.approx(2 * 3 * 4 * 6 * 9 * 16 * 16)
     assert flop["down_blocks.1.attentions.0.to_q"] == pytest.approx(2 * 3 * 6 * 16 * 16)
     assert flop["down_blocks.1.attentions.0"] == pytest.approx(2 * 2 * 3 * 6 * 6 * 16)
     assert flop["conv_norm_out"] == 0

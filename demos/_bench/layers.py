@@ -89,6 +89,8 @@ def walk(name: str, value: Any) -> Iterator[tuple[str, Module]]:
 
 def flops(module: Any, shape: tuple[int, ...]) -> int:
     """Of the module's own products in one forward, from the shape of its output."""
+    if isinstance(module, td.nn.Upsample):  # which doubles and convolves in one
+        module = module.conv
     if isinstance(module, td.nn.Conv2d):
         return 2 * math.prod(shape) * math.prod(module.weight.shape[:3])
     if isinstance(module, td.nn.Linear):
@@ -101,6 +103,8 @@ def flops(module: Any, shape: tuple[int, ...]) -> int:
 
 def kind(module: Any) -> str:
     """What the layers are summed up by."""
+    if isinstance(module, td.nn.Upsample):
+        return "doubling and convolution 3x3"
     if isinstance(module, td.nn.Conv2d):
         k, _, c, d = module.weight.shape
         stride = f", stride {module.stride}" if module.stride > 1 else ""
@@ -111,7 +115,7 @@ def kind(module: Any) -> str:
         return "group normalisation" + (" and SiLU" if module.then_silu else "")
     if isinstance(module, td.nn.SelfAttention):
         return "attention: scores, softmax, mixtures"
-    return "between layers: sums, SiLU, joining, doubling"
+    return "between layers: sums, SiLU, joining"
 
 
 def profile(config: Config, batch_size: int, steps: int) -> dict[str, Any]:
