@@ -1,7 +1,7 @@
 """Draw what the demos make on one sheet: samples of the eight shapes beneath fresh data, and digits.
 
-Reads the runs that `train_toy2d.py --shape NAME` and `train_mnist.py` left in runs/, and makes those that are
-missing first (about a minute a shape, and a quarter of an hour for the digits).
+Reads the runs that `train_toy2d.py --shape NAME` and `sample_mnist.py` left in runs/, and first makes those
+that are missing (half a minute a shape, seconds for the digits, which the weights in the package draw).
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     shapes = {
-        shape: completed(args.runs / f"toy2d-{shape}", "train_toy2d.py", "--shape", shape)
+        shape: completed(args.runs / f"toy2d-{shape}", "train_toy2d.py", "--shape", shape, "--resume")
         for shape in toy2d.SHAPES
     }
-    digits = completed(args.runs / "mnist", "train_mnist.py", "--samples", str(DIGIT_ROWS * DIGIT_COLUMNS))
+    count = str(DIGIT_ROWS * DIGIT_COLUMNS)
+    digits = completed(args.runs / "mnist-samples", "sample_mnist.py", "--samples", count)
     plotting.save(draw(shapes, np.load(digits / "samples.npy")), args.out)
     print(args.out)
 
@@ -45,7 +46,7 @@ def main() -> None:
 def completed(run: Path, demo: str, *flags: str) -> Path:
     """The folder of a run, made first if it is not there."""
     if not (run / "metrics.json").exists():
-        subprocess.run([sys.executable, DEMOS / demo, *flags, "--out", run, "--resume"], check=True)
+        subprocess.run([sys.executable, DEMOS / demo, *flags, "--out", run], check=True)
     return run
 
 
