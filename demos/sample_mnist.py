@@ -16,7 +16,7 @@ from tinydiff import plotting
 from tinydiff.datasets import mnist
 from tinydiff.metrics.digits import digit_report
 
-DEFAULTS = dict(data="subset", samples=64, sampler="ddim", sampling_steps=50)
+DEFAULTS = dict(data="subset", samples=64, sampler="ddpm", sampling_steps=50)
 
 EXAMPLES = """examples:
   python demos/sample_mnist.py

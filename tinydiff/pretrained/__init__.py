@@ -1,8 +1,8 @@
 """A saved network together with the process it was trained for: what is needed to sample, and no more.
 
-``mnist()`` is the one that travels with the package. ``load`` reads any ``model.safetensors`` that the demos
-leave; its metadata names the schedule, its length T, the prediction and the variance, which determine the
-`GaussianDiffusion`.
+``mnist()`` is the one that travels with the package; ``mnist_unet.md`` beside it says how it was made, and
+what it draws. ``load`` reads any ``model.safetensors`` that the demos leave; its metadata names the schedule,
+its length T, the prediction and the variance, which determine the `GaussianDiffusion`.
 """
 
 from __future__ import annotations
