@@ -64,6 +64,7 @@ def _lengths(columns: np.ndarray) -> np.ndarray:
 
 
 def _turned(a: np.ndarray) -> np.ndarray:
+    """The transpose of each matrix."""
     return a.swapaxes(1, 2)
 
 

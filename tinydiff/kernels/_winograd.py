@@ -40,7 +40,10 @@ PATCH = TILE + TAPS - 1
 # Patches times channels in a chunk: V and M take 144 bytes each for every one of them in float32, and should
 # stay in cache between one product and the next. There are two arrays of that size, or three, and no more.
 CHUNK = 4096
-LEAST = 32
+
+# Fewest patches in a chunk of dW. A chunk's products are added to all of dU, which for many channels is
+# larger than what the chunk was made from.
+FEWEST_PATCHES = 32
 
 
 def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,7 +61,6 @@ def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 A, B, G = _matrices()
 BOTH_G = np.kron(G, G)
-
 
 # Of an image whose pixels are all doubled, a patch is known from four by four pixels; and of an image in
 # which pixels are to be added two by two, a patch is two by two sums (docs: A.26).
@@ -205,7 +207,8 @@ def winograd_conv(
     _, c, d = u.shape
     tile = TILE // 2 if in_pairs else TILE
     th, tw = -(-y.shape[1] // tile), -(-y.shape[2] // tile)
-    for images, row, end in _chunks(start, stop, th, tw, CHUNK // max(c, (c + d) // 2)):
+    patches = CHUNK // max(c, (c + d) // 2)  # V, of c channels, goes through more transforms than M
+    for images, row, end in _chunks(start, stop, th, tw, patches):
         v = _input_transform(x[images], row, end - row, before, tw, doubled)
         mm = scratch("two", (*v.shape[:-1], d), x.dtype)
         np.matmul(v.reshape(PATCH**2, -1, c), u, out=mm.reshape(PATCH**2, -1, d))
@@ -220,7 +223,7 @@ def winograd_conv_taps(
     th, tw = -(-dy.shape[1] // TILE), -(-dy.shape[2] // TILE)
     du = np.zeros((PATCH**2, c, d), x.dtype)
     part = scratch("du", du.shape, x.dtype)
-    for images, row, end in _chunks(start, stop, th, tw, max(LEAST, CHUNK // max(c, d))):
+    for images, row, end in _chunks(start, stop, th, tw, max(FEWEST_PATCHES, CHUNK // max(c, d))):
         v = _input_transform(x[images], row, end - row, before, tw, doubled)
         dm = _output_transform_backward(dy[images, TILE * row : TILE * end], end - row, tw)
         du += np.matmul(v.reshape(PATCH**2, -1, c).swapaxes(1, 2), dm.reshape(PATCH**2, -1, d), out=part)
