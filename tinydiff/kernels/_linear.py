@@ -1,4 +1,4 @@
-"""Matrix products over rows, softmax and SiLU: shared out to threads, and done in place."""
+"""Matrix products over rows, shared out to threads, and SiLU, in place."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ __all__ = [
     "linear_backward",
     "silu",
     "silu_backward",
-    "softmax",
-    "softmax_backward",
     "sum_pixels",
 ]
 
-# Fewer multiplications or elements than this are not worth a second thread.
+# Fewer multiplications than this are not worth a second thread.
 PARALLEL_PRODUCTS = 2**23
-PARALLEL_SIZE = 2**16
 
 
 @functools.lru_cache(maxsize=16)
@@ -95,38 +92,3 @@ def silu_backward(s: np.ndarray, y: np.ndarray, dy: np.ndarray) -> np.ndarray:
     dx += s
     dx *= dy
     return dx
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """As ``portable.softmax``."""
-    length = x.shape[-1]
-    rows = x.reshape(-1, length)
-    p = np.empty(rows.shape, x.dtype)
-    ones = np.ones((length, 1), x.dtype)
-
-    def work(start: int, stop: int) -> None:
-        share = p[start:stop]
-        np.subtract(rows[start:stop], rows[start:stop].max(axis=1, keepdims=True), out=share)
-        np.exp(share, out=share)
-        share *= 1.0 / (share @ ones)
-
-    in_parallel(work, rows.shape[0], x.size >= PARALLEL_SIZE)
-    return p.reshape(x.shape)
-
-
-def softmax_backward(p: np.ndarray, dp: np.ndarray) -> np.ndarray:
-    """As ``portable.softmax_backward``."""
-    length = p.shape[-1]
-    p_rows, dp_rows = p.reshape(-1, length), dp.reshape(-1, length)
-    dx = np.empty(p_rows.shape, p.dtype)
-    ones = np.ones((length, 1), p.dtype)
-
-    def work(start: int, stop: int) -> None:
-        share = dx[start:stop]
-        np.multiply(p_rows[start:stop], dp_rows[start:stop], out=share)
-        total = share @ ones
-        np.subtract(dp_rows[start:stop], total, out=share)
-        share *= p_rows[start:stop]
-
-    in_parallel(work, p_rows.shape[0], p.size >= PARALLEL_SIZE)
-    return dx.reshape(p.shape)

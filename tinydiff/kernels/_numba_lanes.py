@@ -25,13 +25,10 @@ __all__ = [
     "LANES",
     "Lanes",
     "clamp",
-    "larger",
-    "largest_of",
     "load",
     "scale_by_power_of_two",
     "spread",
     "store",
-    "total_of",
     "zero_before",
     "zeros",
 ]
@@ -140,42 +137,6 @@ def clamp(typingctx, value, low, high):  # type: ignore[no-untyped-def]
         return builder.select(builder.fcmp_ordered(">", value, high), high, value)
 
     return value(value, value.dtype, value.dtype), generate
-
-
-@intrinsic
-def larger(typingctx, left, right):  # type: ignore[no-untyped-def]
-    """The larger of two vectors, element by element; where one is NaN, either."""
-
-    def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-    return left(left, left), generate
-
-
-def _fold(combine: Any) -> Any:
-    """Make an intrinsic of a function of two values: the halves combined, again and again, down to one."""
-
-    def intrinsic_of(typingctx, value):  # type: ignore[no-untyped-def]
-        def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
-            vector, length = args[0], LANES
-            while length > 1:
-                length //= 2
-                halves = (
-                    ir.Constant(ir.VectorType(ir.IntType(32), length), list(range(start, start + length)))
-                    for start in (0, length)
-                )
-                undefined = ir.Constant(vector.type, ir.Undefined)
-                vector = combine(builder, *(builder.shuffle_vector(vector, undefined, h) for h in halves))
-            return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
-
-        return value.dtype(value), generate
-
-    return intrinsic(intrinsic_of)
-
-
-# The sum, and the largest (where one is NaN, any), of a vector's numbers.
-total_of = _fold(lambda builder, a, b: builder.fadd(a, b))
-largest_of = _fold(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
 
 @intrinsic

@@ -3,8 +3,9 @@
 Optional, and chosen by ``TINYDIFF_KERNELS=numba`` or ``kernels.use("numba")``. What NumPy does well it goes
 on doing: matrix products, and convolutions that are little else. Compiled is what NumPy can only do as many
 passes over memory: the transforms of Winograd's convolution (``_numba_winograd.py``), normalisation with
-SiLU (``_numba_norm.py``), softmax (``_numba_rows.py``) and the optimiser's step (``_numba_optim.py``). They
-are written with vectors as values (``_numba_lanes.py``), of which ``_numba_exp.py`` takes the exponential.
+SiLU (``_numba_norm.py``), SiLU alone (``_numba_silu.py``) and the optimiser's step (``_numba_optim.py``).
+They are written with vectors as values (``_numba_lanes.py``), of which ``_numba_exp.py`` takes the
+exponential.
 
 Arrays that are neither all float32 nor all float64 go to the NumPy twin, as does what gains nothing here.
 The results equal the NumPy twin's up to rounding, not in their bits (docs: A.3, A.24).
@@ -26,7 +27,7 @@ from tinydiff.kernels._numba_norm import (
     group_norm_silu_backward,
 )
 from tinydiff.kernels._numba_optim import adam_change, adam_step, ema_step
-from tinydiff.kernels._numba_rows import silu, silu_backward, softmax, softmax_backward
+from tinydiff.kernels._numba_silu import silu, silu_backward
 from tinydiff.kernels._numba_winograd import (
     winograd_conv,
     winograd_conv_backward,
@@ -52,8 +53,6 @@ __all__ = [
     "linear_backward",
     "silu",
     "silu_backward",
-    "softmax",
-    "softmax_backward",
     "sum_pixels",
     "upsample",
     "upsample_backward",

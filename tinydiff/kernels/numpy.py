@@ -25,8 +25,6 @@ from tinydiff.kernels._linear import (
     linear_backward,
     silu,
     silu_backward,
-    softmax,
-    softmax_backward,
     sum_pixels,
 )
 from tinydiff.kernels._norm import (
@@ -61,8 +59,6 @@ __all__ = [
     "linear_backward",
     "silu",
     "silu_backward",
-    "softmax",
-    "softmax_backward",
     "sum_pixels",
     "upsample",
     "upsample_backward",

@@ -30,8 +30,6 @@ __all__ = [
     "linear_backward",
     "silu",
     "silu_backward",
-    "softmax",
-    "softmax_backward",
     "sum_pixels",
     "upsample",
     "upsample_backward",
