@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, to_numpy
 
 __all__ = ["LossSecondMomentSampler"]
@@ -43,9 +44,7 @@ class LossSecondMomentSampler:
     """
 
     def __init__(self, T: int, history: int = 10, uniform: float = 1e-3) -> None:
-        for name, count in [("T", T), ("history", history)]:
-            if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-                raise ValueError(f"{name} is {count!r}; expected an integer of at least 1.")
+        check_counts(T=T, history=history)
         if not 0 < uniform <= 1:
             raise ValueError(f"uniform is {uniform}; expected a number in (0, 1].")
         self.uniform = float(uniform)
