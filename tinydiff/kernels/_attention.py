@@ -63,11 +63,6 @@ def _lengths(columns: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum(columns * columns, axis=1))
 
 
-def _turned(a: np.ndarray) -> np.ndarray:
-    """The transpose of each matrix."""
-    return a.swapaxes(1, 2)
-
-
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tuple[np.ndarray, Saved]:
     """As ``portable.attention``; what it saves is for ``attention_backward`` of this module.  (docs: A.23)"""
     n, heads, length, d = q.shape
@@ -80,7 +75,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tupl
     def work(start: int, stop: int) -> None:
         for block in _blocks(start, stop, length * length * q.itemsize):
             e = scratch("scores", (block.stop - block.start, length, length), q.dtype)
-            kt = _turned(k1[block])
+            kt = k1[block].mT
             np.matmul(kt, q1[block], out=e)
             _exponential.power(e, out=e)
             np.matmul(v1[block], e, out=o1[block])
@@ -117,11 +112,11 @@ def attention_backward(saved: Saved, do: np.ndarray) -> tuple[np.ndarray, np.nda
         for block in _blocks(start, stop, length * length * do.itemsize):
             shape = (block.stop - block.start, length, length)
             e, ds = scratch("scores", shape, do.dtype), scratch("dscores", shape, do.dtype)
-            q_rows, g_rows = (np.ascontiguousarray(_turned(a[block, :d])) for a in (q1, g1))
-            np.matmul(_turned(k1[block]), q1[block], out=e)
+            q_rows, g_rows = (np.ascontiguousarray(a[block, :d].mT) for a in (q1, g1))
+            np.matmul(k1[block].mT, q1[block], out=e)
             _exponential.power(e, out=e)
             np.matmul(e, g_rows, out=dv[block])
-            np.matmul(_turned(v1[block]), g1[block], out=ds)
+            np.matmul(v1[block].mT, g1[block], out=ds)
             ds *= e
             np.matmul(ds, q_rows, out=dk[block])
             np.matmul(k1[block, :d], ds, out=dq[block])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,6 +16,7 @@ __all__ = [
     "silu",
     "silu_backward",
     "sum_pixels",
+    "taps_and_bias",
 ]
 
 # Fewer multiplications than this are not worth a second thread.
@@ -31,6 +33,18 @@ def _ones(n: int, dtype: np.dtype) -> np.ndarray:
 def column_sums(rows: np.ndarray) -> np.ndarray:
     """The sum over rows (n, D)  ->  (D,), as a product: BLAS adds rows faster than NumPy."""
     return _ones(len(rows), rows.dtype) @ rows
+
+
+def taps_and_bias(dy: np.ndarray, taps: Callable[[int, int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of a convolution's taps and bias from dy (N, H', W', D), its images shared out to threads.
+
+    ``taps(start, stop)`` returns the share of images start … stop-1 in the first.
+    """
+
+    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return taps(start, stop), column_sums(dy[start:stop].reshape(-1, dy.shape[3]))
+
+    return sums(in_parallel(work, dy.shape[0]))
 
 
 def sum_pixels(x: np.ndarray) -> np.ndarray:

@@ -80,8 +80,7 @@ def adam_step(
     """Step `value`, `m` and `v` in place; see ``portable.adam_step``."""
     if not fits(value, grad, m, v):
         return _optim.adam_step(value, grad, m, v, step_size, beta1, beta2, root, eps, decay)
-    if not (value.flags.c_contiguous and m.flags.c_contiguous and v.flags.c_contiguous):
-        value, m, v = (np.array(array, order="C") for array in (value, m, v))
+    value, m, v = (np.asarray(array, order="C") for array in (value, m, v))
     flat = (array.reshape(-1) for array in (value, np.ascontiguousarray(grad), m, v))
     scalars = _scalars(value.dtype, step_size, beta1, beta2, root, eps)
     _adam_step(*flat, scalars, value.dtype.type(decay))
@@ -92,7 +91,6 @@ def ema_step(average: np.ndarray, value: np.ndarray, rate: float) -> np.ndarray:
     """Move `average` in place; see ``portable.ema_step``."""
     if not fits(average, value):
         return _optim.ema_step(average, value, rate)
-    if not average.flags.c_contiguous:
-        average = np.array(average, order="C")
+    average = np.asarray(average, order="C")
     _ema(average.reshape(-1), np.ascontiguousarray(value).reshape(-1), float(rate))
     return average

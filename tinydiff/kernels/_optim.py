@@ -41,8 +41,7 @@ def adam_step(
     decay: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Step `value`, `m` and `v` in place; see ``portable.adam_step``."""
-    if not (value.flags.c_contiguous and m.flags.c_contiguous and v.flags.c_contiguous):
-        value, m, v = (np.array(array, order="C") for array in (value, m, v))
+    value, m, v = (np.asarray(array, order="C") for array in (value, m, v))
     for w, g, m1, v1 in _blocks(value, np.ascontiguousarray(grad), m, v):
         change = np.empty_like(g)
         _move(g, m1, v1, change, step_size, beta1, beta2, root, eps)
@@ -177,8 +176,7 @@ class Together:
 
 def ema_step(average: np.ndarray, value: np.ndarray, rate: float) -> np.ndarray:
     """Move `average` in place; see ``portable.ema_step``."""
-    if not average.flags.c_contiguous:
-        average = np.array(average, order="C")
+    average = np.asarray(average, order="C")
     for a, w in _blocks(average, np.ascontiguousarray(value)):
         difference = w - a
         difference *= rate

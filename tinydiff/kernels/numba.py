@@ -18,7 +18,7 @@ import numpy as np
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import gather_conv_backward
-from tinydiff.kernels._linear import column_sums, linear, linear_backward, sum_pixels
+from tinydiff.kernels._linear import linear, linear_backward, sum_pixels, taps_and_bias
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
     group_norm,
@@ -34,7 +34,7 @@ from tinydiff.kernels._numba_winograd import (
     winograd_weight,
     winograd_weight_backward,
 )
-from tinydiff.kernels._threads import in_parallel, sums
+from tinydiff.kernels._threads import in_parallel
 from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
 __all__ = [
@@ -106,12 +106,10 @@ def conv2d_backward(
     dy = np.ascontiguousarray(dy)
     dx = np.empty(x.shape, x.dtype)
 
-    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        dw = gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
-        return dw, column_sums(dy[start:stop].reshape(-1, w.shape[3]))
+    def taps(start: int, stop: int) -> np.ndarray:
+        return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
 
-    dw, db = sums(in_parallel(work, x.shape[0]))
-    return dx, dw, db
+    return dx, *taps_and_bias(dy, taps)
 
 
 def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -149,9 +147,8 @@ def _winograd_backward(
     ut = winograd_weight(np.ascontiguousarray(w.swapaxes(2, 3)))
     dx = np.zeros(x.shape, x.dtype)
 
-    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        du = winograd_conv_backward(x, ut, dy, before, dx, start, stop, doubled=doubled)
-        return du, column_sums(dy[start:stop].reshape(-1, w.shape[3]))
+    def taps(start: int, stop: int) -> np.ndarray:
+        return winograd_conv_backward(x, ut, dy, before, dx, start, stop, doubled=doubled)
 
-    du, db = sums(in_parallel(work, x.shape[0]))
+    du, db = taps_and_bias(dy, taps)
     return dx, winograd_weight_backward(du), db

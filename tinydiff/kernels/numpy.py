@@ -20,12 +20,12 @@ from tinydiff.kernels._gather import (
     transposed_taps,
 )
 from tinydiff.kernels._linear import (
-    column_sums,
     linear,
     linear_backward,
     silu,
     silu_backward,
     sum_pixels,
+    taps_and_bias,
 )
 from tinydiff.kernels._norm import (
     group_norm,
@@ -34,7 +34,7 @@ from tinydiff.kernels._norm import (
     group_norm_silu_backward,
 )
 from tinydiff.kernels._optim import adam_change, adam_step, ema_step
-from tinydiff.kernels._threads import in_parallel, sums
+from tinydiff.kernels._threads import in_parallel
 from tinydiff.kernels._winograd import (
     winograd_conv,
     winograd_conv_taps,
@@ -119,19 +119,15 @@ def conv2d_backward(
         return dx, dw.reshape(w.shape), db
     if _is_winograd(w, stride, padding):
         return _winograd_backward(x, w, dy, padding[0], doubled=False)
-    d = w.shape[3]
     dy = np.ascontiguousarray(dy)
     dx = np.empty(x.shape, x.dtype)
 
-    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def taps(start: int, stop: int) -> np.ndarray:
         if _is_narrow(w, stride, padding):
-            dw = narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
-        else:
-            dw = gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
-        return dw, column_sums(dy[start:stop].reshape(-1, d))
+            return narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
+        return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
 
-    dw, db = sums(in_parallel(work, x.shape[0]))
-    return dx, dw, db
+    return dx, *taps_and_bias(dy, taps)
 
 
 def _winograd_backward(
@@ -141,12 +137,11 @@ def _winograd_backward(
     dx = np.empty(x.shape, x.dtype)
     turned = winograd_weight(transposed_taps(w))
 
-    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def taps(start: int, stop: int) -> np.ndarray:
         winograd_conv(dy, turned, None, 2 - before, dx, start, stop, in_pairs=doubled)
-        du = winograd_conv_taps(x, dy, before, start, stop, doubled=doubled)
-        return du, column_sums(dy[start:stop].reshape(-1, w.shape[3]))
+        return winograd_conv_taps(x, dy, before, start, stop, doubled=doubled)
 
-    du, db = sums(in_parallel(work, x.shape[0]))
+    du, db = taps_and_bias(dy, taps)
     return dx, winograd_weight_backward(du), db
 
 
