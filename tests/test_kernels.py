@@ -372,7 +372,7 @@ def test_a_score_that_is_not_a_number_stays_none(twin):
 @pytest.mark.parametrize("length", [7, 40])
 @pytest.mark.parametrize("channels", [1, 16])
 def test_extreme_activations_are_finite_and_silent(twin, dtype, length, channels):
-    """Where exp overflows, sigmoid is 0, and nothing warns."""
+    """Where exp would overflow, sigmoid is 0 or 1, and nothing warns."""
     twin = module(twin)
     x = np.array([-1e30, -1e4, -100.0, 0.0, 100.0, 1e4, 1e30], dtype)
     x = np.concatenate([np.full(length - 7, -1e30, dtype), x])

@@ -22,6 +22,9 @@ __all__ = [
 # Fewer multiplications than this are not worth a second thread.
 PARALLEL_PRODUCTS = 2**23
 
+# By dtype: less than the largest x for which exp(x) is finite, and so large that 1 + exp(x) rounds to exp(x).
+LARGEST = {np.dtype(t): float(np.log(np.finfo(t).max)) - 1.0 for t in (np.float16, np.float32, np.float64)}
+
 
 @functools.lru_cache(maxsize=16)
 def _ones(n: int, dtype: np.dtype) -> np.ndarray:
@@ -55,48 +58,51 @@ def sum_pixels(x: np.ndarray) -> np.ndarray:
 
 def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As ``portable.linear``."""
-    rows = x.reshape(-1, w.shape[0])
-    if rows.size * w.shape[1] < PARALLEL_PRODUCTS:
-        y = rows @ w
+    if x.ndim != 2:
+        rows = linear(x.reshape(-1, w.shape[0]), w, b)
+        return rows.reshape(*x.shape[:-1], w.shape[1])
+    if x.size * w.shape[1] < PARALLEL_PRODUCTS:
+        y = x @ w
         y += b
-        return y.reshape(*x.shape[:-1], w.shape[1])
-    y = np.empty((rows.shape[0], w.shape[1]), x.dtype)
+        return y
+    y = np.empty((x.shape[0], w.shape[1]), x.dtype)
 
     def work(start: int, stop: int) -> None:
-        np.matmul(rows[start:stop], w, out=y[start:stop])
+        np.matmul(x[start:stop], w, out=y[start:stop])
         y[start:stop] += b
 
-    in_parallel(work, rows.shape[0])
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    in_parallel(work, x.shape[0])
+    return y
 
 
 def linear_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.linear_backward``."""
-    rows = x.reshape(-1, w.shape[0])
-    dy_rows = np.ascontiguousarray(dy).reshape(-1, w.shape[1])
-    if rows.size * w.shape[1] < PARALLEL_PRODUCTS:
-        return (dy_rows @ w.T).reshape(x.shape), rows.T @ dy_rows, column_sums(dy_rows)
-    dx = np.empty(rows.shape, x.dtype)
+    if x.ndim != 2:
+        rows, dy_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
+        dx, dw, db = linear_backward(rows, w, dy_rows)
+        return dx.reshape(x.shape), dw, db
+    if x.size * w.shape[1] < PARALLEL_PRODUCTS:
+        return dy @ w.T, x.T @ dy, column_sums(dy)
+    dx = np.empty(x.shape, x.dtype)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        share = dy_rows[start:stop]
+        share = dy[start:stop]
         np.matmul(share, w.T, out=dx[start:stop])
-        return rows[start:stop].T @ share, column_sums(share)
+        return x[start:stop].T @ share, column_sums(share)
 
-    dw, db = sums(in_parallel(work, rows.shape[0]))
-    return dx.reshape(x.shape), dw, db
+    dw, db = sums(in_parallel(work, x.shape[0]))
+    return dx, dw, db
 
 
 def silu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As ``portable.silu``.  Where exp overflows, 1 / (1 + exp(-x)) is rightly 0.  (docs: A.12)"""
-    s = np.negative(x)
-    with np.errstate(over="ignore"):
-        np.exp(s, out=s)
-    s += 1.0
-    np.divide(1.0, s, out=s)
-    return x * s, s
+    """As ``portable.silu``, by exp(x) / (1 + exp(x)) with x held where exp is finite.  (docs: A.12)"""
+    s = np.minimum(x, LARGEST[x.dtype])
+    np.exp(s, out=s)
+    y = 1.0 + s
+    s /= y
+    return np.multiply(x, s, out=y), s
 
 
 def silu_backward(s: np.ndarray, y: np.ndarray, dy: np.ndarray) -> np.ndarray:
