@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=count,
         metavar="N",
         help="processes that share each of tinydiff's batches (default: as in training and sampling, one a "
-        "thread for a U-Net, 1 for points)",
+        "thread)",
     )
     parser.add_argument("--quick", action="store_true", help=QUICK)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (a minute each)")

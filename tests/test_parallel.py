@@ -70,6 +70,25 @@ def test_output_and_gradients_are_the_models_own(n, workers, seed):
     assert_gradients(model, expected)
 
 
+def test_points_are_shared_as_images_are():
+    rng = np.random.default_rng(0)
+    model = td.MLP(in_features=3, hidden=8, blocks=2, time_features=6, rng=rng)
+    randomise(model, rng)
+    model.to(np, np.float64)
+    x, t = normal(rng, (7, 3), np.float64), rng.integers(1000, size=7)
+    y, backward = model(x, t)
+    dy = normal(rng, y.shape, y.dtype)
+    dx = backward(dy)
+    expected = gradients(model)
+    with DataParallel(model, 3) as shared:
+        for _ in range(2):  # the second time beside gradients that the workers have had
+            model.zero_grad()
+            y_shared, backward = shared(x, t, rng)
+            assert_close(y_shared, y, "y")
+            assert_close(backward(dy), dx, "dx")
+            assert_gradients(model, expected)
+
+
 def test_calls_before_either_backward_and_gradients_that_add_up():
     rng = np.random.default_rng(0)
     model = unet()
@@ -189,16 +208,16 @@ def test_an_interruption_loses_nothing_but_the_call():
     with DataParallel(model, 2) as shared:
 
         class Interrupted:
-            """The end of a pipe at which Ctrl-C comes while an answer is awaited."""
+            """The end of a line at which Ctrl-C comes while an answer is awaited."""
 
-            def __init__(self, connection):
-                self.send, self.close = connection.send, connection.close
+            def __init__(self, line):
+                self.send, self.close = line.send, line.close
 
-            def recv(self):
+            def receive(self):
                 raise KeyboardInterrupt
 
-        process, connection = shared._workers[0]
-        shared._workers[0] = process, Interrupted(connection)
+        process, line = shared._workers[0]
+        shared._workers[0] = process, Interrupted(line)
         with pytest.raises(KeyboardInterrupt):
             shared.predict(x1, t1)
         assert_close(shared.predict(x2, t2), model.predict(x2, t2), "the next prediction")
@@ -228,11 +247,12 @@ def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
     from tinydiff import parallel
 
     monkeypatch.setattr(parallel, "threads_in_reach", lambda: 2)
-    model, points = unet(), td.MLP()
-    with shared_out(model, 64) as shared:
-        assert isinstance(shared, DataParallel) and len(shared._workers) == 1
-        with shared_out(shared, 64) as same:
-            assert same is shared
+    model, points = unet(), td.MLP(hidden=96)  # 83,000 weights
+    for each, n in [(model, 64), (points, 256)]:
+        with shared_out(each, n) as shared:
+            assert isinstance(shared, DataParallel) and len(shared._workers) == 1
+            with shared_out(shared, n) as same:
+                assert same is shared
     for denoise, n, workers in [(model, 64, 1), (model, 7, None), (points, 64, None), (len, 64, None)]:
         with shared_out(denoise, n, workers) as same:
             assert same is denoise

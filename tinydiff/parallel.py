@@ -11,7 +11,8 @@ Whatever trains or samples needs not know.
 
 Threads do this badly in Python. NumPy lets go of the interpreter's lock while it computes, but every one of
 the thousands of calls of a step takes it back, and waits for the other thread to hand it over. A process has
-a lock of its own. The weights lie in memory that all processes see; what is sent is a batch and a result.
+a lock of its own. The weights lie in memory that all processes see; what is sent (``_messages.py``) is a
+batch and a result.
 """
 
 from __future__ import annotations
@@ -27,21 +28,25 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from tinydiff._checks import check_counts
+from tinydiff._messages import Line
 from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import alone, threads_in_reach
-from tinydiff.models import UNet
+from tinydiff.models import MLP, UNet
 from tinydiff.nn.module import Module, Parameter, keeping, once
 
 __all__ = ["DataParallel", "shared_out"]
 
-# A share of fewer samples is not worth a process: the calls of a step cost the same for one as for four.
+# A share of fewer images is not worth a process: the calls of a step cost the same for one as for four.
 SMALLEST_SHARE = 4
+
+# Nor is one of fewer multiplications, of which an MLP takes one for each point and weight: what they take is
+# what sending them takes.
+SMALLEST_WORK = 2**23
 
 
 class DataParallel(Module):
@@ -82,9 +87,10 @@ class DataParallel(Module):
         if not all(is_numpy_array(p.value) for p in self._parameters):
             raise ValueError("model has weights that are not NumPy arrays; only those can be shared.")
         self._count = workers
+        self._draws = bool(model.config.get("dropout"))
         self._values = _in_shared_memory(self._parameters)
         self._grads = [_in_shared_memory(self._parameters) for _ in range(workers - 1)]
-        self._workers: list[tuple[Any, Connection]] = []
+        self._workers: list[tuple[Any, Line]] = []
         self._calls = 0
         self._forgotten: list[int] = []  # calls whose backward was thrown away: the workers may let go too
         self._unanswered = False
@@ -121,16 +127,17 @@ class DataParallel(Module):
         edges = self._edges(x, t)
         self._calls += 1
         key = self._calls
+        self._share_values()
         shares = self._shares(edges, x, t)
-        rngs = [None] * len(shares) if rng is None else rng.spawn(len(shares))
-        messages = [("call", key, (*share, r)) for share, r in zip(shares[1:], rngs[1:], strict=True)]
+        rngs = rng.spawn(len(shares)) if rng is not None and self._draws else [None] * len(shares)
+        messages = [("call", key, *share, r) for share, r in zip(shares[1:], rngs[1:], strict=True)]
         (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
 
         @once
         def backward(dy: Array) -> Array:
             """Each process walks back through its share; the gradients of the parameters are added up."""
             dys = self._shares(edges, dy)
-            messages = [("backward", key, dy_share) for dy_share in dys[1:]]
+            messages = [("backward", key, *dy_share) for dy_share in dys[1:]]
             dx, dxs = self._ask(messages, lambda: backward_own(*dys[0]))
             for grads in self._grads[: len(messages)]:
                 for parameter, grad in zip(self._parameters, grads, strict=True):
@@ -142,8 +149,9 @@ class DataParallel(Module):
 
     def predict(self, x: Array, t: Array) -> Array:
         """Predict without keeping anything for a backward; arguments and result as in the call."""
+        self._share_values()
         shares = self._shares(self._edges(x, t), x, t)
-        messages = [("predict", 0, share) for share in shares[1:]]
+        messages = [("predict", 0, *share) for share in shares[1:]]
         y, ys = self._ask(messages, lambda: self._model.predict(*shares[0]))
         return np.concatenate([y, *ys])
 
@@ -166,23 +174,22 @@ class DataParallel(Module):
                 value[...] = parameter.value
                 parameter.value = value
 
-    def _ask(self, messages: list[tuple[str, int, Any]], own: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    def _ask(self, messages: list[tuple[Any, ...]], own: Callable[[], Any]) -> tuple[Any, list[Any]]:
         """Give the workers their shares, compute this process's own, and collect the answers."""
         if self._count > 1 and (self._unanswered or not self._workers):
             self._end()  # interrupted while the workers were at it: what they would answer is lost
             self._fork()
-        self._share_values()
         forget, self._forgotten[:] = self._forgotten[:], []
-        asked = [connection for _, connection in self._workers[: len(messages)]]
+        asked = [line for _, line in self._workers[: len(messages)]]
         self._unanswered = True
         try:
-            for connection, message in zip(asked, messages, strict=True):
-                connection.send((*message, forget))
+            for line, message in zip(asked, messages, strict=True):
+                line.send(forget, *message)
             try:
                 with alone():
                     result = own()
             finally:
-                answers = [connection.recv() for connection in asked]
+                answers = [line.receive()[0] for line in asked]
                 self._unanswered = False
         except (EOFError, ConnectionError):
             self._end()
@@ -200,19 +207,19 @@ class DataParallel(Module):
         if "fork" not in multiprocessing.get_all_start_methods():
             raise RuntimeError("this system cannot fork processes; expected Linux, or workers=1.")
         context = multiprocessing.get_context("fork")
-        pipes = [context.Pipe() for _ in self._grads]
-        for grads, (_, theirs) in zip(self._grads, pipes, strict=True):
-            others = [end for pair in pipes for end in pair if end is not theirs]
+        lines = [Line.ends() for _ in self._grads]
+        for grads, (ours, theirs) in zip(self._grads, lines, strict=True):
+            others = [end for pair in lines for end in pair if end is not theirs]
             arguments = (theirs, others, self._model, self._parameters, grads)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
-            self._workers.append((process, pipes[len(self._workers)][0]))
-        for _, theirs in pipes:
+            self._workers.append((process, ours))
+        for _, theirs in lines:
             theirs.close()
 
     def _end(self) -> None:
-        for process, connection in self._workers:
-            connection.close()  # the worker's next recv ends it
+        for process, line in self._workers:
+            line.close()  # the worker's next receive ends it
             process.join(timeout=0.5)
             if process.is_alive():
                 process.kill()
@@ -228,22 +235,23 @@ class _Failure:
 
 
 def _serve(
-    connection: Connection,
-    others: list[Connection],
+    line: Line,
+    others: list[Line],
     model: Any,
     parameters: list[Parameter],
     grads: list[np.ndarray],
 ) -> None:
-    """A worker: answer what comes through the pipe until it is closed."""
+    """A worker: answer what comes through the line until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
     gc.freeze()  # what was there before the fork belongs to the other process
     for other in others:
         other.close()
     kept: dict[int, Any] = {}
+    model.zero_grad()
     with alone():
         while True:
             try:
-                what, key, arguments, forget = connection.recv()
+                forget, what, key, *arguments = line.receive()
             except (EOFError, OSError):
                 return
             for call in forget:
@@ -255,14 +263,17 @@ def _serve(
                 elif what == "call":
                     answer, kept[key] = model(*arguments)
                 else:
-                    for parameter in parameters:
-                        parameter.zero_grad()
                     answer = kept.pop(key)(*arguments)
                     for parameter, grad in zip(parameters, grads, strict=True):
                         grad[...] = parameter.grad
             except Exception as error:
                 answer = _Failure(error)
-            connection.send(answer)
+            try:
+                line.send(answer)
+            except OSError:
+                return  # nobody waits for it any more
+            if what == "backward":
+                model.zero_grad()
 
 
 def _in_shared_memory(parameters: list[Parameter]) -> list[np.ndarray]:
@@ -284,12 +295,13 @@ def shared_out(model: Any, batch_size: int, workers: int | None = None) -> Itera
     Parameters
     ----------
     model : callable
-        Any; what is not a `UNet` with NumPy weights is handed back as it is unless `workers` says otherwise.
+        Any; what is not a `UNet` or an `MLP` with NumPy weights is handed back as it is unless `workers` says
+        otherwise.
     batch_size : int
         Samples per call.
     workers : int, optional
-        Number of processes. Default: as many as BLAS would use threads, with at least four samples each, on
-        Linux; 1 elsewhere.
+        Number of processes. Default: on Linux as many as BLAS would use threads, each with at least four
+        images, or with so many points that there are 2**23 multiplications for it in a pass; 1 elsewhere.
     """
     if workers is None:
         workers = _reasonable(model, batch_size)
@@ -304,8 +316,12 @@ def shared_out(model: Any, batch_size: int, workers: int | None = None) -> Itera
 
 def _reasonable(model: Any, batch_size: int) -> int:
     can_fork = sys.platform.startswith("linux") and hasattr(os, "fork")
-    if not can_fork or multiprocessing.current_process().daemon or not isinstance(model, UNet):
+    if not can_fork or multiprocessing.current_process().daemon or not isinstance(model, (UNet, MLP)):
         return 1
-    if not is_numpy_array(model.conv_in.weight.value):
+    if not all(is_numpy_array(p.value) for p in model.named_parameters().values()):
         return 1
-    return max(1, min(threads_in_reach(), batch_size // SMALLEST_SHARE))
+    if isinstance(model, UNet):
+        shares = batch_size // SMALLEST_SHARE
+    else:
+        shares = batch_size * model.num_parameters() // SMALLEST_WORK
+    return max(1, min(threads_in_reach(), shares))

@@ -287,7 +287,7 @@ def sample(
         drawn batch after batch.
     workers : int, optional
         Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
-        if the model is a `UNet` in NumPy, on Linux.
+        for a `UNet` or a large batch of an `MLP`, in NumPy, on Linux.
     progress : bool
         Show a progress bar on the standard error stream.
 

@@ -238,7 +238,7 @@ def train(
         Steps between lines of metrics.
     workers : int, optional
         Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
-        if the model is a `UNet` in NumPy, on Linux.
+        for a `UNet` or a large batch of an `MLP`, in NumPy, on Linux.
     progress : bool
         Show a progress bar (loss, steps per second, time left) on the standard error stream.
 

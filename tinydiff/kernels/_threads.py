@@ -80,16 +80,21 @@ def blas_on_one_thread() -> Iterator[None]:
         _before_hold = 0
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+class alone:
     """Within it kernels do not share work out: other processes are at work on the other cores."""
-    global _before_hold
-    with blas_on_one_thread():
-        before, _before_hold = _before_hold, 1
-        try:
-            yield
-        finally:
-            _before_hold = before
+
+    def __enter__(self) -> None:
+        global _before_hold
+        self._before, self._threads = _before_hold, threads_in_reach()
+        if _blas is not None and not self._before:
+            _blas[1](1)
+        _before_hold = 1
+
+    def __exit__(self, *exception: object) -> None:
+        global _before_hold
+        _before_hold = self._before
+        if _blas is not None and not self._before:
+            _blas[1](self._threads)
 
 
 def threads_in_reach() -> int:
