@@ -60,6 +60,13 @@ class Plain(argparse.ArgumentParser):
             help="let the GPU round the factors of float32 products to 11 binary digits, which may be faster "
             "(as CUPY_TF32=1)",
         )
+        self.run.add_argument(
+            "--workers",
+            type=count_from(1),
+            metavar="N",
+            help="processes that share each batch; 1 may be faster beside other programs (default: one for "
+            "each core where that pays)",
+        )
         self.data = self.add_argument_group("the data")
 
     def add_training(self) -> None:

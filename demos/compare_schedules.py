@@ -41,6 +41,7 @@ from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
 from tinydiff.diffusion import Variance
 from tinydiff.kernels import many_steps
 from tinydiff.metrics import digit_features, frechet_distance
+from tinydiff.parallel import shared_out
 from tinydiff.samplers import respaced
 
 DEFAULTS = dict(
@@ -231,6 +232,7 @@ def trained(
         run_dir=folder,
         resume=True,
         checkpoint_every=CHECKPOINT_EVERY,
+        workers=args.workers,
         progress=not args.quiet,
     )
     return result.model, schedule, result.losses
@@ -249,7 +251,14 @@ def with_learned_schedule(
         model.load_state_dict(weights)
         return model, td.NoiseSchedule(arrays["betas"]), arrays["losses"]
     result = td.train_learned_schedule(
-        model, data, T=args.T, prediction=args.prediction, decoder="8bit", **how, progress=not args.quiet
+        model,
+        data,
+        T=args.T,
+        prediction=args.prediction,
+        decoder="8bit",
+        **how,
+        workers=args.workers,
+        progress=not args.quiet,
     )
     arrays = {f"model.{k}": a for k, a in result.model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +307,7 @@ def distance(
     """Fréchet distance to the training digits, of as many samples as asked for."""
     rng = np.random.default_rng([args.seed, SAMPLES, steps])
     shape = (args.samples, 28, 28, 1)
-    shown = dict(batch_size=AT_A_TIME, progress=not args.quiet)
+    shown = dict(batch_size=AT_A_TIME, workers=args.workers, progress=not args.quiet)
     samples = td.sample(model, diffusion, shape, "ddpm", steps, rng=rng, clip=True, **shown)
     return frechet_distance(digit_features(to_numpy(samples)), reference)
 
@@ -326,12 +335,13 @@ def bound(
     chosen = rng.integers(len(digits), size=t.size)
     like = next(iter(model.named_parameters().values())).value
     terms = np.zeros(t.size)
-    for start in progress(range(0, t.size, AT_A_TIME), "bound", args):
-        part = slice(start, start + AT_A_TIME)
-        x0 = asarray_like(digits[chosen[part]], like)
-        x_t = walk.q_sample(x0, t[part], standard_normal(rng, x0.shape, x0))
-        output = model.predict(x_t, asarray_like(times[t[part]], x0, array_namespace(x0).int64))
-        terms[part] = to_numpy(step_term(walk, output, x0, x_t, t[part], "8bit", clip=True)[0])
+    with shared_out(model, AT_A_TIME, args.workers) as shared:
+        for start in progress(range(0, t.size, AT_A_TIME), "bound", args):
+            part = slice(start, start + AT_A_TIME)
+            x0 = asarray_like(digits[chosen[part]], like)
+            x_t = walk.q_sample(x0, t[part], standard_normal(rng, x0.shape, x0))
+            output = shared.predict(x_t, asarray_like(times[t[part]], x0, array_namespace(x0).int64))
+            terms[part] = to_numpy(step_term(walk, output, x0, x_t, t[part], "8bit", clip=True)[0])
     bits = terms.reshape(steps, draws) / (digits[0].size * math.log(2))
     mean, second = np.mean(bits, axis=1), np.mean(np.square(bits), axis=1)
     L_T = float(np.mean(to_numpy(prior_term(walk, digits)))) / (digits[0].size * math.log(2))

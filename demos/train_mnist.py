@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
         data_name=f"mnist {args.data}",
         run_dir=args.out,
         resume=args.resume,
+        workers=args.workers,
         checkpoint_every=CHECKPOINT_EVERY,
         progress=not args.quiet,
     )
@@ -160,7 +161,7 @@ def draw(
     began = time.perf_counter()
     rng = generator_beside(model.conv_in.weight.value, rng)
     how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=True, rng=rng)
-    shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
+    shown = dict(batch_size=SAMPLES_AT_A_TIME, workers=args.workers, progress=not args.quiet)
     samples = to_numpy(td.sample(model, diffusion, (args.samples, 28, 28, 1), **how, **shown))
     seconds = time.perf_counter() - began
     args.out.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         data_name=args.shape,
         run_dir=args.out,
         resume=args.resume,
+        workers=args.workers,
         progress=not args.quiet,
     )
     about = {
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     rng = generator_beside(model.linear_in.weight.value, sample_rng)
     how = dict(sampler=args.sampler, steps=args.sampling_steps, rng=rng)
-    shown = dict(batch_size=SAMPLES_AT_A_TIME, progress=not args.quiet)
+    shown = dict(batch_size=SAMPLES_AT_A_TIME, workers=args.workers, progress=not args.quiet)
     samples = to_numpy(td.sample(result.model, diffusion, (args.samples, 2), **how, **shown))
     sampling_seconds = time.perf_counter() - began
     np.save(args.out / "samples.npy", samples)

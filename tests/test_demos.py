@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -194,6 +195,7 @@ def test_help_names_every_flag_its_default_and_an_example(name, capsys):
     flags = "out steps seed quiet resume backend device tf32 batch lr loss schedule prediction T samples"
     for flag in [
         *flags.split(),
+        "workers",
         "sampler",
         "sampling-steps",
         *(["shape"] if name == "train_toy2d" else ["data", "channels"]),
@@ -236,6 +238,7 @@ def test_the_full_set_falls_back_to_the_subset_with_one_line(tmp_path, capsys, m
         ("train_toy2d", ["--device", "0"], ["device is 0", "numpy", "TINYDIFF_BACKEND=cupy"]),
         ("train_toy2d", ["--device", "x"], ["--device", "'x'"]),
         ("train_toy2d", ["--tf32"], ["--tf32", "--backend cupy"]),
+        ("train_toy2d", ["--workers", "0"], ["--workers", "'0'", "at least 1"]),
         ("train_toy2d", ["--unknown"], ["--unknown"]),
         ("train_toy2d", ["--lr", "1e30"], ["loss", "smaller lr"]),
         ("train_mnist", ["--samples", "0"], ["--samples", "'0'"]),
@@ -489,6 +492,35 @@ def test_the_comparison_leaves_a_table_a_picture_and_the_numbers(compared):
             assert number > 0 and f"{number:.2f}" in table
     with Image.open(compared / "compare.png") as image:
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 16
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs a system that forks")
+@pytest.mark.parametrize(
+    ("name", "flags", "times"),
+    [
+        ("train_toy2d", TOY, 2),  # training, sampling
+        ("train_mnist", MNIST, 2),
+        (
+            "compare_schedules",
+            [*COMPARE, "--only", "learned"],
+            11,
+        ),  # training, and for each of two variances five measurements
+    ],
+)
+def test_workers_share_whatever_takes_time(name, flags, times, tmp_path, few_digits, monkeypatch):
+    asked = []
+
+    class Noted(td.parallel.DataParallel):
+        def __init__(self, model, workers):
+            asked.append(workers)
+            super().__init__(model, workers)
+
+    monkeypatch.setattr(td.parallel, "DataParallel", Noted)
+    run(name, *flags, "--workers", "3", "--out", tmp_path, "--quiet")
+    assert asked == [3] * times
+    asked.clear()
+    run(name, *flags, "--workers", "1", "--out", tmp_path / "alone", "--quiet")
+    assert asked == []
 
 
 def test_what_was_compared_is_not_made_again(compared, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 
 import array_api_strict as strict
 import numpy as np
@@ -795,6 +796,23 @@ def test_training_both_lowers_the_spread_and_the_bound():
 def test_the_loop_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs a system that forks")
+def test_the_loop_is_the_same_shared_or_not(monkeypatch):
+    calls = []
+
+    class Noted(td.parallel.DataParallel):
+        def __call__(self, *arguments):
+            calls.append(len(self._workers))
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(td.parallel, "DataParallel", Noted)
+    (_, alone), (_, shared) = small(workers=1), small(workers=2)
+    assert set(calls) == {1} and len(calls) >= 6  # in every step
+    np.testing.assert_allclose(shared.losses, alone.losses, rtol=1e-4)
+    np.testing.assert_allclose(shared.schedule.betas, alone.schedule.betas, rtol=1e-4)
+    assert not multiprocessing.active_children()
 
 
 def test_a_loss_that_is_not_finite_stops_the_loop():

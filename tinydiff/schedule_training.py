@@ -24,6 +24,7 @@ from tinydiff.diffusion import Prediction
 from tinydiff.kernels import many_steps
 from tinydiff.learned_schedule import LearnedSchedule
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
+from tinydiff.parallel import shared_out
 from tinydiff.schedules import NoiseSchedule
 from tinydiff.training import STEP, Data, M, _batch
 
@@ -76,6 +77,7 @@ def train_learned_schedule(
     final_lr: float = 0.0,
     clip_norm: float = 1.0,
     ema_decay: float = 0.999,
+    workers: int | None = None,
     progress: bool = True,
 ) -> LearnedScheduleResult[M]:
     """Train a network on the continuous-time bound, and the noise schedule with it.  (docs: S.13)
@@ -114,6 +116,8 @@ def train_learned_schedule(
         Bound on the norm of the network's gradient; ``math.inf`` for none. The schedule's is not clipped.
     ema_decay : float
         Of the moving averages, in [0, 1).
+    workers : int, optional
+        Processes that share each batch, as for `train`.
     progress : bool
         Show a progress bar on the standard error stream.
 
@@ -152,13 +156,16 @@ def train_learned_schedule(
 
     began = time.perf_counter()
     smooth = math.nan
-    with tqdm(total=steps, desc="training", unit="step", disable=not progress) as bar:
+    with (
+        shared_out(model, batch_size, workers) as shared,
+        tqdm(total=steps, desc="training", unit="step", disable=not progress) as bar,
+    ):
         for step in range(steps):
             rng = np.random.default_rng([seed, STEP, step])
             for optimizer, _ in optimizers:
                 optimizer.zero_grad()
             loss_array, backward = learned_schedule_loss(
-                model,
+                shared,
                 learned,
                 _batch(data, batch_size, seed, step, rng, like),
                 rng,
