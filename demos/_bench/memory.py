@@ -4,8 +4,8 @@ That process imports what the side needs, builds the network, takes a few steps,
 what the kernel counted: the high-water mark of its resident set (VmHWM; elsewhere than Linux, ru_maxrss).
 Where it has children, shared pages must not count twice: then the peak is the largest sum, over it and all
 below it, of proportional set sizes (PSS: a page shared by k processes counts 1/k for each), looked at every
-20 ms by the parent. What the process held once all was imported, before the network was built, is told
-beside it.
+20 ms by the parent, or the first one's own peak if that is larger: they share libraries with this process.
+What the process held once all was imported, before the network was built, is told beside it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measured(job: dict[str, Any]) -> dict[str, float | None]:
         )
     told = json.loads(out.splitlines()[-1])
     if had_children and not told.get("ignore_children"):
-        told = {**told, "peak_mib": family, "children": True}
+        told = {**told, "peak_mib": max(family, told["peak_mib"]), "children": True}
     return told
 
 

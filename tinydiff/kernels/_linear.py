@@ -80,8 +80,8 @@ def linear_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.linear_backward``."""
     if x.ndim != 2:
-        rows, dy_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
-        dx, dw, db = linear_backward(rows, w, dy_rows)
+        dy_rows = np.ascontiguousarray(dy).reshape(-1, w.shape[1])
+        dx, dw, db = linear_backward(x.reshape(-1, w.shape[0]), w, dy_rows)
         return dx.reshape(x.shape), dw, db
     if x.size * w.shape[1] < PARALLEL_PRODUCTS:
         return dy @ w.T, x.T @ dy, column_sums(dy)
