@@ -35,6 +35,8 @@ from tinydiff.kernels import (
     use,
 )
 from tinydiff.kernels import numpy as numpy_twin
+from tinydiff.kernels._memory import empty
+from tinydiff.kernels._threads import scratch
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs Numba, the extra `fast`")
@@ -465,6 +467,34 @@ def test_adam_change(twin, size, dtype, seed):
         assert a is given_array
         np.testing.assert_array_equal(a, b)
         assert_close(a, e, np.abs(e) + 1, dtype)
+
+
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
+    dtype=st.sampled_from([np.float32, np.float64, np.int64]),
+    beside=st.integers(1, 100),
+)
+def test_arrays_that_begin_with_a_line_of_the_cache(shape, dtype, beside):
+    kept = [np.empty(beside, np.uint8)]  # so that what is asked for next lies elsewhere
+    for array in (empty(shape, np.dtype(dtype)), scratch("test", shape, np.dtype(dtype))):
+        assert array.ctypes.data % 64 == 0
+        assert array.shape == shape and array.dtype == dtype
+        assert array.flags.writeable and array.flags.c_contiguous and type(array) is np.ndarray
+        array[...] = 7
+        kept.append(array)
+    assert np.all(kept[1] == 7)
+
+
+@for_each_twin
+@pytest.mark.parametrize("name", ["winograd", "strided", "upsample", "group_norm_silu"])
+def test_images_begin_with_a_line_of_the_cache(twin, name):
+    """Of what is returned, y and dx: others go through them many times."""
+    inputs, (y, dx, *_) = calls()[name](np.random.default_rng(0), module(twin))
+    kept = [inputs, y, dx]
+    for _ in range(4):  # one address in four is such by chance
+        inputs, (y, dx, *_) = calls()[name](np.random.default_rng(0), module(twin))
+        kept += [inputs, y, dx]
+        assert y.ctypes.data % 64 == dx.ctypes.data % 64 == 0
 
 
 def calls():

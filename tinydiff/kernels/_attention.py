@@ -25,6 +25,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinydiff.kernels import _exponential
+from tinydiff.kernels._memory import empty
 from tinydiff.kernels._threads import in_parallel, scratch
 
 __all__ = ["attention", "attention_backward"]
@@ -50,9 +51,9 @@ def _columns(a: np.ndarray) -> np.ndarray:
     """[a.T; 1] of every head: (N, heads, L, d)  ->  (N heads, d + 1, L), if only by its strides."""
     n, heads, length, d = a.shape
     if d <= NARROW:
-        both = np.empty((n, heads, d + 1, length), a.dtype)
+        both = empty((n, heads, d + 1, length), a.dtype)
     else:
-        both = np.empty((n, heads, length, d + 1), a.dtype).swapaxes(2, 3)
+        both = empty((n, heads, length, d + 1), a.dtype).swapaxes(2, 3)
     both[:, :, :d] = a.swapaxes(2, 3)
     both[:, :, d] = 1.0
     return both.reshape(n * heads, d + 1, length)
@@ -69,7 +70,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tupl
     q1, k1, v1 = _columns(q), _columns(k), _columns(v)
     q1[:, :d] *= scale * _exponential.LOG_E
     q1[:, d] = -_lengths(q1[:, :d]) * _lengths(k1[:, :d]).max(axis=1, keepdims=True)
-    o1 = np.empty((n * heads, d + 1, length), v.dtype)
+    o1 = empty((n * heads, d + 1, length), v.dtype)
     least = np.finfo(q.dtype).tiny / np.finfo(q.dtype).eps
 
     def work(start: int, stop: int) -> None:
@@ -105,8 +106,8 @@ def attention_backward(saved: Saved, do: np.ndarray) -> tuple[np.ndarray, np.nda
     g1 = _columns(do)
     g1[:, :d] /= total
     g1[:, d] = -np.sum(g1[:, :d] * o, axis=1)
-    dq = np.empty(o.shape, do.dtype)
-    dk, dv = (np.empty((count, length, d), do.dtype) for _ in range(2))
+    dq = empty(o.shape, do.dtype)
+    dk, dv = (empty((count, length, d), do.dtype) for _ in range(2))
 
     def work(start: int, stop: int) -> None:
         for block in _blocks(start, stop, length * length * do.itemsize):

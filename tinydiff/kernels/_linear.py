@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinydiff.kernels._memory import empty
 from tinydiff.kernels._threads import in_parallel, sums
 
 __all__ = [
@@ -65,7 +66,7 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
         y = x @ w
         y += b
         return y
-    y = np.empty((x.shape[0], w.shape[1]), x.dtype)
+    y = empty((x.shape[0], w.shape[1]), x.dtype)
 
     def work(start: int, stop: int) -> None:
         np.matmul(x[start:stop], w, out=y[start:stop])
@@ -85,7 +86,7 @@ def linear_backward(
         return dx.reshape(x.shape), dw, db
     if x.size * w.shape[1] < PARALLEL_PRODUCTS:
         return dy @ w.T, x.T @ dy, column_sums(dy)
-    dx = np.empty(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         share = dy[start:stop]

@@ -1,18 +1,35 @@
-"""Keeping the memory of one step for the next.
+"""Where arrays lie: in memory that is kept from one step for the next, at whole lines of the cache.
 
 By default glibc hands large arrays back to the system as soon as they are freed and asks for them again,
 page by page, on the next step. Measured on 300 training steps of the plane's MLP: 266,027 page faults and
 0.54 s in the kernel beside 1.9 s of arithmetic; with freed memory kept, 16 and 0.0 s. The most memory held
 at a time did not change (it cannot: what is kept is what was used).
+
+What NumPy asks for begins at any multiple of 16 bytes. A vector of 64 that is stored across two lines takes
+twice the time: adding two arrays into a third of 128 KiB goes at 10.5 billion float32 numbers a second where
+the third begins with a line, and else at 5.3. So what kernels go through many times is made by `empty`.
+Finding the address takes one or two microseconds, so small arrays are left where they are.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 
-__all__ = ["keep_freed_memory"]
+import numpy as np
+
+__all__ = ["empty", "keep_freed_memory"]
+
+LINE = 64  # bytes of a line of cache, and of the longest vector
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As ``np.empty``, but beginning with a line of the cache."""
+    raw = np.empty(math.prod(shape) * dtype.itemsize + LINE, np.uint8)
+    return np.ndarray(shape, dtype, raw, -raw.ctypes.data % LINE)
+
 
 # The parameters of glibc's mallopt, from malloc.h, and its largest threshold for mmap.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

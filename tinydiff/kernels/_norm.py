@@ -32,6 +32,7 @@ from typing import TypeAlias
 import numpy as np
 
 from tinydiff.kernels._exponential import one_plus_tanh
+from tinydiff.kernels._memory import empty
 from tinydiff.kernels._threads import in_parallel, scratch, sums
 
 __all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
@@ -83,7 +84,7 @@ def _forward(
 ) -> tuple[np.ndarray, Saved]:
     n, h, w, c = x.shape
     x_rows = _rows(x)
-    y = np.empty(x_rows.shape, x.dtype)
+    y = empty(x_rows.shape, x.dtype)
     mean, rstd = np.empty((n, c), x.dtype), np.empty((n, c), x.dtype)
 
     def work(start: int, stop: int) -> None:
@@ -112,7 +113,7 @@ def _backward(
     x, mean, rstd, bias = saved
     n, h, w, c = x.shape
     x_rows, dy_rows = _rows(x), _rows(dy)
-    dx = np.empty(x_rows.shape, x.dtype)
+    dx = empty(x_rows.shape, x.dtype)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         dweight, dbias = np.zeros_like(weight), np.zeros_like(weight)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinydiff.kernels import _norm
+from tinydiff.kernels._memory import empty
 from tinydiff.kernels._norm import PARALLEL_SIZE, Saved
 from tinydiff.kernels._numba_exp import sigmoid
 from tinydiff.kernels._numba_jit import fits, inlined, jit
@@ -129,7 +130,7 @@ def _norm_forward(
 ) -> tuple[np.ndarray, tuple[Saved, int]]:
     n, h, w, c = x.shape
     flat = np.ascontiguousarray(x).reshape(-1)
-    y = np.empty(x.shape, x.dtype)
+    y = empty(x.shape, x.dtype)
     mean, rstd = np.empty((n, c), x.dtype), np.empty((n, c), x.dtype)
     flat_y, eps = y.reshape(-1), x.dtype.type(eps)
 
@@ -167,7 +168,7 @@ def group_norm_backward(
     (x, mean, rstd, bias), groups = saved
     n, h, w, _ = x.shape
     flat, flat_dy = np.ascontiguousarray(x).reshape(-1), np.ascontiguousarray(dy).reshape(-1)
-    dx = np.empty(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype)
     with_silu, b, flat_dx = bias is not None, weight if bias is None else bias, dx.reshape(-1)
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from tinydiff.kernels._memory import empty
+
 __all__ = ["alone", "blas_on_one_thread", "in_parallel", "scratch", "sums", "threads_in_reach"]
 
 T = TypeVar("T")
@@ -160,7 +162,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     size = math.prod(shape)
     flat = _local.arrays.get((name, dtype))
     if flat is None or flat.size < size:
-        flat = _local.arrays[name, dtype] = np.empty(size, dtype)
+        flat = _local.arrays[name, dtype] = empty((size,), dtype)
         _local.views = {key: view for key, view in _local.views.items() if key[:2] != (name, dtype)}
     view = _local.views[name, dtype, shape] = flat[:size].reshape(shape)
     return view

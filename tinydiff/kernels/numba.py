@@ -19,6 +19,7 @@ from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import gather_conv_backward
 from tinydiff.kernels._linear import linear, linear_backward, sum_pixels, taps_and_bias
+from tinydiff.kernels._memory import empty
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
     group_norm,
@@ -104,7 +105,7 @@ def conv2d_backward(
     if _patches(*_size(x, padding)) >= BACKWARD_PATCHES:
         return _winograd_backward(x, w, dy, padding[0], doubled=False)
     dy = np.ascontiguousarray(dy)
-    dx = np.empty(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype)
 
     def taps(start: int, stop: int) -> np.ndarray:
         return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
@@ -135,7 +136,7 @@ def _winograd(
     x: np.ndarray, w: np.ndarray, b: np.ndarray, before: int, size: tuple[int, int, int], doubled: bool
 ) -> np.ndarray:
     x, b, u = np.ascontiguousarray(x), np.ascontiguousarray(b), winograd_weight(w)
-    y = np.empty((*size, w.shape[3]), x.dtype)
+    y = empty((*size, w.shape[3]), x.dtype)
     in_parallel(lambda start, stop: winograd_conv(x, u, b, before, y, start, stop, doubled=doubled), size[0])
     return y
 
@@ -145,7 +146,8 @@ def _winograd_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x, dy = np.ascontiguousarray(x), np.ascontiguousarray(dy)
     ut = winograd_weight(np.ascontiguousarray(w.swapaxes(2, 3)))
-    dx = np.zeros(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype)
+    dx[...] = 0.0
 
     def taps(start: int, stop: int) -> np.ndarray:
         return winograd_conv_backward(x, ut, dy, before, dx, start, stop, doubled=doubled)

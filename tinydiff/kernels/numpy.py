@@ -27,6 +27,7 @@ from tinydiff.kernels._linear import (
     sum_pixels,
     taps_and_bias,
 )
+from tinydiff.kernels._memory import empty
 from tinydiff.kernels._norm import (
     group_norm,
     group_norm_backward,
@@ -90,7 +91,7 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
     k, _, _, d = w.shape
     n, height, width, _ = x.shape
     before, after = padding
-    y = np.empty(
+    y = empty(
         (n, (height + before + after - k) // stride + 1, (width + before + after - k) // stride + 1, d),
         x.dtype,
     )
@@ -120,7 +121,7 @@ def conv2d_backward(
     if _is_winograd(w, stride, padding):
         return _winograd_backward(x, w, dy, padding[0], doubled=False)
     dy = np.ascontiguousarray(dy)
-    dx = np.empty(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype)
 
     def taps(start: int, stop: int) -> np.ndarray:
         if _is_narrow(w, stride, padding):
@@ -134,7 +135,7 @@ def _winograd_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray, before: int, doubled: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     dy = np.ascontiguousarray(dy)
-    dx = np.empty(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype)
     turned = winograd_weight(transposed_taps(w))
 
     def taps(start: int, stop: int) -> np.ndarray:
@@ -150,7 +151,7 @@ def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     if not _is_winograd(w, 1, (1, 1)):
         return conv2d(upsample(x), w, b, 1, (1, 1))
     n, h, width, _ = x.shape
-    y = np.empty((n, 2 * h, 2 * width, w.shape[3]), x.dtype)
+    y = empty((n, 2 * h, 2 * width, w.shape[3]), x.dtype)
     u = winograd_weight(w)
     in_parallel(lambda start, stop: winograd_conv(x, u, b, 1, y, start, stop, doubled=True), n)
     return y
