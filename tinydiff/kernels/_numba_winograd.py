@@ -26,6 +26,7 @@ import numpy as np
 from tinydiff.kernels._numba_jit import inlined, jit
 from tinydiff.kernels._numba_lanes import LANES, load, store, zero_before, zeros
 from tinydiff.kernels._threads import scratch
+from tinydiff.kernels._winograd import both_axes
 
 __all__ = ["winograd_conv", "winograd_conv_backward", "winograd_weight", "winograd_weight_backward"]
 
@@ -44,7 +45,6 @@ G = np.array(
     )]
     + [[0.0, 0.0, 1.0]]
 )  # fmt: skip
-G_OF_2D = np.kron(G, G)
 
 # Bytes of V and M of a chunk: what fits the second-level cache.
 CHUNK_BYTES = 2**20
@@ -55,15 +55,13 @@ MOST_PATCHES = 32
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
-    """U = G g G.T: (3, 3, C, D)  ->  (36, C, D).  (docs: A.8)"""
-    c, d = g.shape[2:]
-    return (G_OF_2D.astype(g.dtype) @ g.reshape(9, c * d)).reshape(36, c, d)
+    """U = G g G.T: (3, 3, C, D)  ->  (36, C, D), in scratch until the next.  (docs: A.8)"""
+    return both_axes(G.astype(g.dtype), g, "inner taps", "u").reshape(36, *g.shape[2:])
 
 
 def winograd_weight_backward(du: np.ndarray) -> np.ndarray:
     """dg = G.T dU G: (36, C, D)  ->  (3, 3, C, D).  (docs: A.9)"""
-    c, d = du.shape[1:]
-    return (G_OF_2D.T.astype(du.dtype) @ du.reshape(36, c * d)).reshape(3, 3, c, d)
+    return both_axes(G.T.astype(du.dtype), du.reshape(6, 6, *du.shape[1:]), "inner taps", "dg").copy()
 
 
 def _coefficients(dtype: np.dtype) -> tuple[np.floating, ...]:

@@ -31,7 +31,7 @@ import numpy as np
 
 from tinydiff.kernels._threads import scratch
 
-__all__ = ["winograd_conv", "winograd_conv_taps", "winograd_weight", "winograd_weight_backward"]
+__all__ = ["both_axes", "winograd_conv", "winograd_conv_taps", "winograd_weight", "winograd_weight_backward"]
 
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 TILE, TAPS = 4, 3
@@ -60,7 +60,6 @@ def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 A, B, G = _matrices()
-BOTH_G = np.kron(G, G)
 
 # Of an image whose pixels are all doubled, a patch is known from four by four pixels; and of an image in
 # which pixels are to be added two by two, a patch is two by two sums (docs: A.26).
@@ -78,20 +77,21 @@ def _of(name: str, dtype: np.dtype) -> np.ndarray:
         "A.T, 1": np.concatenate([A.T, np.ones((TILE, 1))], axis=1),
         "pairs A.T": PAIRS @ A.T,
         "A": A,
+        "G": G,
+        "G.T": G.T,
     }
     return matrices[name].astype(dtype)
 
 
 def winograd_weight(g: np.ndarray) -> np.ndarray:
-    """U = G g G.T: (3, 3, C, D)  ->  (36, C, D).  (docs: A.8)"""
-    c, d = g.shape[2:]
-    return (BOTH_G.astype(g.dtype) @ g.reshape(TAPS**2, c * d)).reshape(PATCH**2, c, d)
+    """U = G g G.T: (3, 3, C, D)  ->  (36, C, D), in scratch until the next.  (docs: A.8)"""
+    return both_axes(_of("G", g.dtype), g, "inner taps", "u").reshape(PATCH**2, *g.shape[2:])
 
 
 def winograd_weight_backward(du: np.ndarray) -> np.ndarray:
     """dg = G.T dU G: (36, C, D)  ->  (3, 3, C, D).  (docs: A.9)"""
-    c, d = du.shape[1:]
-    return (BOTH_G.T.astype(du.dtype) @ du.reshape(PATCH**2, c * d)).reshape(TAPS, TAPS, c, d)
+    patches = du.reshape(PATCH, PATCH, *du.shape[1:])
+    return both_axes(_of("G.T", du.dtype), patches, "inner taps", "dg").copy()
 
 
 def _chunks(start: int, stop: int, th: int, tw: int, patches: int) -> Iterator[tuple[slice, int, int]]:
@@ -107,7 +107,7 @@ def _chunks(start: int, stop: int, th: int, tw: int, patches: int) -> Iterator[t
             yield slice(i, min(i + images, stop)), row, min(row + rows, th)
 
 
-def _both_axes(matrix: np.ndarray, patches: np.ndarray, between: str, to: str) -> np.ndarray:
+def both_axes(matrix: np.ndarray, patches: np.ndarray, between: str, to: str) -> np.ndarray:
     """Apply a matrix (q, p) to both axes of patches (p, p, ...): (q, q, ...), in the scratch named `to`.
 
     That may be where `patches` lie: they are used up when the second axis is begun.
@@ -142,7 +142,7 @@ def _input_transform(x: np.ndarray, row: int, th: int, before: int, tw: int, dou
     d[...] = np.ndarray(
         d.shape, x.dtype, xpad, strides=(down, right, image, step * down, step * right, channel)
     )
-    return _both_axes(matrix, d, between="two", to="one")
+    return both_axes(matrix, d, between="two", to="one")
 
 
 def _by_tiles(y: np.ndarray, tile: int) -> np.ndarray:
@@ -185,7 +185,7 @@ def _output_transform_backward(dy: np.ndarray, th: int, tw: int) -> np.ndarray:
         source[:, :h, :w] = dy
     patches = scratch("three", (TILE, TILE, m, th, tw, d), dy.dtype)
     patches[...] = _by_tiles(source, TILE)
-    return _both_axes(_of("A", dy.dtype), patches, between="two", to="three")
+    return both_axes(_of("A", dy.dtype), patches, between="two", to="three")
 
 
 def winograd_conv(
