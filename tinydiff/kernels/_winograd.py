@@ -218,13 +218,18 @@ def winograd_conv(
 def winograd_conv_taps(
     x: np.ndarray, dy: np.ndarray, before: int, start: int, stop: int, *, doubled: bool = False
 ) -> np.ndarray:
-    """The share of images start … stop-1 in dU (36, C, D).  (docs: A.9)"""
+    """The share of images start … stop-1 in dU (36, C, D), in scratch until the next.  (docs: A.9)"""
     c, d = x.shape[3], dy.shape[3]
     th, tw = -(-dy.shape[1] // TILE), -(-dy.shape[2] // TILE)
-    du = np.zeros((PATCH**2, c, d), x.dtype)
-    part = scratch("du", du.shape, x.dtype)
+    du, part = (scratch(name, (PATCH**2, c, d), x.dtype) for name in ("du", "part of du"))
+    product = du
     for images, row, end in _chunks(start, stop, th, tw, max(FEWEST_PATCHES, CHUNK // max(c, d))):
         v = _input_transform(x[images], row, end - row, before, tw, doubled)
         dm = _output_transform_backward(dy[images, TILE * row : TILE * end], end - row, tw)
-        du += np.matmul(v.reshape(PATCH**2, -1, c).swapaxes(1, 2), dm.reshape(PATCH**2, -1, d), out=part)
+        np.matmul(v.reshape(PATCH**2, -1, c).swapaxes(1, 2), dm.reshape(PATCH**2, -1, d), out=product)
+        if product is part:
+            du += part
+        product = part
+    if start == stop:
+        du[...] = 0.0
     return du
