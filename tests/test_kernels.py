@@ -450,25 +450,6 @@ def test_adam_and_ema(twin, size, decay, transposed, dtype, seed):
         assert_close(a, e, np.abs(e) + 1, dtype)
 
 
-@for_each_twin
-@settings(deadline=None, max_examples=60)
-@given(size=st.one_of(st.integers(0, 40), st.integers(0, 400)), dtype=dtypes, seed=seeds)
-def test_adam_change(twin, size, dtype, seed):
-    """It is written over the gradient and the moments, whatever is left over when they are cut in vectors."""
-    twin = module(twin)
-    rng = np.random.default_rng(seed)
-    arrays = [normal(rng, size, dtype), normal(rng, size, dtype), normal(rng, size, dtype) ** 2]
-    again = [a.copy() for a in arrays]
-    numbers = (0.1, 0.9, 0.99, 0.5, 1e-8)
-    expected = portable.adam_change(*(a.astype(np.float64) for a in arrays), *numbers)
-    returned = twin.adam_change(*arrays, *numbers)
-    twin.adam_change(*again, *numbers)
-    for a, b, given_array, e in zip(returned, again, arrays, expected):
-        assert a is given_array
-        np.testing.assert_array_equal(a, b)
-        assert_close(a, e, np.abs(e) + 1, dtype)
-
-
 @given(
     shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
     dtype=st.sampled_from([np.float32, np.float64, np.int64]),

@@ -175,116 +175,6 @@ def test_the_numpy_adam_step_is_the_definition(shape, dtype, order, seed, decays
     assert_array_equal(given_grad, grad)
 
 
-# Of two dtypes, smaller and larger than a block, of one dtype alone, without elements, without dimensions.
-MANY = [((3, 4), "f4"), ((), "f4"), ((BLOCK + 1,), "f4"), ((0,), "f4"), ((2, 3), "f8"), ((BLOCK - 1,), "f4"),
-        ((5,), "f8"), ((2, 3, 4), "f4")]  # fmt: skip
-
-
-def many(rng):
-    return [Parameter(np.asarray(rng.standard_normal(shape), dtype)) for shape, dtype in MANY]
-
-
-def give_gradients(parameters, seed):
-    rng = np.random.default_rng(seed)
-    for p in parameters:
-        g = np.asarray(rng.standard_normal(p.shape), p.value.dtype)
-        p.grad = np.asfortranarray(g) if g.ndim else g
-
-
-def assert_stepped(optimizer, values, m, v, decay):
-    """Step `optimizer`, and the definition for each array of it by itself; they must agree."""
-    k, (beta1, beta2) = optimizer.steps + 1, optimizer.betas
-    scalars = (optimizer.lr / (1 - beta1**k), beta1, beta2, math.sqrt(1 - beta2**k), optimizer.eps, decay)
-    optimizer.step()
-    for i, p in enumerate(optimizer.parameters):
-        values[i], m[i], v[i] = portable.adam_step(values[i], p.grad, m[i], v[i], *scalars)
-        for ours, definition in [(p.value, values[i]), (optimizer.m[i], m[i]), (optimizer.v[i], v[i])]:
-            eps = np.finfo(definition.dtype).eps
-            assert ours.shape == definition.shape and ours.dtype == definition.dtype
-            assert_allclose(ours, definition, rtol=16 * eps, atol=16 * eps)
-
-
-@pytest.fixture
-def chosen(twin, monkeypatch):
-    """The twin, in use until the end of the test."""
-    monkeypatch.setattr(tinydiff.kernels, "_twin", None)
-    return use(twin)
-
-
-@for_each_twin
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_small_arrays_stepped_together_are_the_definition(chosen, weight_decay):
-    """In place, for processes that share the weights; and from the moments that a checkpoint put there."""
-    parameters = many(np.random.default_rng(0))
-    optimizer = td.Adam(parameters, lr=0.01, weight_decay=weight_decay)
-    values = [p.value.copy() for p in parameters]
-    memory = [p.value for p in parameters]
-    m, v = ([np.zeros_like(value) for value in values] for _ in range(2))
-    for step in range(5):
-        give_gradients(parameters, step)
-        if step == 2:  # as after a checkpoint
-            for i in range(len(m)):
-                m[i], v[i] = m[i] + 1, v[i] + 2
-                optimizer.m[i], optimizer.v[i] = m[i].copy(), v[i].copy()
-        if step == 3:  # a weight replaced
-            values[0] = values[0] + 1
-            parameters[0].value = memory[0] = values[0].copy()
-        assert_stepped(optimizer, values, m, v, 1 - 0.01 * weight_decay)
-        assert all(p.value is array for p, array in zip(parameters, memory))
-
-
-@for_each_twin
-def test_steps_are_repeatable_bit_for_bit_and_by_the_chosen_twin(chosen, monkeypatch):
-    results = []
-    for _ in range(2):
-        parameters = many(np.random.default_rng(0))
-        optimizer = td.Adam(parameters, lr=0.01)
-        for step in range(3):
-            give_gradients(parameters, step)
-            optimizer.step()
-        results.append([p.value for p in parameters])
-    for one, other in zip(*results):
-        assert_array_equal(one, other)
-    sizes = []
-    change = chosen.adam_change
-    monkeypatch.setattr(chosen, "adam_change", lambda g, *a: sizes.append(g.size) or change(g, *a))
-    optimizer.step()
-    assert sum(sizes) == sum(p.value.size for p in parameters if p.value.size < BLOCK)
-
-
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copy_of_the_optimizer_goes_its_own_way(copied):
-    """Its moments must not be views of memory that it no longer has, nor the original's."""
-    parameters = many(np.random.default_rng(0))
-    first = td.Adam(parameters, lr=0.01)
-    give_gradients(parameters, 0)
-    first.step()
-    second = copied(first)
-    values, m, v = ([a.copy() for a in arrays] for arrays in
-                    ([p.value for p in second.parameters], second.m, second.v))  # fmt: skip
-    for step in range(1, 4):
-        give_gradients(second.parameters, step)
-        assert_stepped(second, values, m, v, 1.0)
-    if second.m is not first.m:
-        give_gradients(parameters, 0)
-        before = [a.copy() for a in second.m]
-        first.step()
-        for ours, theirs in zip(second.m, before):
-            assert_array_equal(ours, theirs)
-
-
-def test_small_arrays_may_leave_for_another_library():
-    parameters = [parameter(np.ones(3)), parameter(np.ones(2))]
-    optimizer = td.Adam(parameters, lr=0.1)
-    give_gradients(parameters, 0)
-    optimizer.step()
-    for i, p in enumerate(parameters):
-        p.value, p.grad = strict.asarray(p.value), strict.asarray(np.ones(p.shape))
-        optimizer.m[i], optimizer.v[i] = strict.asarray(optimizer.m[i]), strict.asarray(optimizer.v[i])
-    optimizer.step()
-    assert all(type(p.value) is type(strict.ones(1)) for p in parameters)
-
-
 @given(SHAPES, st.sampled_from([np.float32, np.float64]), st.sampled_from(["C", "F", "strided"]), SEEDS)
 def test_the_numpy_ema_step_is_the_definition(shape, dtype, order, seed):
     rng = np.random.default_rng(seed)
@@ -297,6 +187,196 @@ def test_the_numpy_ema_step_is_the_definition(shape, dtype, order, seed):
     eps = np.finfo(dtype).eps
     assert_allclose(stepped, expected, rtol=4 * eps, atol=4 * eps)
     assert_array_equal(given_value, value)
+
+
+# Many arrays as one
+
+# Of two dtypes, smaller and larger than a block, of one dtype alone, without elements, without dimensions.
+MANY = [((3, 4), "f4"), ((), "f4"), ((BLOCK + 1,), "f4"), ((0,), "f4"), ((2, 3), "f8"), ((BLOCK - 1,), "f4"),
+        ((5,), "f8"), ((2, 3, 4), "f4")]  # fmt: skip
+LIBRARIES = ["numpy", pytest.param("numba", marks=needs_numba), "strict"]
+
+
+@pytest.fixture
+def make(library, monkeypatch):
+    """What makes arrays of the library; of NumPy's, with the twin in use until the end of the test."""
+    if library == "strict":
+        return lambda x: strict.asarray(np.asarray(x))
+    monkeypatch.setattr(tinydiff.kernels, "_twin", None)
+    use(library)
+    return np.array
+
+
+def many(rng, make=np.array):
+    return [Parameter(make(rng.standard_normal(shape).astype(dtype))) for shape, dtype in MANY]
+
+
+def give_gradients(parameters, seed, make=np.array):
+    rng = np.random.default_rng(seed)
+    for p in parameters:
+        p.grad = make(rng.standard_normal(p.shape).astype(to_numpy(p.value).dtype, order="F"))
+
+
+def assert_stepped(optimizer, values, m, v, decay):
+    """Step `optimizer`, and the definition for each array of it by itself; they must agree."""
+    k, (beta1, beta2) = optimizer.steps + 1, optimizer.betas
+    scalars = (optimizer.lr / (1 - beta1**k), beta1, beta2, math.sqrt(1 - beta2**k), optimizer.eps, decay)
+    optimizer.step()
+    for i, p in enumerate(optimizer.parameters):
+        values[i], m[i], v[i] = portable.adam_step(values[i], to_numpy(p.grad), m[i], v[i], *scalars)
+        for ours, definition in [(p.value, values[i]), (optimizer.m[i], m[i]), (optimizer.v[i], v[i])]:
+            eps = np.finfo(definition.dtype).eps
+            ours = to_numpy(ours)
+            assert ours.shape == definition.shape and ours.dtype == definition.dtype
+            assert_allclose(ours, definition, rtol=16 * eps, atol=16 * eps)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_arrays_stepped_together_are_the_definition(library, make, weight_decay):
+    """From what a checkpoint puts there, too; and but for that all stays where it is in memory."""
+    parameters = many(np.random.default_rng(0), make)
+    optimizer = td.Adam(parameters, lr=0.01, weight_decay=weight_decay)
+    values = [to_numpy(p.value).copy() for p in parameters]
+    m, v = ([np.zeros_like(value) for value in values] for _ in range(2))
+    for step in range(5):
+        give_gradients(parameters, step, make)
+        if step == 2:  # as after a checkpoint
+            for i in range(len(m)):
+                m[i], v[i] = m[i] + 1, v[i] + 2
+                optimizer.m[i], optimizer.v[i] = make(m[i]), make(v[i])
+        if step == 3:  # weights replaced
+            for i in (0, 5):
+                values[i] = values[i] + 1
+                parameters[i].value = make(values[i])
+        assert_stepped(optimizer, values, m, v, 1 - 0.01 * weight_decay)
+        arrays = [*(p.value for p in parameters), *optimizer.m, *optimizer.v]
+        if step == 0:
+            first = arrays
+        if library == "strict" or step == 1:  # a replaced array that is larger than a block stays where it is
+            assert all(now is before for now, before in zip(arrays, first))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_average_of_arrays_together_is_the_definition(library, make):
+    class Weights(td.nn.Module):
+        def __init__(self):
+            self.weights = many(np.random.default_rng(0), make)
+
+    model = Weights()
+    ema = td.EMA(model, 0.5)
+    expected = [to_numpy(p.value).copy() for p in model.weights]
+    for step in range(1, 5):
+        for p in model.weights:
+            p.value = p.value + 1.0
+        if step == 3:  # as after a checkpoint
+            ema.model.weights[0].value = make(expected[0] + 1)
+            expected[0] = expected[0] + 1
+        ema.update()
+        rate = 1 - min(0.5, (1 + step) / (10 + step))
+        for i, (average, weight) in enumerate(zip(ema.model.weights, model.weights)):
+            expected[i] = portable.ema_step(expected[i], to_numpy(weight.value), rate)
+            assert to_numpy(average.value).dtype == expected[i].dtype
+            assert_allclose(to_numpy(average.value), expected[i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_clipping_many_arrays(library, make):
+    """The norm is that of all of them, and each keeps its shape and dtype."""
+    parameters = many(np.random.default_rng(0), make)
+    give_gradients(parameters, 1, make)
+    before = [to_numpy(p.grad).copy() for p in parameters]
+    expected = math.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in before))
+    assert_allclose(float(td.clip_grad_norm(parameters, 2.0)), expected, rtol=1e-6)
+    for p, g in zip(parameters, before):
+        assert to_numpy(p.grad).shape == g.shape and to_numpy(p.grad).dtype == g.dtype
+        assert_allclose(to_numpy(p.grad), g * (2 / expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_steps_are_repeatable_and_by_the_chosen_twin(library, make, monkeypatch):
+    results = []
+    for _ in range(2):
+        parameters = many(np.random.default_rng(0), make)
+        optimizer = td.Adam(parameters, lr=0.01)
+        for step in range(3):
+            give_gradients(parameters, step, make)
+            optimizer.step()
+        results.append([to_numpy(p.value) for p in parameters])
+    for one, other in zip(*results):
+        assert_array_equal(one, other)
+    kernels = tinydiff.kernels.kernels_for(parameters[0].value)
+    sizes, step = [], kernels.adam_step
+    monkeypatch.setattr(kernels, "adam_step", lambda w, *a: sizes.append(math.prod(w.shape)) or step(w, *a))
+    optimizer.step()
+    of = {dtype: [math.prod(shape) for shape, d in MANY if d == dtype] for dtype in ("f4", "f8")}
+    if library == "strict":
+        assert sorted(sizes) == sorted(map(sum, of.values()))
+    else:  # the large one where it is
+        assert sorted(sizes) == sorted([BLOCK + 1, sum(of["f4"]) - (BLOCK + 1), sum(of["f8"])])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_of_the_optimizer_goes_its_own_way(copied):
+    """What it moves must not be views of memory that it no longer has, nor the original's."""
+    parameters = many(np.random.default_rng(0))
+    first = td.Adam(parameters, lr=0.01)
+    give_gradients(parameters, 0)
+    first.step()
+    second = copied(first)
+    values, m, v = ([a.copy() for a in arrays] for arrays in
+                    ([p.value for p in second.parameters], second.m, second.v))  # fmt: skip
+    for step in range(1, 4):
+        give_gradients(second.parameters, step)
+        assert_stepped(second, values, m, v, 1.0)
+    if second.m is not first.m:
+        give_gradients(parameters, 0)
+        before = [a.copy() for a in (*second.m, *(p.value for p in second.parameters))]
+        first.step()
+        for ours, theirs in zip((*second.m, *(p.value for p in second.parameters)), before):
+            assert_array_equal(ours, theirs)
+
+
+def test_two_optimizers_may_take_turns():
+    """Each lays the weights out for itself; none works on weights that the other has left behind."""
+    parameters, expected = many(np.random.default_rng(0)), many(np.random.default_rng(0))
+    both = [td.Adam(parameters, lr=0.01), td.Adam(parameters, lr=0.1)]
+    each = [[td.Adam([p], lr=lr) for p in expected] for lr in (0.01, 0.1)]
+    for step in range(6):
+        give_gradients(parameters, step)
+        give_gradients(expected, step)
+        both[step % 2].step()
+        for optimizer in each[step % 2]:
+            optimizer.step()
+    for ours, theirs in zip(parameters, expected):
+        assert_array_equal(ours.value, theirs.value)
+
+
+def test_weights_may_leave_for_another_library():
+    parameters = [parameter(np.ones(3)), parameter(np.ones(2))]
+    optimizer = td.Adam(parameters, lr=0.1)
+    give_gradients(parameters, 0)
+    optimizer.step()
+    for i, p in enumerate(parameters):
+        p.value, p.grad = strict.asarray(p.value), strict.asarray(np.ones(p.shape))
+        optimizer.m[i], optimizer.v[i] = strict.asarray(optimizer.m[i]), strict.asarray(optimizer.v[i])
+    optimizer.step()
+    assert all(type(p.value) is type(strict.ones(1)) for p in parameters)
+
+
+def test_weights_may_leave_for_another_device():
+    """What is laid out on one is not taken for what is on the other, of the same type."""
+    there = strict.Device("device1")
+    parameters = [Parameter(strict.ones(3)), Parameter(strict.ones(2))]
+    optimizer = td.Adam(parameters, lr=0.1)
+    for device in (strict.Device("CPU_DEVICE"), there):
+        for arrays in (optimizer.m, optimizer.v):
+            arrays[:] = [a.to_device(device) for a in arrays]
+        for p in parameters:
+            p.value = p.value.to_device(device)
+            p.grad = strict.ones(p.shape, device=device)
+        optimizer.step()
+        assert all(p.value.device == device for p in parameters)
 
 
 # Clipping

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+from tinydiff._together import Together, cut, end_to_end, groups
 from tinydiff.backend import Array, array_namespace
 from tinydiff.kernels import kernels_for
-from tinydiff.kernels._optim import Together
 from tinydiff.nn.module import Module, Parameter
 
 __all__ = ["EMA", "Adam", "clip_grad_norm", "warmup_cosine"]
@@ -64,11 +64,7 @@ class Adam:
         self.steps = 0
         self.m = [array_namespace(p.value).zeros_like(p.value) for p in self.parameters]
         self.v = [array_namespace(p.value).zeros_like(p.value) for p in self.parameters]
-        self._together: list[Together] | None = None  # made by the first step
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: all but the memory that its moments would be views of."""
-        return self.__dict__ | {"_together": None}
+        self._together = Together()
 
     def step(self) -> None:
         """Move every parameter against its gradient.  (docs: B.21)"""
@@ -77,20 +73,22 @@ class Adam:
         # m / (1 - beta1^k) and sqrt(v / (1 - beta2^k)) are the unbiased moments; the corrections are scalars.
         step_size = self.lr / (1.0 - beta1**self.steps)
         root = math.sqrt(1.0 - beta2**self.steps)
-        decay = 1.0 - self.lr * self.weight_decay
-        how = (step_size, beta1, beta2, root, self.eps, decay)
-        left = dict(enumerate(self.parameters))
-        if self._together is None:
-            self._together = Together.groups([p.value for p in self.parameters], self.m, self.v)
-        for small in self._together:
-            values = [self.parameters[i].value for i in small.which]
-            if small.fits(values):
-                grads = [left.pop(i).grad for i in small.which]
-                small.step(kernels_for(values[0]), values, grads, self.m, self.v, *how)
-        for i, p in left.items():
-            p.value, self.m[i], self.v[i] = kernels_for(p.value).adam_step(
-                p.value, p.grad, self.m[i], self.v[i], *how
+        how = (step_size, beta1, beta2, root, self.eps, 1.0 - self.lr * self.weight_decay)
+        values = [p.value for p in self.parameters]
+        alone = set(range(len(values)))
+        for which, together in self._together.hold(values, self.m, self.v):
+            grads = end_to_end([self.parameters[i].grad for i in which])
+            value, m, v = (each.flat for each in together)
+            stepped = kernels_for(value).adam_step(value, grads, m, v, *how)
+            for each, flat in zip(together, stepped, strict=True):
+                each.write(flat)
+            alone.difference_update(which)
+        for i in alone:
+            values[i], self.m[i], self.v[i] = kernels_for(values[i]).adam_step(
+                values[i], self.parameters[i].grad, self.m[i], self.v[i], *how
             )
+        for p, value in zip(self.parameters, values, strict=True):
+            p.value = value
 
     def zero_grad(self) -> None:
         """Make every gradient zero."""
@@ -131,13 +129,25 @@ def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], ma
         raise ValueError(f"max_norm is {max_norm}; expected a positive number.")
     distinct = _distinct(parameters)
     xp = array_namespace(distinct[0].value)
-    squares = xp.stack([xp.sum(p.grad * p.grad) for p in distinct])
-    norm = xp.sqrt(xp.sum(squares))
+    grads = [p.grad for p in distinct]
+    together = groups(grads)
+    flats = [end_to_end([grads[i] for i in which]) for which in together]
+    alone = set(range(len(grads))).difference(*together)
+    dtype = xp.result_type(*grads)
+    sums = [xp.sum(g * g) for g in [*flats, *(grads[i] for i in alone)]]
+    norm = xp.sqrt(xp.sum(xp.stack([xp.astype(square, dtype, copy=False) for square in sums])))
     if math.isfinite(max_norm):
         one = xp.ones_like(norm)
         scale = xp.minimum(one, max_norm / (norm + 1e-12))  # no host value: a GPU need not wait
-        for p in distinct:
-            p.grad = p.grad * scale
+
+        def scaled(g: Array) -> Array:
+            return g * xp.astype(scale, g.dtype, copy=False)
+
+        for which, flat in zip(together, flats, strict=True):
+            for i, grad in zip(which, cut(scaled(flat), [grads[i].shape for i in which]), strict=True):
+                distinct[i].grad = grad
+        for i in alone:
+            distinct[i].grad = scaled(grads[i])
     return norm
 
 
@@ -216,10 +226,20 @@ class EMA(Generic[M]):
         )
         for average, _ in self._pairs:
             average.zero_grad()
+        self._together = Together()
 
     def update(self) -> None:
         """Take one step of the average: w_ema += (1 - decay) (w - w_ema).  (docs: B.23)"""
         self.steps += 1
         rate = 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
-        for average, current in self._pairs:
-            average.value = kernels_for(current.value).ema_step(average.value, current.value, rate)
+        averages = [average.value for average, _ in self._pairs]
+        current = [weight.value for _, weight in self._pairs]
+        alone = set(range(len(averages)))
+        for which, (together,) in self._together.hold(averages):
+            value = end_to_end([current[i] for i in which])
+            together.write(kernels_for(value).ema_step(together.flat, value, rate))
+            alone.difference_update(which)
+        for i in alone:
+            averages[i] = kernels_for(current[i]).ema_step(averages[i], current[i], rate)
+        for (average, _), value in zip(self._pairs, averages, strict=True):
+            average.value = value

@@ -27,7 +27,7 @@ from tinydiff.kernels._numba_norm import (
     group_norm_silu,
     group_norm_silu_backward,
 )
-from tinydiff.kernels._numba_optim import adam_change, adam_step, ema_step
+from tinydiff.kernels._numba_optim import adam_step, ema_step
 from tinydiff.kernels._numba_silu import silu, silu_backward
 from tinydiff.kernels._numba_winograd import (
     winograd_conv,
@@ -39,7 +39,6 @@ from tinydiff.kernels._threads import in_parallel
 from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
 __all__ = [
-    "adam_change",
     "adam_step",
     "attention",
     "attention_backward",

@@ -34,7 +34,7 @@ from tinydiff.kernels._norm import (
     group_norm_silu,
     group_norm_silu_backward,
 )
-from tinydiff.kernels._optim import adam_change, adam_step, ema_step
+from tinydiff.kernels._optim import adam_step, ema_step
 from tinydiff.kernels._threads import in_parallel
 from tinydiff.kernels._winograd import (
     winograd_conv,
@@ -45,7 +45,6 @@ from tinydiff.kernels._winograd import (
 from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
 __all__ = [
-    "adam_change",
     "adam_step",
     "attention",
     "attention_backward",

@@ -15,7 +15,6 @@ from typing import Any
 from tinydiff.backend import Array, array_namespace, device
 
 __all__ = [
-    "adam_change",
     "adam_step",
     "attention",
     "attention_backward",
@@ -260,26 +259,6 @@ def attention_backward(saved: tuple[Any, ...], do: Array) -> tuple[Array, Array,
     return ds @ k, _transpose(ds) @ q, _transpose(p) @ do
 
 
-def adam_change(
-    grad: Array,
-    m: Array,
-    v: Array,
-    step_size: float,
-    beta1: float,
-    beta2: float,
-    root: float,
-    eps: float,
-) -> tuple[Array, Array, Array]:
-    """What Adam takes from the value, and the new moments; a twin writes over the three.  (docs: B.21)
-
-    m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v);  change = step_size m / (sqrt(v)/root + eps)
-    """
-    xp = array_namespace(grad)
-    m = m + (1.0 - beta1) * (grad - m)
-    v = v + (1.0 - beta2) * (grad * grad - v)
-    return step_size * m / (xp.sqrt(v) * (1.0 / root) + eps), m, v
-
-
 def adam_step(
     value: Array,
     grad: Array,
@@ -294,10 +273,13 @@ def adam_step(
 ) -> tuple[Array, Array, Array]:
     """One step of Adam (Kingma & Ba 2015): new value and moments; a twin may reuse the old.  (docs: B.21)
 
-    value = decay value - change, with `adam_change`
+    m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v)
+    value = decay value - step_size m / (sqrt(v)/root + eps)
     """
-    change, m, v = adam_change(grad, m, v, step_size, beta1, beta2, root, eps)
-    return decay * value - change, m, v
+    xp = array_namespace(value)
+    m = m + (1.0 - beta1) * (grad - m)
+    v = v + (1.0 - beta2) * (grad * grad - v)
+    return decay * value - step_size * m / (xp.sqrt(v) * (1.0 / root) + eps), m, v
 
 
 def ema_step(average: Array, value: Array, rate: float) -> Array:
