@@ -23,17 +23,16 @@ def groups(arrays: Sequence[Array]) -> list[list[int]]:
 
     A larger one in NumPy is stepped block by block where it is (``kernels/_optim.py``).
     """
-    alike: dict[tuple[type, str], list[int]] = {}
+    alike: dict[tuple[type, Any], list[int]] = {}
     for i, array in enumerate(arrays):
         if not is_numpy_array(array) or array.size < BLOCK:
-            alike.setdefault((type(array), str(array.dtype)), []).append(i)
+            alike.setdefault((type(array), array.dtype), []).append(i)
     return [which for which in alike.values() if len(which) > 1]
 
 
 def end_to_end(arrays: Sequence[Array]) -> Array:
     """Their elements in a row, in a new array (size,)."""
-    xp = array_namespace(arrays[0])
-    return xp.concat([xp.reshape(array, (-1,)) for array in arrays])
+    return array_namespace(arrays[0]).concat(arrays, axis=None)
 
 
 def cut(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
