@@ -11,6 +11,7 @@ All are compared with one reference: NumPy in float64, by the definitions in ``k
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import array_api_compat.numpy
@@ -143,6 +144,47 @@ def transfers():
     with pytest.MonkeyPatch.context() as patch, flags:
         for name in CROSSINGS:
             patch.setattr(Array, name, counting(name, getattr(Array, name)))
+        yield seen
+
+
+@contextmanager
+def launches():
+    """A list that grows by (name, shape) with every call of array-api-strict that computes or copies.
+
+    A GPU would be given work then, at some microseconds a call however small the arrays. Views are free.
+    """
+    seen, within = [], []
+
+    def is_view(result, args):
+        given = (a._array for a in args if isinstance(a, Array))
+        return any(np.may_share_memory(result._array, a) for a in given)
+
+    def counting(name, original, in_place):
+        def call(*args, **kwargs):
+            within.append(name)
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                within.pop()
+            out = args[0] if in_place else result
+            if not within and isinstance(out, Array) and (in_place or not is_view(out, args)):
+                seen.append((name, tuple(out.shape)))
+            return result
+
+        return call
+
+    Array = type(array_api_strict.zeros(1))
+    operators = "add sub mul truediv floordiv mod pow matmul neg pos abs invert lt le eq ne ge gt and or xor"
+    names = [f"__{p}{name}__" for name in operators.split() for p in ("", "r", "i")]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [*names, "__getitem__", "__setitem__"]:
+            if hasattr(Array, name):
+                in_place = name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
+                patch.setattr(Array, name, counting(name, getattr(Array, name), in_place))
+        for name in array_api_strict.__all__:
+            function = getattr(array_api_strict, name)
+            if isinstance(function, FunctionType):
+                patch.setattr(array_api_strict, name, counting(name, function, False))
         yield seen
 
 

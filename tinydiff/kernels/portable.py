@@ -51,29 +51,22 @@ def _pad(x: Array, padding: Padding) -> Array:
     return padded
 
 
-def _taps(k: int, stride: int, h_out: int, w_out: int) -> list[tuple[int, int, slice, slice]]:
-    """For each tap (i, j): the rows and columns of the padded input that it meets."""
+def windows(x: Array, k: int, stride: int, padding: Padding) -> Array:
+    """What each pixel of a convolution's output looks at, in a row: (N, H', W', k k C).  (docs: B.7)"""
+    xpad = _pad(x, padding)
+    h_out, w_out = ((size - k) // stride + 1 for size in xpad.shape[1:3])
     rows = [slice(i, i + stride * (h_out - 1) + 1, stride) for i in range(k)]
     cols = [slice(j, j + stride * (w_out - 1) + 1, stride) for j in range(k)]
-    return [(i, j, rows[i], cols[j]) for i in range(k) for j in range(k)]
+    return array_namespace(x).concat([xpad[:, r, c, :] for r in rows for c in cols], axis=-1)
 
 
 def conv2d(x: Array, w: Array, b: Array, stride: int, padding: Padding) -> Array:
     """Cross-correlate: y[n,p,q,:] = b + sum_ij xpad[n, s p + i, s q + j, :] @ w[i,j].  (docs: B.7)
 
     x (N, H, W, C), w (k, k, C, D), b (D,)  ->  y (N, H', W', D), H' = (H + before + after - k) // s + 1.
+    The sum over taps and the sum over channels are one: the product of `windows` and w, as matrices.
     """
-    xp = array_namespace(x)
-    k, _, c, d = w.shape
-    xpad = _pad(x, padding)
-    n = x.shape[0]
-    h_out = (xpad.shape[1] - k) // stride + 1
-    w_out = (xpad.shape[2] - k) // stride + 1
-    y = b
-    for i, j, rows, cols in _taps(k, stride, h_out, w_out):
-        x_rows = xp.reshape(xpad[:, rows, cols, :], (n * h_out * w_out, c))
-        y = y + x_rows @ w[i, j, :, :]
-    return xp.reshape(y, (n, h_out, w_out, d))
+    return _rows_times(windows(x, w.shape[0], stride, padding), w) + b
 
 
 def conv2d_backward(
@@ -81,25 +74,30 @@ def conv2d_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of `conv2d`.  (docs: B.8, B.9)
 
-    dxpad[n, s p + i, s q + j, :] += dy[n,p,q,:] @ w[i,j].T     dw[i,j] = sum_npq xpad[...].T dy
-    db = sum_npq dy
+    dxpad[n,u,v,:] = sum_ij spread[n, u - i, v - j, :] @ w[i,j].T,  spread[n, s p, s q, :] = dy[n,p,q,:], or 0
+    dw[i,j] = sum_npq xpad[n, s p + i, s q + j, :].T dy[n,p,q,:]     db = sum_npq dy
 
     dy (N, H', W', D)  ->  dx (N, H, W, C), dw (k, k, C, D), db (D,)
     """
     xp = array_namespace(x)
     k, _, c, d = w.shape
-    before, _ = padding
-    n, h_out, w_out, _ = dy.shape
-    xpad = _pad(x, padding)
-    dxpad = xp.zeros_like(xpad)
-    dw = xp.zeros_like(w)
-    dy_rows = xp.reshape(dy, (n * h_out * w_out, d))
-    for i, j, rows, cols in _taps(k, stride, h_out, w_out):
-        dxpad[:, rows, cols, :] += xp.reshape(dy_rows @ w[i, j, :, :].T, (n, h_out, w_out, c))
-        x_rows = xp.reshape(xpad[:, rows, cols, :], (n * h_out * w_out, c))
-        dw[i, j, :, :] = x_rows.T @ dy_rows
-    dx = dxpad[:, before : before + x.shape[1], before : before + x.shape[2], :]
-    return dx, dw, xp.sum(dy_rows, axis=0)
+    dy_rows = xp.reshape(dy, (-1, d))
+    dw = xp.reshape(windows(x, k, stride, padding), (-1, k * k * c)).T @ dy_rows
+    turned = xp.permute_dims(xp.flip(w, axis=(0, 1)), (0, 1, 3, 2))
+    dx = _rows_times(windows(_spread(dy, x.shape, k, stride, padding), k, 1, (0, 0)), turned)
+    return dx, xp.reshape(dw, w.shape), xp.sum(dy_rows, axis=0)
+
+
+def _spread(dy: Array, shape: tuple[int, ...], k: int, stride: int, padding: Padding) -> Array:
+    """dy with `stride` - 1 zeros between pixels, and as many around that each pixel of x is one window's."""
+    n, h, w, _ = shape
+    before, after = padding
+    _, h_out, w_out, d = dy.shape
+    size = [n, *(length + before + after + k - 1 for length in (h, w)), d]
+    spread = array_namespace(dy).zeros(tuple(size), dtype=dy.dtype, device=device(dy))
+    rows, cols = (slice(k - 1, k + stride * (length - 1), stride) for length in (h_out, w_out))
+    spread[:, rows, cols, :] = dy
+    return spread[:, before : before + h + k - 1, before : before + w + k - 1, :]
 
 
 def group_norm(
@@ -114,9 +112,10 @@ def group_norm(
     n, h, w, c = x.shape
     g = xp.reshape(x, (n, h * w, groups, c // groups))
     mean = xp.mean(g, axis=(1, 3), keepdims=True)
-    var = xp.mean((g - mean) ** 2, axis=(1, 3), keepdims=True)
+    centred = g - mean
+    var = xp.mean(centred * centred, axis=(1, 3), keepdims=True)
     rstd = 1.0 / xp.sqrt(var + eps)
-    xhat = (g - mean) * rstd
+    xhat = centred * rstd
     return xp.reshape(xhat, x.shape) * weight + bias, (xhat, rstd)
 
 
@@ -139,10 +138,10 @@ def group_norm_backward(saved: tuple[Array, Array], weight: Array, dy: Array) ->
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), written so that exp never overflows and small values keep their digits."""
+    """1 / (1 + exp(-x)) as exp(x) / (1 + exp(x)); where exp could overflow it is 1.  (docs: A.12)"""
     xp = array_namespace(x)
-    e = xp.exp(-xp.abs(x))
-    return xp.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
+    e = xp.exp(xp.minimum(x, 80.0))
+    return e / (1.0 + e)
 
 
 def silu(x: Array) -> tuple[Array, Array]:
@@ -208,11 +207,16 @@ def upsample_conv2d_backward(x: Array, w: Array, dy: Array) -> tuple[Array, Arra
     return upsample_backward(dx), dw, db
 
 
+def _rows_times(x: Array, w: Array) -> Array:
+    """x w over the last axis, as one product of rows: x (..., C), w of C rows in all  ->  (..., D)."""
+    xp = array_namespace(x)
+    c, d = x.shape[-1], w.shape[-1]
+    return xp.reshape(xp.reshape(x, (-1, c)) @ xp.reshape(w, (c, d)), (*x.shape[:-1], d))
+
+
 def linear(x: Array, w: Array, b: Array) -> Array:
     """y = x w + b over the last axis: x (..., C), w (C, D), b (D,)  ->  y (..., D).  (docs: B.1)"""
-    xp = array_namespace(x)
-    x_rows = xp.reshape(x, (-1, w.shape[0]))
-    return xp.reshape(x_rows @ w + b, (*x.shape[:-1], w.shape[1]))
+    return _rows_times(x, w) + b
 
 
 def linear_backward(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
