@@ -1,8 +1,9 @@
 """The definition of every tuned routine, in the array API standard.
 
-Nothing here is fast on purpose. A twin in another file must agree with these lines over random shapes. One
-thing is done for a GPU's sake: a product of images and a matrix is written as one product of rows, because
-CuPy would otherwise make it one small product for every row of every image.
+A twin in another file, written for speed, must agree with these lines over random shapes. One thing is done
+here for a GPU's sake: each is said in few calls, since there a call costs more than its arithmetic (docs:
+A.27). A product of images and a matrix is one product of rows, which CuPy would otherwise make one small
+product for every row of every image.
 
 Shapes: N images, H x W pixels, C channels (last), k x k taps, G groups.  Padding is
 ``(before, after)``, the same for rows and columns.
@@ -10,9 +11,12 @@ Shapes: N images, H x W pixels, C channels (last), k x k taps, G groups.  Paddin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from tinydiff.backend import Array, array_namespace, device
+import numpy as np
+
+from tinydiff.backend import Array, array_namespace, asarray_like, device
 
 __all__ = [
     "adam_step",
@@ -39,25 +43,52 @@ __all__ = [
 Padding = tuple[int, int]
 
 
-def _pad(x: Array, padding: Padding) -> Array:
-    """Zeros around the rows and columns of x (N, H, W, C)."""
-    xp = array_namespace(x)
+def seen(size: int, k: int, stride: int, padding: Padding) -> np.ndarray:
+    """Along an axis of this size: the pixel that output p sees through tap i, s p + i - before.
+
+    (size', k), integers, with size' = (size + before + after - k) // s + 1; outside 0 … size-1 are the padded
+    zeros.  (docs: B.7)
+    """
     before, after = padding
-    if before == after == 0:
-        return x
+    p = np.arange((size + before + after - k) // stride + 1)
+    return stride * p[:, None] + np.arange(k) - before
+
+
+def reached(size: int, k: int, stride: int, padding: Padding) -> np.ndarray:
+    """The other way: the output p that pixel r reaches through tap i, s p + i = r + before; -1 for none.
+
+    (size, k), integers; outside 0 … size'-1 there are no outputs.  (docs: B.8)
+    """
+    before, _ = padding
+    p, rest = np.divmod(np.arange(size)[:, None] + before - np.arange(k), stride)
+    return np.where(rest == 0, p, -1)
+
+
+# The pixels that `windows` copies, kept on the device: they are the same in every step.
+_copied: dict[tuple[Any, ...], Array] = {}
+
+
+def windows(
+    x: Array, find: Callable[..., np.ndarray], sizes: tuple[int, int], k: int, stride: int, padding: Padding
+) -> Array:
+    """Of x (N, H, W, C) the k x k pixels in a row that `find` names along the axes; zeros where it has none.
+
+    `find` is `seen` or `reached`, `sizes` are those of the convolution's input. It is (N, A, B, k k C), A and B
+    as many as `find` has for each.
+    """
+    xp = array_namespace(x)
     n, h, w, c = x.shape
-    padded = xp.zeros((n, h + before + after, w + before + after, c), dtype=x.dtype, device=device(x))
-    padded[:, before : before + h, before : before + w, :] = x
-    return padded
-
-
-def windows(x: Array, k: int, stride: int, padding: Padding) -> Array:
-    """What each pixel of a convolution's output looks at, in a row: (N, H', W', k k C).  (docs: B.7)"""
-    xpad = _pad(x, padding)
-    h_out, w_out = ((size - k) // stride + 1 for size in xpad.shape[1:3])
-    rows = [slice(i, i + stride * (h_out - 1) + 1, stride) for i in range(k)]
-    cols = [slice(j, j + stride * (w_out - 1) + 1, stride) for j in range(k)]
-    return array_namespace(x).concat([xpad[:, r, c, :] for r in rows for c in cols], axis=-1)
+    key = (type(x), str(device(x)), find, h, w, *sizes, k, stride, padding)
+    if key not in _copied:
+        r, q = (find(size, k, stride, padding) for size in sizes)
+        r, q = r[:, None, :, None], q[:, None, :]
+        pixels = np.where((r >= 0) & (r < h) & (q >= 0) & (q < w), r * w + q, h * w)  # (A, B, k, k)
+        _copied[key] = asarray_like(pixels, x, xp.int64)
+    pixels = _copied[key]
+    and_zero = xp.zeros((n, h * w + 1, c), dtype=x.dtype, device=device(x))
+    and_zero[:, : h * w, :] = xp.reshape(x, (n, h * w, c))
+    rows = xp.take(and_zero, xp.reshape(pixels, (-1,)), axis=1)
+    return xp.reshape(rows, (n, *pixels.shape[:2], k * k * c))
 
 
 def conv2d(x: Array, w: Array, b: Array, stride: int, padding: Padding) -> Array:
@@ -66,7 +97,7 @@ def conv2d(x: Array, w: Array, b: Array, stride: int, padding: Padding) -> Array
     x (N, H, W, C), w (k, k, C, D), b (D,)  ->  y (N, H', W', D), H' = (H + before + after - k) // s + 1.
     The sum over taps and the sum over channels are one: the product of `windows` and w, as matrices.
     """
-    return _rows_times(windows(x, w.shape[0], stride, padding), w) + b
+    return _rows_times(windows(x, seen, x.shape[1:3], w.shape[0], stride, padding), w) + b
 
 
 def conv2d_backward(
@@ -74,30 +105,18 @@ def conv2d_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of `conv2d`.  (docs: B.8, B.9)
 
-    dxpad[n,u,v,:] = sum_ij spread[n, u - i, v - j, :] @ w[i,j].T,  spread[n, s p, s q, :] = dy[n,p,q,:], or 0
-    dw[i,j] = sum_npq xpad[n, s p + i, s q + j, :].T dy[n,p,q,:]     db = sum_npq dy
+    dxpad[n,u,v,:] = sum_ij dy[n,p,q,:] @ w[i,j].T, over the taps for which there are p, q: s p + i = u,
+    s q + j = v.     dw[i,j] = sum_npq xpad[n, s p + i, s q + j, :].T dy[n,p,q,:]     db = sum_npq dy
 
     dy (N, H', W', D)  ->  dx (N, H, W, C), dw (k, k, C, D), db (D,)
     """
     xp = array_namespace(x)
     k, _, c, d = w.shape
+    geometry = (x.shape[1:3], k, stride, padding)
+    dx = _rows_times(windows(dy, reached, *geometry), xp.permute_dims(w, (0, 1, 3, 2)))
     dy_rows = xp.reshape(dy, (-1, d))
-    dw = xp.reshape(windows(x, k, stride, padding), (-1, k * k * c)).T @ dy_rows
-    turned = xp.permute_dims(xp.flip(w, axis=(0, 1)), (0, 1, 3, 2))
-    dx = _rows_times(windows(_spread(dy, x.shape, k, stride, padding), k, 1, (0, 0)), turned)
+    dw = xp.reshape(windows(x, seen, *geometry), (-1, k * k * c)).T @ dy_rows
     return dx, xp.reshape(dw, w.shape), xp.sum(dy_rows, axis=0)
-
-
-def _spread(dy: Array, shape: tuple[int, ...], k: int, stride: int, padding: Padding) -> Array:
-    """dy with `stride` - 1 zeros between pixels, and as many around that each pixel of x is one window's."""
-    n, h, w, _ = shape
-    before, after = padding
-    _, h_out, w_out, d = dy.shape
-    size = [n, *(length + before + after + k - 1 for length in (h, w)), d]
-    spread = array_namespace(dy).zeros(tuple(size), dtype=dy.dtype, device=device(dy))
-    rows, cols = (slice(k - 1, k + stride * (length - 1), stride) for length in (h_out, w_out))
-    spread[:, rows, cols, :] = dy
-    return spread[:, before : before + h + k - 1, before : before + w + k - 1, :]
 
 
 def group_norm(
