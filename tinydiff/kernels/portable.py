@@ -73,8 +73,8 @@ def windows(
 ) -> Array:
     """Of x (N, H, W, C) the k x k pixels in a row that `find` names along the axes; zeros where it has none.
 
-    `find` is `seen` or `reached`, `sizes` are those of the convolution's input. It is (N, A, B, k k C), A and B
-    as many as `find` has for each.
+    `find` is `seen` or `reached`, `sizes` are those of the convolution's input.  ->  (N, A, B, k k C),
+    A and B as many as `find` has for each.
     """
     xp = array_namespace(x)
     n, h, w, c = x.shape
