@@ -124,6 +124,25 @@ def test_workers_see_new_weights():
         assert_close(shared.predict(x, t), other.predict(x, t), "after loading")
 
 
+def test_the_optimizer_steps_the_weights_where_the_workers_see_them():
+    """Or they would be copied there at every call."""
+    model, rng = unet(dtype=np.float32), np.random.default_rng(0)
+    optimizer = td.Adam(model.named_parameters(), lr=0.1)
+    optimizer.step()  # before there are any workers it has them elsewhere
+    x, t = batch(4, rng, np.float32)
+    with DataParallel(model, 2) as crew:
+        where = [p.value for p in optimizer.parameters]
+        for _ in range(2):
+            y, backward = crew(x, t)
+            backward(np.ones_like(y))
+            before = [p.value.copy() for p in optimizer.parameters]
+            optimizer.step()
+            assert all(p.value is value for p, value in zip(optimizer.parameters, where))
+            assert any(np.any(p.value != value) for p, value in zip(optimizer.parameters, before))
+            optimizer.zero_grad()
+        assert_close(crew.predict(x, t), model.predict(x, t), "y", 1e-5)
+
+
 def test_the_model_is_itself_again_afterwards():
     rng = np.random.default_rng(0)
     model = unet()

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from tinydiff.backend import Array, array_namespace, device, is_numpy_array
+import numpy as np
+
+from tinydiff.backend import Array, array_namespace, is_numpy_array
 from tinydiff.kernels._optim import BLOCK
 
 __all__ = ["EndToEnd", "Together", "cut", "end_to_end", "groups"]
@@ -48,42 +50,38 @@ def cut(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
 
 
 class EndToEnd:
-    """Copies of arrays in one stretch of memory, which stays where it is.
+    """Arrays in one stretch of memory: `flat` (size,), and `views`, its parts in the arrays' shapes.
+
+    They are copied there, unless they are the parts of such an array already.
 
     Parameters
     ----------
     arrays : sequence of array
         Of one library, dtype and device.
-
-    Attributes
-    ----------
-    flat : array of shape (size,)
-    views : list of array
-        Its parts, in the shapes of `arrays`.
     """
 
     def __init__(self, arrays: Sequence[Array]) -> None:
-        self.flat = end_to_end(arrays)
-        self.views = cut(self.flat, [tuple(array.shape) for array in arrays])
-
-    def fits(self, arrays: Sequence[Array]) -> bool:
-        """Whether these could be copied in."""
-        flat = self.flat
-        return all(
-            array is view
-            or (type(array) is type(flat) and array.dtype == flat.dtype and device(array) == device(flat))
-            for array, view in zip(arrays, self.views, strict=True)
-        )
-
-    def hold(self, arrays: Sequence[Array]) -> None:
-        """Copy `arrays` in, unless they are the views."""
-        if any(array is not view for array, view in zip(arrays, self.views, strict=True)):
-            self.write(end_to_end(arrays))
+        whole = _whole(arrays)
+        if whole is not None:
+            self.flat, self.views = whole, list(arrays)
+        else:
+            self.flat = end_to_end(arrays)
+            self.views = cut(self.flat, [tuple(array.shape) for array in arrays])
 
     def write(self, flat: Array) -> None:
         """Put these numbers (size,) here."""
         if flat is not self.flat:
             self.flat[...] = flat
+
+
+def _whole(arrays: Sequence[Array]) -> Array | None:
+    """The NumPy array of which these are all parts, one after another, if there is one."""
+    flat = getattr(arrays[0], "base", None)
+    if not (isinstance(flat, np.ndarray) and flat.ndim == 1 and flat.size == sum(a.size for a in arrays)):
+        return None
+    parts = cut(flat, [array.shape for array in arrays])
+    same = (a.__array_interface__ == part.__array_interface__ for a, part in zip(arrays, parts, strict=True))
+    return flat if all(same) else None
 
 
 class Together:
@@ -101,8 +99,8 @@ class Together:
     def hold(self, *lists: list[Array]) -> list[tuple[list[int], list[EndToEnd]]]:
         """Lay them end to end, if they are not; within the lists, views take their places.
 
-        Another array may have been put in a view's place, by a checkpoint, say: it is copied in. If the
-        arrays have been moved to another library or device, they are laid out there.
+        That is done once, and again whenever an array is not the view that was put there: a checkpoint has
+        been read, say, or the model been moved to another device.
 
         Parameters
         ----------
@@ -114,20 +112,19 @@ class Together:
         list of tuple of (list of int, list of EndToEnd)
             For each group the numbers of its arrays, and where those of each list are.
         """
-
-        def of(which: list[int]) -> list[list[Array]]:
-            return [[arrays[i] for i in which] for arrays in lists]
-
-        fits = bool(self._laid) and all(
-            each.fits(arrays)
+        lie_there = self._laid and all(
+            arrays[i] is view
             for which, together in self._laid
-            for each, arrays in zip(together, of(which), strict=True)
+            for arrays, each in zip(lists, together, strict=True)
+            for i, view in zip(which, each.views, strict=True)
         )
-        if not fits:
-            self._laid = [(which, [EndToEnd(arrays) for arrays in of(which)]) for which in groups(lists[0])]
-        for which, together in self._laid:
-            for each, arrays, whole in zip(together, of(which), lists, strict=True):
-                each.hold(arrays)
-                for i, view in zip(which, each.views, strict=True):
-                    whole[i] = view
+        if not lie_there:
+            self._laid = [
+                (which, [EndToEnd([arrays[i] for i in which]) for arrays in lists])
+                for which in groups(lists[0])
+            ]
+            for which, together in self._laid:
+                for arrays, each in zip(lists, together, strict=True):
+                    for i, view in zip(which, each.views, strict=True):
+                        arrays[i] = view
         return self._laid

@@ -34,6 +34,7 @@ import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff._messages import Line
+from tinydiff._together import cut, groups
 from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import alone, threads_in_reach
 from tinydiff.models import MLP, UNet
@@ -277,15 +278,21 @@ def _serve(
 
 
 def _in_shared_memory(parameters: list[Parameter]) -> list[np.ndarray]:
-    """Arrays of the parameters' shapes, zero, in memory that forked processes share."""
-    align = 64
-    sizes = [-(-p.value.nbytes // align) * align for p in parameters]
-    memory = mmap.mmap(-1, max(align, sum(sizes)))
-    starts = np.cumsum([0, *sizes[:-1]])
-    return [
-        np.frombuffer(memory, p.value.dtype, math.prod(p.shape), int(start)).reshape(p.shape)
-        for p, start in zip(parameters, starts, strict=True)
-    ]
+    """Arrays of the parameters' shapes, zero, in memory that forked processes share.
+
+    Those that the optimiser steps together lie end to end, so that it leaves them where they are.
+    """
+    values = [p.value for p in parameters]
+    together = groups(values)
+    alone = set(range(len(values))).difference(*together)
+    shared: list[Any] = [None] * len(values)
+    for which in [*together, *([i] for i in alone)]:
+        dtype, shapes = values[which[0]].dtype, [values[i].shape for i in which]
+        size = sum(map(math.prod, shapes))
+        flat = np.frombuffer(mmap.mmap(-1, max(1, size * dtype.itemsize)), dtype, size)
+        for i, view in zip(which, cut(flat, shapes), strict=True):
+            shared[i] = view
+    return shared
 
 
 @contextmanager
