@@ -517,11 +517,18 @@ def calls():
         parts += (kernels.silu_backward(both[..., :18], both[..., 1:19], both[..., 4:]),)
         return inputs, [y, *parts]
 
+    def attention(rng, kernels):
+        q, k, v, do = (normal(rng, (3, 2, 20, 4), np.float32) for _ in range(4))
+        y, saved = kernels.attention(q, k, v, 0.5)
+        return [q, k, v, do], [y, *kernels.attention_backward(saved, do)]
+
     return {
         "winograd": conv(3, 1, (1, 1), 16, 18),
         "upsample": upsample,
         "gather": conv(3, 1, (1, 1), 4, 5),
+        "narrow": conv(3, 1, (1, 1), 18, 4),
         "strided": conv(3, 2, (0, 1), 16, 18),
+        "attention": attention,
         "pointwise": conv(1, 1, (0, 0), 16, 18),
         "group_norm": norm("group_norm", 16),
         "group_norm_silu": norm("group_norm_silu", 32),
@@ -549,6 +556,41 @@ def test_calls_do_not_disturb_one_another(twin, name):
     _, expected = call(np.random.default_rng(0), portable)
     for a, e in zip(first, expected):
         np.testing.assert_allclose(a, e, rtol=0, atol=2e-5 * np.abs(e).max())
+
+
+@for_each_twin
+@pytest.mark.parametrize("name", calls())
+def test_nothing_is_read_from_a_thread_s_scratch_when_it_is_done(twin, name, monkeypatch):
+    """By then the thread may be at work for another caller: here all it had is spoilt."""
+    twin, handed_out = module(twin), []
+    scratch, in_parallel = _threads.scratch, _threads.in_parallel
+
+    def noted(*args):
+        handed_out.append((threading.get_ident(), scratch(*args)))
+        return handed_out[-1][1]
+
+    def spoiling(*args, **kwargs):
+        results = in_parallel(*args, **kwargs)
+        for thread, array in handed_out:
+            if thread != threading.get_ident():
+                array[...] = np.nan
+                spoilt.append(array.size)
+        return results
+
+    spoilt = []
+    call = calls()[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(_threads, "threads_in_reach", lambda: 3)
+        expected = call(np.random.default_rng(0), twin)[1]
+        for kernels in [m for key, m in sys.modules.items() if key.startswith("tinydiff.kernels.")]:
+            for attribute, wrapped in (("scratch", noted), ("in_parallel", spoiling)):
+                if hasattr(kernels, attribute):
+                    patch.setattr(kernels, attribute, wrapped)
+        results = call(np.random.default_rng(0), twin)[1]
+    for actual, wanted in zip(results, expected):
+        np.testing.assert_array_equal(actual, wanted)
+    if name in ("winograd", "gather", "strided"):
+        assert spoilt  # there were other threads, and they had scratch
 
 
 @for_each_twin

@@ -152,7 +152,10 @@ def sums(shares: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return this thread's array `name`, uninitialised, its memory reused from call to call."""
+    """Return this thread's array `name`, uninitialised, its memory reused from call to call.
+
+    Not for what a thread returns from `in_parallel`: it may be at work for another caller by then.
+    """
     try:
         return _local.views[name, dtype, shape]
     except AttributeError:

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tinydiff.kernels._memory import empty
 from tinydiff.kernels._threads import scratch
 
 __all__ = ["both_axes", "winograd_conv", "winograd_conv_taps", "winograd_weight", "winograd_weight_backward"]
@@ -218,10 +219,11 @@ def winograd_conv(
 def winograd_conv_taps(
     x: np.ndarray, dy: np.ndarray, before: int, start: int, stop: int, *, doubled: bool = False
 ) -> np.ndarray:
-    """The share of images start … stop-1 in dU (36, C, D), in scratch until the next.  (docs: A.9)"""
+    """Return the share of images start … stop-1 in dU (36, C, D).  (docs: A.9)"""
     c, d = x.shape[3], dy.shape[3]
     th, tw = -(-dy.shape[1] // TILE), -(-dy.shape[2] // TILE)
-    du, part = (scratch(name, (PATCH**2, c, d), x.dtype) for name in ("du", "part of du"))
+    # Not in scratch: it is read when this thread may be at work for another caller.
+    du, part = empty((PATCH**2, c, d), x.dtype), scratch("part of du", (PATCH**2, c, d), x.dtype)
     product = du
     for images, row, end in _chunks(start, stop, th, tw, max(FEWEST_PATCHES, CHUNK // max(c, d))):
         v = _input_transform(x[images], row, end - row, before, tw, doubled)
