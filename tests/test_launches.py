@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from namespaces import launches, space
+from namespaces import launches, space, transfers
+from numpy.testing import assert_array_equal
 
 import tinydiff as td
+from tinydiff import backend
+from tinydiff.backend import to_numpy
 
 ROOT = Path(__file__).parent.parent
 PROCESS = td.GaussianDiffusion(td.cosine_schedule(20), "v")
@@ -102,6 +105,32 @@ def test_calls_of_a_step_are_those_of_the_page(name):
     page = (ROOT / "docs" / "08-backends.md").read_text()
     rows = re.findall(rf"^\| `{name}` \| ([\d,]+) \| ([\d,]+) \|", page, re.MULTILINE)
     assert rows == [(f"{len(steps[0]):,}", f"{counts[1] - counts[0]:,}")]
+
+
+@pytest.mark.parametrize("name", ["mnist", "toy"])
+def test_a_network_that_has_its_times_there_sends_and_takes_nothing(name):
+    """Forward and backward are the device's alone, which is what a recording of them would need."""
+    config, where = networks()[name], space("strict")
+    model = where.module(config.model(), "float32")
+    x, t = where.array(np.ones((2, *config.shape), np.float32)), where.array(np.asarray([3, 15]))
+    sent = []
+    original = where.xp.asarray
+
+    def asarray(obj, **kwargs):
+        if not isinstance(obj, type(x)):
+            sent.append(np.shape(obj))
+        return original(obj, **kwargs)
+
+    backend._constants.clear()
+    for step in range(2):
+        with pytest.MonkeyPatch.context() as patch, transfers() as taken:
+            patch.setattr(where.xp, "asarray", asarray)
+            sent.clear()
+            y, backward = model(x, t)
+            backward(y)
+        assert taken == []
+        assert sent if step == 0 else not sent  # the constants of all steps, with the first
+    assert_array_equal(to_numpy(y), to_numpy(model.predict(x, np.asarray([3, 15]))))
 
 
 def test_the_optimizer_s_calls_do_not_grow_with_the_number_of_arrays():

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeAlias
 
@@ -31,6 +32,7 @@ __all__ = [
     "asarray_like",
     "clip_to_unit",
     "column_like",
+    "constant_like",
     "device",
     "generator_beside",
     "get_backend",
@@ -231,6 +233,28 @@ def asarray_like(values: Any, like: Array, dtype: Any = None) -> Array:
     """
     xp = array_namespace(like)
     return xp.asarray(values, dtype=like.dtype if dtype is None else dtype, device=device(like))
+
+
+# What `constant_like` has made, by where it is, what made it and of what.
+_constants: dict[tuple[Any, ...], Array] = {}
+
+
+def constant_like(make: Callable[..., np.ndarray], *of: Any, like: Array, dtype: Any) -> Array:
+    """``make(*of)`` beside `like`: made and sent once, and kept there, because every step needs it again.
+
+    Parameters
+    ----------
+    make : callable
+        Makes the numbers on the host, the same for the same `of`, which can be hashed.
+    like : array
+        Decides library and device.
+    dtype : dtype
+        dtype of the result, of `like`'s library. The result is nobody's to write to.
+    """
+    key = (type(like), str(device(like)), make, *of, str(dtype))
+    if key not in _constants:
+        _constants[key] = asarray_like(make(*of), like, dtype)
+    return _constants[key]
 
 
 def column_like(values: np.ndarray, like: Array) -> Array:

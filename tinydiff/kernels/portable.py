@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like, device
+from tinydiff.backend import Array, array_namespace, constant_like, device
 
 __all__ = [
     "adam_step",
@@ -64,8 +64,11 @@ def reached(size: int, k: int, stride: int, padding: Padding) -> np.ndarray:
     return np.where(rest == 0, p, -1)
 
 
-# The pixels that `windows` copies, kept on the device: they are the same in every step.
-_copied: dict[tuple[Any, ...], Array] = {}
+def _pixels(find: Callable[..., np.ndarray], h: int, w: int, sizes: tuple[int, int], *how: Any) -> np.ndarray:
+    """The numbers r W + c of the pixels that `find` names, H W where it has none: (A, B, k, k)."""
+    r, c = (find(size, *how) for size in sizes)
+    r, c = r[:, None, :, None], c[:, None, :]
+    return np.where((r >= 0) & (r < h) & (c >= 0) & (c < w), r * w + c, h * w)
 
 
 def windows(
@@ -78,13 +81,7 @@ def windows(
     """
     xp = array_namespace(x)
     n, h, w, c = x.shape
-    key = (type(x), str(device(x)), find, h, w, *sizes, k, stride, padding)
-    if key not in _copied:
-        r, q = (find(size, k, stride, padding) for size in sizes)
-        r, q = r[:, None, :, None], q[:, None, :]
-        pixels = np.where((r >= 0) & (r < h) & (q >= 0) & (q < w), r * w + q, h * w)  # (A, B, k, k)
-        _copied[key] = asarray_like(pixels, x, xp.int64)
-    pixels = _copied[key]
+    pixels = constant_like(_pixels, find, h, w, tuple(sizes), k, stride, padding, like=x, dtype=xp.int64)
     and_zero = xp.zeros((n, h * w + 1, c), dtype=x.dtype, device=device(x))
     and_zero[:, : h * w, :] = xp.reshape(x, (n, h * w, c))
     rows = xp.take(and_zero, xp.reshape(pixels, (-1,)), axis=1)

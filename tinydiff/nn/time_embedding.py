@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like, is_numpy_array
+from tinydiff.backend import Array, array_namespace, asarray_like, constant_like, is_numpy_array
 from tinydiff.nn.linear import Linear
 from tinydiff.nn.module import Module, once
 from tinydiff.nn.silu import silu
@@ -75,14 +75,18 @@ def _embed(
     t: Array, dim: int, like: Array, flip_sin_to_cos: bool, freq_shift: float, max_period: float
 ) -> Array:
     xp = array_namespace(like)
-    half = dim // 2
-    omega = np.exp(-math.log(max_period) * np.arange(half) / (half - freq_shift))
-    angles = asarray_like(t, like, xp.float64)[:, None] * asarray_like(omega, like, xp.float64)[None, :]
+    omega = constant_like(_frequencies, dim // 2, freq_shift, max_period, like=like, dtype=xp.float64)
+    angles = asarray_like(t, like, xp.float64)[:, None] * omega[None, :]
     sin, cos = xp.sin(angles), xp.cos(angles)
     parts = [cos, sin] if flip_sin_to_cos else [sin, cos]
     if dim % 2:
         parts.append(xp.zeros_like(angles[:, :1]))
     return xp.astype(xp.concat(parts, axis=1), like.dtype)
+
+
+def _frequencies(half: int, freq_shift: float, max_period: float) -> np.ndarray:
+    """omega_k, (half,)."""
+    return np.exp(-math.log(max_period) * np.arange(half) / (half - freq_shift))
 
 
 @functools.lru_cache(maxsize=8)
