@@ -304,6 +304,24 @@ def test_the_average_of_arrays_together_is_the_definition(library, make):
             assert_allclose(to_numpy(average.value), expected[i], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("library", NAMES)
+def test_what_changes_from_step_to_step_may_be_on_the_device(library):
+    """As a recording of a step would need it: the same call again, with other numbers in the same arrays."""
+    make, rng = space(library).array, np.random.default_rng(0)
+    value, grad, m, v = (rng.standard_normal(5).astype(np.float32) ** 2 for _ in range(4))
+    for step_size, root, decay, rate in [(0.1, 0.5, 1.0, 0.9), (0.01, 0.99, 0.98, 0.001)]:
+        expected = [
+            *portable.adam_step(value, grad, m, v, step_size, 0.9, 0.99, root, 1e-8, decay),
+            portable.ema_step(value, grad, rate),
+        ]
+        there = [make(np.asarray(number, np.float32)) for number in (step_size, root, decay, rate)]
+        arrays = [make(array) for array in (value, grad, m, v)]
+        ours = portable.adam_step(*arrays, there[0], 0.9, 0.99, there[1], 1e-8, there[2])
+        for actual, wanted in zip([*ours, portable.ema_step(*arrays[:2], there[3])], expected):
+            assert to_numpy(actual).dtype == np.float32
+            assert_allclose(to_numpy(actual), wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_clipping_many_arrays(library, make):
     """The norm is that of all of them, and each keeps its shape and dtype."""
