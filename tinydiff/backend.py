@@ -55,14 +55,22 @@ def is_numpy_array(x: Any) -> bool:
     return type(x) is np.ndarray or array_api_compat.is_numpy_array(x)
 
 
+# The namespace of every type of array that has been asked for by itself.
+_namespaces: dict[type, Namespace] = {}
+
+
 def array_namespace(*arrays: Array) -> Namespace:
     """Return the array API namespace of `arrays`, as array-api-compat does.
 
-    A network of small layers asks several times for every product, so NumPy's own arrays are told at sight.
+    A network of small layers asks several times for every product, so arrays are told by their type at sight.
     """
-    if arrays and all(type(x) is np.ndarray for x in arrays):
-        return array_api_compat.numpy
-    return array_api_compat.array_namespace(*arrays)
+    kinds = {type(x) for x in arrays}
+    if len(kinds) != 1:
+        return array_api_compat.array_namespace(*arrays)
+    (kind,) = kinds
+    if kind not in _namespaces:
+        _namespaces[kind] = array_api_compat.array_namespace(arrays[0])
+    return _namespaces[kind]
 
 
 class BackendError(RuntimeError):
