@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, constant_like, device
+from tinydiff.backend import Array, array_namespace, constant_like
 
 __all__ = [
     "adam_step",
@@ -82,8 +82,8 @@ def windows(
     xp = array_namespace(x)
     n, h, w, c = x.shape
     pixels = constant_like(_pixels, find, h, w, tuple(sizes), k, stride, padding, like=x, dtype=xp.int64)
-    and_zero = xp.zeros((n, h * w + 1, c), dtype=x.dtype, device=device(x))
-    and_zero[:, : h * w, :] = xp.reshape(x, (n, h * w, c))
+    zero = xp.broadcast_to(constant_like(np.zeros, (1, 1, c), like=x, dtype=x.dtype), (n, 1, c))
+    and_zero = xp.concat([xp.reshape(x, (n, h * w, c)), zero], axis=1)
     rows = xp.take(and_zero, xp.reshape(pixels, (-1,)), axis=1)
     return xp.reshape(rows, (n, *pixels.shape[:2], k * k * c))
 
