@@ -76,7 +76,7 @@ class EndToEnd:
 
 def _whole(arrays: Sequence[Array]) -> Array | None:
     """The NumPy array of which these are all parts, one after another, if there is one."""
-    flat = getattr(arrays[0], "base", None)
+    flat = arrays[0].base if is_numpy_array(arrays[0]) else None
     if not (isinstance(flat, np.ndarray) and flat.ndim == 1 and flat.size == sum(a.size for a in arrays)):
         return None
     parts = cut(flat, [array.shape for array in arrays])
