@@ -594,6 +594,34 @@ def test_nothing_is_read_from_a_thread_s_scratch_when_it_is_done(twin, name, mon
 
 
 @for_each_twin
+@pytest.mark.parametrize("name", calls())
+def test_what_was_in_memory_before_does_not_matter(twin, name, monkeypatch):
+    """Scratch and results begin with whatever lies there: here it is not a number."""
+    twin, call = module(twin), calls()[name]
+    expected = call(np.random.default_rng(0), twin)[1]
+
+    def spoilt(make):
+        def made(*args):
+            array = make(*args)
+            array[...] = np.nan
+            handed_out.append(array.size)
+            return array
+
+        return made
+
+    handed_out = []
+    with monkeypatch.context() as patch:
+        for kernels in [m for key, m in sys.modules.items() if key.startswith("tinydiff.kernels.")]:
+            for attribute in ("scratch", "empty"):
+                if hasattr(kernels, attribute):
+                    patch.setattr(kernels, attribute, spoilt(getattr(kernels, attribute)))
+        results = call(np.random.default_rng(0), twin)[1]
+    assert handed_out
+    for actual, wanted in zip(results, expected):
+        np.testing.assert_array_equal(actual, wanted)
+
+
+@for_each_twin
 def test_kernels_called_from_several_threads_at_once(twin):
     """Scratch belongs to a thread, and one parallel region runs at a time."""
     twin = module(twin)
