@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -157,6 +158,38 @@ def test_the_model_is_itself_again_afterwards():
     assert set(multiprocessing.active_children()) == children
     np.testing.assert_array_equal(model.predict(x, t), before)
     assert all(p.value.base is None for p in model.named_parameters().values())
+
+
+def test_networks_train_side_by_side_in_threads():
+    """Each as it would by itself, to the bit: kernels and scratch are shared by all threads of a program."""
+
+    def trained(seed):
+        rng = np.random.default_rng(seed)
+        model = td.UNet(block_channels=(16, 32), attention=(False, True), norm_groups=4, rng=rng)
+        randomise(model, rng, np.float32)
+        optimizer = td.Adam(model.named_parameters())
+        x, t = normal(rng, (6, 16, 16, 1), np.float32), rng.integers(1000, size=6)
+        for _ in range(2):
+            optimizer.zero_grad()
+            y, backward = model(x, t)
+            backward(y)
+            td.clip_grad_norm(model.named_parameters(), 1.0)
+            optimizer.step()
+        return np.concatenate([p.value.ravel() for p in optimizer.parameters])
+
+    alone, together = [trained(seed) for seed in range(3)], {}
+
+    def work(seed):
+        together[seed] = [trained(seed) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(3):
+        for weights in together[seed]:
+            np.testing.assert_array_equal(weights, alone[seed])
 
 
 def test_dropout_is_drawn_from_the_generator_given():
