@@ -79,6 +79,8 @@ def windows(
     `find` is `seen` or `reached`, `sizes` are those of the convolution's input.  ->  (N, A, B, k k C),
     A and B as many as `find` has for each.
     """
+    if (k, stride, padding) == (1, 1, (0, 0)):
+        return x  # every pixel sees itself
     xp = array_namespace(x)
     n, h, w, c = x.shape
     pixels = constant_like(_pixels, find, h, w, tuple(sizes), k, stride, padding, like=x, dtype=xp.int64)
