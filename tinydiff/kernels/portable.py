@@ -79,11 +79,12 @@ def windows(
     `find` is `seen` or `reached`, `sizes` are those of the convolution's input.  ->  (N, A, B, k k C),
     A and B as many as `find` has for each.
     """
-    if (k, stride, padding) == (1, 1, (0, 0)):
+    if (k, stride, *padding) == (1, 1, 0, 0):
         return x  # every pixel sees itself
     xp = array_namespace(x)
     n, h, w, c = x.shape
-    pixels = constant_like(_pixels, find, h, w, tuple(sizes), k, stride, padding, like=x, dtype=xp.int64)
+    geometry = (tuple(sizes), k, stride, tuple(padding))
+    pixels = constant_like(_pixels, find, h, w, *geometry, like=x, dtype=xp.int64)
     zero = xp.broadcast_to(constant_like(np.zeros, (1, 1, c), like=x, dtype=x.dtype), (n, 1, c))
     and_zero = xp.concat([xp.reshape(x, (n, h * w, c)), zero], axis=1)
     rows = xp.take(and_zero, xp.reshape(pixels, (-1,)), axis=1)
