@@ -22,7 +22,6 @@ from tinydiff.nn import Parameter
 
 BLOCK = _optim.BLOCK
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs Numba")
-for_each_twin = pytest.mark.parametrize("twin", ["numpy", pytest.param("numba", marks=needs_numba)])
 SEEDS = st.integers(0, 2**32 - 1)
 # Around the borders of a block, where an off-by-one would leave elements out or step them twice.
 SHAPES = st.sampled_from(
@@ -279,6 +278,16 @@ def test_arrays_that_lie_end_to_end_are_left_there():
         for view, other in zip(laid.views, others):
             assert_array_equal(view, other)
             assert np.shares_memory(view, laid.flat)
+
+
+def test_an_array_by_itself_is_left_where_it_is():
+    for array in (np.ones((2, 3)), np.ones(()), np.arange(8.0)[2:5], np.ones(0)):
+        laid = EndToEnd([array])
+        assert laid.views[0] is array and laid.flat.shape == (array.size,)
+        laid.flat[...] = 7.0
+        assert np.all(array == 7.0)
+    array = np.ones((2, 3)).T  # whose elements are in another order
+    assert not np.shares_memory(EndToEnd([array]).flat, array)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -21,20 +21,21 @@ __all__ = ["EndToEnd", "Together", "cut", "end_to_end", "groups"]
 
 
 def groups(arrays: Sequence[Array]) -> list[list[int]]:
-    """The numbers of those to lay end to end: two or more of one dtype, and in NumPy each less than a block.
+    """The numbers of those to lay end to end: all of one dtype, but in NumPy none of a block or more.
 
-    A larger one in NumPy is stepped block by block where it is (``kernels/_optim.py``).
+    Such a one is a group by itself: it is stepped block by block (``kernels/_optim.py``).
     """
-    alike: dict[tuple[type, Any], list[int]] = {}
+    alike: dict[tuple[type, Any, int | None], list[int]] = {}
     for i, array in enumerate(arrays):
-        if not is_numpy_array(array) or array.size < BLOCK:
-            alike.setdefault((type(array), array.dtype), []).append(i)
-    return [which for which in alike.values() if len(which) > 1]
+        by_itself = i if is_numpy_array(array) and array.size >= BLOCK else None
+        alike.setdefault((type(array), array.dtype, by_itself), []).append(i)
+    return list(alike.values())
 
 
 def end_to_end(arrays: Sequence[Array]) -> Array:
-    """Their elements in a row, in a new array (size,)."""
-    return array_namespace(arrays[0]).concat(arrays, axis=None)
+    """Their elements in a row, (size,), to read: of one array it may be a view."""
+    xp = array_namespace(arrays[0])
+    return xp.concat(arrays, axis=None) if len(arrays) > 1 else xp.reshape(arrays[0], (-1,))
 
 
 def cut(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
@@ -52,7 +53,7 @@ def cut(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
 class EndToEnd:
     """Arrays in one stretch of memory: `flat` (size,), and `views`, its parts in the arrays' shapes.
 
-    They are copied there, unless they are the parts of such an array already.
+    They are copied there, unless in NumPy they lie so already; an array by itself does.
 
     Parameters
     ----------
@@ -65,7 +66,7 @@ class EndToEnd:
         if whole is not None:
             self.flat, self.views = whole, list(arrays)
         else:
-            self.flat = end_to_end(arrays)
+            self.flat = array_namespace(arrays[0]).concat(arrays, axis=None)
             self.views = cut(self.flat, [tuple(array.shape) for array in arrays])
 
     def write(self, flat: Array) -> None:
@@ -75,8 +76,13 @@ class EndToEnd:
 
 
 def _whole(arrays: Sequence[Array]) -> Array | None:
-    """The NumPy array of which these are all parts, one after another, if there is one."""
-    flat = arrays[0].base if is_numpy_array(arrays[0]) else None
+    """The NumPy array (size,) of which these are all parts, one after another, if there is one."""
+    first = arrays[0]
+    if not isinstance(first, np.ndarray):
+        return None
+    if len(arrays) == 1:
+        return first.reshape(-1) if first.flags.c_contiguous else None
+    flat = first.base
     if not (isinstance(flat, np.ndarray) and flat.ndim == 1 and flat.size == sum(a.size for a in arrays)):
         return None
     parts = cut(flat, [array.shape for array in arrays])

@@ -75,18 +75,12 @@ class Adam:
         root = math.sqrt(1.0 - beta2**self.steps)
         how = (step_size, beta1, beta2, root, self.eps, 1.0 - self.lr * self.weight_decay)
         values = [p.value for p in self.parameters]
-        alone = set(range(len(values)))
         for which, together in self._together.hold(values, self.m, self.v):
             grads = end_to_end([self.parameters[i].grad for i in which])
             value, m, v = (each.flat for each in together)
             stepped = kernels_for(value).adam_step(value, grads, m, v, *how)
             for each, flat in zip(together, stepped, strict=True):
                 each.write(flat)
-            alone.difference_update(which)
-        for i in alone:
-            values[i], self.m[i], self.v[i] = kernels_for(values[i]).adam_step(
-                values[i], self.parameters[i].grad, self.m[i], self.v[i], *how
-            )
         for p, value in zip(self.parameters, values, strict=True):
             p.value = value
 
@@ -132,22 +126,16 @@ def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], ma
     grads = [p.grad for p in distinct]
     together = groups(grads)
     flats = [end_to_end([grads[i] for i in which]) for which in together]
-    alone = set(range(len(grads))).difference(*together)
     dtype = xp.result_type(*grads)
-    sums = [xp.sum(g * g) for g in [*flats, *(grads[i] for i in alone)]]
-    norm = xp.sqrt(xp.sum(xp.stack([xp.astype(square, dtype, copy=False) for square in sums])))
+    squares = xp.stack([xp.astype(xp.sum(g * g), dtype, copy=False) for g in flats])
+    norm = xp.sqrt(xp.sum(squares))
     if math.isfinite(max_norm):
         one = xp.ones_like(norm)
         scale = xp.minimum(one, max_norm / (norm + 1e-12))  # no host value: a GPU need not wait
-
-        def scaled(g: Array) -> Array:
-            return g * xp.astype(scale, g.dtype, copy=False)
-
         for which, flat in zip(together, flats, strict=True):
-            for i, grad in zip(which, cut(scaled(flat), [grads[i].shape for i in which]), strict=True):
+            scaled = flat * xp.astype(scale, flat.dtype, copy=False)
+            for i, grad in zip(which, cut(scaled, [grads[i].shape for i in which]), strict=True):
                 distinct[i].grad = grad
-        for i in alone:
-            distinct[i].grad = scaled(grads[i])
     return norm
 
 
@@ -234,12 +222,8 @@ class EMA(Generic[M]):
         rate = 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
         averages = [average.value for average, _ in self._pairs]
         current = [weight.value for _, weight in self._pairs]
-        alone = set(range(len(averages)))
         for which, (together,) in self._together.hold(averages):
             value = end_to_end([current[i] for i in which])
             together.write(kernels_for(value).ema_step(together.flat, value, rate))
-            alone.difference_update(which)
-        for i in alone:
-            averages[i] = kernels_for(current[i]).ema_step(averages[i], current[i], rate)
         for (average, _), value in zip(self._pairs, averages, strict=True):
             average.value = value

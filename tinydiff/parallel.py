@@ -283,10 +283,8 @@ def _in_shared_memory(parameters: list[Parameter]) -> list[np.ndarray]:
     Those that the optimiser steps together lie end to end, so that it leaves them where they are.
     """
     values = [p.value for p in parameters]
-    together = groups(values)
-    alone = set(range(len(values))).difference(*together)
     shared: list[Any] = [None] * len(values)
-    for which in [*together, *([i] for i in alone)]:
+    for which in groups(values):
         dtype, shapes = values[which[0]].dtype, [values[i].shape for i in which]
         size = sum(map(math.prod, shapes))
         flat = np.frombuffer(mmap.mmap(-1, max(1, size * dtype.itemsize)), dtype, size)

@@ -243,7 +243,7 @@ def linear_backward(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]
     xp = array_namespace(x)
     x_rows = xp.reshape(x, (-1, w.shape[0]))
     dy_rows = xp.reshape(dy, (-1, w.shape[1]))
-    return xp.reshape(dy_rows @ w.T, x.shape), x_rows.T @ dy_rows, xp.sum(dy_rows, axis=0)
+    return _rows_times(dy, w.T), x_rows.T @ dy_rows, xp.sum(dy_rows, axis=0)
 
 
 def softmax(x: Array) -> Array:
