@@ -19,6 +19,7 @@ import array_api_strict
 import numpy as np
 import pytest
 
+import tinydiff as td
 from tinydiff import kernels
 from tinydiff.backend import BackendError, array_namespace, get_backend, to_numpy
 
@@ -107,6 +108,30 @@ def assert_same(ours, expected, where, dtype, what, *, scale=None, factor=1.0):
     assert error <= tolerance * scale, f"{what} is off by {error:.1e}, of {scale:.1e}"
 
 
+def training_step(model, diffusion, x0, **how):
+    """What takes a step of training as `td.train` does, given a generator, and returns the loss."""
+    parameters = model.named_parameters()
+    optimizer, ema = td.Adam(parameters), td.EMA(model)
+
+    def step(rng):
+        optimizer.zero_grad()
+        loss, backward = td.training_loss(model, diffusion, x0, rng, **how)
+        backward()
+        td.clip_grad_norm(parameters, 1.0)
+        optimizer.step()
+        ema.update()
+        return loss
+
+    return step
+
+
+# The functions of the standard, by name.
+FUNCTIONS = {
+    name: function
+    for name in array_api_strict.__all__
+    if isinstance(function := getattr(array_api_strict, name), FunctionType)
+}
+
 # What would leave the device. CuPy waits for all work to be done before it answers any of these.
 CROSSINGS = [
     *(
@@ -181,10 +206,8 @@ def launches():
             if hasattr(Array, name):
                 in_place = name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
                 patch.setattr(Array, name, counting(name, getattr(Array, name), in_place))
-        for name in array_api_strict.__all__:
-            function = getattr(array_api_strict, name)
-            if isinstance(function, FunctionType):
-                patch.setattr(array_api_strict, name, counting(name, function, False))
+        for name, function in FUNCTIONS.items():
+            patch.setattr(array_api_strict, name, counting(name, function, False))
         yield seen
 
 

@@ -4,12 +4,11 @@ Needs CuPy, which can be imported without a GPU; recorded under array-api-strict
 """
 
 import inspect
-from types import FunctionType
 
 import array_api_strict
 import numpy as np
 import pytest
-from namespaces import space
+from namespaces import FUNCTIONS, space
 
 import tinydiff as td
 from tinydiff.bound import prior_term
@@ -61,10 +60,8 @@ def test_cupy_has_what_is_asked_of_the_library(monkeypatch):
         attributes.add(name)
         return get(self, name)
 
-    for name in array_api_strict.__all__:
-        function = getattr(array_api_strict, name)
-        if isinstance(function, FunctionType):
-            monkeypatch.setattr(array_api_strict, name, noting(name, function))
+    for name, function in FUNCTIONS.items():
+        monkeypatch.setattr(array_api_strict, name, noting(name, function))
     monkeypatch.setattr(Array, "__getattribute__", attribute)
     a_bit_of_everything(space("strict"))
     monkeypatch.undo()

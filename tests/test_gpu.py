@@ -6,7 +6,7 @@ which run under CuPy with ``pytest -m gpu``, too. This file has not been run yet
 
 import numpy as np
 import pytest
-from namespaces import space
+from namespaces import space, training_step
 
 import tinydiff as td
 
@@ -24,19 +24,13 @@ def cupy():
 def test_the_host_runs_ahead_of_a_step(cupy):
     """A second of work is put before three steps: the host is through with them while it still runs."""
     model = td.UNet(block_channels=(8, 16), attention=(False, True), dropout=0.1, backend="cupy")
-    optimizer, ema = td.Adam(model.named_parameters()), td.EMA(model)
-    x0 = cupy.zeros((4, 8, 8, 1), dtype=cupy.float32)
+    step = training_step(model, PROCESS, cupy.zeros((4, 8, 8, 1), dtype=cupy.float32))
     big = cupy.ones((4096, 4096), dtype=cupy.float32)
     rng = np.random.default_rng(0)
 
     def steps(n):
         for _ in range(n):
-            optimizer.zero_grad()
-            _, backward = td.training_loss(model, PROCESS, x0, rng)
-            backward()
-            td.clip_grad_norm(model.named_parameters(), 1.0)
-            optimizer.step()
-            ema.update()
+            step(rng)
 
     steps(5)  # compiles, and fills the pools: to allocate is to wait
     big @ big

@@ -6,12 +6,11 @@ a copy that it leaves to the driver.
 """
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from namespaces import launches, space, transfers
+from namespaces import launches, space, training_step, transfers
 from numpy.testing import assert_array_equal
 
 import tinydiff as td
@@ -56,51 +55,33 @@ def test_the_counter_counts_what_computes_or_copies(call, names):
 # Steps
 
 
-def networks():
+@pytest.fixture
+def networks(monkeypatch):
     """Those of the benchmark, with a quarter of the channels: it is the layers that count."""
-    sys.path.insert(0, str(ROOT / "demos"))
-    try:
-        from _bench.networks import CONFIGS
-    finally:
-        sys.path.pop(0)
+    monkeypatch.syspath_prepend(ROOT / "demos")
+    from _bench.networks import CONFIGS
+
     return {name: CONFIGS[name].quick() for name in ("mnist", "cifar", "toy")}
 
 
-def started(config):
-    """The model there, and a function that takes one step of training as `td.train` does."""
-    where = space("strict")
-    model = where.module(config.model(), "float32")
-    x0 = where.array(np.full((2, *config.shape), 0.5, np.float32))
-    optimizer, ema = td.Adam(model.named_parameters()), td.EMA(model)
-
-    def step(seed):
-        optimizer.zero_grad()
-        _, backward = td.training_loss(model, PROCESS, x0, np.random.default_rng(seed))
-        backward()
-        td.clip_grad_norm(model.named_parameters(), 1.0)
-        optimizer.step()
-        ema.update()
-
-    return model, step
-
-
 @pytest.mark.parametrize("name", ["mnist", "cifar", "toy"])
-def test_calls_of_a_step_are_those_of_the_page(name):
+def test_calls_of_a_step_are_those_of_the_page(networks, name):
     """docs/08 has the numbers; from the second step on all steps are alike."""
-    config = networks()[name]
-    model, step = started(config)
-    step(0)
+    config, where, rng = networks[name], space("strict"), np.random.default_rng(0)
+    model = where.module(config.model(), "float32")
+    step = training_step(model, PROCESS, where.array(np.full((2, *config.shape), 0.5, np.float32)))
+    step(rng)
     steps = []
-    for seed in (1, 2):
+    for _ in range(2):
         with launches() as seen:
-            step(seed)
+            step(rng)
         steps.append(seen)
     assert steps[0] == steps[1]  # the same work on the same shapes: it could be recorded and replayed
     counts = []
     for n in (2, 3):
         with launches() as seen:
             shape = (2, *config.shape)
-            td.sample(model, PROCESS, shape, "ddim", n, rng=np.random.default_rng(0), progress=False)
+            td.sample(model, PROCESS, shape, "ddim", n, rng=rng, progress=False)
         counts.append(len(seen))
     page = (ROOT / "docs" / "08-backends.md").read_text()
     rows = re.findall(rf"^\| `{name}` \| ([\d,]+) \| ([\d,]+) \|", page, re.MULTILINE)
@@ -108,9 +89,9 @@ def test_calls_of_a_step_are_those_of_the_page(name):
 
 
 @pytest.mark.parametrize("name", ["mnist", "toy"])
-def test_a_network_that_has_its_times_there_sends_and_takes_nothing(name):
+def test_a_network_that_has_its_times_there_sends_and_takes_nothing(networks, name):
     """Forward and backward are the device's alone, which is what a recording of them would need."""
-    config, where = networks()[name], space("strict")
+    config, where = networks[name], space("strict")
     model = where.module(config.model(), "float32")
     x, t = where.array(np.ones((2, *config.shape), np.float32)), where.array(np.asarray([3, 15]))
     sent = []
@@ -133,9 +114,9 @@ def test_a_network_that_has_its_times_there_sends_and_takes_nothing(name):
     assert_array_equal(to_numpy(y), to_numpy(model.predict(x, np.asarray([3, 15]))))
 
 
-def test_the_optimizer_s_calls_do_not_grow_with_the_number_of_arrays():
+def test_the_optimizer_s_calls_do_not_grow_with_the_number_of_arrays(networks):
     counts = []
-    for config in networks().values():
+    for config in networks.values():
         where = space("strict")
         model = where.module(config.model(), "float32")
         parameters = model.named_parameters()
