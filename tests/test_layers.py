@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import weakref
 
 import numpy as np
@@ -262,6 +263,45 @@ def test_backward_is_called_once(name, data):
         backward(dy)
     for key, p in case.parameters.items():
         assert_array_equal(p.grad, before[key])
+
+
+@every_layer
+@settings(deadline=None, max_examples=5)
+@given(data=st.data())
+def test_a_gradient_of_another_shape_is_refused_and_counts_for_nothing(name, data):
+    """A kernel would read on where dy ends: what lies there is nobody's. The right one may come after."""
+    case, rng = data.draw(cases(name))
+    y, backward = case.layer(*case.inputs)
+    axis = data.draw(st.integers(0, y.ndim - 1))
+    wrong = list(y.shape)
+    wrong[axis] += data.draw(st.sampled_from([-1, 1]))
+    with pytest.raises(ValueError, match=re.escape(f"expected {y.shape}")):
+        backward(normal(rng, tuple(wrong)))
+    for key, p in case.parameters.items():
+        assert not p.grad.any(), key
+    dy = normal(rng, y.shape)
+    for dx, expected in zip(as_tuple(backward(dy)), as_tuple(case.layer(*case.inputs)[1](dy))):
+        assert_array_equal(dx, expected)
+
+
+def test_layers_in_mappings_have_names_and_a_network_of_ones_own_predicts():
+    rng = np.random.default_rng(0)
+
+    class Own(nn.Module):
+        def __init__(self):
+            self.layers = {"first": nn.Linear(2, 3, rng), "then": [nn.Linear(3, 2, rng)]}
+
+        def __call__(self, x):
+            h, backward_first = self.layers["first"](x)
+            y, backward_then = self.layers["then"][0](h)
+            return y, lambda dy: backward_first(backward_then(dy))
+
+    own = Own()
+    assert list(own.named_parameters()) == [
+        f"layers.{name}.{of}" for name in ("first", "then.0") for of in ("weight", "bias")
+    ]
+    x = normal(rng, (4, 2)).astype(np.float32)
+    assert_array_equal(own.predict(x), own(x)[0])
 
 
 @every_layer

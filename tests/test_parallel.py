@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinydiff as td
-from tinydiff.kernels import kernels_for
+from tinydiff.kernels import _threads, kernels_for
 from tinydiff.parallel import DataParallel, shared_out
 
 pytestmark = pytest.mark.skipif(
@@ -190,6 +190,59 @@ def test_networks_train_side_by_side_in_threads():
     for seed in range(3):
         for weights in together[seed]:
             np.testing.assert_array_equal(weights, alone[seed])
+
+
+def test_threads_end_in_any_order_and_blas_is_as_it_was():
+    """Two hold BLAS to one thread; the first to come is the first to go, and the second the last."""
+    if _threads._blas is None:
+        pytest.skip("NumPy's BLAS cannot be asked")
+    before = _threads._blas[0]()
+    first, second = _threads.blas_on_one_thread(), _threads.alone()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _threads._blas[0]() == 1, "the second still holds it"
+    second.__exit__(None, None, None)
+    assert _threads._blas[0]() == before == _threads.threads_in_reach()
+
+
+def test_alone_is_said_of_one_thread_only():
+    with _threads.alone():
+        seen = []
+        other = threading.Thread(target=lambda: seen.append(_threads.threads_in_reach()))
+        other.start()
+        other.join()
+        assert _threads.threads_in_reach() == 1
+    assert seen == [_threads.threads_in_reach()]
+
+
+def test_a_copy_of_what_is_shared_is_the_model_alone():
+    """So that a moving average, and `train`, take it as any model."""
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
+    data = np.random.default_rng(0).standard_normal((20, 6, 6, 1))
+    how = dict(steps=2, batch_size=4, progress=False)
+    with DataParallel(unet(), 2) as shared:
+        by_hand = td.train(shared, diffusion, data, **how)
+    by_itself = td.train(unet(), diffusion, data, workers=2, **how)
+    assert type(by_hand.model) is td.UNet
+    np.testing.assert_array_equal(by_hand.losses, by_itself.losses)
+    for name, value in by_itself.model.state_dict().items():
+        np.testing.assert_array_equal(by_hand.model.state_dict()[name], value, err_msg=name)
+
+
+def test_a_network_without_a_configuration_is_shared():
+    class Own(td.nn.Module):
+        def __init__(self):
+            self.net = td.MLP(rng=np.random.default_rng(0))
+
+        def __call__(self, x, t, rng=None):
+            return self.net(x, t)
+
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((5, 2)).astype(np.float32), rng.integers(10, size=5)
+    own = Own()
+    with DataParallel(own, 2) as shared:
+        assert_close(shared(x, t)[0], own(x, t)[0], "the output", 1e-6)
 
 
 def test_dropout_is_drawn_from_the_generator_given():

@@ -270,12 +270,13 @@ def test_size_of_the_published_256_pixel_network():
     "changes, message",
     [
         (dict(block_channels=(), attention=()), r"^block_channels is empty"),
-        (dict(block_channels=(4, 0)), r"^block_channels is \[4, 0\]; expected numbers of at least 1"),
+        (dict(block_channels=(4, 0)), r"^block_channels\[1\] is 0; expected an integer of at least 1"),
+        (dict(block_channels=(4.5, 8)), r"^block_channels\[0\] is 4.5; expected an integer"),
         (dict(attention=(True,)), r"^attention has 1 entries; expected 2"),
         (dict(attention=(False, False, True)), r"^attention has 3 entries; expected 2"),
-        (dict(layers_per_block=0), r"^layers_per_block is 0; expected at least 1"),
-        (dict(in_channels=0), r"^in_channels is 0; expected at least 1"),
-        (dict(out_channels=-1), r"^out_channels is -1; expected at least 1"),
+        (dict(layers_per_block=0), r"^layers_per_block is 0; expected an integer of at least 1"),
+        (dict(in_channels=0), r"^in_channels is 0; expected an integer of at least 1"),
+        (dict(out_channels=-1), r"^out_channels is -1; expected an integer of at least 1"),
         (dict(dropout=1.0), r"^dropout is 1.0; expected a rate in \[0, 1\)"),
         (dict(dropout=-0.1), r"^dropout is -0.1"),
         (dict(dropout=float("nan")), r"^dropout is nan"),
@@ -294,7 +295,7 @@ def test_sizes_that_do_not_fit(changes, message):
 
 @pytest.mark.parametrize("name", ["in_features", "out_features", "hidden", "blocks", "time_features"])
 def test_mlp_sizes(name):
-    with pytest.raises(ValueError, match=f"^{name} is 0; expected at least 1"):
+    with pytest.raises(ValueError, match=f"^{name} is 0; expected an integer of at least 1"):
         td.MLP(**{"in_features": 2, name: 0})
 
 

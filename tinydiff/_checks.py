@@ -8,7 +8,14 @@ import numpy as np
 
 Choice = TypeVar("Choice")
 
-__all__ = ["check_choice", "check_counts", "check_seed"]
+__all__ = ["check_array", "check_choice", "check_counts", "check_rng", "check_seed"]
+
+
+def check_array(**arrays: Any) -> None:
+    """TypeError naming the first that is not an array, of whatever library."""
+    for name, array in arrays.items():
+        if not hasattr(array, "shape"):
+            raise TypeError(f"{name} is a {type(array).__name__}; expected an array.")
 
 
 def check_counts(**counts: Any) -> None:
@@ -25,7 +32,15 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
     return value
 
 
-def check_seed(seed: int) -> None:
-    """ValueError unless `seed` is in 0 … 2**32 - 1."""
-    if not 0 <= seed < 2**32:  # NumPy splits a larger one in two words: two seeds would share a stream
-        raise ValueError(f"seed is {seed}; expected an integer in 0 … 2**32 - 1.")
+def check_rng(rng: Any) -> None:
+    """TypeError unless `rng` draws as NumPy's and CuPy's generators do: neither a seed nor a RandomState."""
+    if isinstance(rng, np.random.RandomState) or not hasattr(rng, "standard_normal"):
+        raise TypeError(f"rng is a {type(rng).__name__}; expected a numpy.random.Generator.")
+
+
+def check_seed(seed: Any) -> None:
+    """ValueError unless `seed` is an integer in 0 … 2**32 - 1."""
+    # NumPy splits a larger one in two words: two seeds would share a stream.
+    integer = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not (integer and 0 <= seed < 2**32):
+        raise ValueError(f"seed is {seed!r}; expected an integer in 0 … 2**32 - 1.")

@@ -25,6 +25,8 @@ import array_api_compat.numpy
 import numpy as np
 from array_api_compat import device, is_cupy_array
 
+from tinydiff._checks import check_rng
+
 __all__ = [
     "Array",
     "BackendError",
@@ -326,5 +328,6 @@ def standard_normal(rng: np.random.Generator, shape: tuple[int, ...], like: Arra
     like : array
         Decides library, device and dtype of the result.
     """
+    check_rng(rng)
     dtype = np.float32 if "float32" in str(like.dtype) else np.float64
     return asarray_like(rng.standard_normal(shape, dtype=dtype), like)

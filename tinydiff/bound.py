@@ -36,7 +36,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_choice, check_counts
+from tinydiff._checks import check_array, check_choice, check_counts, check_rng
 from tinydiff.backend import (
     Array,
     array_namespace,
@@ -50,7 +50,7 @@ from tinydiff.backend import (
 )
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, once, weight_of
 from tinydiff.parallel import shared_out
 
 __all__ = [
@@ -438,9 +438,11 @@ def variational_bound(
     check_counts(batch_size=batch_size)
     if t_samples is not None:
         check_counts(t_samples=t_samples)
+    check_array(data=data)
+    check_rng(rng)
     if data.ndim < 2 or data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")
-    like = next(iter(denoise.named_parameters().values())).value if isinstance(denoise, Module) else data
+    like = weight_of(denoise) if isinstance(denoise, Module) else data
     T, n = diffusion.T, data.shape[0]
     draws = T if t_samples is None else t_samples
 

@@ -33,7 +33,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_choice, check_counts
+from tinydiff._checks import check_array, check_choice, check_counts, check_rng
 from tinydiff.backend import (
     Array,
     array_namespace,
@@ -46,7 +46,7 @@ from tinydiff.backend import (
 from tinydiff.bound import Decoder, discretized_gaussian_nll, gaussian_nll
 from tinydiff.diffusion import Prediction
 from tinydiff.learned_schedule import LearnedSchedule
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, once, weight_of
 
 __all__ = [
     "ContinuousBound",
@@ -449,10 +449,12 @@ def continuous_bound(
 
     _check_clock(T)
     check_counts(t_samples=t_samples, batch_size=batch_size)
+    check_array(data=data)
+    check_rng(rng)
     if data.ndim < 2 or data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")
     predict = denoise.predict if isinstance(denoise, Module) else denoise
-    like = next(iter(denoise.named_parameters().values())).value if isinstance(denoise, Module) else data
+    like = weight_of(denoise) if isinstance(denoise, Module) else data
     n = data.shape[0]
     parts = np.zeros((3, n))
     with tqdm(total=n * (t_samples + 1), desc="bound", unit="term", disable=not progress, leave=False) as bar:

@@ -17,6 +17,7 @@ batch and a result.
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import mmap
@@ -88,7 +89,7 @@ class DataParallel(Module):
         if not all(is_numpy_array(p.value) for p in self._parameters):
             raise ValueError("model has weights that are not NumPy arrays; only those can be shared.")
         self._count = workers
-        self._draws = bool(model.config.get("dropout"))
+        self._draws = not hasattr(model, "config") or bool(model.config.get("dropout"))
         self._values = _in_shared_memory(self._parameters)
         self._grads = [_in_shared_memory(self._parameters) for _ in range(workers - 1)]
         self._workers: list[tuple[Any, Line]] = []
@@ -115,6 +116,10 @@ class DataParallel(Module):
     def config(self) -> dict[str, Any]:
         """That of the model."""
         return self._model.config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model, by itself: for a moving average, say."""
+        return copy.deepcopy(self._model, memo)
 
     def _named(self) -> Iterator[tuple[str, Parameter]]:
         return self._model._named()

@@ -50,11 +50,12 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_array
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.memory import is_out_of_memory, reason, what_fits
-from tinydiff.nn.module import Module
+from tinydiff.nn.module import Module, weight_of
 from tinydiff.parallel import shared_out
 from tinydiff.schedules import evenly_spaced_timesteps
 
@@ -224,6 +225,8 @@ def _estimator(
 def _check_shape(shape: tuple[int, ...], x_T: Array | None) -> None:
     if len(shape) == 0 or min(shape) < 1:
         raise ValueError(f"shape is {tuple(shape)}; expected (N, ...) with every size at least 1.")
+    if x_T is not None:
+        check_array(x_T=x_T)
     if x_T is not None and tuple(x_T.shape) != tuple(shape):
         raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected {tuple(shape)}.")
 
@@ -231,7 +234,7 @@ def _check_shape(shape: tuple[int, ...], x_T: Array | None) -> None:
 def _like(denoise: Any) -> Array:
     """An array where the sample is to be: beside a model's weights, else float32 on the default backend."""
     if isinstance(denoise, Module):
-        return next(iter(denoise.named_parameters().values())).value
+        return weight_of(denoise)
     xp = get_backend()
     return xp.zeros((), dtype=xp.float32)
 
@@ -408,6 +411,7 @@ def invert(
     """
     from tqdm import tqdm
 
+    check_array(x0=x0)
     _check_shape(tuple(x0.shape), None)
     walk, timesteps = respaced(diffusion, steps)
     estimate = _estimator(denoise, walk, timesteps, clip=False)

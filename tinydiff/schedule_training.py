@@ -23,6 +23,7 @@ from tinydiff.continuous_bound import learned_schedule_loss
 from tinydiff.diffusion import Prediction
 from tinydiff.kernels import many_steps
 from tinydiff.learned_schedule import LearnedSchedule
+from tinydiff.nn.module import weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
 from tinydiff.schedules import NoiseSchedule
@@ -147,7 +148,7 @@ def train_learned_schedule(
         )
     learned = LearnedSchedule(gamma_0, gamma_1, units)
     parameters = model.named_parameters()
-    like = next(iter(parameters.values())).value
+    like = weight_of(model)
     optimizers = [(Adam(parameters, lr), lr), (Adam(learned.named_parameters(), schedule_lr), schedule_lr)]
     averages = EMA(model, ema_decay), EMA(learned, ema_decay)
     losses = np.zeros(steps)

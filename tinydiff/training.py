@@ -25,7 +25,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_seed
+from tinydiff._checks import check_counts, check_rng, check_seed
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff.backend import (
     Array,
@@ -44,7 +44,7 @@ from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import is_out_of_memory, largest_batch, let_go, reason, what_fits
-from tinydiff.nn.module import Module
+from tinydiff.nn.module import Module, weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
 
@@ -134,6 +134,7 @@ def training_loss(
         If an argument is out of range, or belongs to another loss; the message names it.
     """
     _check_loss(loss, diffusion, min_snr_gamma, decoder, t_sampler is not None)
+    check_rng(rng)
     N = x0.shape[0]
     if t_sampler is None:
         t, t_weights = rng.integers(diffusion.T, size=N), None
@@ -276,7 +277,7 @@ def train(
     if loss != "simple" and not callable(data):  # wrong data shows at once, not where a t = 0 is drawn
         check_decoder(decoder, data[:batch_size, ...])
     parameters = model.named_parameters()
-    like = next(iter(parameters.values())).value
+    like = weight_of(model)
     settings = {
         "model": type(model).__name__,
         "config": getattr(model, "config", None),

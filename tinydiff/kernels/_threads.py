@@ -39,8 +39,9 @@ _local = threading.local()
 _one_region = threading.Lock()
 _executor: ThreadPoolExecutor | None = None
 
-# While `blas_on_one_thread` is in force: how many threads BLAS had before. Else 0.
-_before_hold = 0
+# How many hold BLAS to one thread, and how many threads it had before the first of them.
+_holding = threading.Lock()
+_holders = _before_hold = 0
 
 
 def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
@@ -67,41 +68,45 @@ def blas_on_one_thread() -> Iterator[None]:
     """Hold BLAS to one thread for a while; kernels go on sharing work out as if it were not.
 
     For a loop of many small products: two threads inside BLAS gain little on each, and between them spin on
-    a core that others need. On a busy machine a small network trains ten times slower so.
+    a core that others need. On a busy machine a small network trains ten times slower so. Several threads
+    may hold it, and end in any order: the last gives BLAS back the number that the first found.
     """
-    global _before_hold
-    if _blas is None or _before_hold:
+    global _holders, _before_hold
+    if _blas is None:
         yield
         return
-    _before_hold = _blas[0]()
-    _blas[1](1)
+    with _holding:
+        if not _holders:
+            _before_hold = _blas[0]()
+            _blas[1](1)
+        _holders += 1
     try:
         yield
     finally:
-        _blas[1](_before_hold)
-        _before_hold = 0
+        with _holding:
+            _holders -= 1
+            if not _holders:
+                _blas[1](_before_hold)
 
 
-class alone:
-    """Within it kernels do not share work out: other processes are at work on the other cores."""
-
-    def __enter__(self) -> None:
-        global _before_hold
-        self._before, self._threads = _before_hold, threads_in_reach()
-        if _blas is not None and not self._before:
-            _blas[1](1)
-        _before_hold = 1
-
-    def __exit__(self, *exception: object) -> None:
-        global _before_hold
-        _before_hold = self._before
-        if _blas is not None and not self._before:
-            _blas[1](self._threads)
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this thread's kernels do not share work out: other processes are on the other cores."""
+    before = getattr(_local, "alone", False)
+    _local.alone = True
+    try:
+        with blas_on_one_thread():
+            yield
+    finally:
+        _local.alone = before
 
 
 def threads_in_reach() -> int:
     """How many threads BLAS would use; 1 where it is not known how to ask it."""
-    return 1 if _blas is None else _before_hold or _blas[0]()
+    if _blas is None or getattr(_local, "alone", False):
+        return 1
+    with _holding:
+        return _before_hold if _holders else _blas[0]()
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -113,8 +118,8 @@ def _threads() -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     """A forked child has none of its parent's threads, and perhaps a lock that one of them held."""
-    global _executor, _one_region
-    _executor, _one_region = None, threading.Lock()
+    global _executor, _one_region, _holding
+    _executor, _one_region, _holding = None, threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

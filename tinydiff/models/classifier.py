@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, array_namespace, get_backend
-from tinydiff.models._checks import check_like_weights, check_positive
-from tinydiff.nn import Conv2d, GroupNorm, Linear, Module, inference, once
+from tinydiff.models._checks import check_like_weights, plain
+from tinydiff.nn import Conv2d, GroupNorm, Linear, Module, derivative_of, inference, once
 
 __all__ = ["Classifier"]
 
@@ -50,9 +51,9 @@ class Classifier(Module):
     ) -> None:
         if len(channels) < 1:
             raise ValueError("channels is empty; expected at least one number of channels.")
-        check_positive(in_channels=in_channels, classes=classes, channels=min(channels))
-        self.config: dict[str, Any] = dict(
-            in_channels=in_channels, classes=classes, channels=list(channels), norm_groups=norm_groups
+        check_counts(in_channels=in_channels, classes=classes, channels=min(channels))
+        self.config: dict[str, Any] = plain(
+            in_channels=in_channels, classes=classes, channels=channels, norm_groups=norm_groups
         )
         xp = get_backend(backend)
         rng = np.random.default_rng(0) if rng is None else rng
@@ -90,16 +91,11 @@ class Classifier(Module):
         features, backward_features = self._features(x)
         logits, backward_linear = self.linear(features)
 
-        @once
+        @derivative_of(logits)
         def backward(dlogits: Array) -> Array:
             return backward_features(backward_linear(dlogits))
 
         return logits, backward
-
-    def predict(self, x: Array) -> Array:
-        """Return the logits (N, classes) alone; argument and errors as in the call."""
-        with inference():
-            return self(x)[0]
 
     def features(self, x: Array) -> Array:
         """Return what the last layer sees, (N, channels[-1]); argument and errors as in the call."""

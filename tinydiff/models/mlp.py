@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, get_backend
-from tinydiff.models._checks import check_like_weights, check_positive, check_times
-from tinydiff.nn import Linear, Module, TimestepEmbedding, inference, once, silu, sinusoidal_embedding
+from tinydiff.models._checks import check_like_weights, check_times, plain
+from tinydiff.nn import Linear, Module, TimestepEmbedding, derivative_of, silu, sinusoidal_embedding
 
 __all__ = ["MLP"]
 
@@ -40,7 +41,7 @@ class ResidualBlock(Module):
         r, backward_silu_2 = silu(e)
         r, backward_2 = self.linear_2(r)
 
-        @once
+        @derivative_of(r)
         def backward(dy: Array) -> tuple[Array, Array]:
             dr = backward_silu_2(backward_2(dy))
             dh = backward_silu_1(backward_1(dr))
@@ -88,14 +89,14 @@ class MLP(Module):
         backend: str | None = None,
     ) -> None:
         out_features = in_features if out_features is None else out_features
-        self.config: dict[str, Any] = dict(
+        self.config: dict[str, Any] = plain(
             in_features=in_features,
             out_features=out_features,
             hidden=hidden,
             blocks=blocks,
             time_features=time_features,
         )
-        check_positive(**self.config)
+        check_counts(**self.config)
         xp = get_backend(backend)
         rng = np.random.default_rng(0) if rng is None else rng
         self.linear_in = Linear(in_features, hidden, rng)
@@ -146,7 +147,7 @@ class MLP(Module):
         h, backward_silu = silu(h)
         y, backward_out = self.linear_out(h)
 
-        @once
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             dh = backward_silu(backward_out(dy))
             dh, demb = backwards.pop()(dh)
@@ -157,8 +158,3 @@ class MLP(Module):
             return backward_in(dh)
 
         return y, backward
-
-    def predict(self, x: Array, t: Array) -> Array:
-        """Predict without keeping anything for a backward; arguments and result as in the call."""
-        with inference():
-            return self(x, t)[0]

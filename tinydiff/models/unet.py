@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, get_backend
-from tinydiff.models._checks import check_like_weights, check_positive, check_times
+from tinydiff.models._checks import check_like_weights, check_times, plain
 from tinydiff.nn import (
     Conv2d,
     Downsample,
@@ -26,7 +27,7 @@ from tinydiff.nn import (
     TimestepEmbedding,
     Upsample,
     concat,
-    inference,
+    derivative_of,
     once,
     silu,
     sinusoidal_embedding,
@@ -217,10 +218,10 @@ class UNet(Module):
         rng: np.random.Generator | None = None,
         backend: str | None = None,
     ) -> None:
-        self.config: dict[str, Any] = dict(
+        self.config: dict[str, Any] = plain(
             in_channels=in_channels,
             out_channels=out_channels,
-            block_channels=[int(c) for c in block_channels],
+            block_channels=block_channels,
             layers_per_block=layers_per_block,
             attention=[bool(a) for a in attention],
             mid_attention=mid_attention,
@@ -315,11 +316,6 @@ class UNet(Module):
         )
         return self.run_embedded(x, sinusoids, rng)
 
-    def predict(self, x: Array, t: Array) -> Array:
-        """Predict without keeping anything for a backward; arguments and result as in the call."""
-        with inference():
-            return self(x, t)[0]
-
     def run_embedded(
         self, x: Array, sinusoids: Array, rng: np.random.Generator | None = None
     ) -> tuple[Array, Callable[[Array], Array]]:
@@ -341,7 +337,7 @@ class UNet(Module):
         h, backward_norm = self.conv_norm_out(h)
         y, backward_out = self.conv_out(h)
 
-        @once
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             """Walk back: out, up (collecting the skips' gradients), mid, down (adding them in), in."""
             dh = backward_norm(backward_out(dy))
@@ -387,13 +383,12 @@ def _check_sizes(
 ) -> None:
     if len(block_channels) < 1:
         raise ValueError("block_channels is empty; expected one number of channels per level.")
-    if min(block_channels) < 1:
-        raise ValueError(f"block_channels is {block_channels}; expected numbers of at least 1.")
+    check_counts(**{f"block_channels[{level}]": channels for level, channels in enumerate(block_channels)})
     if len(attention) != len(block_channels):
         raise ValueError(
             f"attention has {len(attention)} entries; expected {len(block_channels)}, one per level."
         )
-    check_positive(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
+    check_counts(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
     if not norm_eps > 0.0:
         raise ValueError(f"norm_eps is {norm_eps}; expected a positive number.")
     if not 0.0 <= dropout < 1.0:

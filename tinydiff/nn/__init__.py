@@ -6,7 +6,7 @@ from tinydiff.nn.conv import Conv2d
 from tinydiff.nn.dropout import dropout
 from tinydiff.nn.group_norm import GroupNorm
 from tinydiff.nn.linear import Linear
-from tinydiff.nn.module import Module, Parameter, inference, once
+from tinydiff.nn.module import Module, Parameter, derivative_of, inference, once
 from tinydiff.nn.resample import Downsample, Upsample, upsample_nearest
 from tinydiff.nn.resnet_block import ResnetBlock
 from tinydiff.nn.silu import silu
@@ -24,6 +24,7 @@ __all__ = [
     "TimestepEmbedding",
     "Upsample",
     "concat",
+    "derivative_of",
     "dropout",
     "inference",
     "once",

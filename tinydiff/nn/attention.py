@@ -11,7 +11,7 @@ from tinydiff.backend import Array, array_namespace
 from tinydiff.kernels import kernels_for
 from tinydiff.nn.group_norm import GroupNorm
 from tinydiff.nn.linear import Linear
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, derivative_of
 
 __all__ = ["SelfAttention"]
 
@@ -77,7 +77,10 @@ class SelfAttention(Module):
         heads, saved = kernels.attention(split(q), split(k), split(v), 1.0 / math.sqrt(d))
         out, out_backward = self.to_out[0](merge(heads))
 
-        @once
+        y = xp.reshape(out, (n, h, w, c))
+        y += x
+
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             """Through the projection, the heads, and the projections before them.  (docs: B.13)"""
             do = split(out_backward(xp.reshape(dy, (n, h * w, c))))
@@ -89,6 +92,4 @@ class SelfAttention(Module):
             dx += dy
             return dx
 
-        y = xp.reshape(out, (n, h, w, c))
-        y += x
         return y, backward

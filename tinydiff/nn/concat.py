@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tinydiff.backend import Array, array_namespace
-from tinydiff.nn.module import once
+from tinydiff.nn.module import derivative_of
 
 __all__ = ["concat"]
 
@@ -15,7 +15,7 @@ def concat(a: Array, b: Array) -> tuple[Array, Callable[[Array], tuple[Array, Ar
     split = a.shape[-1]
     y = array_namespace(a).concat([a, b], axis=-1)
 
-    @once
+    @derivative_of(y)
     def backward(dy: Array) -> tuple[Array, Array]:
         """Da and db are the two parts of dy.  (docs: B.16)"""
         return dy[..., :split], dy[..., split:]

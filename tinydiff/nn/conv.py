@@ -9,7 +9,7 @@ import numpy as np
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, derivative_of
 
 __all__ = ["Conv2d"]
 
@@ -56,7 +56,7 @@ class Conv2d(Module):
         weight, stride, padding = self.weight.value, self.stride, self.padding
         y = kernels.conv2d(x, weight, self.bias.value, stride, padding)
 
-        @once
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             """dx: scatter dy through the taps; dW: correlate x with dy; db: sum dy.  (docs: B.8, B.9)"""
             dx, dw, db = kernels.conv2d_backward(x, weight, dy, stride, padding)

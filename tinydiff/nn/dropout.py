@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tinydiff.backend import Array, asarray_like
-from tinydiff.nn.module import once
+from tinydiff.nn.module import derivative_of
 
 __all__ = ["dropout"]
 
@@ -25,13 +25,15 @@ def dropout(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Arr
         Draws the mask. None (inference) drops nothing.
     """
     if rate == 0.0 or rng is None:
-        return x, once(lambda dy: dy)
+        return x, derivative_of(x)(lambda dy: dy)
     keep = rng.random(x.shape, dtype=np.float32) >= rate
     mask = asarray_like(keep, x) * (1.0 / (1.0 - rate))
 
-    @once
+    y = x * mask
+
+    @derivative_of(y)
     def backward(dy: Array) -> Array:
         """dx = dy m.  (docs: B.4)"""
         return dy * mask
 
-    return x * mask, backward
+    return y, backward

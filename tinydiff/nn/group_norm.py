@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, derivative_of
 
 __all__ = ["GroupNorm"]
 
@@ -51,7 +51,7 @@ class GroupNorm(Module):
             forward, derivative = kernels.group_norm, kernels.group_norm_backward
         y, saved = forward(x, weight, self.bias.value, self.groups, self.eps)
 
-        @once
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             """dx: remove from dy what the mean and the variance took.  (docs: B.11)"""
             dx, dweight, dbias = derivative(saved, weight, dy)

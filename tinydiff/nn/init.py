@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from tinydiff._checks import check_rng
 from tinydiff.nn.module import Parameter
 
 __all__ = ["ones", "uniform", "zeros"]
@@ -23,6 +24,7 @@ def uniform(rng: np.random.Generator, shape: tuple[int, ...], scale: float = 1.0
     scale : float
         Variance scale; 0 gives zeros, with which the last layer of a residual branch begins.
     """
+    check_rng(rng)
     taps = math.prod(shape[:-2])
     fan = taps * (shape[-2] + shape[-1]) / 2
     bound = math.sqrt(3.0 * scale / fan)

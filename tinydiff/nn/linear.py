@@ -9,7 +9,7 @@ import numpy as np
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, derivative_of
 
 __all__ = ["Linear"]
 
@@ -39,7 +39,7 @@ class Linear(Module):
         weight = self.weight.value
         y = kernels.linear(x, weight, self.bias.value)
 
-        @once
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             """dW = x.T dy,  db = sum dy,  dx = dy W.T,  with rows flattened.  (docs: B.2)"""
             dx, dw, db = kernels.linear_backward(x, weight, dy)

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
 
-__all__ = ["Module", "Parameter", "inference", "once"]
+__all__ = ["Module", "Parameter", "derivative_of", "inference", "once", "weight_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,7 +74,11 @@ class Parameter:
 
 
 class Module:
-    """Owns parameters and other modules as attributes; names them by their path, as diffusers does."""
+    """Owns parameters and other modules as attributes; names them by their path, as diffusers does.
+
+    They may be in lists, tuples and mappings. A subclass is called as the models are: it returns its output
+    and its derivative.
+    """
 
     def _named(self) -> Iterator[tuple[str, Parameter]]:
         for name, value in vars(self).items():
@@ -134,6 +139,11 @@ class Module:
         """Return the number of scalar parameters."""
         return sum(int(np.prod(p.shape)) for p in self.named_parameters().values())
 
+    def predict(self, *inputs: Array) -> Array:
+        """Return what a call with these inputs returns first, its output; nothing is kept for a backward."""
+        with inference():
+            return self(*inputs)[0]  # type: ignore[operator]
+
 
 def _walk(name: str, value: Any) -> Iterator[tuple[str, Parameter]]:
     if isinstance(value, Parameter):
@@ -141,9 +151,22 @@ def _walk(name: str, value: Any) -> Iterator[tuple[str, Parameter]]:
     elif isinstance(value, Module):
         for inner, parameter in value._named():
             yield f"{name}.{inner}", parameter
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _walk(f"{name}.{index}", item)
+    elif isinstance(value, (list, tuple, Mapping)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _walk(f"{name}.{key}", item)
+
+
+def weight_of(model: Any) -> Array:
+    """One of the model's weights, to put things beside: all are of one library, device and dtype.
+
+    Raises
+    ------
+    ValueError
+        If the model has none.
+    """
+    for parameter in model.named_parameters().values():
+        return parameter.value
+    raise ValueError(f"model is a {type(model).__name__} without parameters; expected at least one.")
 
 
 def _some(names: list[str], show: int = 3) -> str:
@@ -177,10 +200,11 @@ def _not_kept(*args: Any) -> Any:
     raise RuntimeError("this output came from inference, which keeps nothing for a backward.")
 
 
-def once(backward: F) -> F:
+def once(backward: F, shape: tuple[int, ...] | None = None) -> F:
     """Let a backward be called once: gradients add up, so a second call would count them twice.
 
-    What it held is let go as soon as it returns; in `inference`, at once.
+    What it held is let go as soon as it returns; in `inference`, at once. With `shape`, its argument must be
+    of that shape: a kernel may read as far as the output went.
     """
     if not keeping():
         return _not_kept  # type: ignore[return-value]
@@ -189,6 +213,13 @@ def once(backward: F) -> F:
     def call(*args: Any) -> Any:
         if not held:
             raise RuntimeError("backward was called a second time; call the layer again to get a new one.")
+        if shape is not None and tuple(args[0].shape) != shape:
+            raise ValueError(f"dy has shape {tuple(args[0].shape)}; expected {shape}, that of the output.")
         return held.pop()(*args)
 
     return call  # type: ignore[return-value]
+
+
+def derivative_of(y: Array) -> Callable[[F], F]:
+    """Decorate the backward of the layer whose output is `y`: called `once`, with a gradient of y's shape."""
+    return partial(once, shape=tuple(y.shape))

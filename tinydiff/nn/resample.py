@@ -9,7 +9,7 @@ import numpy as np
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn.conv import Conv2d
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, derivative_of
 
 __all__ = ["Downsample", "Upsample", "upsample_nearest"]
 
@@ -44,13 +44,14 @@ def upsample_nearest(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     x (N, H, W, C)  ->  y (N, 2H, 2W, C)
     """
     kernels = kernels_for(x)
+    y = kernels.upsample(x)
 
-    @once
+    @derivative_of(y)
     def backward(dy: Array) -> Array:
         """dx = the sum of dy over the four copies.  (docs: B.15)"""
         return kernels.upsample_backward(dy)
 
-    return kernels.upsample(x), backward
+    return y, backward
 
 
 class Upsample(Module):
@@ -73,7 +74,7 @@ class Upsample(Module):
         weight = self.conv.weight.value
         y = kernels.upsample_conv2d(x, weight, self.conv.bias.value)
 
-        @once
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             """Through the convolution, then the doubling, which need not be two steps.  (docs: A.26)"""
             dx, dw, db = kernels.upsample_conv2d_backward(x, weight, dy)

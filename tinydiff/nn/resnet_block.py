@@ -12,7 +12,7 @@ from tinydiff.nn.conv import Conv2d
 from tinydiff.nn.dropout import dropout
 from tinydiff.nn.group_norm import GroupNorm
 from tinydiff.nn.linear import Linear
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, derivative_of
 
 __all__ = ["ResnetBlock"]
 
@@ -69,7 +69,7 @@ class ResnetBlock(Module):
         h, backward_conv2 = self.conv2(h)
         shortcut, backward_shortcut = (x, None) if self.conv_shortcut is None else self.conv_shortcut(x)
 
-        @once
+        @derivative_of(h)
         def backward(dy: Array) -> tuple[Array, Array]:
             """Returns dx and demb.  e is added at every pixel, so its gradient is summed over them."""
             dh = backward_norm2(backward_dropout(backward_conv2(dy)))

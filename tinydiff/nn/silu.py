@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
-from tinydiff.nn.module import once
+from tinydiff.nn.module import derivative_of
 
 __all__ = ["silu"]
 
@@ -16,7 +16,7 @@ def silu(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     kernels = kernels_for(x)
     y, s = kernels.silu(x)
 
-    @once
+    @derivative_of(y)
     def backward(dy: Array) -> Array:
         """dx = dy (s + y (1 - s)).  (docs: B.3)"""
         return kernels.silu_backward(s, y, dy)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinydiff.backend import Array, array_namespace, asarray_like, constant_like, is_numpy_array
 from tinydiff.nn.linear import Linear
-from tinydiff.nn.module import Module, once
+from tinydiff.nn.module import Module, derivative_of
 from tinydiff.nn.silu import silu
 
 __all__ = ["TimestepEmbedding", "sinusoidal_embedding"]
@@ -118,7 +118,7 @@ class TimestepEmbedding(Module):
         h, backward_silu = silu(h)
         y, backward_2 = self.linear_2(h)
 
-        @once
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             return backward_1(backward_silu(backward_2(dy)))
 
