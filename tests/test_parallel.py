@@ -230,6 +230,19 @@ def test_a_copy_of_what_is_shared_is_the_model_alone():
         np.testing.assert_array_equal(by_hand.model.state_dict()[name], value, err_msg=name)
 
 
+def test_a_gradient_of_another_shape_is_refused_and_a_closed_crew_is_the_model():
+    model = unet()
+    x, t = batch(4, np.random.default_rng(0))
+    with DataParallel(model, 2) as shared:
+        y, backward = shared(x, t)
+        for wrong in (y[:3], np.concatenate([y, y])):
+            with pytest.raises(ValueError, match="dy has shape"):
+                backward(wrong)
+        backward(y)
+    np.testing.assert_array_equal(shared.predict(x, t), model.predict(x, t))
+    assert not shared._workers and not multiprocessing.active_children()
+
+
 def test_a_network_without_a_configuration_is_shared():
     class Own(td.nn.Module):
         def __init__(self):

@@ -619,10 +619,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
 
     def draw(batch_size, rng):
         x = drawn(batch_size, rng)
-        return x * np.float32(np.nan) if next(calls) == 7 else x
+        return x * np.float32(1e30) if next(calls) == 7 else x
 
     model = small_mlp()
-    with pytest.raises(FloatingPointError, match=r"loss is nan .* at step 7 .*smaller lr"):
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(FloatingPointError, match=r"loss is (inf|nan) .* at step 7 .*smaller lr"),
+    ):
         td.train(model, DIFFUSION, draw, **SETTINGS, run_dir=tmp_path)
     assert steps_saved(tmp_path) == 5
     assert all(np.all(np.isfinite(value)) for value in values(model).values())
@@ -720,16 +723,29 @@ def test_draws_of_a_step_do_not_repeat_in_another():
         ({"log_every": -1}, ValueError, "log_every is -1"),
         ({"seed": -1}, ValueError, "seed is -1"),
         ({"seed": 2**32}, ValueError, "seed is 4294967296"),
+        ({"seed": True}, ValueError, "seed is True"),
+        ({"seed": "a"}, ValueError, "seed is 'a'"),
+        ({"workers": 0}, ValueError, "workers is 0"),
+        ({"warmup": 1.5}, ValueError, "warmup is 1.5; expected an integer"),
+        ({"clip_norm": None}, ValueError, "clip_norm is None"),
         ({"lr": -1.0}, ValueError, "lr is -1.0"),
         ({"warmup": -1}, ValueError, "warmup is -1"),
         ({"warmup": 13}, ValueError, "warmup is 13"),
-        ({"final_lr": 2.0}, ValueError, "final is 2.0"),
+        ({"final_lr": 2.0}, ValueError, "final_lr is 2.0"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay is -1.0"),
         ({"clip_norm": 0.0}, ValueError, "clip_norm is 0.0"),
-        ({"ema_decay": 1.0}, ValueError, "decay is 1.0"),
+        ({"ema_decay": 1.0}, ValueError, "ema_decay is 1.0"),
         ({"data": [[0.0, 1.0]]}, TypeError, "data is a list"),
         ({"data": np.float32(1)}, TypeError, "data is a float32"),
         ({"data": np.zeros((0, 2))}, ValueError, r"data has shape \(0, 2\)"),
+        ({"data": np.zeros((9, 2), np.uint8)}, ValueError, "data has dtype uint8.*127.5"),
+        ({"data": np.zeros((9, 2), complex)}, ValueError, "data has dtype complex128"),
+        ({"data": np.ma.masked_less(POINTS, 0)}, ValueError, "data is a masked array"),
+        (
+            {"data": np.where(POINTS > 1, np.nan, POINTS)},
+            ValueError,
+            "data holds numbers that are not finite",
+        ),
         ({"loss": "l2"}, ValueError, "loss is 'l2'; expected one of 'simple', 'hybrid', 'vlb'"),
         ({"loss": "hybrid"}, ValueError, "variance 'fixed_small'; .* expects 'learned_range'"),
         ({"min_snr_gamma": 0}, ValueError, "min_snr_gamma is 0"),
@@ -747,6 +763,56 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, err
     with pytest.raises(error, match=match):
         td.train(**{**arguments, **change})
     assert not (tmp_path / "run").exists()
+
+
+LATE = {
+    "another size of samples": (dict(data=np.zeros((9, 3), np.float32)), r"x has shape \(4, 3\)"),
+    "too few samples": (
+        dict(data=lambda n, rng: POINTS[: n - 1]),
+        r"has shape \(3, 2\); expected an array \(4",
+    ),
+    "no array": (dict(data=lambda n, rng: [[0.0, 0.0]] * n), "is a list; expected an array"),
+    "integers": (dict(data=lambda n, rng: np.zeros((n, 2), int)), r"data\(batch_size, rng\) has dtype int64"),
+    "not finite": (
+        dict(data=lambda n, rng: np.full((n, 2), np.inf)),
+        r"data\(batch_size, rng\) holds numbers",
+    ),
+    "the second half missing": (
+        dict(diffusion=td.GaussianDiffusion(td.linear_schedule(T=20), variance="learned_range")),
+        "output has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_what_shows_in_the_first_step_only_costs_a_finished_run_nothing(tmp_path, what):
+    td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
+    before = contents(tmp_path)
+    change, match = LATE[what]
+    given = dict(model=small_mlp(), diffusion=DIFFUSION, data=POINTS)
+    with pytest.raises(ValueError, match=match):
+        td.train(**{**given, **change}, **SETTINGS, run_dir=tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [b'{"step": 1, "loss": 2.0}\n', b"[1]\n", b'"step"', b"epoch,loss\n", b"\xff\xfe", b'{"loss": 1, "step"'],
+)
+def test_metrics_of_another_tool_are_not_overwritten(tmp_path, content, resume):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not tinydiff's"):
+        td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path, resume=resume)
+    assert contents(tmp_path) == {"metrics.jsonl": content}
+
+
+def test_sizes_given_as_numpy_integers_are_saved_as_any(tmp_path):
+    model = td.MLP(hidden=np.int64(8), blocks=np.int32(2), time_features=4, rng=np.random.default_rng(1))
+    td.train(model, DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
+    again = td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path, resume=True)
+    assert len(again.losses) == STEPS
 
 
 # It learns

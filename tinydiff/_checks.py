@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
 Choice = TypeVar("Choice")
 
-__all__ = ["check_array", "check_choice", "check_counts", "check_rng", "check_seed"]
+__all__ = ["check_array", "check_choice", "check_counts", "check_number", "check_rng", "check_seed"]
 
 
 def check_array(**arrays: Any) -> None:
@@ -30,6 +32,12 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
     return value
+
+
+def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
+    """ValueError unless `value` is a real number that fits."""
+    if not (isinstance(value, numbers.Real) and fits(value)):
+        raise ValueError(f"{name} is {value}; expected {expected}.")
 
 
 def check_rng(rng: Any) -> None:

@@ -477,11 +477,13 @@ class GaussianDiffusion:
 
     def _require_signal(self, t: Any, x_t: Array) -> None:
         steps = self._on_host(t, x_t)
-        lost = steps[self.schedule.alphas_cumprod[steps] == 0]
-        if lost.size:
+        abar = self.schedule.alphas_cumprod[steps]
+        lost = np.sqrt(abar) < array_namespace(x_t).finfo(x_t.dtype).smallest_normal  # 1/a would be infinite
+        if lost.any():
+            first = int(np.argmax(lost))
             raise ValueError(
-                f"t contains {lost[0]}, where alphas_cumprod is 0: x_t is all noise there and eps says "
-                "nothing of x0; use prediction 'x0' or 'v'."
+                f"t contains {steps[first]}, where alphas_cumprod is {abar[first]:.3g}: in {x_t.dtype} x_t "
+                "is all noise there and eps says nothing of x0; use prediction 'x0' or 'v'."
             )
 
     def _prediction_of(

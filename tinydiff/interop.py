@@ -218,7 +218,14 @@ def unet_to_diffusers(
         As in diffusers' ``config.json``: ``UNet2DModel.from_config(config)``.
     state : dict of str to ndarray
         Contiguous arrays in PyTorch's layout, for ``load_state_dict`` or a safetensors file.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a `UNet`.
     """
+    if not isinstance(model, UNet):
+        raise TypeError(f"model is a {type(model).__name__}; expected a UNet.")
     c = model.config
     config = {
         "_class_name": "UNet2DModel",

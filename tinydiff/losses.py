@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
+from tinydiff._checks import check_number
+from tinydiff.backend import Array, array_namespace, asarray_like, is_numpy_array, to_numpy
 from tinydiff.bound import Decoder, step_term
 from tinydiff.diffusion import GaussianDiffusion
 
@@ -125,8 +126,7 @@ def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -
     ValueError
         If `gamma` is not positive, or `t` is out of range.
     """
-    if not gamma > 0:
-        raise ValueError(f"gamma is {gamma}; expected a number greater than 0.")
+    check_number("gamma", gamma, lambda value: 0 < value < math.inf, "a finite number greater than 0")
     steps = to_numpy(t)
     if steps.dtype.kind not in "iu" or np.any((steps < 0) | (steps >= diffusion.T)):
         raise ValueError(f"t is {steps}; expected integers in 0 ... {diffusion.T - 1}.")
@@ -251,12 +251,14 @@ def hybrid_loss(
 
 
 def _column(name: str, values: Array, x: Array) -> Array:
-    """`values` (N,) as (N, 1, ..., 1) beside `x`."""
+    """Weights (N,) as (N, 1, ..., 1) beside `x`; on the host they are seen not to be negative."""
     N = x.shape[0]
     if tuple(values.shape) != (N,):
         raise ValueError(
             f"{name} has shape {tuple(values.shape)}; expected ({N},), one for each of the batch."
         )
+    if is_numpy_array(values) and not np.all(values >= 0):
+        raise ValueError(f"{name} holds {np.min(values)}; expected numbers of at least 0.")
     column = asarray_like(values, x)
     return array_namespace(x).reshape(column, (N,) + (1,) * (x.ndim - 1))
 

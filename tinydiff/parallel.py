@@ -39,7 +39,7 @@ from tinydiff._together import cut, groups
 from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import alone, threads_in_reach
 from tinydiff.models import MLP, UNet
-from tinydiff.nn.module import Module, Parameter, keeping, once
+from tinydiff.nn.module import Module, Parameter, derivative_of, keeping, once
 
 __all__ = ["DataParallel", "shared_out"]
 
@@ -106,8 +106,9 @@ class DataParallel(Module):
         self.close()
 
     def close(self) -> None:
-        """End the processes; the model's weights are ordinary memory again."""
+        """End the processes; the model's weights are ordinary memory again, and a call is the model's own."""
         self._end()
+        self._count = 1
         for parameter, value in zip(self._parameters, self._values, strict=True):
             if parameter.value is value:
                 parameter.value = value.copy()
@@ -139,7 +140,9 @@ class DataParallel(Module):
         messages = [("call", key, *share, r) for share, r in zip(shares[1:], rngs[1:], strict=True)]
         (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
 
-        @once
+        y = np.concatenate([y, *ys])
+
+        @derivative_of(y)
         def backward(dy: Array) -> Array:
             """Each process walks back through its share; the gradients of the parameters are added up."""
             dys = self._shares(edges, dy)
@@ -151,7 +154,7 @@ class DataParallel(Module):
             return np.concatenate([dx, *dxs])
 
         weakref.finalize(backward, self._forgotten.append, key)
-        return np.concatenate([y, *ys]), backward
+        return y, backward
 
     def predict(self, x: Array, t: Array) -> Array:
         """Predict without keeping anything for a backward; arguments and result as in the call."""

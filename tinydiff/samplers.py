@@ -50,7 +50,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_array
+from tinydiff._checks import check_array, check_number
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
@@ -111,8 +111,7 @@ def iterate_samples(
     _check_shape(shape, x_T)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(map(repr, SAMPLERS))}.")
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta is {eta}; expected a number in [0, 1].")
+    check_number("eta", eta, lambda value: 0 <= value <= 1, "a number in [0, 1]")
     walk, timesteps = respaced(diffusion, steps)
     if sampler == "edm" and walk.schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
@@ -283,8 +282,8 @@ def sample(
     clip : bool
         Clip each predicted x0 to [-1, 1], the range of images.
     x_T : array of shape `shape`, optional
-        The start. Default: drawn from N(0, I), in float32, beside the model's weights or, for another
-        callable, on the default backend (``TINYDIFF_BACKEND``).
+        The start. Default: drawn from N(0, I), of the library and dtype of the model's weights or, for
+        another callable, in float32 on the default backend (``TINYDIFF_BACKEND``).
     batch_size : int, optional
         How many samples to walk at a time. Default: all. A part of what the samples depend on: noise is
         drawn batch after batch.

@@ -17,7 +17,7 @@ from typing import Generic
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_seed
+from tinydiff._checks import check_counts
 from tinydiff.bound import Decoder
 from tinydiff.continuous_bound import learned_schedule_loss
 from tinydiff.diffusion import Prediction
@@ -27,7 +27,7 @@ from tinydiff.nn.module import weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.training import STEP, Data, M, _batch
+from tinydiff.training import STEP, Data, M, _batch, check_loop
 
 __all__ = ["LearnedScheduleResult", "train_learned_schedule"]
 
@@ -136,16 +136,8 @@ def train_learned_schedule(
         If the loss or the norm of a gradient stops being finite. The model keeps the weights that it had
         before that step.
     """
-    check_counts(T=T, steps=steps, batch_size=batch_size)
-    warmup = min(500, steps // 20) if warmup is None else warmup
-    check_seed(seed)
-    if not clip_norm > 0:
-        raise ValueError(f"clip_norm is {clip_norm}; expected a positive number.")
-    warmup_cosine(0, steps, warmup, final_lr)  # refuses what is out of range
-    if not callable(data) and (len(getattr(data, "shape", ())) < 1 or data.shape[0] < 1):
-        raise ValueError(
-            f"data is {data!r:.60}; expected an array (n, ...) with n at least 1, or a callable."
-        )
+    check_counts(T=T)
+    warmup = check_loop(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     learned = LearnedSchedule(gamma_0, gamma_1, units)
     parameters = model.named_parameters()
     like = weight_of(model)

@@ -25,7 +25,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_rng, check_seed
+from tinydiff._checks import check_counts, check_number, check_rng, check_seed
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff.backend import (
     Array,
@@ -263,18 +263,10 @@ def train(
     MemoryError
         If a step does not fit in memory; the message names a batch size that does.
     """
-    check_counts(steps=steps, batch_size=batch_size, checkpoint_every=checkpoint_every, log_every=log_every)
-    warmup = min(500, steps // 20) if warmup is None else warmup
-    check_seed(seed)
-    if not clip_norm > 0:
-        raise ValueError(f"clip_norm is {clip_norm}; expected a positive number.")
-    warmup_cosine(0, steps, warmup, final_lr)  # refuses what is out of range, before anything is written
-    if not callable(data) and len(getattr(data, "shape", ())) < 1:
-        raise TypeError(f"data is a {type(data).__name__}; expected an array (n, ...) or a callable.")
-    if not callable(data) and data.shape[0] < 1:
-        raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
+    check_counts(checkpoint_every=checkpoint_every, log_every=log_every)
+    warmup = check_loop(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
-    if loss != "simple" and not callable(data):  # wrong data shows at once, not where a t = 0 is drawn
+    if loss != "simple" and not callable(data):  # the wrong decoder shows at once, not where a t = 0 is drawn
         check_decoder(decoder, data[:batch_size, ...])
     parameters = model.named_parameters()
     like = weight_of(model)
@@ -341,6 +333,8 @@ def train(
             if reading:
                 first, numbers = losses.read((loss_array, norm_array))
                 check_finite(first, numbers, rate, kept)
+            if run is not None:
+                run.begin()
             optimizer.step()
             ema.update()
             if drawn is not None:
@@ -383,6 +377,53 @@ def train(
     return TrainingResult(ema.model, np.asarray(losses[:]), time.perf_counter() - began)
 
 
+def check_loop(
+    steps: int,
+    batch_size: int,
+    seed: int,
+    warmup: int | None,
+    final_lr: float,
+    clip_norm: float,
+    ema_decay: float,
+    data: Data,
+) -> int:
+    """ValueError or TypeError naming the first that a training cannot be made of; returns the warm-up."""
+    check_counts(steps=steps, batch_size=batch_size)
+    check_seed(seed)
+    warmup = min(500, steps // 20) if warmup is None else warmup
+    check_number(
+        "warmup", warmup, lambda n: n == int(n) and 0 <= n <= steps, f"an integer in 0 ... steps = {steps}"
+    )
+    check_number("final_lr", final_lr, lambda rate: 0 <= rate <= 1, "a number in [0, 1]")
+    check_number("clip_norm", clip_norm, lambda norm: norm > 0, "a positive number")
+    check_number("ema_decay", ema_decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
+    _check_data(data)
+    return warmup
+
+
+def _check_data(data: Data) -> None:
+    """TypeError or ValueError unless it is callable, or an array that there is something to learn from."""
+    if callable(data):
+        return
+    if len(getattr(data, "shape", ())) < 1:
+        raise TypeError(f"data is a {type(data).__name__}; expected an array (n, ...) or a callable.")
+    if data.shape[0] < 1:
+        raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
+    _check_values("data", data)
+
+
+def _check_values(name: str, values: Array) -> None:
+    """ValueError unless they are real floating numbers; with NumPy, finite ones."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array; expected one in which every number counts.")
+    if not array_namespace(values).isdtype(values.dtype, "real floating"):
+        raise ValueError(
+            f"{name} has dtype {values.dtype}; expected a real floating one (of 8-bit images, x / 127.5 - 1)."
+        )
+    if is_numpy_array(values) and not np.isfinite(values).all():
+        raise ValueError(f"{name} holds numbers that are not finite.")
+
+
 def find_batch_size(
     model: Any,
     diffusion: GaussianDiffusion,
@@ -418,6 +459,7 @@ def find_batch_size(
         If `most` is less than 1.
     """
     check_counts(most=most)
+    _check_data(data)
     how: dict[str, Any] = dict(loss=loss, min_snr_gamma=min_snr_gamma, decoder=decoder)
     parameters = list(model.named_parameters().values())
     like = parameters[0].value
@@ -515,7 +557,12 @@ def _batch(data: Data, batch_size: int, seed: int, step: int, rng: np.random.Gen
     An array is gathered where it is, by an index from the host.
     """
     if callable(data):
-        return asarray_like(data(batch_size, rng), like)
+        batch = data(batch_size, rng)
+        if len(getattr(batch, "shape", ())) < 1 or batch.shape[0] != batch_size:
+            came = f"has shape {batch.shape}" if hasattr(batch, "shape") else f"is a {type(batch).__name__}"
+            raise ValueError(f"data(batch_size, rng) {came}; expected an array ({batch_size}, ...).")
+        _check_values("data(batch_size, rng)", batch)
+        return asarray_like(batch, like)
     n = data.shape[0]
     epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
     index = np.concat([_order(seed, e, n)[place[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)])
@@ -533,6 +580,10 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
 SIMPLE: dict[str, Any] = dict(
     loss="simple", min_snr_gamma=None, variance=None, decoder=None, importance_sampling=False
 )
+
+
+# How a line of metrics begins.
+LINE = b'{"step": '
 
 
 class _Run:
@@ -555,6 +606,7 @@ class _Run:
         self.ema = ema
         self.t_sampler = t_sampler
         self.began = time.perf_counter()
+        self._begun = False
 
     def start(self, resume: bool) -> list[float]:
         """Take up the checkpoint if there is one to take up; return the losses so far."""
@@ -572,22 +624,34 @@ class _Run:
                     f"{metadata['settings']['steps']}): pass resume=True (--resume) to continue it, choose "
                     "another directory, or delete it to begin again."
                 )
-        kept = [line for line in self._lines() if line["step"] <= len(losses)]
-        replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        if kept:
-            self.began -= kept[-1]["seconds"]
-        if not losses:
-            self.checkpoint.unlink(missing_ok=True)  # a finished run's: the files here belong to one run
+        self._before = [line for line in self._lines() if line["step"] <= len(losses)]
+        self._resumed = bool(losses)
+        if self._before:
+            self.began -= self._before[-1]["seconds"]
         return losses
+
+    def begin(self) -> None:
+        """Make the files this run's, when a first step has gone well: what a finished run left gives way."""
+        if self._begun:
+            return
+        replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in self._before).encode())
+        if not self._resumed:
+            self.checkpoint.unlink(missing_ok=True)
+        self._begun = True
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines of metrics there are; a crash may have left the last one incomplete."""
         lines = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+        for text in self.metrics.read_bytes().splitlines() if self.metrics.exists() else []:
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            if line is None and LINE.startswith(text[: len(LINE)]):
                 break
+            if not (isinstance(line, dict) and {"step", "seconds"} <= line.keys()):
+                raise ValueError(f"{self.metrics} is not tinydiff's: choose another directory, or move it.")
+            lines.append(line)
         return lines
 
     def _check_settings(self, before: dict[str, Any]) -> None:

@@ -361,7 +361,7 @@ class UNet(Module):
         check_like_weights(x, self.conv_in.weight.value)
         c = self.config["in_channels"]
         multiple = 2 ** (len(self.config["block_channels"]) - 1)
-        if len(x.shape) != 4 or x.shape[3] != c or x.shape[1] % multiple or x.shape[2] % multiple:
+        if len(x.shape) != 4 or x.shape[3] != c or any(size < 1 or size % multiple for size in x.shape[1:3]):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected (N, H, W, {c}) with H and W divisible by {multiple}."
             )
