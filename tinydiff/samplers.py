@@ -268,10 +268,10 @@ def sample(
         Shape (N, ...) of the result.
     sampler : {"ddpm", "ddim", "dpm++", "heun", "edm"}
         "ddpm" is ancestral (Ho et al. 2020, algorithm 2) and adds noise on the way, of the model's variance;
-        "ddim" adds as much as `eta` says (Song et al. 2021, eq. 12). The others add none and are of second
-        order: DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), which costs no more than DDIM, and Heun's rule
-        on the probability-flow ODE, which asks the network twice a step, in the clock arctan(s/a) ("heun") or
-        s/a ("edm", Karras et al. 2022, algorithm 1).
+        "ddim" adds as much as `eta` says (Song, Meng & Ermon 2021, eq. 12). The others add none and are of
+        second order: DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), which costs no more than DDIM, and Heun's
+        rule on the probability-flow ODE, which asks the network twice a step, in the clock arctan(s/a)
+        ("heun") or s/a ("edm", Karras et al. 2022, algorithm 1).
     steps : int or sequence of int, optional
         How many of the schedule's T times to walk through, evenly spaced; or which, increasing. The walk
         starts at the last of them. Default: all.
@@ -306,8 +306,9 @@ def sample(
 
     Notes
     -----
-    "edm" is for schedules whose s/a stays moderate. At the end of a cosine schedule it is in the thousands,
-    and a few steps evenly spaced in t overshoot by far; "heun" is of the same order and cost and does not.
+    "edm" is for schedules whose s/a stays moderate. At the end of a cosine schedule it is in the ten
+    thousands, and a few steps evenly spaced in t overshoot by far; "heun" is of the same order and cost and
+    does not.
 
     Two differences from diffusers' schedulers. They space their times differently by default ("leading");
     here both ends of the schedule are always walked through, as in Nichol & Dhariwal (2021, section 4). And
@@ -376,10 +377,10 @@ def invert(
 ) -> Array:
     """Encode data as the noise from which DDIM makes it: DDIM walked backwards.  (docs: R.9)
 
-    The step is DDIM's with eta = 0, up the times in the place of down: x' = a' D + s' eps (Song et al. 2021,
-    section 4.3). It reads D and eps where it begins, and the step down at the other end, where that one
-    begins. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives `x0` back up to an error that
-    falls as 1 / steps.
+    The step is DDIM's with eta = 0, up the times in the place of down: x' = a' D + s' eps (Song, Meng &
+    Ermon 2021, section 4.3). It reads D and eps where it begins, and the step down at the other end, where
+    that one begins. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives `x0` back up to an error
+    that falls as 1 / steps.
 
     Parameters
     ----------

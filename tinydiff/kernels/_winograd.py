@@ -15,7 +15,7 @@ The derivative with respect to x is the convolution of dy with the taps turned r
 
 A, B and G come from multiplying polynomials: the product of two, of degrees 3 and 2, is known from its values
 at five points and its leading coefficient (docs: A.7). Which points decides the rounding: in float32 the
-usual 0, 1, -1, 2, -2 are off by 11 times as much as the definition; 0, 3/4, -3/4, 3/2, -3/2 by half of that
+usual 0, 1, -1, 2, -2 are off by 11 times as much as a sum tap by tap; 0, 3/4, -3/4, 3/2, -3/2 by 5 times
 (docs: A.16).
 
 The transforms are matrix products too, by matrices of 6 and 4 rows, over one axis of the patches after the
