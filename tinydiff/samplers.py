@@ -407,7 +407,8 @@ def invert(
 
     Notes
     -----
-    The network knows no time before t = 0, so for the first step it is shown the data as if it were of t = 0.
+    The network knows no time before t = 0, so for the first step it is shown sqrt(abar_0) x0 as if it were of
+    t = 0.
     """
     from tqdm import tqdm
 
