@@ -1,7 +1,7 @@
 """The variational bound in continuous time, and its gradients by the network and by the schedule.
 
-With ever more steps the bound becomes an integral over the time u in [0, 1] (Kingma et al. 2021, eq. 17
-and 18; docs: S.10). With gamma = -log SNR, a^2 = sigmoid(-gamma), s^2 = sigmoid(gamma) and z = a x_0 + s eps,
+With ever more steps the bound becomes an integral over the time u in [0, 1] (Kingma et al. 2021, eq. 11
+and 17; docs: S.10). With gamma = -log SNR, a^2 = sigmoid(-gamma), s^2 = sigmoid(gamma) and z = a x_0 + s eps,
 
     -log p(x_0) <= KL( q(z_1 | x_0) || N(0, I) )                        the prior's term
                    - E log p(x_0 | z_0)                                 the reconstruction
@@ -413,7 +413,7 @@ def continuous_bound(
 ) -> ContinuousBound:
     """Estimate the continuous-time bound of data, without bias.  (docs: S.10)
 
-    (Kingma et al. 2021, eq. 17 and 18.) It is the limit of ``variational_bound`` with
+    (Kingma et al. 2021, eq. 11 and 17.) It is the limit of ``variational_bound`` with
     ``GaussianDiffusion(learned.schedule(S), prediction, "fixed_large")`` for a long chain, S levels, and a
     network that is told the times of T levels.
 
