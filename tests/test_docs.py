@@ -61,8 +61,6 @@ MATHEMATICS = {
 EXEMPT = {
     "nn.module": "names and holds parameters",
     "nn.init": "draws the first weights; nothing is derived from it",
-    "models.mlp.MLP.predict": "the call, without its derivative",
-    "models.unet.UNet.predict": "the call, without its derivative",
     "models.unet.UNet.run_embedded": "the call, from the sinusoids on",
     "optim.Adam.zero_grad": "book-keeping",
     "optim.warmup_cosine": "a choice, not a result",
