@@ -254,7 +254,7 @@ def save(fig: Figure, path: str | os.PathLike[str]) -> None:
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # A palette of 256 colours makes the file a third as large, and no eye sees the difference.
-    palette = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    palette = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     palette.save(path, "PNG", optimize=True)
 
 
