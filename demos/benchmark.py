@@ -106,6 +106,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"argument --configs: {name!r} is not one of {', '.join(known)}")
     if args.backend == "cupy" and (args.profile or args.growth):
         parser.error("argument --backend: --profile and --growth are of the CPU")
+    if args.workers and args.backend == "cupy":
+        parser.error("argument --workers: only with --backend numpy")
     if args.tf32 and args.backend != "cupy":
         parser.error("argument --tf32: only with --backend cupy")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):

@@ -40,8 +40,8 @@ def test_numpy_arrays_are_told_at_sight_and_others_as_ever():
             backend.array_namespace(*wrong)
 
 
-def fake_cupy(count=0, count_error=None, launch_error=None):
-    """A module that fails as CuPy does: in the driver call, in the first kernel, or by finding nothing."""
+def fake_cupy(count=0, count_error=None, launch_error=None, product_error=None):
+    """A module that fails as CuPy does: by finding nothing, in the driver, in its first kernel or product."""
     current = [0]
 
     class Device:
@@ -61,12 +61,22 @@ def fake_cupy(count=0, count_error=None, launch_error=None):
             raise launch_error
         return np.zeros(shape)
 
+    class Ones:
+        __array_ufunc__ = None  # so that NumPy leaves the product to it
+
+        def __init__(self, shape):
+            pass
+
+        def __rmatmul__(self, other):
+            if product_error is not None:
+                raise product_error
+
     cupy = types.ModuleType("cupy")
     cupy.__version__ = "14.0.0"
     cupy.cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDeviceCount=getDeviceCount), Device=Device, current=current
     )
-    cupy.zeros = zeros
+    cupy.zeros, cupy.ones = zeros, Ones
     return cupy
 
 
@@ -214,6 +224,12 @@ NO_DRIVER = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is in
                 "cannot use the GPU (libnvrtc.so.12: cannot open it)",
                 "pip install 'cupy-cuda12x[ctk]>=14' (it brings",
             ],
+        ),
+        (
+            {"count": 1, "product_error": RuntimeError('Failure finding "libcublasLt.so.12": No such file')},
+            12040,
+            ["cupy-cuda12x"],
+            ["libcublasLt", "cannot use the GPU", "cupy-cuda12x[ctk]"],
         ),
         ({"count": 1, "launch_error": RuntimeError()}, 13000, [], ["(RuntimeError)", "cupy-cuda13x"]),
     ],

@@ -270,6 +270,7 @@ def test_workers_share_the_points():
         (["--rounds", "0"], ["--rounds", "'0'"]),
         (["--json", "nowhere/found.json"], ["--json", "nowhere"]),
         (["--tf32"], ["--tf32", "--backend cupy"]),
+        (["--backend", "cupy", "--workers", "2"], ["--workers", "--backend numpy"]),
         (["--backend", "cupy", "--growth"], ["--growth", "CPU"]),
         (["--backend", "jax"], ["jax", "cupy"]),
     ],

@@ -147,7 +147,9 @@ def _cupy_namespace(number: int | None = None) -> Namespace:
     try:
         if number is not None:
             cupy.cuda.Device(number).use()
-        cupy.zeros(1) + 1  # compiles and launches a kernel: missing libraries of CUDA are found out here
+        # Missing libraries of CUDA are found out here: a kernel is compiled, and cuBLAS asked for a product
+        # (in float64: for float32 CuPy would settle now whether TF32 is wanted).
+        (cupy.zeros((2, 2)) + 1) @ cupy.ones((2, 2))
     except Exception as error:
         raise BackendError(f"{installed} cannot use the GPU ({_first_line(error)}): {_remedy()}") from None
     import array_api_compat.cupy as cupy_namespace

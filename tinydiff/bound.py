@@ -460,7 +460,7 @@ def variational_bound(
             xp, N = array_namespace(x0), x0.shape[0]
             priors[rows] = to_numpy(prior_term(diffusion, x0))
             for i in range(draws):
-                t = np.full(N, i) if t_samples is None else rng.integers(T, size=N)
+                t = np.full(N, i) if t_samples is None else to_numpy(rng.integers(T, size=N))
                 x_t = diffusion.q_sample(x0, t, standard_normal(rng, x0.shape, x0))
                 output = predict(x_t, xp.asarray(t, dtype=xp.int64, device=device(x0)))
                 terms = to_numpy(step_term(diffusion, output, x0, x_t, t, decoder, clip)[0])

@@ -24,8 +24,14 @@ from tinydiff.backend import Array, is_cupy_array, is_numpy_array
 
 __all__ = ["available_memory", "is_out_of_memory", "largest_batch", "let_go", "what_fits"]
 
-# What CuPy calls it when a library of CUDA, not its own pool, was refused.
-REFUSED = ("cudaErrorMemoryAllocation", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# What CuPy calls it when the driver or a library of CUDA, not its own pool, was refused.
+REFUSED = (
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # by cublasCreate, for want of memory
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 UNKNOWN = 2 * 2**30  # bytes taken to be free where the system does not say
 
 
@@ -78,7 +84,8 @@ def largest_batch(step: Callable[[int], None], like: Array, most: int) -> int:
     Returns
     -------
     int
-        On the host by need(n) and half of `available_memory`; elsewhere by doubling n until a step fails.
+        On the host by need(n) and half of `available_memory`; elsewhere by doubling n until a step of a
+        quarter more fails.
     """
     if is_numpy_array(like):
         step(1)  # what is made once and kept is not the step's
@@ -91,7 +98,8 @@ def largest_batch(step: Callable[[int], None], like: Array, most: int) -> int:
     else:
 
         def fits(n: int) -> bool:
-            return runs(step, like, n)
+            # A trial has CuPy's pool whole; a training has cut it up before, and needs more of it.
+            return runs(step, like, n + n // 4)
 
     largest, n = 0, 1
     while n <= most and fits(n):

@@ -5,7 +5,8 @@ the steps and one after them, and the device says how long passed between the tw
 the default stream.
 
 TF32 products are on for both sides or off for both: in PyTorch by its switches for matrix products and for
-cuDNN (whose default is on), in CuPy by CUPY_TF32, which it reads as it is imported.
+cuDNN (whose default is on), in CuPy by CUPY_TF32, which it reads at its first float32 product. CuPy 14
+does not heed it in batched products: those of attention are float32 even so.
 """
 
 from __future__ import annotations
@@ -89,5 +90,5 @@ class Gpu:
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "cupy": cupy.__version__,
-            "tf32": "on both" if self.tf32 else "off both",
+            "tf32": "on both, but for CuPy in attention" if self.tf32 else "off both",
         }
