@@ -171,6 +171,12 @@ def test_dropout_statistics(rate):
     assert_array_equal(backward(dy), dy * y)
 
 
+def test_a_rate_that_is_a_numpy_number_makes_no_float64():
+    x = np.ones((3, 4), np.float32)
+    y, backward = nn.dropout(x, np.float64(0.5), np.random.default_rng(0))
+    assert y.dtype == backward(x).dtype == np.float32
+
+
 def test_dropout_draws_anew_from_its_rng():
     rng = np.random.default_rng(0)
     x = np.ones((50, 50))

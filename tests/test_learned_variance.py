@@ -212,6 +212,14 @@ def test_hybrid_loss_stops_the_mean(prediction, seed):
         )
 
 
+def test_a_weight_that_is_a_numpy_number_makes_no_float64():
+    diffusion = GaussianDiffusion(linear_schedule(6), variance="learned_range")
+    output, x0, t, noise, _ = batch(diffusion, (4, 3))
+    output, x0, noise = (a.astype(np.float32) for a in (output, x0, noise))
+    value, gradient = hybrid_loss(diffusion, output, x0, t, noise, vlb_weight=np.float64(0.5))
+    assert value.dtype == gradient.dtype == np.float32
+
+
 def test_hybrid_loss_needs_a_variance_to_learn():
     diffusion = GaussianDiffusion(linear_schedule(6))
     output, x0, t, noise, _ = batch(diffusion, (4, 3))

@@ -245,9 +245,9 @@ def hybrid_loss(
     xp = array_namespace(output)
     simple, simple_gradient = simple_loss(diffusion, output, x0, t, noise, weights)
     vlb, vlb_gradient = vlb_loss(diffusion, output, x0, t, noise, decoder=decoder)
-    C = x0.shape[-1]
-    gradient = xp.concat([simple_gradient[..., :C], vlb_weight * vlb_gradient[..., C:]], axis=-1)
-    return simple + vlb_weight * vlb, gradient
+    C, weight = x0.shape[-1], float(vlb_weight)  # a NumPy number would make float64 of float32
+    gradient = xp.concat([simple_gradient[..., :C], weight * vlb_gradient[..., C:]], axis=-1)
+    return simple + weight * vlb, gradient
 
 
 def _column(name: str, values: Array, x: Array) -> Array:

@@ -27,7 +27,7 @@ def dropout(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Arr
     if rate == 0.0 or rng is None:
         return x, derivative_of(x)(lambda dy: dy)
     keep = rng.random(x.shape, dtype=np.float32) >= rate
-    mask = asarray_like(keep, x) * (1.0 / (1.0 - rate))
+    mask = asarray_like(keep, x) * (1.0 / (1.0 - float(rate)))
 
     y = x * mask
 
