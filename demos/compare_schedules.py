@@ -5,8 +5,8 @@ and the Fréchet distance of samples, against the number of sampling steps. The 
 Kingma et al. (2021). Every configuration is trained for the same number of steps, on the same digits.
 
 Every configuration has a folder of its own in DIR. What is there already is not made again: the same command
-continues an interrupted comparison (the training of the learned schedule from its beginning, the others from
-their last checkpoint), and two processes can share the work by --only.
+continues an interrupted comparison, a training from its last checkpoint, and two processes can share the work
+by --only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import tinydiff as td
 from tinydiff import plotting
 from tinydiff.backend import array_namespace, asarray_like, standard_normal, to_numpy
 from tinydiff.bound import prior_term, step_term
-from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
+from tinydiff.checkpoint import replace_file
 from tinydiff.diffusion import Variance
 from tinydiff.kernels import many_steps
 from tinydiff.metrics import digit_features, frechet_distance
@@ -209,7 +209,6 @@ def trained(
     configuration: Configuration, args: argparse.Namespace, data: np.ndarray, folder: Path
 ) -> tuple[td.UNet, td.NoiseSchedule, np.ndarray]:
     """The network, its schedule and its losses: made, continued, or taken up from `folder`."""
-    learned = configuration.schedule == "learned"
     model = td.UNet(
         out_channels=2 if "learned_range" in configuration.variances else 1,
         block_channels=args.channels,
@@ -218,16 +217,12 @@ def trained(
         rng=np.random.default_rng(args.seed),
         backend=args.backend,
     )
-    how = dict(steps=args.steps, batch_size=args.batch, seed=args.seed, lr=args.lr, ema_decay=EMA_DECAY)
-    if learned:
-        return with_learned_schedule(model, args, data, folder / "trained.safetensors", how)
-    schedule = schedules(args.T)[configuration.schedule]
-    result = td.train(
-        model,
-        td.GaussianDiffusion(schedule, args.prediction, configuration.variances[0]),
-        data,
-        **how,
-        **loss_options(configuration.loss, decoder="8bit"),
+    how = dict(
+        steps=args.steps,
+        batch_size=args.batch,
+        seed=args.seed,
+        lr=args.lr,
+        ema_decay=EMA_DECAY,
         data_name=f"mnist {args.data}, some held out",
         run_dir=folder,
         resume=True,
@@ -235,37 +230,15 @@ def trained(
         workers=args.workers,
         progress=not args.quiet,
     )
+    if configuration.schedule == "learned":
+        both = td.train_learned_schedule(
+            model, data, T=args.T, prediction=args.prediction, decoder="8bit", **how
+        )
+        return both.model, both.schedule, both.losses
+    schedule = schedules(args.T)[configuration.schedule]
+    diffusion = td.GaussianDiffusion(schedule, args.prediction, configuration.variances[0])
+    result = td.train(model, diffusion, data, **how, **loss_options(configuration.loss, decoder="8bit"))
     return result.model, schedule, result.losses
-
-
-def with_learned_schedule(
-    model: td.UNet, args: argparse.Namespace, data: np.ndarray, path: Path, how: dict[str, Any]
-) -> tuple[td.UNet, td.NoiseSchedule, np.ndarray]:
-    """The same where the schedule is learned, too: a training that is kept once it is finished."""
-    settings = {**training_settings(args), "training_digits": len(data)}
-    if path.exists():
-        arrays, about = load_arrays(path)
-        if about.get("settings") != settings:
-            raise ValueError(f"{path} belongs to a run with other settings: choose another directory.")
-        weights = {k.removeprefix("model."): a for k, a in arrays.items() if k.startswith("model.")}
-        model.load_state_dict(weights)
-        return model, td.NoiseSchedule(arrays["betas"]), arrays["losses"]
-    result = td.train_learned_schedule(
-        model,
-        data,
-        T=args.T,
-        prediction=args.prediction,
-        decoder="8bit",
-        **how,
-        workers=args.workers,
-        progress=not args.quiet,
-    )
-    arrays = {f"model.{k}": a for k, a in result.model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_arrays(
-        path, arrays | {"betas": result.schedule.betas, "losses": result.losses}, {"settings": settings}
-    )
-    return result.model, result.schedule, result.losses
 
 
 def training_settings(args: argparse.Namespace) -> dict[str, Any]:

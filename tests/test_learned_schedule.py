@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import tinydiff as td
 from tinydiff import nn
+from tinydiff.checkpoint import load_arrays
 from tinydiff.continuous_bound import (
     diffuse,
     draw_times,
@@ -710,6 +711,44 @@ def test_the_loop_is_a_function_of_its_seed():
     np.testing.assert_array_equal(one.schedule.betas, one.learned.schedule(20).betas)
     assert one.learned.gamma_0 != -6.0
     assert small(ema_decay=0.0)[1].learned.gamma_0 < one.learned.gamma_0 - 1e-4  # the average lags behind
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 5])
+def test_an_interrupted_and_resumed_run_is_the_same_run(at, tmp_path, monkeypatch):
+    """Network and schedule, their averages and moments; whatever was under way."""
+    _, whole = small(run_dir=tmp_path / "whole", checkpoint_every=2, log_every=2)
+    calls, original = iter(range(100)), td.schedule_training.learned_schedule_loss
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    files = dict(run_dir=tmp_path / "parts", checkpoint_every=2, log_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(td.schedule_training, "learned_schedule_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small(**files)
+    _, parts = small(**files, resume=True)
+    np.testing.assert_array_equal(parts.losses, whole.losses)
+    np.testing.assert_array_equal(parts.schedule.betas, whole.schedule.betas)
+    for name, value in whole.model.state_dict().items():
+        np.testing.assert_array_equal(parts.model.state_dict()[name], value, err_msg=name)
+    saved = [load_arrays(tmp_path / name / "checkpoint.safetensors")[0] for name in ("whole", "parts")]
+    assert saved[0].keys() == saved[1].keys() and any(name.startswith("schedule.adam.v") for name in saved[0])
+    for name, value in saved[0].items():
+        np.testing.assert_array_equal(saved[1][name], value, err_msg=name)
+
+
+def test_a_run_is_not_taken_for_another(tmp_path):
+    small(run_dir=tmp_path)
+    for change in (dict(schedule_lr=0.5), dict(gamma_0=-7.0), dict(T=21), dict(even=False)):
+        with pytest.raises(ValueError, match=f"{next(iter(change))} was"):
+            small(**change, run_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="loss was 'continuous bound'"):
+        process = td.GaussianDiffusion(td.cosine_schedule(20))
+        model, points = td.MLP(), np.zeros((4, 2), np.float32)
+        td.train(model, process, points, steps=6, batch_size=4, run_dir=tmp_path, resume=True)
 
 
 def test_what_comes_out_goes_with_everything():

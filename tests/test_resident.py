@@ -12,7 +12,7 @@ from namespaces import assert_there, named, space, training_step, transfers
 from numpy.testing import assert_allclose, assert_array_equal
 
 import tinydiff as td
-from tinydiff import training
+from tinydiff import _run
 from tinydiff.backend import clip_to_unit, to_numpy
 from tinydiff.checkpoint import load_arrays
 
@@ -168,7 +168,7 @@ def test_between_checkpoints_nothing_but_lines(tmp_path, monkeypatch):
         return note
 
     for name in ("log", "save"):
-        monkeypatch.setattr(training._Run, name, noting(name, getattr(training._Run, name)))
+        monkeypatch.setattr(_run.Run, name, noting(name, getattr(_run.Run, name)))
     with transfers() as seen:
         td.train(model, PROCESS, POINTS, **SETTINGS, run_dir=tmp_path, checkpoint_every=6)
     names = [name for name, _ in events if name != "done"]

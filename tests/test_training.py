@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 import tinydiff as td
-from tinydiff import training
+from tinydiff import _loop, _run, training
 from tinydiff.backend import to_numpy
 from tinydiff.bound import step_term
 from tinydiff.checkpoint import load_arrays, save_arrays
@@ -148,10 +148,10 @@ def test_the_loop_is_algorithm_1_written_out():
     optimizer = td.Adam(reference.named_parameters(), lr=0.01, weight_decay=0.1)
     ema = td.EMA(reference, 0.9)
     order = np.concatenate(
-        [np.random.default_rng([3, training.EPOCH, epoch]).permutation(10) for epoch in range(5)]
+        [np.random.default_rng([3, _loop.EPOCH, epoch]).permutation(10) for epoch in range(5)]
     )
     for step in range(STEPS):
-        rng = np.random.default_rng([3, training.STEP, step])
+        rng = np.random.default_rng([3, _loop.STEP, step])
         x0 = POINTS[order[4 * step : 4 * step + 4]]
         t = rng.integers(20, size=4)
         eps = rng.standard_normal((4, 2), dtype=np.float32)
@@ -317,11 +317,11 @@ def test_an_interrupted_and_resumed_run_is_the_same_run(tmp_path, tmp_path_facto
         (owner, name, at)
         for owner, name, calls in [
             (training, "training_loss", STEPS),
-            (training, "clip_grad_norm", STEPS),
-            (training.Adam, "step", STEPS),
-            (training.EMA, "update", STEPS),
-            (training._Run, "log", 4),
-            (training._Run, "save", 3),
+            (_loop, "clip_grad_norm", STEPS),
+            (_loop.Adam, "step", STEPS),
+            (_loop.EMA, "update", STEPS),
+            (_run.Run, "log", 4),
+            (_run.Run, "save", 3),
         ]
         for at in sorted({0, 1, calls // 2, calls - 1})
     ],
@@ -354,9 +354,9 @@ def test_ctrl_c_in_the_middle_of_an_update_is_not_saved(tmp_path, tmp_path_facto
             self.parameters[0].value += 1.0
             raise KeyboardInterrupt
 
-    original = training.Adam.step
+    original = _loop.Adam.step
     with monkeypatch.context() as patch:
-        patch.setattr(training.Adam, "step", half)
+        patch.setattr(_loop.Adam, "step", half)
         with pytest.raises(KeyboardInterrupt):
             td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
     assert steps_saved(tmp_path) == 5
@@ -384,10 +384,10 @@ def test_a_real_ctrl_c(tmp_path, tmp_path_factory, request):
     ("owner", "name", "at"),
     [
         (training, "vlb_loss", 17),
-        (training, "clip_grad_norm", 17),
-        (training.Adam, "step", 17),
+        (_loop, "clip_grad_norm", 17),
+        (_loop.Adam, "step", 17),
         (training.LossSecondMomentSampler, "update", 17),
-        (training._Run, "save", 2),
+        (_run.Run, "save", 2),
     ],
 )
 @pytest.mark.parametrize("error", [Interrupted(), KeyboardInterrupt()])
@@ -683,7 +683,7 @@ def test_an_epoch_visits_every_sample_once(n, batch_size, seed):
     for epoch in range(len(stream) // n):
         visited = stream[epoch * n : (epoch + 1) * n]
         assert sorted(visited) == list(range(n))
-        assert visited == np.random.default_rng([seed, training.EPOCH, epoch]).permutation(n).tolist()
+        assert visited == np.random.default_rng([seed, _loop.EPOCH, epoch]).permutation(n).tolist()
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(monkeypatch):

@@ -4,30 +4,31 @@ Each step estimates the continuous-time bound of a batch. The network and the tw
 the bound's gradient; what is between the end points goes down that of the estimate's variance (docs: S.13).
 What comes out is a network and a schedule like any other.
 
-As in `tinydiff.training`, the randomness of a step is a function of (seed, step) and the order of the data
-one of (seed, epoch). This loop keeps no files.
+The loop is that of `tinydiff.training`, with two that learn.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic
+from pathlib import Path
+from typing import Any, Generic
 
 import numpy as np
 
 from tinydiff._checks import check_counts
+from tinydiff._loop import Data, Learner, check_loop, loop, settings_of
+from tinydiff._run import Run
+from tinydiff.backend import Array
 from tinydiff.bound import Decoder
 from tinydiff.continuous_bound import learned_schedule_loss
 from tinydiff.diffusion import Prediction
 from tinydiff.kernels import many_steps
 from tinydiff.learned_schedule import LearnedSchedule
-from tinydiff.nn.module import weight_of
-from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
-from tinydiff.parallel import shared_out
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.training import STEP, Data, M, _batch, check_loop
+from tinydiff.training import M
 
 __all__ = ["LearnedScheduleResult", "train_learned_schedule"]
 
@@ -78,6 +79,11 @@ def train_learned_schedule(
     final_lr: float = 0.0,
     clip_norm: float = 1.0,
     ema_decay: float = 0.999,
+    data_name: str = "",
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 500,
+    log_every: int = 50,
     workers: int | None = None,
     progress: bool = True,
 ) -> LearnedScheduleResult[M]:
@@ -117,6 +123,8 @@ def train_learned_schedule(
         Bound on the norm of the network's gradient; ``math.inf`` for none. The schedule's is not clipped.
     ema_decay : float
         Of the moving averages, in [0, 1).
+    data_name, run_dir, resume, checkpoint_every, log_every
+        As for `train`: the files of the run, and whether it goes on from them.
     workers : int, optional
         Processes that share each batch, as for `train`.
     progress : bool
@@ -129,63 +137,70 @@ def train_learned_schedule(
 
     Raises
     ------
+    TypeError
+        If `data` is neither an array nor callable.
     ValueError
-        If an argument is out of range or does not fit; the message names it. Also, at the end, if the learned
-        end points are not those of a schedule (`LearnedSchedule.schedule`).
+        If an argument, or the checkpoint in `run_dir`, is not what is expected, as for `train`; the message
+        names it. Also, at the end, if the learned end points are not those of a schedule
+        (`LearnedSchedule.schedule`).
     FloatingPointError
         If the loss or the norm of a gradient stops being finite. The model keeps the weights that it had
         before that step.
+    MemoryError
+        If a step does not fit in memory; the message names a batch size that does.
     """
-    check_counts(T=T)
+    check_counts(T=T, checkpoint_every=checkpoint_every, log_every=log_every)
     warmup = check_loop(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     learned = LearnedSchedule(gamma_0, gamma_1, units)
-    parameters = model.named_parameters()
-    like = weight_of(model)
-    optimizers = [(Adam(parameters, lr), lr), (Adam(learned.named_parameters(), schedule_lr), schedule_lr)]
-    averages = EMA(model, ema_decay), EMA(learned, ema_decay)
-    losses = np.zeros(steps)
+    settings = settings_of(
+        model,
+        data,
+        data_name=data_name,
+        loss="continuous bound",
+        T=int(T),
+        steps=int(steps),
+        batch_size=int(batch_size),
+        seed=int(seed),
+        lr=float(lr),
+        schedule_lr=float(schedule_lr),
+        gamma_0=float(gamma_0),
+        gamma_1=float(gamma_1),
+        units=int(units),
+        prediction=prediction,
+        decoder=decoder,
+        even=bool(even),
+        warmup=int(warmup),
+        final_lr=float(final_lr),
+        clip_norm=str(float(clip_norm)),  # JSON has no infinity
+        ema_decay=float(ema_decay),
+    )
+    network = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay)
+    schedule = Learner(learned, schedule_lr, clip_norm=math.inf, ema_decay=ema_decay)
+    run = None if run_dir is None else Run(Path(run_dir), settings, {"": network, "schedule.": schedule})
 
-    from tqdm import tqdm
+    def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:
+        how: dict[str, Any] = dict(T=T, prediction=prediction, decoder=decoder, even=even)
+        return learned_schedule_loss(network, learned, x0, rng, **how)
 
     began = time.perf_counter()
-    smooth = math.nan
-    with (
-        shared_out(model, batch_size, workers) as shared,
-        tqdm(total=steps, desc="training", unit="step", disable=not progress) as bar,
-    ):
-        for step in range(steps):
-            rng = np.random.default_rng([seed, STEP, step])
-            for optimizer, _ in optimizers:
-                optimizer.zero_grad()
-            loss_array, backward = learned_schedule_loss(
-                shared,
-                learned,
-                _batch(data, batch_size, seed, step, rng, like),
-                rng,
-                T=T,
-                prediction=prediction,
-                decoder=decoder,
-                even=even,
-            )
-            backward()
-            loss = float(loss_array)
-            norms = (
-                float(clip_grad_norm(parameters, clip_norm)),
-                float(clip_grad_norm(learned.named_parameters(), math.inf)),
-            )
-            if not all(map(math.isfinite, (loss, *norms))):
-                raise FloatingPointError(
-                    f"the loss is {loss}, the norm of the gradient {norms[0]} (network) and {norms[1]} "
-                    f"(schedule) at step {step}; try a smaller lr or schedule_lr."
-                )
-            for optimizer, rate in optimizers:
-                optimizer.lr = rate * warmup_cosine(step, steps, warmup, final_lr)
-                optimizer.step()
-            for average in averages:
-                average.update()
-            losses[step] = loss
-            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
-            bar.set_postfix(bits_per_dim=f"{smooth:.4f}", refresh=False)
-            bar.update()
-    trained, averaged = averages[0].model, averages[1].model
-    return LearnedScheduleResult(trained, averaged.schedule(T), losses, averaged, time.perf_counter() - began)
+    losses = loop(
+        [network, schedule],
+        objective,
+        data,
+        run,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        warmup=warmup,
+        final_lr=final_lr,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        workers=workers,
+        progress=progress,
+        at_once=True,  # gamma is on the host, and every step goes through it
+        unit="bits_per_dim",
+    )
+    seconds = time.perf_counter() - began
+    trained, averaged = network.ema.model, schedule.ema.model
+    return LearnedScheduleResult(trained, averaged.schedule(T), np.asarray(losses), averaged, seconds)

@@ -1,62 +1,36 @@
-"""The training loop: its progress, its metrics, and how it survives an interruption.
+"""Training a network on a fixed forward process (Ho et al. 2020, algorithm 1): which loss, and its steps.
 
-The randomness of a step is a function of (seed, step), and the order of the data a function of (seed,
-epoch). So a resumed run is the same run, bit for bit, with no generator state to save.
-
-A step counts once its loss is in the list: it is put there last, so an interruption in the middle of a step
-is recognised by a list that is shorter than the optimizer's count.
-
-On a GPU everything stays where it is. Times and tables live on the host, data, noise, loss and weights on the
-device, and the host runs ahead of it: it waits only where numbers are read, at a line of metrics and at a
-checkpoint, and reads those of all steps since at once.
+The loop itself is `tinydiff._loop`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_number, check_rng, check_seed
-from tinydiff._readings import Kept, Losses, check_finite
-from tinydiff.backend import (
-    Array,
-    array_namespace,
-    asarray_like,
-    device,
-    generator_beside,
-    is_numpy_array,
-    standard_normal,
-    to_numpy,
-)
+from tinydiff._checks import check_counts, check_rng
+from tinydiff._loop import Data, Learner, beside, check_data, check_loop, digest, loop, settings_of, trial
+from tinydiff._run import Run
+from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
 from tinydiff.bound import Decoder, check_decoder
-from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
-from tinydiff.memory import is_out_of_memory, largest_batch, let_go, reason, what_fits
+from tinydiff.memory import largest_batch, let_go
 from tinydiff.nn.module import Module, weight_of
-from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
-from tinydiff.parallel import shared_out
 
 __all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
 
 M = TypeVar("M", bound=Module)
 Loss: TypeAlias = Literal["simple", "hybrid", "vlb"]
-Data = Any  # an array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...)
-
-# The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
-# that [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
-STEP, EPOCH = 1, 2
 
 
 @dataclass(frozen=True)
@@ -268,160 +242,60 @@ def train(
     _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
     if loss != "simple" and not callable(data):  # the wrong decoder shows at once, not where a t = 0 is drawn
         check_decoder(decoder, data[:batch_size, ...])
-    parameters = model.named_parameters()
-    like = weight_of(model)
-    settings = {
-        "model": type(model).__name__,
-        "config": getattr(model, "config", None),
-        "dtype": str(to_numpy(like).dtype),
-        "betas": _digest(diffusion.schedule.betas),
-        "prediction": diffusion.prediction,
-        "data": "callable" if callable(data) else [int(size) for size in data.shape],
-        "data_name": data_name,
-        "steps": int(steps),
-        "batch_size": int(batch_size),
-        "seed": int(seed),
-        "lr": float(lr),
-        "warmup": int(warmup),
-        "final_lr": float(final_lr),
-        "weight_decay": float(weight_decay),
-        "clip_norm": str(float(clip_norm)),  # JSON has no infinity
-        "ema_decay": float(ema_decay),
-        "loss": loss,
-        "min_snr_gamma": None if min_snr_gamma is None else float(min_snr_gamma),
-        "variance": None if loss == "simple" else diffusion.variance,
-        "decoder": None if loss == "simple" else decoder,
-        "importance_sampling": bool(importance_sampling),
-    }
-    data = _beside(data, like)
-    optimizer = Adam(parameters, lr, weight_decay=weight_decay)
-    ema = EMA(model, ema_decay)
-    t_sampler = LossSecondMomentSampler(diffusion.T) if importance_sampling else None
-    drawn = None if t_sampler is None else _Drawn(t_sampler)
-    run = None if run_dir is None else _Run(Path(run_dir), settings, model, optimizer, ema, t_sampler)
-    losses = Losses([] if run is None else run.start(resume))
-    how: dict[str, Any] = dict(loss=loss, min_snr_gamma=min_snr_gamma, decoder=decoder)
-    # Where reading a number costs nothing it is read at once; importance sampling needs each step's anyway.
-    at_once = is_numpy_array(like) or importance_sampling
-    kept = None if at_once else Kept(parameters, len(losses))
+    settings = settings_of(
+        model,
+        data,
+        betas=digest(diffusion.schedule.betas),
+        prediction=diffusion.prediction,
+        data_name=data_name,
+        steps=int(steps),
+        batch_size=int(batch_size),
+        seed=int(seed),
+        lr=float(lr),
+        warmup=int(warmup),
+        final_lr=float(final_lr),
+        weight_decay=float(weight_decay),
+        clip_norm=str(float(clip_norm)),  # JSON has no infinity
+        ema_decay=float(ema_decay),
+        loss=loss,
+        min_snr_gamma=None if min_snr_gamma is None else float(min_snr_gamma),
+        variance=None if loss == "simple" else diffusion.variance,
+        decoder=None if loss == "simple" else decoder,
+        importance_sampling=bool(importance_sampling),
+    )
+    learner = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay, weight_decay=weight_decay)
+    states: dict[str, Any] = {"": learner}
+    drawn = None
+    if importance_sampling:
+        states["t_sampler."] = LossSecondMomentSampler(diffusion.T)
+        drawn = _Drawn(states["t_sampler."])
+    run = None if run_dir is None else Run(Path(run_dir), settings, states)
 
-    def rate(step: int) -> float:
-        return lr * warmup_cosine(step, steps, warmup, final_lr)
-
-    from tqdm import tqdm
+    def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:
+        how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
+        return training_loss(network, diffusion, x0, rng, loss, **how)
 
     began = time.perf_counter()
-    processes = ExitStack()
-    shared = processes.enter_context(shared_out(model, batch_size, workers))
-    bar = tqdm(total=steps, initial=len(losses), desc="training", unit="step", disable=not progress)
-    smooth = math.nan
-    refused = ""
-    backward: Any = None
-    try:
-        for step in range(len(losses), steps):
-            rng = np.random.default_rng([seed, STEP, step])
-            optimizer.zero_grad()
-            x0 = _batch(data, batch_size, seed, step, rng, like)
-            loss_array, backward = training_loss(shared, diffusion, x0, rng, **how, t_sampler=drawn)
-            backward()
-            norm_array = clip_grad_norm(parameters, clip_norm)
-            optimizer.lr = rate(step)
-            last = step + 1 == steps
-            line_due = (step + 1) % log_every == 0 or last
-            save_due = run is not None and ((step + 1) % checkpoint_every == 0 or last)
-            reading = at_once or line_due or save_due
-            if reading:
-                first, numbers = losses.read((loss_array, norm_array))
-                check_finite(first, numbers, rate, kept)
-            if run is not None:
-                run.begin()
-            optimizer.step()
-            ema.update()
-            if drawn is not None:
-                drawn.remember()
-            if not reading:
-                losses.append((loss_array, norm_array))
-            else:
-                values = [value for value, _ in numbers]
-                if run is not None and line_due:
-                    since = step // log_every * log_every
-                    run.log(step + 1, [*losses[since:first], *values], numbers[-1][1], optimizer.lr)
-                losses.replace(first, values)
-                if kept is not None:
-                    kept.keep(step + 1)
-                for value in values:
-                    smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
-                bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-            bar.update()
-            if run is not None and save_due:
-                run.save(losses[:])
-    except KeyboardInterrupt:
-        if run is not None and optimizer.steps == len(losses) > 0:
-            first, numbers = losses.read()
-            if all(math.isfinite(number) for pair in numbers for number in pair):
-                losses.replace(first, [value for value, _ in numbers])
-                run.save(losses[:])
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        refused = reason(error)
-    finally:
-        bar.close()
-        processes.close()
-    if refused:
-        x0 = loss_array = norm_array = backward = None
-        model.zero_grad()
-        trial = _trial_step(model, diffusion, _sample_shape(data), like, how)
-        raise MemoryError(what_fits(trial, like, batch_size, refused))
-    return TrainingResult(ema.model, np.asarray(losses[:]), time.perf_counter() - began)
-
-
-def check_loop(
-    steps: int,
-    batch_size: int,
-    seed: int,
-    warmup: int | None,
-    final_lr: float,
-    clip_norm: float,
-    ema_decay: float,
-    data: Data,
-) -> int:
-    """ValueError or TypeError naming the first that a training cannot be made of; returns the warm-up."""
-    check_counts(steps=steps, batch_size=batch_size)
-    check_seed(seed)
-    warmup = min(500, steps // 20) if warmup is None else warmup
-    check_number(
-        "warmup", warmup, lambda n: n == int(n) and 0 <= n <= steps, f"an integer in 0 ... steps = {steps}"
+    losses = loop(
+        [learner],
+        objective,
+        data,
+        run,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        warmup=warmup,
+        final_lr=final_lr,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        workers=workers,
+        progress=progress,
+        # Where reading a number costs nothing it is read at once; importance sampling needs each step's.
+        at_once=is_numpy_array(weight_of(model)) or importance_sampling,
+        counted=(lambda: None) if drawn is None else drawn.remember,
     )
-    check_number("final_lr", final_lr, lambda rate: 0 <= rate <= 1, "a number in [0, 1]")
-    check_number("clip_norm", clip_norm, lambda norm: norm > 0, "a positive number")
-    check_number("ema_decay", ema_decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
-    _check_data(data)
-    return warmup
-
-
-def _check_data(data: Data) -> None:
-    """TypeError or ValueError unless it is callable, or an array that there is something to learn from."""
-    if callable(data):
-        return
-    if len(getattr(data, "shape", ())) < 1:
-        raise TypeError(f"data is a {type(data).__name__}; expected an array (n, ...) or a callable.")
-    if data.shape[0] < 1:
-        raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
-    _check_values("data", data)
-
-
-def _check_values(name: str, values: Array) -> None:
-    """ValueError unless they are real floating numbers; with NumPy, finite ones."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise ValueError(f"{name} is a masked array; expected one in which every number counts.")
-    if not array_namespace(values).isdtype(values.dtype, "real floating"):
-        raise ValueError(
-            f"{name} has dtype {values.dtype}; expected a real floating one (of 8-bit images, x / 127.5 - 1)."
-        )
-    if is_numpy_array(values) and not np.isfinite(values).all():
-        raise ValueError(f"{name} holds numbers that are not finite.")
+    return TrainingResult(learner.ema.model, np.asarray(losses), time.perf_counter() - began)
 
 
 def find_batch_size(
@@ -459,57 +333,22 @@ def find_batch_size(
         If `most` is less than 1.
     """
     check_counts(most=most)
-    _check_data(data)
-    how: dict[str, Any] = dict(loss=loss, min_snr_gamma=min_snr_gamma, decoder=decoder)
-    parameters = list(model.named_parameters().values())
-    like = parameters[0].value
-    shape = _sample_shape(data)
-    data_there = _beside(data, like)
+    check_data(data)
+
+    def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:
+        return training_loss(network, diffusion, x0, rng, loss, min_snr_gamma=min_snr_gamma, decoder=decoder)
+
+    like = weight_of(model)
+    data_there = beside(data, like)
     # Adam's moments, the moving average, and the weights that are kept to go back to.
-    reserve = [array_namespace(like).zeros_like(p.value) for p in parameters for _ in range(4)]
-    size = largest_batch(_trial_step(model, diffusion, shape, like, how), like, most)
+    weights = [p.value for p in model.named_parameters().values()]
+    reserve = [array_namespace(like).zeros_like(weight) for weight in weights for _ in range(4)]
+    size = largest_batch(trial(objective, [model], data, like), like, most)
     del reserve, data_there
     let_go(like)
     if not size:
         raise MemoryError("not even a batch of 1 fits in memory: the model needs to be smaller.")
     return size
-
-
-def _trial_step(
-    model: Any, diffusion: GaussianDiffusion, shape: tuple[int, ...], like: Array, how: dict[str, Any]
-) -> Callable[[int], None]:
-    """step(n): forward and backward of a batch of n, whose gradients are thrown away."""
-    xp = array_namespace(like)
-
-    def step(n: int) -> None:
-        try:
-            x0 = xp.full((n, *shape), -1.0, dtype=like.dtype, device=device(like))  # -1 is an 8-bit level
-            _, backward = training_loss(model, diffusion, x0, np.random.default_rng(0), **how)
-            backward()
-        finally:
-            model.zero_grad()
-
-    return step
-
-
-def _sample_shape(data: Data) -> tuple[int, ...]:
-    """The shape of one sample."""
-    return tuple((data(1, np.random.default_rng(0)) if callable(data) else data).shape[1:])
-
-
-def _beside(data: Data, like: Array) -> Data:
-    """The data set where `like` is; where it is there already, or drawn batch by batch, it stays as it is."""
-    if callable(data) or (array_namespace(data) is array_namespace(like) and device(data) == device(like)):
-        return data
-    try:
-        return asarray_like(data, like)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(
-            f"data of shape {tuple(data.shape)} does not fit in memory beside the model; pass a callable "
-            "that draws batches of it."
-        ) from None
 
 
 def _check_loss(
@@ -543,161 +382,3 @@ class _Drawn:
 
     def remember(self) -> None:
         self._sampler.update(*self._terms)
-
-
-def _digest(array: np.ndarray) -> str:
-    import hashlib
-
-    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
-
-
-def _batch(data: Data, batch_size: int, seed: int, step: int, rng: np.random.Generator, like: Array) -> Array:
-    """The batch of a step, beside `like`: drawn by `data`, or its place in the endless row of epochs.
-
-    An array is gathered where it is, by an index from the host.
-    """
-    if callable(data):
-        batch = data(batch_size, rng)
-        if len(getattr(batch, "shape", ())) < 1 or batch.shape[0] != batch_size:
-            came = f"has shape {batch.shape}" if hasattr(batch, "shape") else f"is a {type(batch).__name__}"
-            raise ValueError(f"data(batch_size, rng) {came}; expected an array ({batch_size}, ...).")
-        _check_values("data(batch_size, rng)", batch)
-        return asarray_like(batch, like)
-    n = data.shape[0]
-    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-    index = np.concat([_order(seed, e, n)[place[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)])
-    xp = array_namespace(data)
-    return asarray_like(xp.take(data, asarray_like(index, data, xp.int64), axis=0), like)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which an epoch visits n samples."""
-    return np.random.default_rng([seed, EPOCH, epoch]).permutation(n)
-
-
-# What there was to set before there was a choice of loss, and the checkpoints of that time stand for.
-SIMPLE: dict[str, Any] = dict(
-    loss="simple", min_snr_gamma=None, variance=None, decoder=None, importance_sampling=False
-)
-
-
-# How a line of metrics begins.
-LINE = b'{"step": '
-
-
-class _Run:
-    """The files of a run: ``metrics.jsonl`` and ``checkpoint.safetensors``."""
-
-    def __init__(
-        self,
-        directory: Path,
-        settings: dict[str, Any],
-        model: Any,
-        optimizer: Adam,
-        ema: EMA,
-        t_sampler: LossSecondMomentSampler | None,
-    ) -> None:
-        self.checkpoint = directory / "checkpoint.safetensors"
-        self.metrics = directory / "metrics.jsonl"
-        self.settings = settings
-        self.model = model
-        self.optimizer = optimizer
-        self.ema = ema
-        self.t_sampler = t_sampler
-        self.began = time.perf_counter()
-        self._begun = False
-
-    def start(self, resume: bool) -> list[float]:
-        """Take up the checkpoint if there is one to take up; return the losses so far."""
-        losses: list[float] = []
-        if self.checkpoint.exists():
-            arrays, metadata = load_arrays(self.checkpoint)
-            if not ("losses" in arrays and {"step", "settings"} <= metadata.keys()):
-                raise ValueError(f"{self.checkpoint} is not a checkpoint of tinydiff's training.")
-            if resume:
-                self._check_settings(metadata["settings"])
-                losses = self._restore(arrays)
-            elif metadata["step"] < metadata["settings"]["steps"]:
-                raise ValueError(
-                    f"{self.checkpoint} is an unfinished run (step {metadata['step']} of "
-                    f"{metadata['settings']['steps']}): pass resume=True (--resume) to continue it, choose "
-                    "another directory, or delete it to begin again."
-                )
-        self._before = [line for line in self._lines() if line["step"] <= len(losses)]
-        self._resumed = bool(losses)
-        if self._before:
-            self.began -= self._before[-1]["seconds"]
-        return losses
-
-    def begin(self) -> None:
-        """Make the files this run's, when a first step has gone well: what a finished run left gives way."""
-        if self._begun:
-            return
-        replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in self._before).encode())
-        if not self._resumed:
-            self.checkpoint.unlink(missing_ok=True)
-        self._begun = True
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics there are; a crash may have left the last one incomplete."""
-        lines = []
-        for text in self.metrics.read_bytes().splitlines() if self.metrics.exists() else []:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            if line is None and LINE.startswith(text[: len(LINE)]):
-                break
-            if not (isinstance(line, dict) and {"step", "seconds"} <= line.keys()):
-                raise ValueError(f"{self.metrics} is not tinydiff's: choose another directory, or move it.")
-            lines.append(line)
-        return lines
-
-    def _check_settings(self, before: dict[str, Any]) -> None:
-        before = SIMPLE | before
-        changed = [k for k, v in self.settings.items() if before.get(k) != v]
-        if changed:
-            what = ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in changed)
-            raise ValueError(
-                f"{self.checkpoint} belongs to a run with other settings ({what}): resume with the same "
-                "settings, or choose another directory."
-            )
-
-    def _restore(self, arrays: dict[str, np.ndarray]) -> list[float]:
-        def part(prefix: str) -> dict[str, np.ndarray]:
-            return {k[len(prefix) :]: a for k, a in arrays.items() if k.startswith(prefix)}
-
-        self.model.load_state_dict(part("model."))
-        self.ema.model.load_state_dict(part("ema."))
-        for moments, name in [(self.optimizer.m, "m"), (self.optimizer.v, "v")]:
-            for i, moment in enumerate(moments):
-                moments[i] = asarray_like(arrays[f"adam.{name}.{i}"].copy(), moment)
-        if self.t_sampler is not None:
-            self.t_sampler.load_state_dict(part("t_sampler."))
-        losses = [float(loss) for loss in arrays["losses"]]
-        self.optimizer.steps = self.ema.steps = len(losses)
-        return losses
-
-    def save(self, losses: list[float]) -> None:
-        """Write the whole state of the run."""
-        arrays = {f"model.{k}": a for k, a in self.model.state_dict().items()}
-        arrays |= {f"ema.{k}": a for k, a in self.ema.model.state_dict().items()}
-        for moments, name in [(self.optimizer.m, "m"), (self.optimizer.v, "v")]:
-            arrays |= {f"adam.{name}.{i}": to_numpy(moment) for i, moment in enumerate(moments)}
-        if self.t_sampler is not None:
-            arrays |= {f"t_sampler.{k}": a for k, a in self.t_sampler.state_dict().items()}
-        arrays["losses"] = np.asarray(losses)
-        save_arrays(self.checkpoint, arrays, {"step": len(losses), "settings": self.settings})
-
-    def log(self, step: int, losses: list[float], grad_norm: float, lr: float) -> None:
-        """Append a line of metrics; the loss is the mean since the line before."""
-        line = {
-            "step": step,
-            "loss": float(np.mean(losses)),
-            "grad_norm": grad_norm,
-            "lr": float(lr),
-            "seconds": round(time.perf_counter() - self.began, 3),
-        }
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")

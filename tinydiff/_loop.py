@@ -1,0 +1,345 @@
+"""The loop of a training: its progress, its metrics, and how it survives an interruption.
+
+The randomness of a step is a function of (seed, step), and the order of the data a function of (seed,
+epoch). So a resumed run is the same run, bit for bit, with no generator state to save.
+
+A step counts once its loss is in the list: it is put there last, so an interruption in the middle of a step
+is recognised by a list that is shorter than the optimizer's count.
+
+On a GPU everything stays where it is. Times and tables live on the host, data, noise, loss and weights on the
+device, and the host runs ahead of it: it waits only where numbers are read, at a line of metrics and at a
+checkpoint, and reads those of all steps since at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tinydiff._checks import check_counts, check_number, check_seed
+from tinydiff._readings import Kept, Losses, check_finite
+from tinydiff._run import Run
+from tinydiff.backend import Array, array_namespace, asarray_like, device, is_numpy_array, to_numpy
+from tinydiff.memory import is_out_of_memory, reason, what_fits
+from tinydiff.nn.module import weight_of
+from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
+from tinydiff.parallel import shared_out
+
+__all__ = [
+    "Data",
+    "Learner",
+    "Objective",
+    "batch_of",
+    "beside",
+    "check_data",
+    "check_loop",
+    "digest",
+    "loop",
+    "settings_of",
+    "trial",
+]
+
+Data: TypeAlias = Any  # an array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...)
+
+# Of a network (shared out or not), a batch and a generator: the loss, and what adds to the gradients.
+Objective: TypeAlias = Callable[[Any, Array, np.random.Generator], tuple[Array, Callable[[], Any]]]
+
+# The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
+# that [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
+STEP, EPOCH = 1, 2
+
+
+class Learner:
+    """What is trained: a module, its optimizer, and the moving average of its weights.
+
+    Parameters
+    ----------
+    model : Module
+        Trained in place.
+    lr, weight_decay, clip_norm, ema_decay : float
+        As for `tinydiff.train`.
+    """
+
+    def __init__(
+        self, model: Any, lr: float, *, clip_norm: float, ema_decay: float, weight_decay: float = 0.0
+    ) -> None:
+        self.model = model
+        self.lr = lr
+        self.clip_norm = clip_norm
+        self.parameters = model.named_parameters()
+        self.optimizer = Adam(self.parameters, lr, weight_decay=weight_decay)
+        self.ema = EMA(model, ema_decay)
+
+    def step(self, factor: float) -> None:
+        """Move the weights, at `factor` times the learning rate, and their average."""
+        self.optimizer.lr = self.lr * factor
+        self.optimizer.step()
+        self.ema.update()
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Weights, average and moments, on the host."""
+        arrays = {f"model.{k}": a for k, a in self.model.state_dict().items()}
+        arrays |= {f"ema.{k}": a for k, a in self.ema.model.state_dict().items()}
+        for moments, name in [(self.optimizer.m, "m"), (self.optimizer.v, "v")]:
+            arrays |= {f"adam.{name}.{i}": to_numpy(moment) for i, moment in enumerate(moments)}
+        return arrays
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """The other way; what else is in `state` is left alone."""
+
+        def part(prefix: str) -> dict[str, np.ndarray]:
+            return {k[len(prefix) :]: a for k, a in state.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        self.ema.model.load_state_dict(part("ema."))
+        for moments, name in [(self.optimizer.m, "m"), (self.optimizer.v, "v")]:
+            for i, moment in enumerate(moments):
+                moments[i] = asarray_like(state[f"adam.{name}.{i}"].copy(), moment)
+
+
+def loop(
+    learners: Sequence[Learner],
+    loss: Objective,
+    data: Data,
+    run: Run | None,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    warmup: int,
+    final_lr: float,
+    resume: bool,
+    checkpoint_every: int,
+    log_every: int,
+    workers: int | None,
+    progress: bool,
+    at_once: bool,
+    counted: Callable[[], None] = lambda: None,
+    unit: str = "loss",
+) -> list[float]:
+    """Train the first of `learners`, a network, and what else takes part in the loss; returns every loss.
+
+    Parameters
+    ----------
+    learners : sequence of Learner
+        Of which the first is shared out to processes.
+    loss : callable
+        See `Objective`.
+    data, steps, batch_size, seed, warmup, final_lr, resume, checkpoint_every, log_every, workers, progress
+        As for `tinydiff.train`, and checked.
+    run : Run or None
+        The files, if any.
+    at_once : bool
+        Read the loss of every step: where a number costs nothing, or the next step needs it.
+    counted : callable
+        Called when a step is about to count.
+    unit : str
+        What the progress bar calls the loss.
+    """
+    network = learners[0]
+    like = weight_of(network.model)
+    data = beside(data, like)
+    losses = Losses([] if run is None else run.start(resume))
+    for learner in learners:
+        learner.optimizer.steps = learner.ema.steps = len(losses)
+    kept = None if at_once else Kept(network.parameters, len(losses))
+
+    def factor(step: int) -> float:
+        return warmup_cosine(step, steps, warmup, final_lr)
+
+    from tqdm import tqdm
+
+    processes = ExitStack()
+    shared = processes.enter_context(shared_out(network.model, batch_size, workers))
+    bar = tqdm(total=steps, initial=len(losses), desc="training", unit="step", disable=not progress)
+    smooth = math.nan
+    refused = ""
+    backward: Any = None
+    try:
+        for step in range(len(losses), steps):
+            rng = np.random.default_rng([seed, STEP, step])
+            for learner in learners:
+                learner.optimizer.zero_grad()
+            x0 = batch_of(data, batch_size, seed, step, rng, like)
+            loss_array, backward = loss(shared, x0, rng)
+            backward()
+            norm_array = _joint([clip_grad_norm(one.parameters, one.clip_norm) for one in learners])
+            last = step + 1 == steps
+            line_due = (step + 1) % log_every == 0 or last
+            save_due = run is not None and ((step + 1) % checkpoint_every == 0 or last)
+            reading = at_once or line_due or save_due
+            if reading:
+                first, numbers = losses.read((loss_array, norm_array))
+                check_finite(first, numbers, lambda step: network.lr * factor(step), kept)
+            if run is not None:
+                run.begin()
+            for learner in learners:
+                learner.step(factor(step))
+            counted()
+            if not reading:
+                losses.append((loss_array, norm_array))
+            else:
+                values = [value for value, _ in numbers]
+                if run is not None and line_due:
+                    since = step // log_every * log_every
+                    run.log(step + 1, [*losses[since:first], *values], numbers[-1][1], network.optimizer.lr)
+                losses.replace(first, values)
+                if kept is not None:
+                    kept.keep(step + 1)
+                for value in values:
+                    smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+                bar.set_postfix({unit: f"{smooth:.4f}"}, refresh=False)
+            bar.update()
+            if run is not None and save_due:
+                run.save(losses[:])
+    except KeyboardInterrupt:
+        if run is not None and network.optimizer.steps == len(losses) > 0:
+            first, numbers = losses.read()
+            if all(math.isfinite(number) for pair in numbers for number in pair):
+                losses.replace(first, [value for value, _ in numbers])
+                run.save(losses[:])
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        refused = reason(error)
+    finally:
+        bar.close()
+        processes.close()
+    if refused:
+        x0 = loss_array = norm_array = backward = None
+        models = [learner.model for learner in learners]
+        raise MemoryError(what_fits(trial(loss, models, data, like), like, batch_size, refused))
+    return losses[:]
+
+
+def _joint(norms: list[Array]) -> Array:
+    """The norm of all gradients from those of the learners'."""
+    return norms[0] if len(norms) == 1 else asarray_like(math.hypot(*map(float, norms)), norms[0])
+
+
+def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Callable[[int], None]:
+    """step(n): forward and backward of a batch of n, whose gradients are thrown away."""
+    xp = array_namespace(like)
+    shape = (data(1, np.random.default_rng(0)) if callable(data) else data).shape[1:]
+
+    def step(n: int) -> None:
+        try:
+            x0 = xp.full((n, *shape), -1.0, dtype=like.dtype, device=device(like))  # -1 is an 8-bit level
+            _, backward = loss(models[0], x0, np.random.default_rng(0))
+            backward()
+        finally:
+            for model in models:
+                model.zero_grad()
+
+    return step
+
+
+def settings_of(model: Any, data: Data, **others: Any) -> dict[str, Any]:
+    """What a run depends on, as JSON holds it: the network, the data, and `others`."""
+    return {
+        "model": type(model).__name__,
+        "config": getattr(model, "config", None),
+        "dtype": str(to_numpy(weight_of(model)).dtype),
+        "data": "callable" if callable(data) else [int(size) for size in data.shape],
+        **others,
+    }
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
+
+
+def check_loop(
+    steps: int,
+    batch_size: int,
+    seed: int,
+    warmup: int | None,
+    final_lr: float,
+    clip_norm: float,
+    ema_decay: float,
+    data: Data,
+) -> int:
+    """ValueError or TypeError naming the first that a training cannot be made of; returns the warm-up."""
+    check_counts(steps=steps, batch_size=batch_size)
+    check_seed(seed)
+    warmup = min(500, steps // 20) if warmup is None else warmup
+    check_number(
+        "warmup", warmup, lambda n: n == int(n) and 0 <= n <= steps, f"an integer in 0 ... steps = {steps}"
+    )
+    check_number("final_lr", final_lr, lambda rate: 0 <= rate <= 1, "a number in [0, 1]")
+    check_number("clip_norm", clip_norm, lambda norm: norm > 0, "a positive number")
+    check_number("ema_decay", ema_decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
+    check_data(data)
+    return warmup
+
+
+def check_data(data: Data) -> None:
+    """TypeError or ValueError unless it is callable, or an array that there is something to learn from."""
+    if callable(data):
+        return
+    if len(getattr(data, "shape", ())) < 1:
+        raise TypeError(f"data is a {type(data).__name__}; expected an array (n, ...) or a callable.")
+    if data.shape[0] < 1:
+        raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
+    _check_values("data", data)
+
+
+def _check_values(name: str, values: Array) -> None:
+    """ValueError unless they are real floating numbers; with NumPy, finite ones."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array; expected one in which every number counts.")
+    if not array_namespace(values).isdtype(values.dtype, "real floating"):
+        raise ValueError(
+            f"{name} has dtype {values.dtype}; expected a real floating one (of 8-bit images, x / 127.5 - 1)."
+        )
+    if is_numpy_array(values) and not np.isfinite(values).all():
+        raise ValueError(f"{name} holds numbers that are not finite.")
+
+
+def beside(data: Data, like: Array) -> Data:
+    """The data set where `like` is; where it is there already, or drawn batch by batch, it stays as it is."""
+    if callable(data) or (array_namespace(data) is array_namespace(like) and device(data) == device(like)):
+        return data
+    try:
+        return asarray_like(data, like)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"data of shape {tuple(data.shape)} does not fit in memory beside the model; pass a callable "
+            "that draws batches of it."
+        ) from None
+
+
+def batch_of(
+    data: Data, batch_size: int, seed: int, step: int, rng: np.random.Generator, like: Array
+) -> Array:
+    """The batch of a step, beside `like`: drawn by `data`, or its place in the endless row of epochs.
+
+    An array is gathered where it is, by an index from the host.
+    """
+    if callable(data):
+        batch = data(batch_size, rng)
+        if len(getattr(batch, "shape", ())) < 1 or batch.shape[0] != batch_size:
+            came = f"has shape {batch.shape}" if hasattr(batch, "shape") else f"is a {type(batch).__name__}"
+            raise ValueError(f"data(batch_size, rng) {came}; expected an array ({batch_size}, ...).")
+        _check_values("data(batch_size, rng)", batch)
+        return asarray_like(batch, like)
+    n = data.shape[0]
+    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
+    index = np.concat([_order(seed, e, n)[place[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)])
+    xp = array_namespace(data)
+    return asarray_like(xp.take(data, asarray_like(index, data, xp.int64), axis=0), like)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order in which an epoch visits n samples."""
+    return np.random.default_rng([seed, EPOCH, epoch]).permutation(n)

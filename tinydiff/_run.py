@@ -1,0 +1,141 @@
+"""The files of a training: its metrics as they come, and checkpoints from which it goes on.
+
+A directory belongs to one run. What a finished run left gives way when the first step of a new one has gone
+well; an unfinished run is continued, or in the way.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
+
+__all__ = ["Run"]
+
+
+class Stateful(Protocol):
+    """What has a state to save: arrays on the host, by name."""
+
+    def state_dict(self) -> dict[str, np.ndarray]: ...
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+
+# What there was to set before there was a choice of loss, and the checkpoints of that time stand for.
+SIMPLE: dict[str, Any] = dict(
+    loss="simple", min_snr_gamma=None, variance=None, decoder=None, importance_sampling=False
+)
+
+
+# How a line of metrics begins.
+LINE = b'{"step": '
+
+
+class Run:
+    """The files of a run: ``metrics.jsonl`` and ``checkpoint.safetensors``.
+
+    Parameters
+    ----------
+    directory : Path
+        Where they are; made if it is missing.
+    settings : dict
+        What the run depends on; another run with the same ones goes on where this one stopped.
+    states : mapping of str to Stateful
+        What a checkpoint holds, by the prefix of its names; without a prefix, what finds its own among all.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any], states: Mapping[str, Stateful]) -> None:
+        self.checkpoint = directory / "checkpoint.safetensors"
+        self.metrics = directory / "metrics.jsonl"
+        self.settings = settings
+        self.states = states
+        self.began = time.perf_counter()
+        self._begun = False
+
+    def start(self, resume: bool) -> list[float]:
+        """Take up the checkpoint if there is one to take up; return the losses so far."""
+        losses: list[float] = []
+        if self.checkpoint.exists():
+            arrays, metadata = load_arrays(self.checkpoint)
+            if not ("losses" in arrays and {"step", "settings"} <= metadata.keys()):
+                raise ValueError(f"{self.checkpoint} is not a checkpoint of tinydiff's training.")
+            if resume:
+                self._check_settings(metadata["settings"])
+                losses = self._restore(arrays)
+            elif metadata["step"] < metadata["settings"]["steps"]:
+                raise ValueError(
+                    f"{self.checkpoint} is an unfinished run (step {metadata['step']} of "
+                    f"{metadata['settings']['steps']}): pass resume=True (--resume) to continue it, choose "
+                    "another directory, or delete it to begin again."
+                )
+        self._before = [line for line in self._lines() if line["step"] <= len(losses)]
+        self._resumed = bool(losses)
+        if self._before:
+            self.began -= self._before[-1]["seconds"]
+        return losses
+
+    def begin(self) -> None:
+        """Make the files this run's, when a first step has gone well: what a finished run left gives way."""
+        if self._begun:
+            return
+        replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in self._before).encode())
+        if not self._resumed:
+            self.checkpoint.unlink(missing_ok=True)
+        self._begun = True
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics there are; a crash may have left the last one incomplete."""
+        lines = []
+        for text in self.metrics.read_bytes().splitlines() if self.metrics.exists() else []:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            if line is None and LINE.startswith(text[: len(LINE)]):
+                break
+            if not (isinstance(line, dict) and {"step", "seconds"} <= line.keys()):
+                raise ValueError(f"{self.metrics} is not tinydiff's: choose another directory, or move it.")
+            lines.append(line)
+        return lines
+
+    def _check_settings(self, before: dict[str, Any]) -> None:
+        before = SIMPLE | before
+        changed = [k for k, v in self.settings.items() if before.get(k) != v]
+        if changed:
+            what = ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in changed)
+            raise ValueError(
+                f"{self.checkpoint} belongs to a run with other settings ({what}): resume with the same "
+                "settings, or choose another directory."
+            )
+
+    def _restore(self, arrays: dict[str, np.ndarray]) -> list[float]:
+        for prefix, state in self.states.items():
+            state.load_state_dict(
+                {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
+            )
+        return [float(loss) for loss in arrays["losses"]]
+
+    def save(self, losses: list[float]) -> None:
+        """Write the whole state of the run."""
+        arrays = {"losses": np.asarray(losses)}
+        for prefix, state in self.states.items():
+            arrays |= {f"{prefix}{name}": array for name, array in state.state_dict().items()}
+        save_arrays(self.checkpoint, arrays, {"step": len(losses), "settings": self.settings})
+
+    def log(self, step: int, losses: list[float], grad_norm: float, lr: float) -> None:
+        """Append a line of metrics; the loss is the mean since the line before."""
+        line = {
+            "step": step,
+            "loss": float(np.mean(losses)),
+            "grad_norm": grad_norm,
+            "lr": float(lr),
+            "seconds": round(time.perf_counter() - self.began, 3),
+        }
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
