@@ -16,19 +16,24 @@ import numpy as np
 
 import tinydiff as td
 from tinydiff.checkpoint import load_arrays
+from tinydiff.parallel import WorkerError
 from tinydiff.samplers import SAMPLERS
 
 LARGEST_BATCH = 1024  # that --batch auto takes on a GPU
 
 LOSSES = {  # what their values are
     "simple": "mean squared error",
-    "hybrid": "mean squared error, and a thousandth of the bound",
+    "hybrid": "mean squared error + bound / 1000",
     "vlb": "bound, in bits per dimension",
 }
 
 
+# What says by itself what can be put right.
+EXPLAINED = (ValueError, FloatingPointError, OSError, ImportError, MemoryError)
+
+
 class Plain(argparse.ArgumentParser):
-    """The flags of every demo, in groups to which a demo adds its own; a wrong one ends in one sentence."""
+    """The flags of what trains or samples, in groups a demo adds to; a wrong one ends in one sentence."""
 
     def __init__(self, description: str, epilog: str, out: str, defaults: dict[str, Any]) -> None:
         super().__init__(
@@ -37,7 +42,7 @@ class Plain(argparse.ArgumentParser):
         self.set_defaults(**defaults)
         self.run = self.add_argument_group("the run")
         self.run.add_argument(
-            "--out", type=Path, metavar="DIR", help=f"where the results go (default: {out})"
+            "--out", type=folder, metavar="DIR", help=f"where the results go (default: {out})"
         )
         self.run.add_argument(
             "--seed", type=count_from(0), metavar="N", default=0, help="of everything random (default: 0)"
@@ -254,6 +259,24 @@ def settle_batch(
         print(f"--batch {args.batch}")
 
 
+def require_matplotlib() -> None:
+    """ImportError with what helps, to be asked before anything is computed that is to be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("Pictures need matplotlib: pip install 'tinydiff[demos]'.") from None
+
+
+def training_seconds(out: Path) -> float:
+    """Of the whole run in `out`, in one go or not: by the last line of its metrics."""
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+
+
+def folder(text: str) -> Path:
+    """A --out: ~ is the home folder, also where no shell has seen to that."""
+    return Path(text).expanduser()
+
+
 @contextmanager
 def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None]:
     """End what a user can put right in one sentence and exit code 2, and Ctrl-C in one line and 130.
@@ -266,7 +289,7 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
     except KeyboardInterrupt:
         print(interrupted or _what_is_kept(out), file=sys.stderr)
         sys.exit(130)
-    except (td.BackendError, ValueError, FloatingPointError, OSError, ImportError, MemoryError) as error:
+    except (td.BackendError, WorkerError, *EXPLAINED) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

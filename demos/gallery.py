@@ -1,7 +1,7 @@
 """Draw what the demos make on one sheet: samples of the eight shapes beneath fresh data, and digits.
 
-Reads the runs that `train_toy2d.py --shape NAME` and `sample_mnist.py` left in runs/, and first makes those
-that are missing (half a minute a shape, seconds for the digits, which the weights in the package draw).
+Reads the runs that `train_toy2d.py --shape NAME` left in runs/, and digits of its own, and first makes what
+is missing (half a minute a shape, seconds for the digits, which the weights in the package draw).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
         for shape in toy2d.SHAPES
     }
     count = str(DIGIT_ROWS * DIGIT_COLUMNS)
-    digits = completed(args.runs / "mnist-samples", "sample_mnist.py", "--samples", count)
+    digits = completed(args.runs / "gallery-digits", "sample_mnist.py", "--samples", count)
     plotting.save(draw(shapes, np.load(digits / "samples.npy")), args.out)
     print(args.out)
 
@@ -46,7 +46,9 @@ def main() -> None:
 def completed(run: Path, demo: str, *flags: str) -> Path:
     """The folder of a run, made first if it is not there."""
     if not (run / "metrics.json").exists():
-        subprocess.run([sys.executable, DEMOS / demo, *flags, "--out", run], check=True)
+        ended = subprocess.run([sys.executable, DEMOS / demo, *flags, "--out", run])
+        if ended.returncode:  # it has said why
+            sys.exit(ended.returncode)
     return run
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import Plain, choose_device, explained_errors, write_metrics
+from _common import Plain, choose_device, explained_errors, require_matplotlib, write_metrics
 from train_mnist import digits, draw, pixel_statistics
 
 import tinydiff as td
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.run.add_argument(
         "--report",
         action="store_true",
-        help="judge the digits (legible, all ten, distributed as MNIST's, new), in metrics.json under digits",
+        help="judge the digits (legible, all ten, distributed as MNIST's, no copies of --data), in "
+        "metrics.json under digits",
     )
     parser.data.add_argument(
         "--data",
@@ -47,23 +48,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/mnist-samples")
-    with explained_errors(args.out, interrupted="Interrupted: nothing is kept."):
+    with explained_errors(args.out, interrupted="Interrupted: there is no metrics.json of this run."):
         run(args, parser.sampling_steps)
 
 
 def run(args: argparse.Namespace, default_steps: int) -> None:
     choose_device(args)
-    try:
-        import matplotlib  # noqa: F401 (asked for before anything is sampled)
-    except ImportError:
-        raise ImportError("Pictures need matplotlib: pip install 'tinydiff[demos]'.") from None
+    require_matplotlib()
     if args.model is None:
         model, diffusion, about = td.pretrained.mnist(args.backend)
     else:
         model, diffusion, about = td.pretrained.load(args.model, args.backend)
     check(args, model, diffusion, default_steps)
     data_rng, sample_rng = np.random.default_rng(args.seed).spawn(2)
-    data = data_rng.permutation(digits(args))
+    data, unseen = data_rng.permutation(digits(args)), heldout(args)
+    most = len(data) // 2 if unseen is None else len(unseen)
+    if args.report and args.samples > most:
+        raise ValueError(f"--samples is {args.samples}; with --data {args.data}, --report can judge {most}.")
     title = f"{args.sampling_steps} {args.sampler.upper()} steps"
     samples, seconds, pictures = draw(args, model, diffusion, data, sample_rng, title)
     for name, picture in pictures.items():
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
         "trained": about,
     }
     if args.report:
-        found["digits"] = digit_report(samples, data, heldout(args), rng=data_rng)
+        found["digits"] = digit_report(samples, data, unseen, rng=data_rng)
     write_metrics(args, **found)
     if not args.quiet:
         if args.report:

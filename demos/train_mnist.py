@@ -21,6 +21,7 @@ from _common import (
     loss_options,
     schedules,
     settle_batch,
+    training_seconds,
     write_metrics,
 )
 
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
         n=args.samples,
         steps=args.steps,
         final_loss=float(plotting.smooth(result.losses)[-1]),
-        training_seconds=round(result.seconds, 3),
+        training_seconds=training_seconds(args.out),
         sampling_seconds=round(sampling_seconds, 3),
     )
     if not args.quiet:
@@ -158,13 +159,13 @@ def draw(
     title: str,
 ) -> tuple[np.ndarray, float, dict[str, Any]]:
     """Sample, and leave samples.npy; return the samples, the seconds it took, and two pictures by name."""
+    args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     rng = generator_beside(model.conv_in.weight.value, rng)
     how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=True, rng=rng)
     shown = dict(batch_size=SAMPLES_AT_A_TIME, workers=args.workers, progress=not args.quiet)
     samples = to_numpy(td.sample(model, diffusion, (args.samples, 28, 28, 1), **how, **shown))
     seconds = time.perf_counter() - began
-    args.out.mkdir(parents=True, exist_ok=True)
     np.save(args.out / "samples.npy", samples)
     states = td.iterate_samples(model, diffusion, (DIGITS, 28, 28, 1), **how)
     seen = min(SAMPLES_AT_A_TIME, args.samples)

@@ -17,6 +17,7 @@ from _common import (
     loss_options,
     schedules,
     settle_batch,
+    training_seconds,
     write_metrics,
 )
 
@@ -46,7 +47,7 @@ DOTS = 1000  # points in the pictures of the processes
 
 EXAMPLES = """examples:
   python demos/train_toy2d.py
-  python demos/train_toy2d.py --shape two_spirals --schedule cosine --prediction v
+  python demos/train_toy2d.py --shape two_spirals --schedule linear --prediction eps
   python demos/train_toy2d.py --sampler ddim --sampling-steps 20 --out runs/fast"""
 
 
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         n=args.samples,
         steps=args.steps,
         final_loss=float(plotting.smooth(result.losses)[-1]),
-        training_seconds=round(result.seconds, 3),
+        training_seconds=training_seconds(args.out),
         sampling_seconds=round(sampling_seconds, 3),
     )
     if not args.quiet:

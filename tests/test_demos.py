@@ -390,6 +390,15 @@ def test_batch_auto_on_the_host_is_at_most_the_default(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["batch"] in (16, 32, 64)
 
 
+def test_a_worker_that_fails_ends_in_one_sentence(tmp_path, capsys, monkeypatch):
+    def fails(*args, **kwargs):
+        raise td.parallel.WorkerError("a worker process has ended unexpectedly; workers=1 does without.")
+
+    monkeypatch.setattr(td, "train", fails)
+    said = run("train_toy2d", *TOY, "--out", tmp_path, "--quiet", capsys=capsys, expect=2)
+    assert len(said.err.splitlines()) == 1 and "workers=1" in said.err
+
+
 def test_out_of_memory_ends_in_one_sentence(tmp_path, capsys, monkeypatch):
     def too_little(model, x, t, rng=None):
         if x.shape[0] > 5:
@@ -444,6 +453,9 @@ def test_ctrl_c_keeps_a_checkpoint_from_which_resume_makes_the_same_run(toy, tmp
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), np.load(toy / "samples.npy"))
     for name in PICTURES:
         assert (tmp_path / name).read_bytes() == (toy / name).read_bytes(), name
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    measured = json.loads((tmp_path / "metrics.json").read_text())
+    assert measured["training_seconds"] == last["seconds"], "of the run, not of the last call"
 
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tmp_path, capsys):

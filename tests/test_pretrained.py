@@ -219,6 +219,7 @@ def test_help_names_every_flag_and_its_default(demo, capsys):
         (["--sampler", "euler"], ["euler", "ddim"]),
         (["--samples", "0"], ["'0'"]),
         (["--report", "--samples", "1"], ["--report", "2"]),
+        (["--report", "--samples", "5001"], ["--samples", "5001", "--data subset", "5000"]),
         (["--resume"], ["--resume"]),
         (["--model", "nowhere.safetensors"], ["nowhere.safetensors"]),
     ],

@@ -726,6 +726,7 @@ def test_draws_of_a_step_do_not_repeat_in_another():
         ({"seed": True}, ValueError, "seed is True"),
         ({"seed": "a"}, ValueError, "seed is 'a'"),
         ({"workers": 0}, ValueError, "workers is 0"),
+        ({"warmup": math.nan}, ValueError, "warmup is nan"),
         ({"warmup": 1.5}, ValueError, "warmup is 1.5; expected an integer"),
         ({"clip_norm": None}, ValueError, "clip_norm is None"),
         ({"lr": -1.0}, ValueError, "lr is -1.0"),

@@ -271,7 +271,7 @@ def check_loop(
     check_seed(seed)
     warmup = min(500, steps // 20) if warmup is None else warmup
     check_number(
-        "warmup", warmup, lambda n: n == int(n) and 0 <= n <= steps, f"an integer in 0 ... steps = {steps}"
+        "warmup", warmup, lambda n: 0 <= n <= steps and n == int(n), f"an integer in 0 ... steps = {steps}"
     )
     check_number("final_lr", final_lr, lambda rate: 0 <= rate <= 1, "a number in [0, 1]")
     check_number("clip_norm", clip_norm, lambda norm: norm > 0, "a positive number")

@@ -140,7 +140,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     Returns
     -------
     model : UNet or MLP
-        With weights of the dtype in which they were saved.
+        With weights of the dtype in which they were saved, of float16 in float32.
     metadata : dict
 
     Raises

@@ -84,6 +84,7 @@ def draw_times(n: int, rng: np.random.Generator, even: bool = True) -> np.ndarra
         If `n` is not a count.
     """
     check_counts(n=n)
+    check_rng(rng)
     return (rng.random() + np.arange(n) / n) % 1.0 if even else rng.random(n)
 
 

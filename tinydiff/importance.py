@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_counts, check_rng
 from tinydiff.backend import Array, to_numpy
 
 __all__ = ["LossSecondMomentSampler"]
@@ -34,7 +34,7 @@ class LossSecondMomentSampler:
     history : int
         How many terms to remember for each t (10 in the paper).
     uniform : float
-        Share of t drawn uniformly all the same, in [0, 1]: a t whose terms happened to be 0 is not lost for
+        Share of t drawn uniformly all the same, in (0, 1]: a t whose terms happened to be 0 is not lost for
         ever, and no weight exceeds 1 / uniform.
 
     Raises
@@ -85,6 +85,7 @@ class LossSecondMomentSampler:
             1 / (T p_t): the mean of weight * L_t is an unbiased estimate of the mean of L_t over all t.
         """
         p = self.probabilities()
+        check_rng(rng)
         t = rng.choice(self.T, size=n, p=p)
         return t, 1 / (self.T * p[t])
 

@@ -28,7 +28,15 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import Array, array_namespace, asarray_like, device, standard_normal, to_numpy
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    asarray_like,
+    device,
+    standard_normal,
+    sum_samples,
+    to_numpy,
+)
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module
@@ -160,8 +168,7 @@ def _signs(x: Array, probes: int, rng: Any) -> Iterator[Array]:
 
 def _sum_per_sample(x: Array) -> np.ndarray:
     """Sums over all but the first axis, on the host in float64."""
-    xp = array_namespace(x)
-    return to_numpy(xp.sum(x, axis=tuple(range(1, x.ndim)))).astype(np.float64)
+    return to_numpy(sum_samples(x)).astype(np.float64)
 
 
 @contextmanager

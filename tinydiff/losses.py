@@ -67,10 +67,12 @@ def simple_loss(
         Decides the target.
     output : array of shape (N, ...); with learned variance twice that on the last axis
         What the network returned for x_t = ``diffusion.q_sample(x0, t, noise)``.
-    x0, noise : array of shape (N, ...)
-        Data and standard normal noise.
+    x0 : array of shape (N, ...)
+        Data.
     t : integer array of shape (N,)
         Times, 0 … T-1.
+    noise : array of shape (N, ...)
+        Standard normal noise.
     weights : array of shape (N,), optional
         What each sample's squared error counts for, e.g. ``min_snr_weight(diffusion, t)``. Default: 1.
 
@@ -161,10 +163,12 @@ def vlb_loss(
         The process, with any `prediction` and `variance`.
     output : array of shape (N, ...); with learned variance twice that on the last axis
         What the network returned for x_t = ``diffusion.q_sample(x0, t, noise)``.
-    x0, noise : array of shape (N, ...)
-        Data and standard normal noise.
+    x0 : array of shape (N, ...)
+        Data.
     t : integer array of shape (N,)
         Times, 0 … T-1.
+    noise : array of shape (N, ...)
+        Standard normal noise.
     decoder : {"density", "8bit"}
         What L_0 is: the density of points, or the probability of 8-bit levels.
     weights : array of shape (N,), optional

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_rng
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.bound import Bound
 from tinydiff.diffusion import GaussianDiffusion
@@ -137,6 +138,7 @@ class GaussianMixture:
         """
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise ValueError(f"n is {n!r}; expected an integer of at least 1.")
+        check_rng(rng)
         k = rng.choice(self.K, size=n, p=self.weights)
         y = np.sqrt(self._variances[k]) * rng.standard_normal((n, self.D))
         return self.means[k] + (self._axes[k] @ y[:, :, None])[:, :, 0]

@@ -173,6 +173,8 @@ def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) ->
     ]:
         if not fits:
             raise ValueError(f"{name} is {value}; expected {expected}.")
+    if step >= steps:
+        return final
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

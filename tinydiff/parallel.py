@@ -41,7 +41,7 @@ from tinydiff.kernels import alone, threads_in_reach
 from tinydiff.models import MLP, UNet
 from tinydiff.nn.module import Module, Parameter, derivative_of, keeping, once
 
-__all__ = ["DataParallel", "shared_out"]
+__all__ = ["DataParallel", "WorkerError", "shared_out"]
 
 # A share of fewer images is not worth a process: the calls of a step cost the same for one as for four.
 SMALLEST_SHARE = 4
@@ -49,6 +49,10 @@ SMALLEST_SHARE = 4
 # Nor is one of fewer multiplications, of which an MLP takes one for each point and weight: what they take is
 # what sending them takes.
 SMALLEST_WORK = 2**23
+
+
+class WorkerError(RuntimeError):
+    """A process that shares the work has failed, or ended."""
 
 
 class DataParallel(Module):
@@ -69,7 +73,7 @@ class DataParallel(Module):
     ValueError
         If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
     RuntimeError
-        If this system cannot fork; later, if a process has ended that should not have.
+        If this system cannot fork; later a `WorkerError`, if a process has failed or ended.
 
     Notes
     -----
@@ -202,12 +206,12 @@ class DataParallel(Module):
                 self._unanswered = False
         except (EOFError, ConnectionError):
             self._end()
-            raise RuntimeError(
+            raise WorkerError(
                 "a worker process has ended unexpectedly (was memory short?); workers=1 does without."
             ) from None
         for answer in answers:
             if isinstance(answer, _Failure):
-                raise (MemoryError if answer.of_memory else RuntimeError)(answer.text)
+                raise (MemoryError if answer.of_memory else WorkerError)(answer.text)
         return result, answers
 
     def _fork(self) -> None:

@@ -50,7 +50,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_array, check_number
+from tinydiff._checks import check_array, check_counts, check_number
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
@@ -320,8 +320,7 @@ def sample(
     _check_shape(shape, x_T)
     total = shape[0]
     size = total if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    check_counts(batch_size=size)
     starts = range(0, total, size)
     parts = []
     steps_in_all = respaced(diffusion, steps)[0].T * len(starts)

@@ -228,7 +228,10 @@ def _from_cache(cache: Path, name: str, download: bool) -> np.ndarray:
         raise MNISTUnavailableError(f"{absent} and download is off")
     _pooch()
 
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MNISTUnavailableError(f"{absent}, which cannot be a folder ({error})") from None
     unreached: list[str] = []
     refused: list[str] = []
     # Beside the cache, so that the accepted file is moved within one file system: whole, or not at all.

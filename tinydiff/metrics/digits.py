@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_rng
 from tinydiff.checkpoint import load_arrays
 from tinydiff.metrics.frechet import frechet_distance
 from tinydiff.models.classifier import Classifier
@@ -187,14 +188,14 @@ def digit_report(
     *,
     rng: np.random.Generator | None = None,
 ) -> dict[str, Any]:
-    """Judge samples, and beside them as many real digits that the generator has not seen: the floor.
+    """Judge samples, and beside them as many real digits: the floor.
 
     Parameters
     ----------
     samples : array of float, shape (n, 28, 28, 1)
         Generated digits in [-1, 1], on the host; n ≥ 2.
     data : array of float, shape (m, 28, 28, 1)
-        The digits the generator was trained on.
+        The digits the generator was trained on, or some of them: a copy of another is not found out.
     heldout : array of float, shape (k, 28, 28, 1), optional
         Real digits it was not trained on, k ≥ n, of which n are drawn. Default: n of `data`, m ≥ 2 n, are set
         aside and the others take the place of `data`. (Samples are still compared with all of `data` for
@@ -223,6 +224,7 @@ def digit_report(
     if n < 2:
         raise ValueError(f"samples has {n} digits; expected at least 2.")
     rng = np.random.default_rng(0) if rng is None else rng
+    check_rng(rng)
     if heldout is None:
         if len(data) < 2 * n:
             raise ValueError(f"data has {len(data)} digits; expected at least {2 * n}, or heldout digits.")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinydiff._checks import check_rng
 from tinydiff.metrics._checks import two_sets
 
 __all__ = ["PermutationResult", "energy_distance", "mmd_squared", "permutation_test"]
@@ -55,7 +56,7 @@ def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None)
     Parameters
     ----------
     x, y : array of shape (n, D) and (m, D)
-        Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 8 bytes for each pair.
+        Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 13 bytes for each pair.
     bandwidth : float, optional
         h > 0 of k(x, y) = exp(-|x - y|^2 / (2 h^2)). Default: the median distance between two different of
         all n + m points (the "median heuristic"), pairs that coincide left out. That is as wide as the
@@ -86,7 +87,7 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     Parameters
     ----------
     x, y : array of shape (n, D) and (m, D)
-        Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 8 bytes for each pair.
+        Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 32 bytes for each pair.
 
     Returns
     -------
@@ -145,6 +146,7 @@ def permutation_test(
         raise ValueError(f"permutations is {permutations}; expected at least 1.")
     x, y = two_sets(2, x=x, y=y)
     rng = np.random.default_rng(0) if rng is None else rng
+    check_rng(rng)
     distances = _distances(x, y)
     K = _gaussian(distances, bandwidth) if statistic == "mmd" else -distances
     observed = _first(x, y)

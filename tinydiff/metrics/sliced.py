@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinydiff._checks import check_rng
+
 __all__ = ["sliced_wasserstein"]
 
 
@@ -41,6 +43,7 @@ def sliced_wasserstein(
         if not np.isfinite(points).all():
             raise ValueError(f"{name} contains NaN or infinity; expected finite numbers.")
     rng = np.random.default_rng(0) if rng is None else rng
+    check_rng(rng)
     directions = _directions(x.shape[1], projections, rng)
     distance = 0.0
     for direction in directions:
