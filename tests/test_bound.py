@@ -134,7 +134,7 @@ def test_gradient_of_the_discretised_decoder_where_probabilities_underflow():
 
 def test_only_levels_are_decoded():
     ones = np.ones(2)
-    for x in ([0.0, 0.5], [1.1, 1.0], [np.nan, 1.0], [-1 - 2 / 255, -1.0], [np.inf, 1.0]):
+    for x in ([0.0, 0.5], [1.1, 1.0], [np.nan, 1.0], [-1 - 2 / 255, -1.0], [1 + 2 / 255, 1.0], [np.inf, 1.0]):
         with pytest.raises(ValueError, match="not 8-bit levels"):
             discretized_gaussian_nll(np.array(x), ones, ones)
     discretized_gaussian_nll(LEVELS.astype(np.float32), np.zeros(256), np.zeros(256))
@@ -242,6 +242,8 @@ def test_clipped_estimates_have_no_gradient(prediction):
     at_the_edge = GaussianDiffusion(diffusion.schedule, "x0")
     expected, _ = step_term(at_the_edge, np.clip(guess, -1, 1), x0, x_t, t)
     assert_allclose(value, expected, rtol=1e-12)
+    _, backward = step_term(at_the_edge, np.clip(guess, -1, 1), x0, x_t, t, clip=True)
+    assert np.all(backward(np.ones(40)) != 0)  # on the edge is not outside
 
 
 @given(st.lists(st.floats(1e-6, 0.99), min_size=1, max_size=10), seeds)
@@ -251,6 +253,16 @@ def test_prior_term_is_the_divergence_from_the_prior(betas, seed):
     abar = np.prod(1 - np.array(betas))
     expected = 0.5 * np.sum(abar * x0**2 + (1 - abar) - 1 - np.log(1 - abar), axis=(1, 2))
     assert_allclose(prior_term(diffusion, x0), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("betas", "expected"),
+    [([1 - 1e-10] * 2, [5e-21, 0]), ([1e-20], [-math.log(1e-20) / 2, (-1 - math.log(1e-20)) / 2])],
+)
+def test_prior_term_keeps_its_digits_at_both_ends(betas, expected):
+    """Where 1 - abar is 1, abar x_0^2 / 2 is left; where abar is 1, - 1/2 log(1 - abar)."""
+    diffusion = GaussianDiffusion(NoiseSchedule(betas))
+    assert_allclose(prior_term(diffusion, np.array([[1.0], [0.0]])), expected, rtol=1e-5, atol=1e-25)
 
 
 # The bound of Gaussian data
@@ -407,6 +419,18 @@ def test_standard_error_is_the_spread_over_data():
     assert_allclose(np.mean([b.standard_error for b in bounds]), spread, rtol=0.3)
     alone = variational_bound(denoise, diffusion, MOONLIKE.sample(1, rng), rng=rng, progress=False)
     assert math.isnan(alone.standard_error) and math.isfinite(alone.value)
+
+
+def test_standard_error_of_two_is_half_their_distance():
+    """Of a constant guess of x_0 in one step, no draw is seen in the bound."""
+    diffusion, data = GaussianDiffusion(NoiseSchedule([0.5]), "x0"), np.array([[0.0], [1.0]])
+
+    def bound(data):
+        rng = np.random.default_rng(0)
+        return variational_bound(lambda x, t: 0 * x, diffusion, data, rng=rng, progress=False)
+
+    first, second = bound(data[:1]).value, bound(data[1:]).value
+    assert_allclose(bound(data).standard_error, abs(first - second) / 2, rtol=1e-12)
 
 
 def test_bits_per_dim_is_the_bound_in_bits_and_dimensions():

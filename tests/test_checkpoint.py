@@ -201,6 +201,23 @@ def test_a_model_comes_back_as_it_was(path, make, dtype):
     assert_array_equal(back.predict(x, np.array([0, 5])), model.predict(x, np.array([0, 5])))
 
 
+def test_of_two_precisions_the_finer_comes_back(path):
+    model = small_mlp()
+    bias = model.linear_out.bias
+    bias.value = np.full(bias.shape, 1 / 3)
+    td.save_model(path, model)
+    back, _ = td.load_model(path)
+    assert_array_equal(back.linear_out.bias.value, bias.value)
+
+
+def test_what_a_model_is_outweighs_metadata_of_another(path):
+    model = small_unet()
+    td.save_model(path, model, {"model": "MLP", "config": {"hidden": 4}, "T": 100})
+    back, metadata = td.load_model(path)
+    assert metadata == {"model": "UNet", "config": back.config, "T": 100}
+    assert back.config == model.config
+
+
 def test_a_loaded_model_can_be_trained(path):
     td.save_model(path, small_mlp())
     model, _ = td.load_model(path)

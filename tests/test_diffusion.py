@@ -207,6 +207,17 @@ def test_erased_signal_is_refused_from_eps_and_fine_from_x0_and_v():
         assert np.all(np.isfinite(mean)) and np.all(np.isfinite(variance))
 
 
+def test_signal_that_the_dtype_cannot_divide_by_is_refused():
+    """Of abar = 1e-39 float32 holds 1/a; of 1e-78 it does not, but float64 does."""
+    diffusion = GaussianDiffusion(NoiseSchedule([1 - 1e-13] * 6))
+    x_t = np.ones((1, 2))
+    for method in (diffusion.predict_x0, diffusion.predict_v):
+        for dtype, t in [(np.float32, 2), (np.float64, 5)]:
+            assert np.all(np.isfinite(method(x_t.astype(dtype), t, 0.5 * x_t.astype(dtype))))
+        with pytest.raises(ValueError, match=r"t contains 5, where alphas_cumprod is .*e-78: in float32"):
+            method(x_t.astype(np.float32), 5, 0.5 * x_t.astype(np.float32))
+
+
 # p: the reverse process
 
 

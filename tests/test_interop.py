@@ -156,6 +156,13 @@ def test_dtype(tmp_path, dtype):
         assert_array_equal(np.sort(value, axis=None), np.sort(state[name], axis=None))
 
 
+def test_of_two_precisions_the_finer_stays():
+    state = random_state(np.float32)
+    name = "conv_out.bias"
+    state[name] = np.full(state[name].shape, 1 / 3)
+    assert_array_equal(unet_from_diffusers(CONFIG, state).state_dict()[name], state[name])
+
+
 def test_what_config_leaves_out_has_diffusers_defaults():
     minimal = {key: CONFIG[key] for key in ("block_out_channels", "down_block_types", "up_block_types")}
     model = unet_from_diffusers(

@@ -141,6 +141,31 @@ def test_conv2d(twin, arguments):
 
 
 @for_each_twin
+@pytest.mark.parametrize("c, d", [(16, 16), (4, 2), (2, 4)])
+def test_conv2d_in_a_margin_wider_than_the_taps(twin, c, d):
+    check_margin(module(twin), 2, c, d)
+
+
+@pytest.mark.parametrize("c, d", [(16, 16), (4, 2), (2, 4)])
+def test_conv2d_of_no_images_has_no_gradient(c, d, monkeypatch):
+    """Whatever lies in memory."""
+    monkeypatch.setattr(_winograd, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    check_margin(numpy_twin, 0, c, d)
+
+
+def check_margin(twin, n, c, d):
+    rng = np.random.default_rng(0)
+    x, w, b = (normal(rng, shape, np.float64) for shape in ((n, 5, 6, c), (3, 3, c, d), d))
+    dy = normal(rng, (n, 10, 11, d), np.float64)
+    actual, expected = (
+        [kernels.conv2d(x, w, b, 1, (4, 3)), *kernels.conv2d_backward(x, w, dy, 1, (4, 3))]
+        for kernels in (twin, portable)
+    )
+    for values in zip(actual, expected):
+        np.testing.assert_allclose(*values, rtol=1e-10, atol=1e-10)
+
+
+@for_each_twin
 @settings(deadline=None, max_examples=100)
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
@@ -326,6 +351,17 @@ def check_attention(twin, n, heads, length, d, size, dtype, seed):
         assert_close(a, e, m * (1 + bound), dtype)
 
 
+@for_each_twin
+def test_attention_far_below_the_bound_keeps_its_digits(twin):
+    """Below 1e-38 float32 has few digits left: there, too, the maximum takes the bound's place."""
+    v = np.array([[[[1.0, 1.0], [0.0, 0.0]]]], np.float32)
+    for bound in range(80, 111):  # the scores are 0 and -1/2
+        q = np.array([[[[bound, 0.0]] * 2]], np.float32)
+        k = np.array([[[[0.0, 1.0], [-0.5 / bound, 1.0]]]], np.float32)
+        o, _ = module(twin).attention(q, k, v, 1.0)
+        np.testing.assert_allclose(o, 1 / (1 + math.exp(-0.5)), rtol=1e-4, err_msg=f"bound {bound}")
+
+
 @pytest.mark.parametrize(
     "exp2, exp, power, tanh",
     [
@@ -369,7 +405,7 @@ def test_a_score_that_is_not_a_number_stays_none(twin):
     assert np.isnan(twin.attention_backward(saved, v)[1][0, 1]).all()
 
 
-@for_each_twin
+@pytest.mark.parametrize("twin", ["portable", "numpy", pytest.param("numba", marks=needs_numba)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("length", [7, 40])
 @pytest.mark.parametrize("channels", [1, 16])

@@ -88,7 +88,7 @@ def test_the_function_is_its_formula(name, data):
     t=st.lists(st.integers(0, 4000), min_size=1, max_size=5),
     half=st.integers(2, 20),
     flip=st.booleans(),
-    shift=st.sampled_from([0.0, 1.0]),
+    shift=st.sampled_from([0.0, 1.0, 1.5]),
 )
 def test_sinusoidal_embedding(t, half, flip, shift):
     t = np.array(t)
@@ -103,6 +103,9 @@ def test_sinusoidal_embedding(t, half, flip, shift):
     # float32 is rounded once, at the end.
     single = nn.sinusoidal_embedding(t, 2 * half, like=np.zeros(1, np.float32), **options)
     assert_array_equal(single, y.astype(np.float32))
+    between = nn.sinusoidal_embedding(t + 0.3, 2 * half, like=np.zeros(1), **options)
+    single = nn.sinusoidal_embedding(t + 0.3, 2 * half, like=np.zeros(1, np.float32), **options)
+    assert_array_equal(single, between.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -281,13 +284,40 @@ def test_a_gradient_of_another_shape_is_refused_and_counts_for_nothing(name, dat
     axis = data.draw(st.integers(0, y.ndim - 1))
     wrong = list(y.shape)
     wrong[axis] += data.draw(st.sampled_from([-1, 1]))
-    with pytest.raises(ValueError, match=re.escape(f"expected {y.shape}")):
-        backward(normal(rng, tuple(wrong)))
+    for shape in (tuple(wrong), (1, *y.shape)):  # the second of the right size
+        with pytest.raises(ValueError, match=re.escape(f"expected {y.shape}")):
+            backward(normal(rng, shape))
     for key, p in case.parameters.items():
         assert not p.grad.any(), key
     dy = normal(rng, y.shape)
     for dx, expected in zip(as_tuple(backward(dy)), as_tuple(case.layer(*case.inputs)[1](dy))):
         assert_array_equal(dx, expected)
+
+
+def test_inference_within_inference_ends_with_the_outer():
+    layer, x, dy = nn.Linear(2, 3, np.random.default_rng(0)), np.ones((4, 2), np.float32), np.ones((4, 3))
+    with nn.inference():
+        with nn.inference():
+            pass
+        _, backward = layer(x)
+    with pytest.raises(RuntimeError, match="inference"):
+        backward(dy)
+    layer(x)[1](dy)
+
+
+def test_a_layer_that_changes_its_dtype_leaves_its_gradient_behind():
+    layer = nn.Linear(2, 3, np.random.default_rng(0))
+    layer(np.ones((4, 2), np.float32))[1](np.ones((4, 3), np.float32))
+    assert all(p.grad.any() for p in layer.named_parameters().values())
+    layer.to(np, np.float64)
+    for p in layer.named_parameters().values():
+        assert p.grad.dtype == np.float64 and not p.grad.any()
+
+
+def test_the_eps_of_a_group_norm_is_1e_5_unless_it_is_given():
+    x = np.array([1e-3, -1e-3]).reshape(1, 1, 2, 1)
+    norm = nn.GroupNorm(1, 1).to(np, np.float64)
+    assert_allclose(norm(x)[0], x / (1e-6 + 1e-5) ** 0.5, rtol=1e-12)
 
 
 def test_layers_in_mappings_have_names_and_a_network_of_ones_own_predicts():

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinydiff as td
-from tinydiff import nn
+from tinydiff import nn, schedule_training
+from tinydiff._loop import STEP
 from tinydiff.checkpoint import load_arrays
 from tinydiff.continuous_bound import (
     diffuse,
@@ -75,7 +76,9 @@ def test_it_begins_where_it_is_told_and_almost_straight():
     learned = LearnedSchedule(-9.0, 4.0)
     assert abs(learned.gamma_0 + 9) < 1e-12 and abs(learned.gamma_1 - 4) < 1e-12
     u = np.linspace(0, 1, 101)
-    assert np.max(np.abs(learned(u)[0][0] - (-9 + 13 * u))) < 0.05 * 13
+    gamma = learned(u)[0][0]
+    assert np.max(np.abs(gamma - (-9 + 13 * u))) < 0.05 * 13
+    np.testing.assert_allclose(gamma + gamma[::-1], -9 + 4, rtol=1e-12)  # the same seen from either end
     assert repr(learned) == "LearnedSchedule(gamma=-9 ... 4, units=32)"
 
 
@@ -523,6 +526,41 @@ def test_the_loss_is_the_bound_in_bits():
         assert abs(np.mean(losses) - expected) < 4 * np.std(losses) / 300**0.5
 
 
+def test_what_is_between_learns_by_the_mean_square_in_bits():
+    """And of the batch a quarter is reconstructed (docs: S.13)."""
+    rng, T, N = np.random.default_rng(0), 20, 16
+    learned, linear, x0, shown = random_schedule(rng), linear_model(rng), rng.standard_normal((N, 2)), []
+
+    def model(z, t, rng):
+        shown.append(len(z))
+        return linear(z, t)
+
+    learned_schedule_loss(model, learned, x0, np.random.default_rng(1), T=T)[1]()
+    assert shown == [N, N // 4]
+    gradients = {name: p.grad for name, p in learned.rise.named_parameters().items()}
+    rng = np.random.default_rng(1)
+    u = draw_times(N, rng)
+    (gamma, slope), backward = learned.separate(u)
+    noise = rng.standard_normal(x0.shape)
+    output, _ = linear(diffuse(x0, noise, gamma)[0], (T - 1) * u)
+    terms, _ = integral_term(output, x0, noise, gamma, slope, "v")
+    learned.zero_grad()
+    backward(0 * u, 0 * u, terms / (2 * math.log(2)) / N**0.5)
+    for name, p in learned.rise.named_parameters().items():
+        np.testing.assert_allclose(gradients[name], p.grad, rtol=1e-9, err_msg=name)
+
+
+def test_standard_error_of_two_is_half_their_distance():
+    """The second is found from the mean: of x_0 = 0, guessed right, no draw is seen in the bound."""
+    learned, options = LearnedSchedule(-3.0, 2.0), dict(T=20, prediction="x0", progress=False)
+    data = np.array([[0.0], [1.0]])
+    both, first = (
+        td.continuous_bound(lambda z, t: 0 * z, learned, points, rng=np.random.default_rng(0), **options)
+        for points in (data, data[:1])
+    )
+    np.testing.assert_allclose(both.standard_error, abs(both.value - first.value), rtol=1e-12)
+
+
 def test_the_end_points_learn_by_the_bound():
     """With the exact network, the mean gradient by the end points is the derivative of the closed form.
 
@@ -751,6 +789,31 @@ def test_a_run_is_not_taken_for_another(tmp_path):
         td.train(model, process, points, steps=6, batch_size=4, run_dir=tmp_path, resume=True)
 
 
+def test_the_loop_written_out():
+    """Two optimizers, of which the network's is clipped; and the averages after the step."""
+    draw = lambda n, rng: DATA.sample(n, rng).astype(np.float32)  # noqa: E731
+    _, result = small(data=draw, clip_norm=1e-3, warmup=2)
+    model = td.MLP(2, hidden=16, blocks=1, time_features=8, rng=np.random.default_rng(0))
+    learned = LearnedSchedule(-6.0)
+    optimizers = [td.Adam(m.named_parameters()) for m in (model, learned)]
+    averages = [td.EMA(m) for m in (model, learned)]
+    for step in range(6):
+        rng = np.random.default_rng([3, STEP, step])
+        loss, backward = learned_schedule_loss(model, learned, draw(16, rng), rng, T=20)
+        backward()
+        td.clip_grad_norm(model.named_parameters(), 1e-3)
+        for optimizer, rate in zip(optimizers, (1e-3, 1e-2)):
+            optimizer.lr = rate * td.warmup_cosine(step, 6, 2)
+            optimizer.step()
+            optimizer.zero_grad()
+        for average in averages:
+            average.update()
+        assert result.losses[step] == float(loss)
+    for average, expected in zip(averages, (result.model, result.learned)):
+        for name, value in expected.state_dict().items():
+            np.testing.assert_array_equal(average.model.state_dict()[name], value, err_msg=name)
+
+
 def test_what_comes_out_goes_with_everything():
     """Sampling in all and in fewer steps, the bound, a callable for data."""
     _, result = small(data=lambda n, rng: DATA.sample(n, rng), prediction="x0")
@@ -863,3 +926,22 @@ def test_a_loss_that_is_not_finite_stops_the_loop():
     data = np.full((16, 2), 1e30, dtype=np.float32)
     with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="at step 0"):
         small(data=data)
+
+
+@pytest.mark.parametrize("which", ["network", "schedule"])
+def test_a_gradient_that_is_not_finite_stops_the_loop(monkeypatch, which):
+    original = schedule_training.learned_schedule_loss
+
+    def spoilt(model, learned, *args, **options):
+        loss, backward = original(model, learned, *args, **options)
+
+        def then():
+            backward()
+            p = model.linear_out.bias if which == "network" else learned.start
+            p.grad = p.grad + p.grad.dtype.type(np.inf)
+
+        return loss, then
+
+    monkeypatch.setattr(schedule_training, "learned_schedule_loss", spoilt)
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="at step 0"):
+        small()

@@ -145,7 +145,7 @@ def test_outputs_of_the_wrong_size_are_named():
 
 
 def test_tables_survive_betas_of_any_size():
-    for betas in ([1e-300, 1e-300, 0.5], [1.0, 1.0], [5e-324, 0.1], [0.999, 1e-12]):
+    for betas in ([1e-300, 1e-300, 0.5], [1.0, 1.0], [5e-324, 0.1], [5e-324] * 2, [0.999, 1e-12]):
         diffusion = GaussianDiffusion(NoiseSchedule(betas), "x0", "learned_range")
         for table in diffusion.log_variance_range:
             assert np.all(np.isfinite(table)), betas
@@ -309,6 +309,18 @@ def test_min_snr_weights_at_the_ends():
     output, x0, t, noise, _ = batch(diffusion, (4, 2))
     with pytest.raises(ValueError, match=r"weights has shape \(4, 1\); expected \(4,\)"):
         simple_loss(diffusion, output, x0, t, noise, np.ones((4, 1)))
+    for wrong in (-1.0, np.nan):
+        with pytest.raises(ValueError, match=rf"weights holds {wrong}; expected numbers of at least 0"):
+            simple_loss(diffusion, output, x0, t, noise, np.array([1, 1, wrong, 1]))
+
+
+def test_a_sample_of_no_weight_counts_for_nothing():
+    diffusion = GaussianDiffusion(linear_schedule(6))
+    output, x0, t, noise, _ = batch(diffusion, (4, 3))
+    value, gradient = simple_loss(diffusion, output, x0, t, noise, np.array([0, 0, 0, 4]))
+    alone, gradient_alone = simple_loss(diffusion, output[3:], x0[3:], t[3:], noise[3:])
+    assert_allclose(value, alone, rtol=1e-14)
+    assert_allclose(gradient, np.concat([np.zeros((3, 3)), gradient_alone]), rtol=1e-14)
 
 
 # Importance sampling of t

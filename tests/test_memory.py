@@ -2,14 +2,16 @@
 
 import functools
 import sys
+import tracemalloc
 import types
 
+import array_api_strict as strict
 import numpy as np
 import pytest
 from namespaces import space
 
 import tinydiff as td
-from tinydiff import memory
+from tinydiff import memory, training
 from tinydiff.backend import to_numpy
 
 PROCESS = td.GaussianDiffusion(td.linear_schedule(10))
@@ -190,6 +192,69 @@ def test_on_the_host_a_line_is_followed_up_to_half_of_what_is_free(monkeypatch, 
     assert set(shown) <= {1, 2}  # nothing larger is tried
 
 
+def test_what_is_made_once_and_kept_is_not_the_steps(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * 10**6)
+    kept = []
+
+    def step(n):
+        if not kept:
+            kept.append(np.zeros(10**6))
+        np.zeros(1000 * n)
+
+    assert memory.largest_batch(step, np.zeros(1), 100) == 64
+
+
+def test_what_others_hold_and_have_held_is_not_the_steps():
+    tracemalloc.start()
+    try:
+        held = np.zeros(10**5)
+        np.zeros(10**6)
+        assert 8000 <= memory._peak(np.zeros, 1000) < held.nbytes / 10
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_device_lets_go_after_every_trial(monkeypatch):
+    events = []
+
+    def step(n):
+        events.append(n)
+        if n > 4:
+            raise MemoryError
+
+    monkeypatch.setattr(memory, "let_go", lambda like: events.append("let go"))
+    assert memory.largest_batch(step, strict.zeros(1), 100) == 2
+    assert events == [1, "let go", 2, "let go", 5, "let go"]
+
+
+def test_what_training_keeps_is_set_aside_meanwhile(monkeypatch):
+    """Adam's two moments, the moving average, and the weights to go back to."""
+    model, held = td.MLP(hidden=256), []
+
+    def largest_batch(step, like, most):
+        held.append(tracemalloc.get_traced_memory()[0] - before)
+        return 1
+
+    monkeypatch.setattr(training, "largest_batch", largest_batch)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        td.find_batch_size(model, PROCESS, POINTS)
+    finally:
+        tracemalloc.stop()
+    assert 4 <= held[0] / (4 * model.num_parameters()) < 4.1
+
+
+@pytest.mark.parametrize(
+    "how", [dict(loss="simple"), dict(loss="hybrid"), dict(loss="vlb"), dict(loss="vlb", decoder="8bit")]
+)
+def test_every_loss_can_be_tried(how):
+    """With T = 1, so that L_0 is among the terms: what is tried has to be 8-bit data."""
+    diffusion = td.GaussianDiffusion(td.linear_schedule(1), "v", "learned_range")
+    model = td.MLP(out_features=4, hidden=4, blocks=1, time_features=4)
+    assert td.find_batch_size(model, diffusion, POINTS, most=2, **how) == 2
+
+
 def test_where_the_system_does_not_say(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: None)
     monkeypatch.setattr(memory, "_peak", lambda step, n: n * 2**29)
@@ -213,8 +278,6 @@ def test_the_line_predicts_what_a_step_takes():
 
 
 def test_measuring_leaves_a_trace_of_others_on():
-    import tracemalloc
-
     tracemalloc.start()
     try:
         assert memory._peak(lambda n: np.zeros(n * 10**6), 1) >= 8 * 10**6

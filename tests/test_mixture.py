@@ -88,8 +88,9 @@ def test_entropy_on_the_line_is_the_integral(mixture):
 
     ends = 12 * np.sqrt(np.max(mixture.covariances))
     low, high = np.min(mixture.means) - ends, np.max(mixture.means) + ends
+    # In pieces, of which none is so long that quad takes a peak in it for none.
     expected, _ = integrate.quad(
-        integrand, low, high, points=np.sort(mixture.means[:, 0]), epsabs=1e-10, limit=500
+        integrand, low, high, points=np.linspace(low, high, 42)[1:-1], epsabs=1e-10, limit=500
     )
     assert_allclose(mixture.entropy(), expected, rtol=1e-8, atol=1e-8)
 

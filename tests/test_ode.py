@@ -258,6 +258,24 @@ def test_inversion_and_back_at_first_order(kind, prediction):  # docs: R.9
     assert off_trip[-1] < 0.03
 
 
+def test_every_step_of_the_inversion():
+    """The step of DDIM, upwards; the first goes to sqrt(abar_0) x_0, and reads eps there (docs: R.9)."""
+    schedule, taus = td.linear_schedule(10), [0, 4, 9]
+    a, s = np.sqrt(schedule.alphas_cumprod[taus]), np.sqrt(schedule.one_minus_alphas_cumprod[taus])
+    x0 = np.linspace(-2, 2, 5)[:, None]
+
+    def denoise(x, t):
+        return np.tanh(x + t[:, None] / 10)
+
+    x = a[0] * x0
+    x = x + s[0] * denoise(x, np.zeros(5))
+    for i in (1, 2):
+        eps = denoise(x, np.full(5, taus[i - 1]))
+        x = a[i] * (x - s[i - 1] * eps) / a[i - 1] + s[i] * eps
+    code = invert(denoise, td.GaussianDiffusion(schedule), x0, taus, progress=False)
+    assert_allclose(code, x, rtol=1e-12)
+
+
 def test_inverted_data_is_standard_normal():
     """Two chi^2 tests and two z tests, each a false alarm of 1e-5."""
     diffusion = td.GaussianDiffusion(td.cosine_schedule(1000), "v")

@@ -280,6 +280,17 @@ def test_arrays_that_lie_end_to_end_are_left_there():
             assert np.shares_memory(view, laid.flat)
 
 
+def test_an_array_by_itself_may_lie_by_columns():
+    value, grad = np.random.default_rng(0).standard_normal((2, 3, 4))
+    rows, columns = Parameter(value.copy(), grad), Parameter(np.asfortranarray(value), grad)
+    for p in (rows, columns):
+        optimizer = td.Adam([p])
+        for _ in range(2):
+            optimizer.step()
+    assert np.all(rows.value != value)
+    assert_array_equal(columns.value, rows.value)
+
+
 def test_an_array_by_itself_is_left_where_it_is():
     for array in (np.ones((2, 3)), np.ones(()), np.arange(8.0)[2:5], np.ones(0)):
         laid = EndToEnd([array])
@@ -444,6 +455,14 @@ def test_clipping_keeps_the_direction_and_bounds_the_norm(seed, max_norm):
     assert_allclose(norm, before, rtol=1e-12)
     for p, g in zip(parameters.values(), grads):
         assert_allclose(p.grad, g * min(1.0, max_norm / before), rtol=1e-10)
+
+
+@pytest.mark.parametrize("first, second", [(np.float32, np.float64), (np.float64, np.float32)])
+def test_the_norm_is_in_the_finer_of_the_dtypes(first, second):
+    parameters = [parameter(np.zeros(1, dtype), np.full(1, 3, dtype)) for dtype in (first, second)]
+    norm = td.clip_grad_norm(parameters, math.inf)
+    assert norm.dtype == np.float64
+    assert_allclose(norm, 18**0.5, rtol=1e-15)
 
 
 def test_clipping_counts_a_shared_parameter_once():

@@ -1,5 +1,6 @@
 """A batch shared among processes is the batch: the same output and gradients, and nothing left behind."""
 
+import copy
 import multiprocessing
 import os
 import signal
@@ -109,6 +110,19 @@ def test_calls_before_either_backward_and_gradients_that_add_up():
     assert_gradients(model, expected)
 
 
+def test_a_worker_without_a_share_adds_nothing():
+    """What it found for a larger batch before is not added a second time."""
+    model, rng = unet(), np.random.default_rng(0)
+    few, many = batch(2, rng), batch(6, rng)
+    model(*few)[1](few[0])
+    expected = gradients(model)
+    with DataParallel(model, 3) as shared:
+        for x, t in (many, few):
+            shared.zero_grad()
+            shared(x, t)[1](x)
+    assert_gradients(model, expected)
+
+
 def test_workers_see_new_weights():
     """Stepped in place, as Adam does, and replaced, as load_state_dict does."""
     rng = np.random.default_rng(0)
@@ -158,6 +172,14 @@ def test_the_model_is_itself_again_afterwards():
     assert set(multiprocessing.active_children()) == children
     np.testing.assert_array_equal(model.predict(x, t), before)
     assert all(p.value.base is None for p in model.named_parameters().values())
+
+
+def test_weights_given_last_are_those_it_keeps():
+    model, other = unet(), unet(seed=1)
+    with DataParallel(model, 2):
+        model.load_state_dict(other.state_dict())
+    for name, value in other.state_dict().items():
+        np.testing.assert_array_equal(model.state_dict()[name], value, err_msg=name)
 
 
 def test_networks_train_side_by_side_in_threads():
@@ -214,6 +236,26 @@ def test_alone_is_said_of_one_thread_only():
         other.join()
         assert _threads.threads_in_reach() == 1
     assert seen == [_threads.threads_in_reach()]
+    with _threads.alone():
+        with _threads.alone():
+            pass
+        assert _threads.threads_in_reach() == 1, "the inner one has ended, the outer has not"
+
+
+def test_an_error_leaves_blas_as_it_was():
+    if _threads._blas is None:
+        pytest.skip("NumPy's BLAS cannot be asked")
+    before = _threads._blas[0]()
+    for held in (_threads.blas_on_one_thread, _threads.alone):
+        with pytest.raises(ZeroDivisionError), held():
+            1 / 0  # noqa: B018
+        assert _threads._blas[0]() == before == _threads.threads_in_reach()
+
+
+def test_scratch_of_one_name_is_one_memory():
+    views = [_threads.scratch("one memory", (size,), np.dtype(np.float32)) for size in (4, 8, 4, 2)]
+    assert not np.shares_memory(*views[:2])  # it had to grow
+    assert all(np.shares_memory(view, views[1]) for view in views[2:])
 
 
 def test_a_copy_of_what_is_shared_is_the_model_alone():
@@ -228,6 +270,9 @@ def test_a_copy_of_what_is_shared_is_the_model_alone():
     np.testing.assert_array_equal(by_hand.losses, by_itself.losses)
     for name, value in by_itself.model.state_dict().items():
         np.testing.assert_array_equal(by_hand.model.state_dict()[name], value, err_msg=name)
+    with DataParallel(unet(), 2) as shared:
+        one, same = copy.deepcopy([shared, shared._model])
+    assert one is same
 
 
 def test_a_gradient_of_another_shape_is_refused_and_a_closed_crew_is_the_model():
@@ -348,6 +393,7 @@ def test_a_call_in_inference_keeps_nothing():
         y, backward = shared(x, t)
         with pytest.raises(RuntimeError, match="inference"):
             backward(y)
+        assert shared._calls == 0  # the workers were asked to predict, and keep nothing either
 
 
 def test_what_cannot_be_shared_is_refused():

@@ -132,7 +132,9 @@ def test_samples_and_data_keep_their_sides_and_share_limits(points):
     np.testing.assert_array_equal(offsets(left), points)
     np.testing.assert_array_equal(offsets(right), far)
     assert left.get_xlim() == right.get_xlim() == left.get_ylim() == right.get_ylim()
-    assert max(left.get_xlim()) > np.abs(points).max()
+    assert max(left.get_xlim()) == pytest.approx(
+        1.1 * np.abs(points).max()
+    )  # of the data, whatever was drawn
     assert "how far" in [text.get_text() for text in fig.texts]
 
 
@@ -246,6 +248,8 @@ def test_points_keep_their_colours_on_the_way(points):
     assert len(np.unique(first, axis=0)) > 50
     for colours in others:
         np.testing.assert_array_equal(colours, first)
+    light = first[np.argsort(points[:, 0]), :3].sum(axis=1)
+    assert np.all(np.diff(light) > -0.05) and light[-1] > light[0] + 0.5  # from left to right
 
 
 def test_save_writes_the_same_small_png_each_time(points, tmp_path):

@@ -519,3 +519,13 @@ def test_ddim_is_diffusers_on_the_respaced_chain(prediction, eta, steps, clip):
         torch, scheduler, nonlinear, x_T, times[::-1], eta=eta, use_clipped_model_output=True
     )
     assert_allclose(x, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_variance_that_rounds_to_more_than_the_noise_there_is(sampler):
+    """beta~_1 is 1 - abar_0 but for 1e-20 of it; here it is rounded up, and nothing is left for eps."""
+    schedule = td.NoiseSchedule([1e-20, 0.037])
+    assert schedule.posterior_variance[1] > schedule.one_minus_alphas_cumprod_prev[1]
+    diffusion, rng = td.GaussianDiffusion(schedule, "x0"), np.random.default_rng(0)
+    x = td.sample(lambda x, t: 0 * x, diffusion, (4, 2), sampler, eta=1.0, rng=rng, progress=False)
+    assert_array_equal(x, 0)

@@ -474,6 +474,15 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, tmp_path_factory):
     assert contents(tmp_path) == before
 
 
+def test_a_resumed_run_keeps_its_checkpoint_until_the_next(tmp_path, tmp_path_factory):
+    interrupt(tmp_path)
+    with pytest.raises(Interrupted):  # at step 9, of which there is no checkpoint
+        again = dict(**SETTINGS, run_dir=tmp_path, resume=True)
+        td.train(small_mlp(), DIFFUSION, failing(POINTS, 2, Interrupted()), **again)
+    assert steps_saved(tmp_path) == 7
+    resume_and_compare(small_mlp, drawn, "drawn", tmp_path, tmp_path_factory)
+
+
 def test_resume_with_nothing_to_resume_begins(tmp_path, tmp_path_factory):
     make = small_mlp
     result = td.train(make(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path / "new", resume=True)
@@ -500,10 +509,11 @@ def interrupt(directory, at=7, **changes):
         td.train(small_mlp(), DIFFUSION, failing(POINTS, at, KeyboardInterrupt()), **arguments)
 
 
-def test_an_unfinished_run_is_not_overwritten(tmp_path):
-    interrupt(tmp_path)
+@pytest.mark.parametrize("at", [1, 7, STEPS - 1])
+def test_an_unfinished_run_is_not_overwritten(tmp_path, at):
+    interrupt(tmp_path, at)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"unfinished run \(step 7 of 12\).*resume"):
+    with pytest.raises(ValueError, match=rf"unfinished run \(step {at} of 12\).*resume"):
         td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)
     assert contents(tmp_path) == before
 
@@ -709,7 +719,28 @@ def test_draws_of_a_step_do_not_repeat_in_another():
     assert np.unique(np.concatenate(seen)).size == STEPS * 8
 
 
+def test_the_streams_of_a_seed_are_apart(monkeypatch):
+    """Those of the steps, of the epochs, and of the seed itself, from which a model may be drawn."""
+    seeds, default_rng = [], np.random.default_rng
+
+    def recorded(seed):
+        seeds.append(tuple(np.trim_zeros(np.ravel(seed), "b").tolist()))  # NumPy pads a seed with zeros
+        return default_rng(seed)
+
+    model = small_mlp()
+    _loop._order.cache_clear()
+    monkeypatch.setattr(np.random, "default_rng", recorded)
+    td.train(model, DIFFUSION, POINTS, **SETTINGS)
+    assert len(seeds) > STEPS
+    assert len({*seeds, (SETTINGS["seed"],)}) == len(seeds) + 1
+
+
 # What is refused, before anything is written
+
+
+def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
+    for steps, warmup in [(19, 0), (40, 2), (10_000, 500), (10**6, 500)]:
+        assert training.check_loop(steps, 1, 0, None, 0.0, 1.0, 0.9, POINTS) == warmup
 
 
 @pytest.mark.parametrize(

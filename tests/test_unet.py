@@ -284,6 +284,7 @@ def test_size_of_the_published_256_pixel_network():
         (dict(norm_groups=3), r"^norm_groups = 3 does not divide channels = 4"),
         (dict(norm_groups=8), r"^norm_groups = 8 does not divide channels = 4"),
         (dict(norm_eps=-1.0), r"^norm_eps is -1.0; expected a positive number"),
+        (dict(norm_eps=0.0), r"^norm_eps is 0.0; expected a positive number"),
         (dict(head_dim=3), r"^head_dim = 3 does not divide channels = 8"),
         (dict(freq_shift=2.0), r"^freq_shift is 2.0; expected less than half of block_channels\[0\] = 4"),
     ],
