@@ -29,7 +29,9 @@ LOSSES = {  # what their values are
 
 
 # What says by itself what can be put right.
-EXPLAINED = (ValueError, FloatingPointError, OSError, ImportError, MemoryError)
+EXPLAINED = (
+    td.BackendError, WorkerError, ValueError, FloatingPointError, OSError, ImportError, MemoryError,
+)  # fmt: skip
 
 
 class Plain(argparse.ArgumentParser):
@@ -259,14 +261,6 @@ def settle_batch(
         print(f"--batch {args.batch}")
 
 
-def require_matplotlib() -> None:
-    """ImportError with what helps, to be asked before anything is computed that is to be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError("Pictures need matplotlib: pip install 'tinydiff[demos]'.") from None
-
-
 def training_seconds(out: Path) -> float:
     """Of the whole run in `out`, in one go or not: by the last line of its metrics."""
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
@@ -289,7 +283,7 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
     except KeyboardInterrupt:
         print(interrupted or _what_is_kept(out), file=sys.stderr)
         sys.exit(130)
-    except (td.BackendError, WorkerError, *EXPLAINED) as error:
+    except EXPLAINED as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

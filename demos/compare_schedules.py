@@ -28,7 +28,6 @@ from _common import (
     count_from,
     explained_errors,
     loss_options,
-    require_matplotlib,
     schedules,
     write_metrics,
 )
@@ -153,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     choose_device(args)
-    require_matplotlib()
+    plotting.require_matplotlib()
     images = np.random.default_rng(args.seed).permutation(digits(args))
     held_out, data = images[:HELD_OUT], images[HELD_OUT:]
     reference = digit_features(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import Plain, choose_device, explained_errors, require_matplotlib, write_metrics
+from _common import Plain, choose_device, explained_errors, write_metrics
 from train_mnist import digits, draw, pixel_statistics
 
 import tinydiff as td
@@ -54,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, default_steps: int) -> None:
     choose_device(args)
-    require_matplotlib()
+    plotting.require_matplotlib()
     if args.model is None:
         model, diffusion, about = td.pretrained.mnist(args.backend)
     else:
         model, diffusion, about = td.pretrained.load(args.model, args.backend)
     check(args, model, diffusion, default_steps)
     data_rng, sample_rng = np.random.default_rng(args.seed).spawn(2)
-    data, unseen = data_rng.permutation(digits(args)), heldout(args)
+    data = data_rng.permutation(digits(args))
+    unseen = heldout(args) if args.report else None
     most = len(data) // 2 if unseen is None else len(unseen)
     if args.report and args.samples > most:
         raise ValueError(f"--samples is {args.samples}; with --data {args.data}, --report can judge {most}.")

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_rng
+from tinydiff._checks import check_counts, check_rng
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.bound import Bound
 from tinydiff.diffusion import GaussianDiffusion
@@ -136,8 +136,7 @@ class GaussianMixture:
         -------
         ndarray of float64, shape (n, D)
         """
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-            raise ValueError(f"n is {n!r}; expected an integer of at least 1.")
+        check_counts(n=n)
         check_rng(rng)
         k = rng.choice(self.K, size=n, p=self.weights)
         y = np.sqrt(self._variances[k]) * rng.standard_normal((n, self.D))

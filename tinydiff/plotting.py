@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["forward_process", "reverse_process", "samples_beside_data", "save", "smooth", "training_curve"]
+__all__ = [
+    "forward_process",
+    "require_matplotlib",
+    "reverse_process",
+    "samples_beside_data",
+    "save",
+    "smooth",
+    "training_curve",
+]
 
 DPI = 150
 COLUMNS = 8
@@ -51,13 +59,20 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def require_matplotlib() -> None:
+    """ImportError with what helps, to be asked before anything is computed that is to be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("Pictures need matplotlib: pip install 'tinydiff[demos]'.") from None
+
+
 @contextmanager
 def _style() -> Iterator[None]:
     """Draw in this file's style, whatever the user's settings are, and leave them as they were."""
-    try:
-        import matplotlib.style
-    except ImportError:
-        raise ImportError("Pictures need matplotlib: pip install 'tinydiff[demos]'.") from None
+    require_matplotlib()
+    import matplotlib.style
+
     with matplotlib.style.context(STYLE, after_reset=True):
         yield
 

@@ -226,8 +226,8 @@ def _check_shape(shape: tuple[int, ...], x_T: Array | None) -> None:
         raise ValueError(f"shape is {tuple(shape)}; expected (N, ...) with every size at least 1.")
     if x_T is not None:
         check_array(x_T=x_T)
-    if x_T is not None and tuple(x_T.shape) != tuple(shape):
-        raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected {tuple(shape)}.")
+        if tuple(x_T.shape) != tuple(shape):
+            raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected {tuple(shape)}.")
 
 
 def _like(denoise: Any) -> Array:

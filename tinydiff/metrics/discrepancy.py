@@ -56,7 +56,7 @@ def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None)
     Parameters
     ----------
     x, y : array of shape (n, D) and (m, D)
-        Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 13 bytes for each pair.
+        Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 32 bytes for each pair.
     bandwidth : float, optional
         h > 0 of k(x, y) = exp(-|x - y|^2 / (2 h^2)). Default: the median distance between two different of
         all n + m points (the "median heuristic"), pairs that coincide left out. That is as wide as the
@@ -87,7 +87,7 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     Parameters
     ----------
     x, y : array of shape (n, D) and (m, D)
-        Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 32 bytes for each pair.
+        Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 12 bytes for each pair.
 
     Returns
     -------

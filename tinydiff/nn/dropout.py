@@ -28,7 +28,6 @@ def dropout(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Arr
         return x, derivative_of(x)(lambda dy: dy)
     keep = rng.random(x.shape, dtype=np.float32) >= rate
     mask = asarray_like(keep, x) * (1.0 / (1.0 - float(rate)))
-
     y = x * mask
 
     @derivative_of(y)
