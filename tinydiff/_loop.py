@@ -14,10 +14,10 @@ checkpoint, and reads those of all steps since at once.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,11 +35,11 @@ __all__ = [
     "Data",
     "Learner",
     "Objective",
+    "Plan",
     "batch_of",
     "beside",
     "check_data",
-    "check_loop",
-    "digest",
+    "checked_plan",
     "loop",
     "settings_of",
     "trial",
@@ -53,6 +53,23 @@ Objective: TypeAlias = Callable[[Any, Array, np.random.Generator], tuple[Array, 
 # The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
 # that [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
 STEP, EPOCH = 1, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What both trainings are asked alike: how long, on how much, at which rates. By `checked_plan`."""
+
+    steps: int
+    batch_size: int
+    seed: int
+    warmup: int
+    final_lr: float
+    clip_norm: float
+    ema_decay: float
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON holds them; it has no infinity."""
+        return {**asdict(self), "clip_norm": str(self.clip_norm)}
 
 
 class Learner:
@@ -108,12 +125,8 @@ def loop(
     loss: Objective,
     data: Data,
     run: Run | None,
+    plan: Plan,
     *,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    warmup: int,
-    final_lr: float,
     resume: bool,
     checkpoint_every: int,
     log_every: int,
@@ -131,10 +144,12 @@ def loop(
         Of which the first is shared out to processes.
     loss : callable
         See `Objective`.
-    data, steps, batch_size, seed, warmup, final_lr, resume, checkpoint_every, log_every, workers, progress
+    data, resume, checkpoint_every, log_every, workers, progress
         As for `tinydiff.train`, and checked.
     run : Run or None
         The files, if any.
+    plan : Plan
+        The numbers.
     at_once : bool
         Read the loss of every step: where a number costs nothing, or the next step needs it.
     counted : callable
@@ -142,7 +157,7 @@ def loop(
     unit : str
         What the progress bar calls the loss.
     """
-    network = learners[0]
+    network, steps = learners[0], plan.steps
     like = weight_of(network.model)
     data = beside(data, like)
     losses = Losses([] if run is None else run.start(resume))
@@ -151,22 +166,22 @@ def loop(
     kept = None if at_once else Kept(network.parameters, len(losses))
 
     def factor(step: int) -> float:
-        return warmup_cosine(step, steps, warmup, final_lr)
+        return warmup_cosine(step, steps, plan.warmup, plan.final_lr)
 
     from tqdm import tqdm
 
     processes = ExitStack()
-    shared = processes.enter_context(shared_out(network.model, batch_size, workers))
+    shared = processes.enter_context(shared_out(network.model, plan.batch_size, workers))
     bar = tqdm(total=steps, initial=len(losses), desc="training", unit="step", disable=not progress)
     smooth = math.nan
     refused = ""
     backward: Any = None
     try:
         for step in range(len(losses), steps):
-            rng = np.random.default_rng([seed, STEP, step])
+            rng = np.random.default_rng([plan.seed, STEP, step])
             for learner in learners:
                 learner.optimizer.zero_grad()
-            x0 = batch_of(data, batch_size, seed, step, rng, like)
+            x0 = batch_of(data, plan.batch_size, plan.seed, step, rng, like)
             loss_array, backward = loss(shared, x0, rng)
             backward()
             norm_array = _joint([clip_grad_norm(one.parameters, one.clip_norm) for one in learners])
@@ -215,7 +230,7 @@ def loop(
     if refused:
         x0 = loss_array = norm_array = backward = None
         models = [learner.model for learner in learners]
-        raise MemoryError(what_fits(trial(loss, models, data, like), like, batch_size, refused))
+        raise MemoryError(what_fits(trial(loss, models, data, like), like, plan.batch_size, refused))
     return losses[:]
 
 
@@ -241,22 +256,19 @@ def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Ca
     return step
 
 
-def settings_of(model: Any, data: Data, **others: Any) -> dict[str, Any]:
-    """What a run depends on, as JSON holds it: the network, the data, and `others`."""
+def settings_of(model: Any, data: Data, plan: Plan, **others: Any) -> dict[str, Any]:
+    """What a run depends on, as JSON holds it: the network, the data, the plan, and `others`."""
     return {
         "model": type(model).__name__,
         "config": getattr(model, "config", None),
         "dtype": str(to_numpy(weight_of(model)).dtype),
         "data": "callable" if callable(data) else [int(size) for size in data.shape],
+        **plan.settings(),
         **others,
     }
 
 
-def digest(array: np.ndarray) -> str:
-    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
-
-
-def check_loop(
+def checked_plan(
     steps: int,
     batch_size: int,
     seed: int,
@@ -265,8 +277,8 @@ def check_loop(
     clip_norm: float,
     ema_decay: float,
     data: Data,
-) -> int:
-    """ValueError or TypeError naming the first that a training cannot be made of; returns the warm-up."""
+) -> Plan:
+    """The numbers of a training; ValueError or TypeError naming the first that none can be made of."""
     check_counts(steps=steps, batch_size=batch_size)
     check_seed(seed)
     warmup = min(500, steps // 20) if warmup is None else warmup
@@ -277,7 +289,8 @@ def check_loop(
     check_number("clip_norm", clip_norm, lambda norm: norm > 0, "a positive number")
     check_number("ema_decay", ema_decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
     check_data(data)
-    return warmup
+    counts = int(steps), int(batch_size), int(seed), int(warmup)
+    return Plan(*counts, float(final_lr), float(clip_norm), float(ema_decay))
 
 
 def check_data(data: Data) -> None:

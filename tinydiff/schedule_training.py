@@ -19,7 +19,7 @@ from typing import Any, Generic
 import numpy as np
 
 from tinydiff._checks import check_counts
-from tinydiff._loop import Data, Learner, check_loop, loop, settings_of
+from tinydiff._loop import Data, Learner, checked_plan, loop, settings_of
 from tinydiff._run import Run
 from tinydiff.backend import Array
 from tinydiff.bound import Decoder
@@ -150,17 +150,15 @@ def train_learned_schedule(
         If a step does not fit in memory; the message names a batch size that does.
     """
     check_counts(T=T, checkpoint_every=checkpoint_every, log_every=log_every)
-    warmup = check_loop(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
+    numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     learned = LearnedSchedule(gamma_0, gamma_1, units)
     settings = settings_of(
         model,
         data,
+        numbers,
         data_name=data_name,
         loss="continuous bound",
         T=int(T),
-        steps=int(steps),
-        batch_size=int(batch_size),
-        seed=int(seed),
         lr=float(lr),
         schedule_lr=float(schedule_lr),
         gamma_0=float(gamma_0),
@@ -169,10 +167,6 @@ def train_learned_schedule(
         prediction=prediction,
         decoder=decoder,
         even=bool(even),
-        warmup=int(warmup),
-        final_lr=float(final_lr),
-        clip_norm=str(float(clip_norm)),  # JSON has no infinity
-        ema_decay=float(ema_decay),
     )
     network = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay)
     schedule = Learner(learned, schedule_lr, clip_norm=math.inf, ema_decay=ema_decay)
@@ -188,11 +182,7 @@ def train_learned_schedule(
         objective,
         data,
         run,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        warmup=warmup,
-        final_lr=final_lr,
+        numbers,
         resume=resume,
         checkpoint_every=checkpoint_every,
         log_every=log_every,

@@ -6,6 +6,7 @@ The loop itself is `tinydiff._loop`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts, check_rng
-from tinydiff._loop import Data, Learner, beside, check_data, check_loop, digest, loop, settings_of, trial
+from tinydiff._loop import Data, Learner, beside, check_data, checked_plan, loop, settings_of, trial
 from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
 from tinydiff.bound import Decoder, check_decoder
@@ -238,25 +239,19 @@ def train(
         If a step does not fit in memory; the message names a batch size that does.
     """
     check_counts(checkpoint_every=checkpoint_every, log_every=log_every)
-    warmup = check_loop(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
+    numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
     if loss != "simple" and not callable(data):  # the wrong decoder shows at once, not where a t = 0 is drawn
         check_decoder(decoder, data[:batch_size, ...])
     settings = settings_of(
         model,
         data,
-        betas=digest(diffusion.schedule.betas),
+        numbers,
+        betas=_digest(diffusion.schedule.betas),
         prediction=diffusion.prediction,
         data_name=data_name,
-        steps=int(steps),
-        batch_size=int(batch_size),
-        seed=int(seed),
         lr=float(lr),
-        warmup=int(warmup),
-        final_lr=float(final_lr),
         weight_decay=float(weight_decay),
-        clip_norm=str(float(clip_norm)),  # JSON has no infinity
-        ema_decay=float(ema_decay),
         loss=loss,
         min_snr_gamma=None if min_snr_gamma is None else float(min_snr_gamma),
         variance=None if loss == "simple" else diffusion.variance,
@@ -281,11 +276,7 @@ def train(
         objective,
         data,
         run,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        warmup=warmup,
-        final_lr=final_lr,
+        numbers,
         resume=resume,
         checkpoint_every=checkpoint_every,
         log_every=log_every,
@@ -368,6 +359,10 @@ def _check_loss(
     if importance and loss != "vlb":
         raise ValueError(f"importance sampling of t is for the loss 'vlb'; the loss is {loss!r}.")
     check_decoder(decoder)
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
 
 
 class _Drawn:
