@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from namespaces import space
 
 import tinydiff.kernels
 from tinydiff.backend import BackendError
@@ -40,11 +41,51 @@ from tinydiff.kernels._threads import scratch
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs Numba, the extra `fast`")
-for_each_twin = pytest.mark.parametrize("twin", ["numpy", pytest.param("numba", marks=needs_numba)])
+ON_THE_CPU = ["numpy", pytest.param("numba", marks=needs_numba)]
+for_each_twin_on_the_cpu = pytest.mark.parametrize("twin", ON_THE_CPU)
+for_each_twin = pytest.mark.parametrize("twin", [*ON_THE_CPU, pytest.param("cupy", marks=pytest.mark.gpu)])
 
 
 def module(twin):
+    if twin == "cupy":
+        space("cupy")  # or the test is skipped, with the reason
+        return OnTheGpu()
     return importlib.import_module(f"tinydiff.kernels.{twin}")
+
+
+class OnTheGpu:
+    """The twin for CuPy, given NumPy's arrays and giving them back; what is kept for a backward stays there.
+
+    An array that is not contiguous is not there either, nor aligned. No input may be changed but those that
+    are to be.
+    """
+
+    def __getattr__(self, name):
+        import cupy
+
+        function = getattr(importlib.import_module("tinydiff.kernels.cupy"), name)
+
+        def there(x):
+            if not isinstance(x, np.ndarray):
+                return x
+            if x.flags.c_contiguous or not x.ndim:
+                return cupy.array(x)
+            wide = cupy.full((*x.shape[:-1], x.shape[-1] + 3), cupy.nan, x.dtype)
+            wide[..., 1:-2] = cupy.array(x)
+            return wide[..., 1:-2]
+
+        def here(y):
+            return y.get() if isinstance(y, cupy.ndarray) else y
+
+        def call(*args):
+            given = [there(x) for x in args]
+            result = function(*given)
+            for x, was in zip(given, args):
+                if isinstance(was, np.ndarray) and name not in ("adam_step", "ema_step"):
+                    np.testing.assert_array_equal(x.get(), was, err_msg=f"{name} changed what it was given")
+            return tuple(map(here, result)) if type(result) is tuple else here(result)
+
+        return call
 
 
 dtypes = st.sampled_from([np.float64, np.float32])
@@ -465,7 +506,7 @@ def test_arrays_that_begin_with_a_line_of_the_cache(shape, dtype, beside):
     assert np.all(kept[1] == 7)
 
 
-@for_each_twin
+@for_each_twin_on_the_cpu
 @pytest.mark.parametrize("name", ["winograd", "strided", "upsample", "group_norm_silu"])
 def test_images_begin_with_a_line_of_the_cache(twin, name):
     """Of what is returned, y and dx: others go through them many times."""
@@ -558,7 +599,7 @@ def test_calls_do_not_disturb_one_another(twin, name):
         np.testing.assert_allclose(a, e, rtol=0, atol=2e-5 * np.abs(e).max())
 
 
-@for_each_twin
+@for_each_twin_on_the_cpu
 @pytest.mark.parametrize("name", calls())
 def test_nothing_is_read_from_a_thread_s_scratch_when_it_is_done(twin, name, monkeypatch):
     """By then the thread may be at work for another caller: here all it had is spoilt."""
@@ -593,7 +634,7 @@ def test_nothing_is_read_from_a_thread_s_scratch_when_it_is_done(twin, name, mon
         assert spoilt  # there were other threads, and they had scratch
 
 
-@for_each_twin
+@for_each_twin_on_the_cpu
 @pytest.mark.parametrize("name", calls())
 def test_what_was_in_memory_before_does_not_matter(twin, name, monkeypatch):
     """Scratch and results begin with whatever lies there: here it is not a number."""
@@ -621,7 +662,7 @@ def test_what_was_in_memory_before_does_not_matter(twin, name, monkeypatch):
         np.testing.assert_array_equal(actual, wanted)
 
 
-@for_each_twin
+@for_each_twin_on_the_cpu
 def test_kernels_called_from_several_threads_at_once(twin):
     """Scratch belongs to a thread, and one parallel region runs at a time."""
     twin = module(twin)
