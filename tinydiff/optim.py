@@ -72,11 +72,20 @@ class Adam:
     def step(self) -> None:
         """Move every parameter against its gradient.  (docs: B.21)"""
         self.steps += 1
+        self.apply(*self.numbers())
+
+    def numbers(self) -> tuple[float, float, float]:
+        """What changes from step to step: the step size, the root of the correction of v, and the decay.
+
+        m / (1 - beta1^k) and sqrt(v / (1 - beta2^k)) are the unbiased moments; the corrections are scalars.
+        """
         beta1, beta2 = self.betas
-        # m / (1 - beta1^k) and sqrt(v / (1 - beta2^k)) are the unbiased moments; the corrections are scalars.
         step_size = self.lr / (1.0 - beta1**self.steps)
-        root = math.sqrt(1.0 - beta2**self.steps)
-        how = (step_size, beta1, beta2, root, self.eps, 1.0 - self.lr * self.weight_decay)
+        return step_size, math.sqrt(1.0 - beta2**self.steps), 1.0 - self.lr * self.weight_decay
+
+    def apply(self, step_size: Array | float, root: Array | float, decay: Array | float) -> None:
+        """Take the step with these `numbers`; on a device they may be arrays, 0-d, there."""
+        how = (step_size, *self.betas, root, self.eps, decay)
         values = [p.value for p in self.parameters]
         for which, together in self._together.hold(values, self.m, self.v):
             grads = end_to_end([self.parameters[i].grad for i in which])
@@ -222,7 +231,14 @@ class EMA(Generic[M]):
     def update(self) -> None:
         """Take one step of the average: w_ema += (1 - decay) (w - w_ema).  (docs: B.23)"""
         self.steps += 1
-        rate = 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
+        self.apply(self.rate())
+
+    def rate(self) -> float:
+        """What this update takes of the weights."""
+        return 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
+
+    def apply(self, rate: Array | float) -> None:
+        """Update with this `rate`; on a device it may be an array, 0-d, there."""
         averages = [average.value for average, _ in self._pairs]
         current = [weight.value for _, weight in self._pairs]
         for which, (together,) in self._together.hold(averages):

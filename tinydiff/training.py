@@ -26,6 +26,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts, check_number, check_rng, check_seed
+from tinydiff._graph import RecordedStep, is_wanted
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff.backend import (
     Array,
@@ -181,6 +182,7 @@ def train(
     checkpoint_every: int = 500,
     log_every: int = 50,
     workers: int | None = None,
+    graph: bool | None = None,
     progress: bool = True,
 ) -> TrainingResult[M]:
     """Train with Adam and a moving average of the weights (Ho et al. 2020, algorithm 1).
@@ -240,6 +242,9 @@ def train(
     workers : int, optional
         Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
         for a `UNet` or a large batch of an `MLP`, in NumPy, on Linux.
+    graph : bool, optional
+        On a GPU, record the step and replay it, if it can be: with the loss ``"simple"``, unweighted, without
+        dropout. Default: what ``TINYDIFF_RECORD`` says, or no.
     progress : bool
         Show a progress bar (loss, steps per second, time left) on the standard error stream.
 
@@ -305,6 +310,14 @@ def train(
     at_once = is_numpy_array(like) or importance_sampling
     kept = None if at_once else Kept(parameters, len(losses))
 
+    recordable = loss == "simple" and min_snr_gamma is None and diffusion.variance != "learned_range"
+    recordable = recordable and not getattr(model, "config", {}).get("dropout")
+    whole_step = (
+        RecordedStep(model, diffusion, optimizer, ema, clip_norm)
+        if recordable and is_wanted(like, graph)
+        else None
+    )
+
     def rate(step: int) -> float:
         return lr * warmup_cosine(step, steps, warmup, final_lr)
 
@@ -322,10 +335,13 @@ def train(
             rng = np.random.default_rng([seed, STEP, step])
             optimizer.zero_grad()
             x0 = _batch(data, batch_size, seed, step, rng, like)
-            loss_array, backward = training_loss(shared, diffusion, x0, rng, **how, t_sampler=drawn)
-            backward()
-            norm_array = clip_grad_norm(parameters, clip_norm)
             optimizer.lr = rate(step)
+            if whole_step is not None:  # the update and the average, too
+                loss_array, norm_array = whole_step(x0, rng)
+            else:
+                loss_array, backward = training_loss(shared, diffusion, x0, rng, **how, t_sampler=drawn)
+                backward()
+                norm_array = clip_grad_norm(parameters, clip_norm)
             last = step + 1 == steps
             line_due = (step + 1) % log_every == 0 or last
             save_due = run is not None and ((step + 1) % checkpoint_every == 0 or last)
@@ -335,8 +351,9 @@ def train(
                 check_finite(first, numbers, rate, kept)
             if run is not None:
                 run.begin()
-            optimizer.step()
-            ema.update()
+            if whole_step is None:
+                optimizer.step()
+                ema.update()
             if drawn is not None:
                 drawn.remember()
             if not reading:
@@ -370,7 +387,7 @@ def train(
         bar.close()
         processes.close()
     if refused:
-        x0 = loss_array = norm_array = backward = None
+        x0 = loss_array = norm_array = backward = whole_step = None
         model.zero_grad()
         trial = _trial_step(model, diffusion, _sample_shape(data), like, how)
         raise MemoryError(what_fits(trial, like, batch_size, refused))

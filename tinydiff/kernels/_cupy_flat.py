@@ -46,7 +46,9 @@ def late() -> Iterator[list[tuple[Any, np.ndarray]]]:
 def _sent(numbers: np.ndarray) -> Any:
     if _late is None:
         return cupy.asarray(numbers)
-    there = cupy.empty(numbers.shape, numbers.dtype)
+    # Not of the recording's memory: at a replay, launches before this one would write there.
+    memory = cupy.get_default_memory_pool().malloc(numbers.nbytes)
+    there = cupy.ndarray(numbers.shape, numbers.dtype, memptr=memory)
     _late.append((there, numbers))
     return there
 
