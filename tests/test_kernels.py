@@ -803,3 +803,48 @@ def test_exp_and_sigmoid_of_vectors(dtype):
     _, s = module("numba").silu(np.concatenate([x, -x]))
     exact = 1 / (1 + np.concatenate([1 / exact, exact]))
     assert (np.abs(s - exact) / (np.finfo(dtype).eps * exact)).max() < 3
+
+
+# The CuPy twin's own
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1025, 3), (2600, 40), (5, 700, 33), (2, 3, 1100, 1)])
+def test_sums_over_rows_on_the_gpu(shape, dtype):
+    """Also where the rows are shared out between blocks; twice, the same bits."""
+    space("cupy")
+    import cupy
+
+    from tinydiff.kernels._cupy_sums import over_rows
+
+    x = normal(np.random.default_rng(0), shape, dtype)
+    there = cupy.array(x)
+    y = over_rows(there).get()
+    assert_close(y, x.astype(np.float64).sum(axis=-2), np.abs(x).sum(axis=-2), dtype)
+    np.testing.assert_array_equal(over_rows(there).get(), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_end_to_end_on_the_gpu(dtype):
+    """By one launch; and without one, as a view, where all lies so already."""
+    space("cupy")
+    import cupy
+
+    from tinydiff.kernels import use_on_gpu
+    from tinydiff.kernels.cupy import end_to_end
+
+    assert use_on_gpu("cupy") is importlib.import_module("tinydiff.kernels.cupy")
+    use_on_gpu("portable")
+    rng = np.random.default_rng(0)
+    arrays = [normal(rng, s, dtype) for s in ((3, 4), (), (5000,), (1,), (70, 70), (2, 0))]
+    there = [cupy.array(a) for a in arrays]
+    there[4] = cupy.array(arrays[4].T).T  # not contiguous
+    flat = end_to_end(there)
+    np.testing.assert_array_equal(flat.get(), np.concatenate([a.ravel() for a in arrays]))
+    parts = [flat[:12].reshape(3, 4), flat[12:13].reshape(()), flat[13:]]
+    assert end_to_end(parts).data.ptr == flat.data.ptr
+    assert end_to_end(parts[1:]).size == flat.size - 12
+    np.testing.assert_array_equal(end_to_end([parts[0], parts[2]]).get(), np.delete(flat.get(), 12))
+    np.testing.assert_array_equal(end_to_end(parts[::-1])[-12:].get(), parts[0].ravel().get())

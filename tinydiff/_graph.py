@@ -38,7 +38,7 @@ from tinydiff.losses import mean_squared_error
 from tinydiff.nn.module import Module, weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm
 
-__all__ = ["Recording", "RecordedPredict", "RecordedStep", "is_wanted", "predictor"]
+__all__ = ["RecordedPredict", "RecordedStep", "Recording", "Replayed", "is_wanted", "predictor"]
 
 WARM_UP = 2  # runs before the recording: in the second one all is laid where it will stay
 
@@ -102,6 +102,23 @@ class Recording:
         return self.result
 
 
+class Replayed:
+    """`work`, done as it is the first times it is called, recorded then, and replayed from then on."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._calls = 0
+        self._recording: Recording | None = None
+
+    def __call__(self) -> Any:
+        self._calls += 1
+        if self._calls <= WARM_UP:
+            return self._work()
+        if self._recording is None:
+            self._recording = Recording(self._work)
+        return self._recording()
+
+
 class RecordedStep:
     """A step of training on L_simple, as `training.train` takes it, from its third on recorded.  (docs: L.9)
 
@@ -111,8 +128,8 @@ class RecordedStep:
     def __init__(self, model: Any, diffusion: Any, optimizer: Adam, ema: EMA, clip_norm: float) -> None:
         self._model, self._diffusion = model, diffusion
         self._optimizer, self._ema, self._clip_norm = optimizer, ema, clip_norm
-        self._taken = 0
-        self._recording: Recording | None = None
+        self._buffers: list[Array] = []
+        self._replayed = Replayed(self._work)
 
     def __call__(self, x0: Array, rng: np.random.Generator) -> tuple[Array, Array]:
         """Take the step, update and average included, on the batch x0; returns its loss and gradient's norm."""
@@ -124,18 +141,11 @@ class RecordedStep:
         self._ema.steps += 1
         numbers = np.asarray([*self._optimizer.numbers(), self._ema.rate()])
         given = [x_t, target, asarray_like(t, x0, xp.int64), asarray_like(numbers, x0, xp.float64)]
-        if self._taken == 0:
+        if not self._buffers:
             self._buffers = [xp.asarray(array, copy=True) for array in given]
-        else:
-            for buffer, array in zip(self._buffers, given, strict=True):
-                buffer[...] = array
-        if self._taken < WARM_UP:
-            loss, norm = self._work()
-        else:
-            if self._recording is None:
-                self._recording = Recording(self._work)
-            loss, norm = self._recording()
-        self._taken += 1
+        for buffer, array in zip(self._buffers, given, strict=True):
+            buffer[...] = array
+        loss, norm = self._replayed()
         return xp.asarray(loss, copy=True), xp.asarray(norm, copy=True)
 
     def _work(self) -> tuple[Array, Array]:
@@ -158,18 +168,12 @@ class RecordedPredict:
         self._model = weakref.ref(model)
         xp = array_namespace(x)
         self._x, self._t = xp.zeros_like(x), xp.zeros(x.shape[0], dtype=xp.int64)
-        self._calls = 0
-        self._recording: Recording | None = None
+        self._replayed = Replayed(self._work)
 
     def __call__(self, x: Array, t: Array) -> Array:
         self._x[...] = x
         self._t[...] = asarray_like(t, x, self._t.dtype)
-        self._calls += 1
-        if self._calls <= WARM_UP:
-            return self._work()
-        if self._recording is None:
-            self._recording = Recording(self._work)
-        return array_namespace(x).asarray(self._recording(), copy=True)
+        return array_namespace(x).asarray(self._replayed(), copy=True)
 
     def _work(self) -> Array:
         model: Any = self._model()

@@ -38,10 +38,9 @@ def _library() -> Any:
     library.cublasCreate_v2.argtypes = [ctypes.POINTER(p)]
     library.cublasSetStream_v2.argtypes = [p, p]
     library.cublasSetWorkspace_v2.argtypes = [p, p, ctypes.c_size_t]
-    matrix = [p, i, i, n]
-    library.cublasGemmStridedBatchedEx.argtypes = [
-        *[p, i, i, i, i, i, p, *matrix, *matrix, p, *matrix, i, i, i],
-    ]
+    one, many = [p, i, i], [p, i, i, n]
+    library.cublasGemmEx.argtypes = [p, i, i, i, i, i, p, *one, *one, p, *one, i, i]
+    library.cublasGemmStridedBatchedEx.argtypes = [p, i, i, i, i, i, p, *many, *many, p, *many, i, i, i]
     return library
 
 
@@ -52,7 +51,6 @@ class _Handle:
         self.library = _library()
         self.pointer = ctypes.c_void_p()
         _check("cublasCreate", self.library.cublasCreate_v2(ctypes.byref(self.pointer)))
-        self.gemm = self.library.cublasGemmStridedBatchedEx
         self._stream: int | None = None
         self._workspaces: dict[int, Any] = {}
 
@@ -115,19 +113,14 @@ def product(a: Any, b: Any, *, ta: bool = False, tb: bool = False, scale: float 
     number = NUMBER[kind][0]
     handle = _handle()
     # cuBLAS goes by columns, where all are transposed: c.T = b.T a.T.
-    status = handle.gemm(
-        handle.pointer,
-        int(tb),
-        int(ta),
-        *(n, m, k),
-        ctypes.byref(_number(kind, scale)),
-        *(b.data.ptr, number, b.shape[-1], k * n),
-        *(a.data.ptr, number, a.shape[-1], m * k),
-        ctypes.byref(_number(kind, 0.0)),
-        *(c.data.ptr, number, n, m * n),
-        c.size // (m * n),
-        _compute_type(kind),
-        -1,  # CUBLAS_GEMM_DEFAULT
-    )
-    _check("cublasGemmStridedBatchedEx", status)
+    begin = (handle.pointer, int(tb), int(ta), n, m, k, ctypes.byref(_number(kind, scale)))
+    b_is, a_is = (b.data.ptr, number, b.shape[-1]), (a.data.ptr, number, a.shape[-1])
+    zero, c_is = ctypes.byref(_number(kind, 0.0)), (c.data.ptr, number, n)
+    end = (_compute_type(kind), -1)  # CUBLAS_GEMM_DEFAULT
+    if lead:
+        each = (k * n, m * k, m * n)  # from one matrix to the next
+        args = (*begin, *b_is, each[0], *a_is, each[1], zero, *c_is, each[2], c.size // (m * n), *end)
+        _check("cublasGemmStridedBatchedEx", handle.library.cublasGemmStridedBatchedEx(*args))
+    else:  # which has more ways to choose from: to share out a long sum, say
+        _check("cublasGemmEx", handle.library.cublasGemmEx(*begin, *b_is, *a_is, zero, *c_is, *end))
     return c
