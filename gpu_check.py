@@ -9,6 +9,7 @@ are the device's, in microseconds, of the second kind of shapes only if there is
 import json
 import sys
 import time
+from pathlib import Path
 
 import cupy
 import numpy as np
@@ -84,10 +85,12 @@ def cases(shape, dtype):
 
 
 def arrays(result):
+    """Those of what a kernel returned."""
     return [a for a in (result if isinstance(result, tuple) else (result,)) if isinstance(a, cupy.ndarray)]
 
 
 def microseconds(f):
+    """Of a call: on the device, and on the host."""
     for _ in range(2):
         f()
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
@@ -102,6 +105,7 @@ def microseconds(f):
 
 
 def main():
+    """Return whether one is wrong."""
     found, bad = [], 0
     for about, shape in SHAPES.items():
         if QUICK and shape[0] > 3:
@@ -118,10 +122,14 @@ def main():
                     expected, actual = (
                         [a.copy() for a in arrays(f())] for f in (fs["definition"], fs["twin"])
                     )
-                    line["error"] = max(
-                        float(cupy.linalg.norm((a - e).ravel()) / (cupy.linalg.norm(e.ravel()) + 1e-30))
-                        for a, e in zip(actual, expected, strict=True)
-                    ) if all(a.shape == e.shape for a, e in zip(actual, expected)) else float("inf")
+                    line["error"] = (
+                        max(
+                            float(cupy.linalg.norm((a - e).ravel()) / (cupy.linalg.norm(e.ravel()) + 1e-30))
+                            for a, e in zip(actual, expected, strict=True)
+                        )
+                        if all(a.shape == e.shape for a, e in zip(actual, expected, strict=True))
+                        else float("inf")
+                    )
                     line["ok"] = bool(line["error"] <= tolerance)
                     if dtype is np.float32 and not QUICK:
                         line["us"] = {k: microseconds(f) for k, f in fs.items()}
@@ -137,7 +145,7 @@ def main():
                     flush=True,
                 )
             if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-                json.dump(found, open(sys.argv[1], "w"), indent=0)
+                Path(sys.argv[1]).write_text(json.dumps(found, indent=0))
     print(f"{bad} bad of {len(found)}; reductions by {cupy._core.get_reduction_accelerators()} (1: CUB)")
     return bool(bad)
 

@@ -108,8 +108,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recorded",
         action="store_true",
-        help="on a GPU: beside tinydiff also its steps recorded as CUDA graphs, which takes --kernels cupy, and "
-        "with the definitions",
+        help="on a GPU, with --kernels cupy: beside tinydiff also its steps recorded as CUDA graphs, and those "
+        "of the definitions",
     )
     args = parser.parse_args(argv)
     known = ["mnist", "cifar", "sampling", "toy"] + (["cifar128"] if args.backend == "cupy" else [])

@@ -61,6 +61,10 @@ def test_a_recorded_training_is_the_training(cupy, name, clip_norm):
     assert len(set(losses)) == len(losses)
     for plain, recorded in ((weights, weights_r), (averages, averages_r)):
         for key in plain:
+            if key.endswith(
+                "to_k.bias"
+            ):  # softmax does not feel it: its gradient is rounding, which Adam scales up
+                continue
             assert_allclose(recorded[key], plain[key], rtol=1e-3, atol=1e-5, err_msg=key)
 
 
@@ -68,7 +72,7 @@ def test_a_recorded_training_ends_where_its_loss_is_not_finite(cupy):
     model = on_gpu(td.MLP(2, hidden=8))
     calls = iter(range(100))
     points = np.ones((4, 2), np.float32)
-    with pytest.raises(FloatingPointError, match="at step 7 .*after 5 steps"):
+    with pytest.raises(FloatingPointError, match=r"at step 7 .*after 5 steps"):
         data = lambda n, rng: points * np.float32(1e30 if next(calls) == 7 else 1)  # noqa: E731
         td.train(model, PROCESS, data, steps=12, batch_size=4, log_every=5, graph=True, progress=False)
     assert all(np.isfinite(weight).all() for weight in model.state_dict().values())
@@ -107,7 +111,9 @@ def test_a_recorded_sampling_is_the_sampling(cupy, monkeypatch, name, sampler):
 def test_what_a_replay_returns_is_not_written_over(cupy):
     model = on_gpu(unet())
     predict = _graph.predictor(model, True)
-    xs = [cupy.asarray(np.random.default_rng(i).standard_normal((2, 8, 8, 1)), cupy.float32) for i in range(5)]
+    xs = [
+        cupy.asarray(np.random.default_rng(i).standard_normal((2, 8, 8, 1)), cupy.float32) for i in range(5)
+    ]
     ys = [predict(x, np.array([1, 5])) for x in xs]
     for x, y in zip(xs, ys):
         assert_allclose(y.get(), model.predict(x, np.array([1, 5])).get(), rtol=1e-5, atol=1e-6)

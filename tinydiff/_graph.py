@@ -4,11 +4,11 @@ Every launch costs the host some microseconds, and a step has hundreds (docs: A.
 all are the same launches on the same shapes, so they are recorded, with the addresses that they read and
 write. A replay is one launch. What a recording needs:
 
-- What comes in is copied to arrays that stay (`Recording` does not do it; those who use it do), and what
-  changes from step to step, such as a learning rate, is an array of one element there.
+- What comes in is copied to arrays that stay (by those who use a `Recording`), and what changes from step
+  to step, such as a learning rate, is an array of one element there.
 - Its memory is its own, kept as long as it is: what is freed within it may be used again within it only.
-- Nothing is sent or taken within it. The kernels of ``kernels/cupy.py`` keep to that, and call cuBLAS in a way
-  that can be recorded; the definitions, under CuPy, do not.
+- Nothing is sent or taken within it. The kernels of ``kernels/cupy.py`` keep to that, and call cuBLAS in a
+  way that can be recorded; the definitions, under CuPy, do not.
 - It is not recorded before it has run as it is: kernels are compiled, constants sent, weights laid end to end.
 
 Chosen by ``TINYDIFF_RECORD=1``, or an argument, with the CuPy kernels. Not yet run on a GPU.
@@ -132,7 +132,7 @@ class RecordedStep:
         self._replayed = Replayed(self._work)
 
     def __call__(self, x0: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-        """Take the step, update and average included, on the batch x0; returns its loss and gradient's norm."""
+        """Take the step, update and average included, on the batch x0; returns loss and gradient's norm."""
         xp = array_namespace(x0)
         t = rng.integers(self._diffusion.T, size=x0.shape[0])
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)

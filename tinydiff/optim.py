@@ -75,7 +75,7 @@ class Adam:
         self.apply(*self.numbers())
 
     def numbers(self) -> tuple[float, float, float]:
-        """What changes from step to step: the step size, the root of the correction of v, and the decay.
+        """What changes from step to step: step size, root of v's correction, and decay.  (docs: B.21)
 
         m / (1 - beta1^k) and sqrt(v / (1 - beta2^k)) are the unbiased moments; the corrections are scalars.
         """
@@ -84,7 +84,7 @@ class Adam:
         return step_size, math.sqrt(1.0 - beta2**self.steps), 1.0 - self.lr * self.weight_decay
 
     def apply(self, step_size: Array | float, root: Array | float, decay: Array | float) -> None:
-        """Take the step with these `numbers`; on a device they may be arrays, 0-d, there."""
+        """Take the step with these `numbers`; on a device they may be arrays, 0-d, there.  (docs: B.21)"""
         how = (step_size, *self.betas, root, self.eps, decay)
         values = [p.value for p in self.parameters]
         for which, together in self._together.hold(values, self.m, self.v):
@@ -234,11 +234,11 @@ class EMA(Generic[M]):
         self.apply(self.rate())
 
     def rate(self) -> float:
-        """What this update takes of the weights."""
+        """What this update takes of the weights.  (docs: B.23)"""
         return 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
 
     def apply(self, rate: Array | float) -> None:
-        """Update with this `rate`; on a device it may be an array, 0-d, there."""
+        """Update with this `rate`; on a device it may be an array, 0-d, there.  (docs: B.23)"""
         averages = [average.value for average, _ in self._pairs]
         current = [weight.value for _, weight in self._pairs]
         for which, (together,) in self._together.hold(averages):

@@ -71,7 +71,7 @@ class Tinydiff:
         self._stack.close()
 
     def _step(self, work: Callable[[], Any], before: Callable[[], None] | None = None) -> Callable[[], Any]:
-        """`work`, with this side's kernels, and replayed if it is to be; `before` it, what is not recorded."""
+        """`work`, with this side's kernels, replayed if it is to be; `before` it, what is not recorded."""
         done = _graph.Replayed(work) if self.recorded else work
 
         def step() -> Any:

@@ -35,7 +35,7 @@ _on_gpu: Any = None
 
 
 def kernels_for(x: Array) -> Any:
-    """Return the kernel module for arrays like `x`: the chosen twin for NumPy's and CuPy's, else the definition.
+    """Return the kernel module for arrays like `x`: the twin chosen for its library, or the definition.
 
     Raises
     ------

@@ -31,5 +31,5 @@ def blocks_of(count: int) -> int:
 
 
 def kind_of(x: Any) -> str:
-    """ "f" or "d"."""
+    """The kind of x's numbers: "f" or "d"."""
     return str(np.dtype(x.dtype).char)

@@ -58,7 +58,7 @@ def seen_rows(x: Any, k: int, stride: int, padding: portable.Padding, doubled: b
 
     With `doubled`, of `upsample(x)`.  (docs: B.7)
     """
-    n, h, w, c = x.shape
+    _, h, w, c = x.shape
     if (k, stride, *padding, doubled) == (1, 1, 0, 0, False):
         return cupy.ascontiguousarray(x).reshape(-1, c)
     a, b = (((size << doubled) + sum(padding) - k) // stride + 1 for size in (h, w))
@@ -66,7 +66,7 @@ def seen_rows(x: Any, k: int, stride: int, padding: portable.Padding, doubled: b
 
 
 def reached_rows(dy: Any, sizes: tuple[int, int], k: int, stride: int, padding: portable.Padding) -> Any:
-    """The outputs, of dy (N, H', W', D), that each input of these sizes reaches: (N H W, k k D).  (docs: B.8)"""
+    """The outputs, of dy (N, H', W', D), that each input reaches: (N H W, k k D).  (docs: B.8)"""
     if (k, stride, *padding) == (1, 1, 0, 0):
         return cupy.ascontiguousarray(dy).reshape(-1, dy.shape[3])
     return _windows(dy, sizes, k, stride, padding, turned=True, doubled=False)

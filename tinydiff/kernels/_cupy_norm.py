@@ -148,7 +148,7 @@ extern "C" __global__ void group_norm_backward(
 
 
 class Normed(NamedTuple):
-    """What the backward needs: the input, its means and 1/sqrt(var + eps) (N, G), the bias, and whether SiLU."""
+    """What the backward needs: input, means and 1/sqrt(var + eps) (N, G), bias, and whether SiLU followed."""
 
     x: Any
     mean: Any
@@ -160,7 +160,9 @@ class Normed(NamedTuple):
 def _width(channels: int, per_group: int) -> int:
     """Channels of a block: whole groups, `SECTOR` channels if there are so many, that divide all."""
     groups = channels // per_group
-    packed = next(k for k in range(1, groups + 1) if groups % k == 0 and (k * per_group >= SECTOR or k == groups))
+    packed = next(
+        k for k in range(1, groups + 1) if groups % k == 0 and (k * per_group >= SECTOR or k == groups)
+    )
     return packed * per_group if packed * per_group <= THREADS else per_group
 
 

@@ -38,9 +38,11 @@ def _library() -> Any:
     library.cublasCreate_v2.argtypes = [ctypes.POINTER(p)]
     library.cublasSetStream_v2.argtypes = [p, p]
     library.cublasSetWorkspace_v2.argtypes = [p, p, ctypes.c_size_t]
-    one, many = [p, i, i], [p, i, i, n]
-    library.cublasGemmEx.argtypes = [p, i, i, i, i, i, p, *one, *one, p, *one, i, i]
-    library.cublasGemmStridedBatchedEx.argtypes = [p, i, i, i, i, i, p, *many, *many, p, *many, i, i, i]
+    one: list[Any] = [p, i, i]
+    many: list[Any] = [*one, n]
+    begin: list[Any] = [p, i, i, i, i, i, p]
+    library.cublasGemmEx.argtypes = [*begin, *one, *one, p, *one, i, i]
+    library.cublasGemmStridedBatchedEx.argtypes = [*begin, *many, *many, p, *many, i, i, i]
     return library
 
 
@@ -62,9 +64,7 @@ class _Handle:
             self._workspaces[stream] = cupy.get_default_memory_pool().malloc(WORKSPACE)
         workspace = self._workspaces[stream].ptr
         _check("cublasSetStream", self.library.cublasSetStream_v2(self.pointer, stream))
-        _check(
-            "cublasSetWorkspace", self.library.cublasSetWorkspace_v2(self.pointer, workspace, WORKSPACE)
-        )
+        _check("cublasSetWorkspace", self.library.cublasSetWorkspace_v2(self.pointer, workspace, WORKSPACE))
         self._stream = stream
 
 

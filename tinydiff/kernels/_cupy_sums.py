@@ -24,7 +24,8 @@ extern "C" __global__ void over_rows(
     const REAL* x, REAL* y, long long rows, long long columns, long long width, long long shares) {
   __shared__ REAL part[THREADS];
   int lanes = THREADS / width, t = threadIdx.x, lane = t / width, packs = (columns + width - 1) / width;
-  long long pack = blockIdx.x % packs, share = blockIdx.x / packs % shares, which = blockIdx.x / packs / shares;
+  long long pack = blockIdx.x % packs, share = blockIdx.x / packs % shares;
+  long long which = blockIdx.x / packs / shares;
   long long column = pack * width + t % width, each = (rows + shares - 1) / shares;
   long long start = share * each, stop = start + each < rows ? start + each : rows;
   REAL sum = 0;

@@ -127,7 +127,7 @@ def linear_backward(x: Any, w: Any, dy: Any) -> tuple[Any, Any, Any]:
 
 def attention(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, tuple[Any, ...]]:
     """As ``portable.attention``; the scale is the product's.  (docs: B.12)"""
-    n, heads, length, d = q.shape
+    n, heads, _, d = q.shape
     flat = [cupy.ascontiguousarray(a).reshape(n * heads, -1, d) for a in (q, k, v)]
     p = softmax_in_place(product(flat[0], flat[1], tb=True, scale=scale))
     return product(p, flat[2]).reshape(q.shape), (*flat, p, scale)
