@@ -108,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recorded",
         action="store_true",
-        help="on a GPU, with --kernels cupy: beside tinydiff also its steps recorded as CUDA graphs, and those "
+        help="on a GPU, with --kernels cupy: beside tinydiff also its steps as CUDA graphs, and those "
         "of the definitions",
     )
     args = parser.parse_args(argv)

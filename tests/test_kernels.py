@@ -745,6 +745,15 @@ def test_numpy_is_the_default_and_an_unknown_twin_is_refused(chosen_again, monke
         kernels_for(np.zeros(1))
 
 
+def test_an_unknown_twin_for_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(tinydiff.kernels, "_on_gpu", None)
+    with pytest.raises(BackendError, match=r"name is 'cuda': set it to one of 'portable', 'cupy'\."):
+        tinydiff.kernels.use_on_gpu("cuda")
+    monkeypatch.setenv("TINYDIFF_CUPY_KERNELS", "cuda")
+    with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS is 'cuda'"):
+        tinydiff.kernels.use_on_gpu()
+
+
 @needs_numba
 def test_numba_is_chosen_by_the_environment_or_by_name(chosen_again, monkeypatch):
     monkeypatch.setenv("TINYDIFF_KERNELS", "Numba")
@@ -827,7 +836,7 @@ def test_sums_over_rows_on_the_gpu(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_end_to_end_on_the_gpu(dtype):
+def test_end_to_end_on_the_gpu(dtype, monkeypatch):
     """By one launch; and without one, as a view, where all lies so already."""
     space("cupy")
     import cupy
@@ -835,8 +844,11 @@ def test_end_to_end_on_the_gpu(dtype):
     from tinydiff.kernels import use_on_gpu
     from tinydiff.kernels.cupy import end_to_end
 
-    assert use_on_gpu("cupy") is importlib.import_module("tinydiff.kernels.cupy")
-    use_on_gpu("portable")
+    monkeypatch.setattr(tinydiff.kernels, "_on_gpu", None)
+    assert (
+        use_on_gpu("cupy") is kernels_for(cupy.zeros(1)) is importlib.import_module("tinydiff.kernels.cupy")
+    )
+    assert use_on_gpu("portable") is kernels_for(cupy.zeros(1)) is portable
     rng = np.random.default_rng(0)
     arrays = [normal(rng, s, dtype) for s in ((3, 4), (), (5000,), (1,), (70, 70), (2, 0))]
     there = [cupy.array(a) for a in arrays]

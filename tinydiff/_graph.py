@@ -9,7 +9,7 @@ write. A replay is one launch. What a recording needs:
 - Its memory is its own, kept as long as it is: what is freed within it may be used again within it only.
 - Nothing is sent or taken within it. The kernels of ``kernels/cupy.py`` keep to that, and call cuBLAS in a
   way that can be recorded; the definitions, under CuPy, do not.
-- It is not recorded before it has run as it is: kernels are compiled, constants sent, weights laid end to end.
+- It is recorded when it has run as it is: kernels are compiled, constants sent, weights laid end to end.
 
 Chosen by ``TINYDIFF_RECORD=1``, or an argument, with the CuPy kernels. Not yet run on a GPU.
 """
