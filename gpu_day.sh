@@ -63,3 +63,4 @@ part 110 $PY demos/benchmark.py --backend cupy --kernels cupy --recorded --no-co
 say "the portability tests with the twin"
 part 60 env TINYDIFF_CUPY_KERNELS=cupy $PY -m pytest -p no:cacheprovider -m gpu -q --maxfail=8 tests/test_portability.py tests/test_resident.py
 say done
+sleep 1 # for tee

@@ -51,12 +51,15 @@ def is_wanted(like: Array, asked: bool | None = None) -> bool:
     BackendError
         If they are, and the kernels for CuPy are the definitions, which cannot be recorded.
     """
-    wanted = os.environ.get("TINYDIFF_RECORD", "0") not in ("", "0") if asked is None else asked
-    if not (wanted and is_cupy_array(like)):
+    if not (_is_asked(asked) and is_cupy_array(like)):
         return False
     if not hasattr(kernels.kernels_for(like), "end_to_end"):
         raise BackendError("To record steps, choose kernels that can be: set TINYDIFF_CUPY_KERNELS=cupy.")
     return True
+
+
+def _is_asked(asked: bool | None) -> bool:
+    return os.environ.get("TINYDIFF_RECORD", "0") not in ("", "0") if asked is None else asked
 
 
 class Recording:
@@ -190,8 +193,7 @@ def predictor(model: Module, asked: bool | None = None) -> Callable[[Array, Arra
 
     A recording stays with the model as long as its weights are the same arrays; what is in them may change.
     """
-    like = weight_of(model)
-    if not is_wanted(like, asked):
+    if not _is_asked(asked) or not is_wanted(like := weight_of(model), asked):
         return model.predict
     of = [kernels.kernels_for(like), *(p.value for p in model.named_parameters().values())]
     before, by_shape = _recorded.get(model, ([], {}))
