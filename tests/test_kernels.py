@@ -341,6 +341,9 @@ def test_attention(twin, n, heads, length, d, size, power, narrow, dtype, seed):
     faster is the processor's affair; either must do.
     """
     with pytest.MonkeyPatch.context() as patch:
+        if twin == "cupy":  # both ways
+            space("cupy")
+            patch.setattr("tinydiff.kernels._cupy_attention.WIDEST", 4 if narrow == 4 else 32)
         patch.setattr(_exponential, "power", power[0])
         patch.setattr(_exponential, "LOG_E", power[1])
         patch.setattr(_attention, "NARROW", narrow)
@@ -860,3 +863,20 @@ def test_end_to_end_on_the_gpu(dtype, monkeypatch):
     assert end_to_end(parts[1:]).size == flat.size - 12
     np.testing.assert_array_equal(end_to_end([parts[0], parts[2]]).get(), np.delete(flat.get(), 12))
     np.testing.assert_array_equal(end_to_end(parts[::-1])[-12:].get(), parts[0].ravel().get())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("length", "d"), [(64, 8), (65, 8), (130, 3), (63, 32), (40, 33)])
+def test_long_attention_on_the_gpu(length, d, dtype):
+    """More queries and keys than a block has; and a head too wide for its threads.  Twice, the same bits."""
+    twin, rng = module("cupy"), np.random.default_rng(0)
+    q, k, v, do = (normal(rng, (2, length, 3, d), dtype).transpose(0, 2, 1, 3) for _ in range(4))
+    results = []
+    for kernels, cast in ((twin, dtype), (twin, dtype), (portable, np.float64)):
+        o, saved = kernels.attention(*(a.astype(cast) for a in (q, k, v)), d**-0.5)
+        results.append([o, *kernels.attention_backward(saved, do.astype(cast))])
+    for actual, again, expected in zip(*results):
+        error = np.linalg.norm(actual - expected)
+        assert error <= 40 * np.finfo(dtype).eps * np.linalg.norm(expected)
+        np.testing.assert_array_equal(actual, again)

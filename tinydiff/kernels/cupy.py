@@ -13,6 +13,7 @@ from typing import Any
 
 import cupy
 
+from tinydiff.kernels import _cupy_attention
 from tinydiff.kernels._cupy_elements import adam_step, ema_step, silu, silu_backward
 from tinydiff.kernels._cupy_flat import end_to_end
 from tinydiff.kernels._cupy_gather import reached_rows, seen_rows, upsample_backward
@@ -126,8 +127,10 @@ def linear_backward(x: Any, w: Any, dy: Any) -> tuple[Any, Any, Any]:
 
 
 def attention(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, tuple[Any, ...]]:
-    """As ``portable.attention``; the scale is the product's.  (docs: B.12)"""
-    n, heads, _, d = q.shape
+    """As ``portable.attention``: narrow heads without a matrix of scores; else products.  (docs: B.12)"""
+    n, heads, length, d = q.shape
+    if d <= _cupy_attention.WIDEST and k.shape[2] == length and q.size:
+        return _cupy_attention.attention(q, k, v, scale)
     flat = [cupy.ascontiguousarray(a).reshape(n * heads, -1, d) for a in (q, k, v)]
     p = softmax_in_place(product(flat[0], flat[1], tb=True, scale=scale))
     return product(p, flat[2]).reshape(q.shape), (*flat, p, scale)
@@ -135,6 +138,8 @@ def attention(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, tuple[Any, ...
 
 def attention_backward(saved: tuple[Any, ...], do: Any) -> tuple[Any, Any, Any]:
     """As ``portable.attention_backward``.  (docs: B.13)"""
+    if isinstance(saved, _cupy_attention.Attended):
+        return _cupy_attention.attention_backward(saved, do)
     q, k, v, p, scale = saved
     n, heads, _, d = do.shape
     do = cupy.ascontiguousarray(do).reshape(n * heads, -1, d)
