@@ -1,4 +1,4 @@
-"""Attention with narrow heads on a GPU: one launch forward, two backward, and no matrix of scores.  (docs: B.12)
+"""Attention with narrow heads on a GPU: a launch forward, two backward, no matrix of scores.  (docs: B.12)
 
 With eight channels a head the scores are many times what they are computed from, so they are never written: a
 thread has one query and goes through the keys, which a block reads together, 64 at a time. It keeps the

@@ -1,4 +1,7 @@
-"""Softmax and its backward on a GPU, one launch each, in place: a warp has one row.  (docs: B.14)"""
+"""Softmax and its backward on a GPU, one launch each, in place: a warp has one row.  (docs: B.14)
+
+For heads that are too wide for ``_cupy_attention.py``.
+"""
 
 from __future__ import annotations
 
