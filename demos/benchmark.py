@@ -52,6 +52,7 @@ examples:
 
 QUICK = "networks of a quarter of the channels, batches of 2, two rounds: to see that all of it runs"
 LEAST_SHARE = 0.005  # of the step: layers below it are summed in one line (--json has them all)
+RECORDED = "tinydiff, recorded"
 NEEDS_TORCH = "PyTorch and diffusers are needed to compare with: pip install '.[oracle]'"
 
 
@@ -99,6 +100,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tf32", action="store_true", help="on a GPU: TF32 products on both sides, not float32"
     )
+    parser.add_argument(
+        "--kernels",
+        choices=["portable", "cupy"],
+        help="on a GPU: tinydiff's kernels (default: TINYDIFF_CUPY_KERNELS, or portable)",
+    )
+    parser.add_argument(
+        "--recorded",
+        action="store_true",
+        help="on a GPU, with --kernels cupy: beside tinydiff also its steps as CUDA graphs, and those "
+        "of the definitions",
+    )
     args = parser.parse_args(argv)
     known = ["mnist", "cifar", "sampling", "toy"] + (["cifar128"] if args.backend == "cupy" else [])
     for name in args.configs or []:
@@ -110,6 +122,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --workers: only with --backend numpy")
     if args.tf32 and args.backend != "cupy":
         parser.error("argument --tf32: only with --backend cupy")
+    if (args.kernels or args.recorded) and args.backend != "cupy":
+        parser.error("argument --kernels, --recorded: only with --backend cupy")
+    if args.recorded and args.kernels != "cupy":
+        parser.error("argument --recorded: only with --kernels cupy")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"argument --json: {args.json} is a folder, or in one that is not there")
     args.rounds = args.rounds or (2 if args.quick else 9)
@@ -185,11 +201,12 @@ class Benchmark:
 
     # The two sides
 
-    def ours(self, config: Any, dtype: str = "float32") -> Any:
+    def ours(self, config: Any, dtype: str = "float32", **how: Any) -> Any:
         from _bench.ours import Tinydiff
 
         backend, clock = ("numpy", None) if self.device is None else self.device.ours()
-        return Tinydiff(config, backend, dtype, clock, self.args.workers)
+        how = dict(kernels=self.args.kernels) | how
+        return Tinydiff(config, backend, dtype, clock, self.args.workers, **how)
 
     def theirs(self, config: Any, variant: str, dtype: str = "float32", exact_time: bool = False) -> Any:
         from _bench import ours, theirs
@@ -207,6 +224,9 @@ class Benchmark:
     def sides(self, config: Any) -> dict[str, Any]:
         """By name, every side that there is; points have no channels_last."""
         sides = [self.ours(config)]
+        if self.args.recorded:
+            sides.append(self.ours(config, recorded=True, name=RECORDED))
+            sides.append(self.ours(config, kernels="portable", name="tinydiff, definitions"))
         if self.compare:
             variants = [v for v in self.variants if v != "channels_last" or len(config.shape) == 3]
             sides += [self.theirs(config, variant) for variant in variants]
@@ -275,6 +295,8 @@ class Benchmark:
                 side.close()
         given = min(given, machine.share_given(self.args.threads))
         found = rounds.compared(times)
+        if RECORDED in times:
+            found["ratio_recorded"] = rounds.compared(times, RECORDED)["ratio"]
         self.found["times"].append(
             {"config": config.name, "work": work, "batch": n, "processor_share": given, **found}
         )
@@ -288,6 +310,8 @@ class Benchmark:
                     f"    tinydiff / it {r['ratio']:6.2f}"
                     f"   (quartiles {r['lower_quartile']:.2f} … {r['upper_quartile']:.2f})"
                 )
+            if name in found.get("ratio_recorded", {}):
+                line += f"    recorded / it {found['ratio_recorded'][name]['ratio']:6.2f}"
             print(line, flush=True)
         self.say_if_busy(given)
 
@@ -304,7 +328,7 @@ class Benchmark:
         if work != "ddim":
             return getattr(side, work)(batch)
         steps = 2 if self.args.quick else 50
-        if side.name == "tinydiff":
+        if side.name.startswith("tinydiff"):
             return side.ddim(batch, steps)
         from _bench.networks import T
 

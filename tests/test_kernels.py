@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from namespaces import space
 
 import tinydiff.kernels
 from tinydiff.backend import BackendError
@@ -40,11 +41,51 @@ from tinydiff.kernels._threads import scratch
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs Numba, the extra `fast`")
-for_each_twin = pytest.mark.parametrize("twin", ["numpy", pytest.param("numba", marks=needs_numba)])
+ON_THE_CPU = ["numpy", pytest.param("numba", marks=needs_numba)]
+for_each_twin_on_the_cpu = pytest.mark.parametrize("twin", ON_THE_CPU)
+for_each_twin = pytest.mark.parametrize("twin", [*ON_THE_CPU, pytest.param("cupy", marks=pytest.mark.gpu)])
 
 
 def module(twin):
+    if twin == "cupy":
+        space("cupy")  # or the test is skipped, with the reason
+        return OnTheGpu()
     return importlib.import_module(f"tinydiff.kernels.{twin}")
+
+
+class OnTheGpu:
+    """The twin for CuPy, given NumPy's arrays and giving them back; what is kept for a backward stays there.
+
+    An array that is not contiguous is not there either, nor aligned. No input may be changed but those that
+    are to be.
+    """
+
+    def __getattr__(self, name):
+        import cupy
+
+        function = getattr(importlib.import_module("tinydiff.kernels.cupy"), name)
+
+        def there(x):
+            if not isinstance(x, np.ndarray):
+                return x
+            if x.flags.c_contiguous or not x.ndim:
+                return cupy.array(x)
+            wide = cupy.full((*x.shape[:-1], x.shape[-1] + 3), cupy.nan, x.dtype)
+            wide[..., 1:-2] = cupy.array(x)
+            return wide[..., 1:-2]
+
+        def here(y):
+            return y.get() if isinstance(y, cupy.ndarray) else y
+
+        def call(*args):
+            given = [there(x) for x in args]
+            result = function(*given)
+            for x, was in zip(given, args):
+                if isinstance(was, np.ndarray) and name not in ("adam_step", "ema_step"):
+                    np.testing.assert_array_equal(x.get(), was, err_msg=f"{name} changed what it was given")
+            return tuple(map(here, result)) if type(result) is tuple else here(result)
+
+        return call
 
 
 dtypes = st.sampled_from([np.float64, np.float32])
@@ -325,6 +366,9 @@ def test_attention(twin, n, heads, length, d, size, power, narrow, dtype, seed):
     faster is the processor's affair; either must do.
     """
     with pytest.MonkeyPatch.context() as patch:
+        if twin == "cupy":  # both ways
+            space("cupy")
+            patch.setattr("tinydiff.kernels._cupy_attention.WIDEST", 4 if narrow == 4 else 32)
         patch.setattr(_exponential, "power", power[0])
         patch.setattr(_exponential, "LOG_E", power[1])
         patch.setattr(_attention, "NARROW", narrow)
@@ -501,7 +545,7 @@ def test_arrays_that_begin_with_a_line_of_the_cache(shape, dtype, beside):
     assert np.all(kept[1] == 7)
 
 
-@for_each_twin
+@for_each_twin_on_the_cpu
 @pytest.mark.parametrize("name", ["winograd", "strided", "upsample", "group_norm_silu"])
 def test_images_begin_with_a_line_of_the_cache(twin, name):
     """Of what is returned, y and dx: others go through them many times."""
@@ -594,7 +638,7 @@ def test_calls_do_not_disturb_one_another(twin, name):
         np.testing.assert_allclose(a, e, rtol=0, atol=2e-5 * np.abs(e).max())
 
 
-@for_each_twin
+@for_each_twin_on_the_cpu
 @pytest.mark.parametrize("name", calls())
 def test_nothing_is_read_from_a_thread_s_scratch_when_it_is_done(twin, name, monkeypatch):
     """By then the thread may be at work for another caller: here all it had is spoilt."""
@@ -629,7 +673,7 @@ def test_nothing_is_read_from_a_thread_s_scratch_when_it_is_done(twin, name, mon
         assert spoilt  # there were other threads, and they had scratch
 
 
-@for_each_twin
+@for_each_twin_on_the_cpu
 @pytest.mark.parametrize("name", calls())
 def test_what_was_in_memory_before_does_not_matter(twin, name, monkeypatch):
     """Scratch and results begin with whatever lies there: here it is not a number."""
@@ -657,7 +701,7 @@ def test_what_was_in_memory_before_does_not_matter(twin, name, monkeypatch):
         np.testing.assert_array_equal(actual, wanted)
 
 
-@for_each_twin
+@for_each_twin_on_the_cpu
 def test_kernels_called_from_several_threads_at_once(twin):
     """Scratch belongs to a thread, and one parallel region runs at a time."""
     twin = module(twin)
@@ -740,6 +784,15 @@ def test_numpy_is_the_default_and_an_unknown_twin_is_refused(chosen_again, monke
         kernels_for(np.zeros(1))
 
 
+def test_an_unknown_twin_for_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(tinydiff.kernels, "_on_gpu", None)
+    with pytest.raises(BackendError, match=r"name is 'cuda': set it to one of 'portable', 'cupy'\."):
+        tinydiff.kernels.use_on_gpu("cuda")
+    monkeypatch.setenv("TINYDIFF_CUPY_KERNELS", "cuda")
+    with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS is 'cuda'"):
+        tinydiff.kernels.use_on_gpu()
+
+
 @needs_numba
 def test_numba_is_chosen_by_the_environment_or_by_name(chosen_again, monkeypatch):
     monkeypatch.setenv("TINYDIFF_KERNELS", "Numba")
@@ -798,3 +851,68 @@ def test_exp_and_sigmoid_of_vectors(dtype):
     _, s = module("numba").silu(np.concatenate([x, -x]))
     exact = 1 / (1 + np.concatenate([1 / exact, exact]))
     assert (np.abs(s - exact) / (np.finfo(dtype).eps * exact)).max() < 3
+
+
+# The CuPy twin's own
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1025, 3), (2600, 40), (5, 700, 33), (2, 3, 1100, 1)])
+def test_sums_over_rows_on_the_gpu(shape, dtype):
+    """Also where the rows are shared out between blocks; twice, the same bits."""
+    space("cupy")
+    import cupy
+
+    from tinydiff.kernels._cupy_sums import over_rows
+
+    x = normal(np.random.default_rng(0), shape, dtype)
+    there = cupy.array(x)
+    y = over_rows(there).get()
+    assert_close(y, x.astype(np.float64).sum(axis=-2), np.abs(x).sum(axis=-2), dtype)
+    np.testing.assert_array_equal(over_rows(there).get(), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_end_to_end_on_the_gpu(dtype, monkeypatch):
+    """By one launch; and without one, as a view, where all lies so already."""
+    space("cupy")
+    import cupy
+
+    from tinydiff.kernels import use_on_gpu
+    from tinydiff.kernels.cupy import end_to_end
+
+    monkeypatch.setattr(tinydiff.kernels, "_on_gpu", None)
+    assert (
+        use_on_gpu("cupy") is kernels_for(cupy.zeros(1)) is importlib.import_module("tinydiff.kernels.cupy")
+    )
+    assert use_on_gpu("portable") is kernels_for(cupy.zeros(1)) is portable
+    rng = np.random.default_rng(0)
+    arrays = [normal(rng, s, dtype) for s in ((3, 4), (), (5000,), (1,), (70, 70), (2, 0))]
+    there = [cupy.array(a) for a in arrays]
+    there[4] = cupy.array(arrays[4].T).T  # not contiguous
+    flat = end_to_end(there)
+    np.testing.assert_array_equal(flat.get(), np.concatenate([a.ravel() for a in arrays]))
+    parts = [flat[:12].reshape(3, 4), flat[12:13].reshape(()), flat[13:]]
+    assert end_to_end(parts).data.ptr == flat.data.ptr
+    assert end_to_end(parts[1:]).size == flat.size - 12
+    np.testing.assert_array_equal(end_to_end([parts[0], parts[2]]).get(), np.delete(flat.get(), 12))
+    np.testing.assert_array_equal(end_to_end(parts[::-1])[-12:].get(), parts[0].ravel().get())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("length", "d"), [(64, 8), (65, 8), (130, 3), (63, 32), (40, 33)])
+def test_long_attention_on_the_gpu(length, d, dtype):
+    """More queries and keys than a block has; and a head too wide for its threads.  Twice, the same bits."""
+    twin, rng = module("cupy"), np.random.default_rng(0)
+    q, k, v, do = (normal(rng, (2, length, 3, d), dtype).transpose(0, 2, 1, 3) for _ in range(4))
+    results = []
+    for kernels, cast in ((twin, dtype), (twin, dtype), (portable, np.float64)):
+        o, saved = kernels.attention(*(a.astype(cast) for a in (q, k, v)), d**-0.5)
+        results.append([o, *kernels.attention_backward(saved, do.astype(cast))])
+    for actual, again, expected in zip(*results):
+        error = np.linalg.norm(actual - expected)
+        assert error <= 40 * np.finfo(dtype).eps * np.linalg.norm(expected)
+        np.testing.assert_array_equal(actual, again)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff.backend import Array, array_namespace, is_numpy_array
+from tinydiff.kernels import kernels_for
 from tinydiff.kernels._optim import BLOCK
 
 __all__ = ["EndToEnd", "Together", "cut", "end_to_end", "groups"]
@@ -33,7 +34,10 @@ def groups(arrays: Sequence[Array]) -> list[list[int]]:
 
 
 def end_to_end(arrays: Sequence[Array]) -> Array:
-    """Their elements in a row, (size,), to read: of one array it may be a view."""
+    """Their elements in a row, (size,), to read: it may be a view."""
+    laid = getattr(kernels_for(arrays[0]), "end_to_end", None)
+    if laid is not None:
+        return laid(arrays)
     xp = array_namespace(arrays[0])
     return xp.concat(arrays, axis=None) if len(arrays) > 1 else xp.reshape(arrays[0], (-1,))
 

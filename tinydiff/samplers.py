@@ -51,6 +51,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import check_array, check_counts, check_number
+from tinydiff._graph import predictor
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
@@ -209,7 +210,7 @@ def _estimator(
     denoise: Callable[[Array, Array], Array], walk: GaussianDiffusion, timesteps: np.ndarray, clip: bool
 ) -> Callable[[Array, int], tuple[Array, Array]]:
     """(x, i) -> what the network says of x at step i of the walk, and the data it means."""
-    predict = denoise.predict if isinstance(denoise, Module) else denoise
+    predict = predictor(denoise) if isinstance(denoise, Module) else denoise
 
     def estimate(x: Array, i: int) -> tuple[Array, Array]:
         xp = array_namespace(x)

@@ -17,7 +17,18 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts, check_rng
-from tinydiff._loop import Data, Learner, beside, check_data, checked_plan, loop, settings_of, trial
+from tinydiff._graph import RecordedLoss, is_wanted
+from tinydiff._loop import (
+    Data,
+    Learner,
+    Objective,
+    beside,
+    check_data,
+    checked_plan,
+    loop,
+    settings_of,
+    trial,
+)
 from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
 from tinydiff.bound import Decoder, check_decoder
@@ -156,6 +167,7 @@ def train(
     checkpoint_every: int = 500,
     log_every: int = 50,
     workers: int | None = None,
+    graph: bool | None = None,
     progress: bool = True,
 ) -> TrainingResult[M]:
     """Train with Adam and a moving average of the weights (Ho et al. 2020, algorithm 1).
@@ -215,6 +227,9 @@ def train(
     workers : int, optional
         Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
         for a `UNet` or a large batch of an `MLP`, in NumPy, on Linux.
+    graph : bool, optional
+        On a GPU, record the step and replay it, if it can be: with the loss ``"simple"``, unweighted, without
+        dropout. Default: what ``TINYDIFF_RECORD`` says, or no.
     progress : bool
         Show a progress bar (loss, steps per second, time left) on the standard error stream.
 
@@ -270,10 +285,16 @@ def train(
         how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
         return training_loss(network, diffusion, x0, rng, loss, **how)
 
+    plain = loss == "simple" and min_snr_gamma is None and diffusion.variance != "learned_range"
+    plain = plain and not getattr(model, "config", {}).get("dropout")
+    step: Objective = objective
+    if plain and is_wanted(weight_of(model), graph):
+        step = RecordedLoss(diffusion)
+
     began = time.perf_counter()
     losses = loop(
         [learner],
-        objective,
+        step,
         data,
         run,
         numbers,

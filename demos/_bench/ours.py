@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,9 +12,9 @@ import numpy as np
 
 import tinydiff as td
 from _bench.networks import Batch, Config, T
-from tinydiff import interop
+from tinydiff import _graph, interop
 from tinydiff.backend import to_numpy
-from tinydiff.kernels import many_steps
+from tinydiff.kernels import many_steps, use_on_gpu
 from tinydiff.losses import mean_squared_error
 from tinydiff.parallel import shared_out
 
@@ -44,9 +45,10 @@ def training_step(
 
 
 class Tinydiff:
-    """One network of tinydiff's, held ready until `close`."""
+    """One network of tinydiff's, held ready until `close`.
 
-    name = "tinydiff"
+    On a GPU: with these `kernels`, "portable" or "cupy", and its steps `recorded` or not.
+    """
 
     def __init__(
         self,
@@ -55,7 +57,11 @@ class Tinydiff:
         dtype: Any = np.float32,
         clock: Any = None,
         workers: int | None = None,
+        kernels: str | None = None,
+        recorded: bool = False,
+        name: str = "tinydiff",
     ) -> None:
+        self.name, self.kernels, self.recorded = name, kernels, recorded
         self.config = config
         self.xp = td.get_backend(backend)
         self.clock = clock or wall_clock
@@ -65,24 +71,58 @@ class Tinydiff:
     def close(self) -> None:
         self._stack.close()
 
+    def _with_kernels(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """`work`, with this side's kernels."""
+
+        def step() -> Any:
+            if self.kernels is not None:
+                use_on_gpu(self.kernels)
+            return work()
+
+        return step
+
     def training(self, batch: Batch) -> Callable[[], Any]:
         optimizer = td.Adam(self.model.named_parameters(), LR)
         here = self._here(batch)
-        return lambda: training_step(self.model, optimizer, here)
+        if not self.recorded:
+            return self._with_kernels(lambda: training_step(self.model, optimizer, here))
+        given = (self.model, here.x, here.target, here.t)
+        replayed = _graph.Replayed(functools.partial(_graph.loss_and_gradients, *given))
+
+        def step() -> Any:
+            value, gradients = replayed()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+            return value
+
+        return self._with_kernels(step)
 
     def inference(self, batch: Batch) -> Callable[[], Any]:
         here = self._here(batch)
-        return lambda: self.model.predict(here.x, here.t)
+
+        def work() -> Any:
+            return self.model.predict(here.x, here.t)
+
+        return self._with_kernels(_graph.Replayed(work) if self.recorded else work)
 
     def ddim(self, batch: Batch, steps: int) -> Callable[[], Any]:
         """From the noise `batch.x` to data, by DDIM."""
         diffusion = td.GaussianDiffusion(td.cosine_schedule(T))
         x, rng = self._here(batch).x, np.random.default_rng(0)
         how = dict(sampler="ddim", steps=steps, rng=rng, x_T=x, progress=False)
-        return lambda: td.sample(self.model, diffusion, tuple(x.shape), **how)
+
+        def walk() -> Any:
+            denoise = _graph.predictor(self.model, True) if self.recorded else self.model
+            return td.sample(denoise, diffusion, tuple(x.shape), **how)
+
+        return self._with_kernels(walk)
 
     def output_and_gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """The output, and the gradient of the loss by each parameter in PyTorch's layout, by name."""
+        if self.kernels is not None:
+            use_on_gpu(self.kernels)
         here = self._here(batch)
         y, backward = self.model(here.x, here.t)
         backward(mean_squared_error(y, here.target)[1])

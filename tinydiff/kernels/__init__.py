@@ -3,7 +3,8 @@
 ``portable.py`` is the definition: readable, in the array API standard, right for every library.
 ``numpy.py`` is a faster twin of the same functions for NumPy arrays, tested against the definition over
 random shapes; ``numba.py`` is another, faster still, for who installs the extra ``fast`` and asks for it
-(``TINYDIFF_KERNELS=numba``, or `use`). A layer asks for the module that fits its input::
+(``TINYDIFF_KERNELS=numba``, or `use`). ``cupy.py`` is one for CuPy's (``TINYDIFF_CUPY_KERNELS=cupy``, or
+`use_on_gpu`). A layer asks for the module that fits its input::
 
     kernels = kernels_for(x)
     y = kernels.conv2d(x, weight, bias, stride, padding)
@@ -17,31 +18,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tinydiff.backend import Array, BackendError, is_numpy_array
+from tinydiff.backend import Array, BackendError, is_cupy_array, is_numpy_array
 from tinydiff.kernels import numpy as numpy_kernels
 from tinydiff.kernels import portable
 from tinydiff.kernels._memory import keep_freed_memory
 from tinydiff.kernels._threads import alone, blas_on_one_thread, threads_in_reach
 
-__all__ = ["alone", "kernels_for", "many_steps", "threads_in_reach", "use"]
+__all__ = ["alone", "kernels_for", "many_steps", "threads_in_reach", "use", "use_on_gpu"]
 
 TWINS = ("numpy", "numba")
+ON_GPU = ("portable", "cupy")
 
-# The module for NumPy arrays; None until it is asked for.
+# The modules for NumPy arrays and for CuPy's; None until they are asked for.
 _twin: Any = None
+_on_gpu: Any = None
 
 
 def kernels_for(x: Array) -> Any:
-    """Return the kernel module for arrays like `x`: the chosen twin for NumPy's, else ``kernels.portable``.
+    """Return the kernel module for arrays like `x`: the twin chosen for its library, or the definition.
 
     Raises
     ------
     BackendError
         If ``TINYDIFF_KERNELS`` names a twin that is unknown or cannot be imported.
     """
-    if not is_numpy_array(x):
-        return portable
-    return use() if _twin is None else _twin
+    if is_numpy_array(x):
+        return use() if _twin is None else _twin
+    if is_cupy_array(x):
+        return use_on_gpu() if _on_gpu is None else _on_gpu
+    return portable
 
 
 def use(name: str | None = None) -> Any:
@@ -75,6 +80,29 @@ def use(name: str | None = None) -> Any:
                 "pip install 'tinydiff[fast]', or set TINYDIFF_KERNELS=numpy."
             ) from None
     return _twin
+
+
+def use_on_gpu(name: str | None = None) -> Any:
+    """Choose the module for CuPy arrays, from now on in this process; returns it.
+
+    Parameters
+    ----------
+    name : {"portable", "cupy"}, optional
+        The definition, or kernels in CUDA. Default: the environment variable ``TINYDIFF_CUPY_KERNELS``, or
+        ``"portable"``.
+
+    Raises
+    ------
+    BackendError
+        If the name is unknown.
+    """
+    global _on_gpu
+    source = "name" if name is not None else "TINYDIFF_CUPY_KERNELS"
+    chosen = name if name is not None else os.environ.get("TINYDIFF_CUPY_KERNELS") or "portable"
+    if chosen not in ON_GPU:
+        raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, ON_GPU))}.")
+    _on_gpu = portable if chosen == "portable" else importlib.import_module("tinydiff.kernels.cupy")
+    return _on_gpu
 
 
 @contextmanager
