@@ -20,7 +20,7 @@ from cupy_backends.cuda.libs import cublas
 
 from tinydiff.kernels._cupy_compile import kind_of
 
-__all__ = ["product"]
+__all__ = ["is_tf32", "product"]
 
 COMPUTE_TYPE_TF32 = 7  # of CuPy: CUPY_TF32 asked for it
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77  # of cuBLAS
@@ -91,7 +91,12 @@ def _number(kind: str, value: float) -> Any:
 def _compute_type(kind: str) -> int:
     if kind == "d":
         return COMPUTE_64F
-    return COMPUTE_32F_FAST_TF32 if get_compute_type("f") == COMPUTE_TYPE_TF32 else COMPUTE_32F
+    return COMPUTE_32F_FAST_TF32 if is_tf32() else COMPUTE_32F
+
+
+def is_tf32() -> bool:
+    """Whether the factors of float32 products may be rounded to 11 digits (CUPY_TF32=1)."""
+    return bool(get_compute_type("f") == COMPUTE_TYPE_TF32)
 
 
 def product(a: Any, b: Any, *, ta: bool = False, tb: bool = False, scale: float = 1.0) -> Any:

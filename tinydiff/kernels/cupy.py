@@ -14,6 +14,7 @@ from typing import Any
 import cupy
 
 from tinydiff.kernels import _cupy_attention
+from tinydiff.kernels._cupy_conv import convolved, fits, weight_gradient
 from tinydiff.kernels._cupy_elements import adam_step, ema_step, silu, silu_backward
 from tinydiff.kernels._cupy_flat import end_to_end
 from tinydiff.kernels._cupy_gather import reached_rows, seen_rows, upsample_backward
@@ -59,10 +60,14 @@ def conv2d(x: Any, w: Any, b: Any, stride: int, padding: Padding) -> Any:
 
 def _conv(x: Any, w: Any, b: Any, stride: int, padding: Padding, doubled: bool) -> Any:
     k, _, _, d = w.shape
+    x = cupy.ascontiguousarray(x)
     n, *sizes, _ = x.shape
+    h, width = (((size << doubled) + sum(padding) - k) // stride + 1 for size in sizes)
+    if fits(k, x, w, b):
+        return convolved(x, w, b, (h, width), stride, padding, doubled=doubled)
     y = product(seen_rows(x, k, stride, padding, doubled), w.reshape(-1, d))
     y += b
-    return y.reshape(n, *(((size << doubled) + sum(padding) - k) // stride + 1 for size in sizes), d)
+    return y.reshape(n, h, width, d)
 
 
 def conv2d_backward(x: Any, w: Any, dy: Any, stride: int, padding: Padding) -> tuple[Any, Any, Any]:
@@ -75,6 +80,8 @@ def conv2d_backward(x: Any, w: Any, dy: Any, stride: int, padding: Padding) -> t
 def _conv_dx(w: Any, dy: Any, sizes: tuple[int, int], stride: int, padding: Padding) -> Any:
     """The outputs that each pixel reaches, times the taps' transposes."""
     k, _, c, d = w.shape
+    if fits(k, dy, w) and c % 4 == 0:
+        return convolved(dy, w, None, sizes, stride, padding, turned=True)
     rows = reached_rows(dy, sizes, k, stride, padding)
     if k == 1:
         dx = product(rows, w.reshape(c, d), tb=True)
@@ -85,9 +92,13 @@ def _conv_dx(w: Any, dy: Any, sizes: tuple[int, int], stride: int, padding: Padd
 
 def _conv_dw_db(x: Any, w: Any, dy: Any, stride: int, padding: Padding, doubled: bool) -> tuple[Any, Any]:
     k, _, _, d = w.shape
-    dy_rows = dy.reshape(-1, d)
-    dw = product(seen_rows(x, k, stride, padding, doubled), dy_rows, ta=True)
-    return dw.reshape(w.shape), over_rows(dy_rows)
+    x = cupy.ascontiguousarray(x)
+    if fits(k, x, dy):
+        dw, db = weight_gradient(x, dy, k, stride, padding, doubled=doubled)
+    else:
+        dy_rows = dy.reshape(-1, d)
+        dw, db = product(seen_rows(x, k, stride, padding, doubled), dy_rows, ta=True), over_rows(dy_rows)
+    return dw.reshape(w.shape), db
 
 
 def upsample_conv2d(x: Any, w: Any, b: Any) -> Any:
@@ -114,9 +125,13 @@ def _rows(x: Any) -> Any:
 
 def linear(x: Any, w: Any, b: Any) -> Any:
     """As ``portable.linear``.  (docs: B.1)"""
-    y = product(_rows(x), w)
-    y += b
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    rows, d = _rows(x), w.shape[1]
+    if fits(1, rows, w, b):
+        y = convolved(rows[:, None, None], w[None, None], b, (1, 1), 1, (0, 0))
+    else:
+        y = product(rows, w)
+        y += b
+    return y.reshape(*x.shape[:-1], d)
 
 
 def linear_backward(x: Any, w: Any, dy: Any) -> tuple[Any, Any, Any]:
