@@ -916,3 +916,98 @@ def test_long_attention_on_the_gpu(length, d, dtype):
         error = np.linalg.norm(actual - expected)
         assert error <= 40 * np.finfo(dtype).eps * np.linalg.norm(expected)
         np.testing.assert_array_equal(actual, again)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """The file of convolutions by tensor cores, and how to set it up: float32 or TF32, and as on what GPU."""
+    space("cupy")
+    from tinydiff.kernels import _cupy_conv
+
+    def set_up(tf32, enough, shared):
+        monkeypatch.setattr(_cupy_conv, "is_tf32", lambda: tf32)
+        monkeypatch.setattr(_cupy_conv, "ENOUGH", enough)
+        monkeypatch.setattr(_cupy_conv, "_device", lambda number: (True, shared))
+        return _cupy_conv
+
+    return set_up
+
+
+LARGE, SMALL = 232_448, 101_376  # bytes of shared memory that a block may have: of an H100, of an RTX 4090
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
+@pytest.mark.parametrize(
+    ("enough", "shared"), [(1, LARGE), (1, SMALL), (10**9, LARGE)], ids=["high", "two stages", "low"]
+)
+@pytest.mark.parametrize(
+    ("shape", "d"), [((2, 5, 6, 8), 8), ((1, 9, 7, 36), 40), ((3, 4, 4, 64), 132), ((2, 17, 3, 4), 72)]
+)
+def test_convolutions_by_tensor_cores(tensor_cores, shape, d, enough, shared, tf32):
+    """Every width and height of a block, edges of tiles, all that is asked of it; twice, the same bits."""
+    conv, rng = tensor_cores(tf32, enough, shared), np.random.default_rng(0)
+    c, tolerance = shape[3], 5e-4 if tf32 else 1e-6
+    for k, stride, padding, doubled in [
+        (3, 1, (1, 1), False),
+        (1, 1, (0, 0), False),
+        (3, 2, (0, 1), False),
+        (5, 1, (2, 2), False),
+        (3, 1, (1, 1), True),
+    ]:
+        h, width = ((s * (1 + doubled) + sum(padding) - k) // stride + 1 for s in shape[1:3])
+        shapes = shape, (k, k, c, d), (d,), (shape[0], h, width, d)
+        single = [normal(rng, s, np.float32) for s in shapes]
+        assert conv.fits(k, *map(there, single))
+        how = () if doubled else (stride, padding)
+        name = "upsample_conv2d" if doubled else "conv2d"
+        found = []
+        for kernels, dtype in (
+            (module("cupy"), np.float32),
+            (module("cupy"), np.float32),
+            (portable, np.float64),
+        ):
+            x, w, b, dy = (a.astype(dtype) for a in single)
+            y = getattr(kernels, name)(x, w, b, *how)
+            found.append([y, *getattr(kernels, name + "_backward")(x, w, dy, *how)])
+        for actual, again, expected in zip(*found):
+            assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
+            np.testing.assert_array_equal(actual, again)
+
+
+def there(x):
+    import cupy
+
+    return cupy.asarray(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
+def test_tensor_cores_leave_no_number_out_and_none_in(tensor_cores, tf32):
+    """Numbers of 11 digits are multiplied exactly; what is not finite shows, where it is seen and only there."""
+    tensor_cores(tf32, 1, LARGE)
+    twin, rng = module("cupy"), np.random.default_rng(0)
+    x, w = (rng.integers(-1024, 1025, s).astype(np.float32) for s in ((2, 6, 6, 4), (3, 3, 4, 8)))
+    b = np.zeros(8, np.float32)
+    y, expected = (
+        twin.conv2d(x, w, b, 1, (1, 1)),
+        portable.conv2d(*(a.astype(np.float64) for a in (x, w, b)), 1, (1, 1)),
+    )
+    np.testing.assert_allclose(y, expected, rtol=2e-7, atol=4)
+    for bad in (np.nan, np.inf):
+        x[1, 2, 3, 1] = bad
+        seen = ~np.isfinite(twin.conv2d(x, w, b, 1, (1, 1)))
+        assert seen[1, 1:4, 2:5].any(axis=-1).all()
+        seen[1, 1:4, 2:5] = False
+        assert not seen.any()
+
+
+@pytest.mark.gpu
+def test_what_tensor_cores_cannot_take_goes_by_rows(tensor_cores, monkeypatch):
+    conv = tensor_cores(False, 1, LARGE)
+    x = there(np.zeros((2, 3, 3, 8), np.float32))
+    assert conv.fits(3, x) and conv.fits(5, x) and not conv.fits(6, x)
+    assert not conv.fits(3, x.astype(np.float64)) and not conv.fits(3, x[..., :6]) and not conv.fits(3, x[:0])
+    assert not conv.fits(3, there(np.zeros(73, np.float32))[1:].reshape(1, 3, 3, 8))  # not aligned
+    monkeypatch.setattr(conv, "_device", lambda number: (False, SMALL))  # older than Ampere
+    assert not conv.fits(3, x)

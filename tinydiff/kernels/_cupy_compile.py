@@ -14,14 +14,16 @@ import numpy as np
 
 __all__ = ["THREADS", "blocks_of", "compiled"]
 
-THREADS = 256  # of a block, in every kernel; a power of two, and of warps
+THREADS = 256  # of a block, where a kernel does not say otherwise; a power of two, and of warps
 REALS = {"f": "float", "d": "double"}
 
 
 @functools.cache
 def compiled(source: str, name: str, kind: str, *defines: str) -> Any:
     """The kernel `name` of `source` for numbers of this kind ("f" or "d"): called as f(grid, block, args)."""
-    options = (f"-DREAL={REALS[kind]}", f"-DTHREADS={THREADS}", "-DTINYDIFF", *(f"-D{d}" for d in defines))
+    if not any(define.startswith("THREADS=") for define in defines):
+        defines = (f"THREADS={THREADS}", *defines)
+    options = (f"-DREAL={REALS[kind]}", "-DTINYDIFF", *(f"-D{define}" for define in defines))
     return cupy.RawKernel("// TINYDIFF\n" + source, name, options=options)
 
 

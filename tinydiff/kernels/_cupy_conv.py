@@ -28,7 +28,7 @@ from tinydiff.kernels.portable import Padding
 __all__ = ["convolved", "fits", "weight_gradient"]
 
 DEPTH = 32  # of the sum, in shared memory at a time
-STAGES = 3  # of them: one is multiplied, the others are under way
+STAGES = 3  # of them, or two where they do not fit: one is multiplied, the others are under way
 WIDEST = 5  # taps along an axis: each of the k k has a bit
 ENOUGH = 96  # blocks, to keep most of an H100's 132 multiprocessors busy
 SHARES = 264  # blocks for the derivative by the weights, about
@@ -126,8 +126,8 @@ SOURCE = (
 #define EVEN (!DOUBLED && (!TURNED || STRIDE == 1))  // from one tap to the next it is equally far for all
 
 extern "C" __global__ void __launch_bounds__(LANES) convolve(
-    const float* x, const float* w, const float* bias, float* y, long long outputs_, long long h_, long long w_,
-    long long c_, long long a_, long long b_, long long d_, long long before_) {
+    const float* x, const float* w, const float* bias, float* y, long long outputs_, long long h_,
+    long long w_, long long c_, long long a_, long long b_, long long d_, long long before_) {
   extern __shared__ float shared[];
   int outputs = outputs_, H = h_, W = w_, C = c_, A = a_, B = b_, D = d_, before = before_;
   int t = threadIdx.x, g = t % 32 / 4, q = t % 4, warp = t / 32;
@@ -220,14 +220,15 @@ extern "C" __global__ void __launch_bounds__(LANES) convolve(
     for (int e = 0; e < 2 * MT; e++) {
       int output = first + row + 8 * e;
       const float* of = &acc[e / 2][n][e % 2 * 2];
-      if (output < outputs) *(float2*)(y + output * D + at) = make_float2(of[0] + bias_0, of[1] + bias_1);
+      float* to = y + (long long)output * D + at;
+      if (output < outputs) *(float2*)to = make_float2(of[0] + bias_0, of[1] + bias_1);
     }
   }
 }
 """
 )
 
-# dw (shares, k k C + 1, D): of a share of the outputs, what each sees of x, transposed, times dy; last, sum dy.
+# dw (shares, k k C + 1, D): of a share of the outputs, what each sees of x, transposed, times dy; then sum dy.
 SOURCE_DW = (
     r"""
 #define TURNED 0
@@ -341,11 +342,22 @@ extern "C" __global__ void __launch_bounds__(LANES) convolve_dw(
 
 
 def fits(k: int, *arrays: Any) -> bool:
-    """Whether images (..., channels) and weights of k k taps are such that this file can take them."""
-    return k <= WIDEST and all(
-        kind_of(x) == "f" and x.shape[-1] % 4 == 0 and 0 < x.size < 2**31 and x.data.ptr % 16 == 0
-        for x in arrays
+    """Whether images (..., channels) and weights of k k taps are such that this file can take them here."""
+    return (
+        k <= WIDEST
+        and all(
+            kind_of(x) == "f" and x.shape[-1] % 4 == 0 and 0 < x.size < 2**31 and x.data.ptr % 16 == 0
+            for x in arrays
+        )
+        and _device(cupy.cuda.runtime.getDevice())[0]
     )
+
+
+@functools.cache
+def _device(number: int) -> tuple[bool, int]:
+    """Whether it knows TF32 (from Ampere on), and the bytes of shared memory that a block may have."""
+    device = cupy.cuda.Device(number)
+    return int(device.compute_capability) >= 80, device.attributes["MaxSharedMemoryPerBlockOptin"]
 
 
 def _warps(columns: int) -> tuple[int, int]:
@@ -353,23 +365,27 @@ def _warps(columns: int) -> tuple[int, int]:
     return (4, 1) if columns <= 32 else (4, 2) if columns <= 64 else (2, 4)
 
 
-def _height(outputs: int, across: int, warps: tuple[int, int]) -> int:
+def _height(outputs: int, columns: int, warps: tuple[int, int]) -> int:
     """Rows of a warp, in 16: as many as leave enough blocks."""
-    for height in (4, 2) if warps[1] > 1 else (2,):
-        if -(-outputs // (16 * height * warps[0])) * across >= ENOUGH:
+    for height in (4, 2) if warps[1] == 4 else (2,):
+        if -(-outputs // (16 * height * warps[0])) * columns >= ENOUGH:
             return height
     return 1
 
 
-def _height_dw(across: int) -> int:
-    return 4 if across == 4 else 2
+def _launch(source: str, name: str, blocks: int, stage: int, args: tuple[Any, ...], **sizes: int) -> None:
+    """Run the kernel for these sizes, with `stage` floats in shared memory for each of its stages."""
+    device = cupy.cuda.runtime.getDevice()
+    stages = STAGES if 4 * STAGES * stage <= _device(device)[1] else 2
+    shared = 4 * stages * stage
+    kernel = _kernel(device, source, name, shared, STAGES=stages, SPLIT=int(not is_tf32()), **sizes)
+    kernel((blocks,), (32 * sizes["WM"] * sizes["WN"],), args, shared_mem=shared)
 
 
 @functools.cache
-def _kernel(device: int, source: str, name: str, shared: int, height: int, **sizes: int) -> Any:
-    """The kernel for these sizes, that may have so many bytes of shared memory on this device."""
-    defines = [f"{key}={value}" for key, value in {"MT": height, "STAGES": STAGES, **sizes}.items()]
-    kernel = compiled(source, name, "f", *defines)
+def _kernel(device: int, source: str, name: str, shared: int, **sizes: int) -> Any:
+    """The kernel for these sizes, which may have so many bytes of shared memory on this device."""
+    kernel = compiled(source, name, "f", *(f"{key}={value}" for key, value in sizes.items()))
     kernel.max_dynamic_shared_size_bytes = shared
     return kernel
 
@@ -398,13 +414,10 @@ def convolved(
     height = _height(outputs, columns, warps)
     rows = 16 * height * down
     stage = rows * (DEPTH + 4) + (32 * across * (DEPTH + 4) if turned else DEPTH * (32 * across + 8))
-    shared = 4 * STAGES * stage
-    how = dict(WM=down, WN=across, K=k, STRIDE=stride, DOUBLED=int(doubled), TURNED=int(turned))
-    device = cupy.cuda.runtime.getDevice()
-    kernel = _kernel(device, SOURCE, "convolve", shared, height, SPLIT=int(not is_tf32()), **how)
     y = cupy.empty((n, *sizes, d), x.dtype)
     args = (x, w, 0 if bias is None else bias, y, outputs, h, width, c, *sizes, d, padding[0])
-    kernel((-(-outputs // rows) * columns,), (32 * down * across,), args, shared_mem=shared)
+    how = dict(MT=height, WM=down, WN=across, K=k, STRIDE=stride, DOUBLED=int(doubled), TURNED=int(turned))
+    _launch(SOURCE, "convolve", -(-outputs // rows) * columns, stage, args, **how)
     return y
 
 
@@ -419,17 +432,16 @@ def weight_gradient(
     _, *sizes, d = dy.shape
     outputs, weights = n * sizes[0] * sizes[1], k * k * c
     down, across = _warps(d)
-    height = _height_dw(across)
+    height = 4 if across == 4 else 2
     rows = 16 * height * down
     tiles = -(-weights // rows) * -(-d // (32 * across))
     shares = max(1, min(SHARES // tiles, outputs // (8 * DEPTH)))
     share = -(-outputs // (shares * DEPTH)) * DEPTH
     shares = -(-outputs // share)
-    shared = 4 * STAGES * DEPTH * (rows + 8 + 32 * across + 8)
-    how = dict(WM=down, WN=across, K=k, STRIDE=stride, DOUBLED=int(doubled), SPLIT=int(not is_tf32()))
-    kernel = _kernel(cupy.cuda.runtime.getDevice(), SOURCE_DW, "convolve_dw", shared, height, **how)
+    stage = DEPTH * (rows + 8 + 32 * across + 8)
     found = cupy.empty((shares, (weights + 1) * d), x.dtype)
     args = (x, dy, found, outputs, h, width, c, *sizes, d, padding[0], share)
-    kernel((tiles * shares,), (32 * down * across,), args, shared_mem=shared)
+    how = dict(MT=height, WM=down, WN=across, K=k, STRIDE=stride, DOUBLED=int(doubled))
+    _launch(SOURCE_DW, "convolve_dw", tiles * shares, stage, args, **how)
     whole = (over_rows(found) if shares > 1 else found[0]).reshape(weights + 1, d)
     return whole[:-1], whole[-1]

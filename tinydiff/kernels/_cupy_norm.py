@@ -166,6 +166,13 @@ def _width(channels: int, per_group: int) -> int:
     return packed * per_group if packed * per_group <= THREADS else per_group
 
 
+def _run(name: str, x: Any, width: int, args: tuple[Any, ...]) -> None:
+    """A block for each image and `width` channels; with twice the threads where each has many pixels."""
+    n, h, w, c = x.shape
+    threads = THREADS if h * w * width < 16 * THREADS else 2 * THREADS
+    compiled(SOURCE, name, kind_of(x), f"THREADS={threads}")((n * (c // width),), (threads,), args)
+
+
 def _forward(x: Any, weight: Any, bias: Any, groups: int, eps: float, silu: bool) -> tuple[Any, Normed]:
     x = cupy.ascontiguousarray(x)
     n, h, w, c = x.shape
@@ -173,7 +180,7 @@ def _forward(x: Any, weight: Any, bias: Any, groups: int, eps: float, silu: bool
     mean, rstd = cupy.empty((2, n, groups), x.dtype)
     width = _width(c, c // groups)
     args = (x, weight, bias, y, mean, rstd, h * w, c, c // groups, width, float(eps), int(silu))
-    compiled(SOURCE, "group_norm", kind_of(x))((n * (c // width),), (THREADS,), args)
+    _run("group_norm", x, width, args)
     return y, Normed(x, mean, rstd, bias, silu)
 
 
@@ -185,9 +192,7 @@ def _backward(saved: Normed, weight: Any, dy: Any) -> tuple[Any, Any, Any]:
     dx, shares = cupy.empty_like(x), cupy.empty((2, n, c), x.dtype)
     width = _width(c, per_group)
     args = (x, dy, weight, saved.bias, saved.mean, saved.rstd, dx, shares, n, h * w, c, per_group, width)
-    compiled(SOURCE, "group_norm_backward", kind_of(x))(
-        (n * (c // width),), (THREADS,), (*args, int(saved.silu))
-    )
+    _run("group_norm_backward", x, width, (*args, int(saved.silu)))
     dbias, dweight = over_rows(shares)
     return dx, dweight, dbias
 

@@ -1,20 +1,21 @@
 """What a warp does with a GPU's tensor cores, in CUDA: a source that others begin with.
 
-They multiply a tile of 16 x 8 by one of 8 x 8 and add in float32, but see 11 digits of each factor (TF32): the
-last 13 bits of a float32 are cut off. Two ways to live with that:
+They multiply a tile of 16 x 8 by one of 8 x 8 and add in float32, but of each factor they see 11 digits (TF32):
+the last 13 bits of a float32 are cut off. There are two ways to live with that.
 
-- SPLIT: a number is high + low, high what is seen of it, and a product is three::
+- SPLIT, for float32: a number is high + low, high what is seen of it, and a product is three::
 
       a b  ~  a_low b_high + a_high b_low + a_high b_high
 
-  What is left out is at most 2^-20 of |a b| for any two, some 2^-23 on average. The tensor cores cut off what they add, too, so
-  only these three are added there, 8 terms each; the sum goes on in float32 (Ootomo & Yokota 2022).
-- not SPLIT, what TF32 means: the factor as it is seen. It is stretched by 1 + 2^-11 E[1 / m] first, m in [1, 2)
-  its mantissa, whose logarithm is taken to be uniform: so that cutting off makes it neither larger nor smaller on
-  average, as rounding would, in one operation. A number of 11 digits stays itself.
+  What is left out, a_low b_low and what is cut off of low, is some 2^-22 of a b. The tensor cores cut off
+  what they add, too: only the three times eight terms of two tiles are added there, and the sum goes on in
+  float32, which rounds (Ootomo & Yokota 2022).
+- Not SPLIT, for TF32: the factor as it is seen. To be cut off takes ulp / 2 from it on average, 2^-11 E[1 / m]
+  of itself: 0.72 2^-11, for a mantissa m in [1, 2) whose logarithm is uniform. It is made larger by so much
+  before. That is as good as rounding, in one operation; a number of 11 digits stays what it is.
 
-Lane l of a warp holds, with g = l / 4 and q = l % 4: of a (16 x 8) rows g and g + 8 in columns q and q + 4; of b
-(8 x 8) rows q and q + 4 in column g; of c (16 x 8) rows g and g + 8 in columns 2 q and 2 q + 1 (PTX ISA,
+Lane l of a warp holds, with g = l div 4 and q = l mod 4: of a (16 x 8) rows g and g + 8 in columns q and q + 4;
+of b (8 x 8) rows q and q + 4 in column g; of c (16 x 8) rows g and g + 8 in columns 2 q and 2 q + 1 (PTX ISA,
 mma.m16n8k8).
 """
 

@@ -136,9 +136,15 @@ def linear(x: Any, w: Any, b: Any) -> Any:
 
 def linear_backward(x: Any, w: Any, dy: Any) -> tuple[Any, Any, Any]:
     """As ``portable.linear_backward``.  (docs: B.2)"""
-    dy_rows = _rows(dy)
-    dx = product(dy_rows, w, tb=True).reshape(x.shape)
-    return dx, product(_rows(x), dy_rows, ta=True), over_rows(dy_rows)
+    rows, dy_rows = _rows(x), _rows(dy)
+    if fits(1, rows, dy_rows, w):
+        there = dy_rows[:, None, None]
+        dx = convolved(there, w[None, None], None, (1, 1), 1, (0, 0), turned=True)
+        dw, db = weight_gradient(rows[:, None, None], there, 1, 1, (0, 0))
+    else:
+        dx = product(dy_rows, w, tb=True)
+        dw, db = product(rows, dy_rows, ta=True), over_rows(dy_rows)
+    return dx.reshape(x.shape), dw, db
 
 
 def attention(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, tuple[Any, ...]]:
