@@ -984,7 +984,7 @@ def there(x):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
 def test_tensor_cores_leave_no_number_out_and_none_in(tensor_cores, tf32):
-    """Numbers of 11 digits are multiplied exactly; what is not finite shows, where it is seen and only there."""
+    """Of numbers of 11 digits nothing is lost; what is not finite shows where it is seen, and only there."""
     tensor_cores(tf32, 1, LARGE)
     twin, rng = module("cupy"), np.random.default_rng(0)
     x, w = (rng.integers(-1024, 1025, s).astype(np.float32) for s in ((2, 6, 6, 4), (3, 3, 4, 8)))

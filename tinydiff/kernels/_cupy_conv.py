@@ -228,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(LANES) convolve(
 """
 )
 
-# dw (shares, k k C + 1, D): of a share of the outputs, what each sees of x, transposed, times dy; then sum dy.
+# dw (shares, k k C + 1, D): what the outputs of a share see of x, transposed, times their dy; last, sum dy.
 SOURCE_DW = (
     r"""
 #define TURNED 0
