@@ -1,7 +1,7 @@
 """What a warp does with a GPU's tensor cores, in CUDA: a source that others begin with.
 
-They multiply a tile of 16 x 8 by one of 8 x 8 and add in float32, but see 11 digits of each factor (TF32): the
-last 13 bits of a float32 are cut off. There are two ways to live with that.
+They multiply a tile of 16 x 8 by one of 8 x 8 and add in float32, but see 11 digits of each factor (TF32):
+the last 13 bits of a float32 are cut off. There are two ways to live with that.
 
 - SPLIT, for float32: a number is high + low, high what is seen of it, and a product is three::
 
@@ -11,9 +11,9 @@ last 13 bits of a float32 are cut off. There are two ways to live with that.
   what they add, too: only the three times eight terms of two tiles are added there, and the sum goes on in
   float32, which rounds (Ootomo & Yokota 2022).
 - Not SPLIT, for TF32: the factor as it is seen. To be cut off takes half a unit of the 11th digit from it on
-  average, 2^-11 E[1 / m] of itself: 0.72 2^-11, if the logarithm of its mantissa m in [1, 2) is uniform. It is
-  made larger by so much before. That is as good as rounding, in one operation; a number of 11 digits stays
-  what it is.
+  average, 2^-11 E[1 / m] of itself: 0.72 2^-11, if the logarithm of its mantissa m in [1, 2) is uniform. It
+  is made larger by so much before. That is as good as rounding, in one operation; a number of 11 digits
+  stays what it is.
 
 Lane l of a warp holds, with g = l div 4 and q = l mod 4: of a (16 x 8) rows g and g + 8 in columns q and
 q + 4; of b (8 x 8) rows q and q + 4 in column g; of c (16 x 8) rows g and g + 8 in columns 2 q and 2 q + 1
