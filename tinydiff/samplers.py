@@ -311,6 +311,10 @@ def sample(
     thousands, and a few steps evenly spaced in t overshoot by far; "heun" is of the same order and cost and
     does not.
 
+    On a GPU what a `UNet` or an `MLP` is asked is recorded as a CUDA graph the third time it is asked for a
+    batch of one shape, and replayed from then on. The recordings of the last two shapes stay with the model,
+    and each holds the memory that one pass takes. ``TINYDIFF_RECORD=0``: nothing is recorded.
+
     Two differences from diffusers' schedulers. They space their times differently by default ("leading");
     here both ends of the schedule are always walked through, as in Nichol & Dhariwal (2021, section 4). And
     with `clip`, DDIM's eps is taken from the clipped x0, so that the two belong together; there only with
