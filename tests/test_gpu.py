@@ -1,7 +1,7 @@
 """What only a GPU can show: that the host does not wait, and that running out of its memory ends well.
 
 That the numbers are right there is shown by the bodies of ``test_portability.py`` and ``test_resident.py``,
-which run under CuPy with ``pytest -m gpu``, too. This file has not been run yet: no GPU was at hand.
+which run under CuPy with ``pytest -m gpu``, too; that a recorded step is the step, by ``test_graph.py``.
 """
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 from namespaces import space, training_step
 
 import tinydiff as td
+from tinydiff import _graph
 
 pytestmark = pytest.mark.gpu
 
@@ -50,11 +51,14 @@ def test_the_host_runs_ahead_of_a_step(cupy):
     assert not before.done
 
 
-def test_out_of_memory_ends_in_a_batch_that_fits(cupy):
+@pytest.mark.parametrize("record", ["0", ""])
+def test_out_of_memory_ends_in_a_batch_that_fits(cupy, monkeypatch, record):
+    """With the fourth step, or the recording that is made of it, too."""
+    monkeypatch.setenv("TINYDIFF_RECORD", record)
     pool = cupy.get_default_memory_pool()
     model = td.UNet(block_channels=(16, 32), attention=(False, True), backend="cupy")
     data = np.zeros((64, 16, 16, 1), np.float32)
-    how = dict(steps=2, progress=False)
+    how = dict(steps=5, progress=False)
     pool.free_all_blocks()
     pool.set_limit(size=pool.total_bytes() + 384 * 2**20)
     try:
@@ -66,3 +70,30 @@ def test_out_of_memory_ends_in_a_batch_that_fits(cupy):
         td.train(model, PROCESS, data, batch_size=found, **how)
     finally:
         pool.set_limit(size=0)
+
+
+def test_a_recording_that_does_not_fit_ends_in_a_batch_that_does(cupy, monkeypatch):
+    """The steps before it fit: what they took is given back, but now and then somebody else takes it."""
+    monkeypatch.delenv("TINYDIFF_RECORD", raising=False)
+    pool = cupy.get_default_memory_pool()
+    model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, backend="cupy")
+    if not _graph.is_wanted(model):
+        pytest.skip("the definitions are not recorded")
+    data = np.zeros((64, 8, 8, 1), np.float32)
+    limited = []
+
+    def limiting(self, work, make=_graph.Recording.__init__):
+        if not limited:
+            pool.free_all_blocks()
+            pool.set_limit(size=pool.total_bytes() + 2**20)
+        limited.append(pool.used_bytes())
+        make(self, work)
+
+    monkeypatch.setattr(_graph.Recording, "__init__", limiting)
+    try:
+        with pytest.raises(MemoryError, match=r"batch_size=64 does not fit .*try batch_size=\d+\.$"):
+            td.train(model, PROCESS, data, steps=8, batch_size=64, progress=False)
+        assert len(limited) == 1 and pool.used_bytes() <= limited[0]
+    finally:
+        pool.set_limit(size=0)
+    td.train(model, PROCESS, data, steps=8, batch_size=64, progress=False)

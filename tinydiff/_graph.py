@@ -6,8 +6,8 @@ write. A replay is one launch. What a recording needs:
 
 - What comes in is copied to arrays that stay (by those who use a `Recording`), and what changes from step
   to step, such as a learning rate, is an array of one element there.
-- Its memory is its own, as much as one pass takes, kept as long as it is: what is freed within it may be
-  used again within it only.
+- Its memory is its own, as much as one pass takes and 32 MiB for cuBLAS, kept as long as it is: what is
+  freed within it may be used again within it only.
 - Nothing is sent or taken within it. The kernels of ``kernels/cupy.py`` keep to that, and call cuBLAS in a
   way that can be recorded; the definitions, under CuPy, do not.
 - It is recorded when it has run as it is: kernels are compiled, constants sent, weights laid end to end.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -120,36 +121,49 @@ class Recording:
     def __init__(self, work: Callable[[], Any]) -> None:
         import cupy
 
+        from tinydiff.kernels import _cupy_products
         from tinydiff.kernels._cupy_flat import late
 
-        before = cupy.cuda.get_current_stream()
+        self._current_stream = cupy.cuda.get_current_stream
+        self._ran = before = self._current_stream()
 
         def beneath(size: int) -> Any:
-            with before:  # on whose work it waits when it is given back
+            with before:  # in whose order it comes back
                 return cupy.get_default_memory_pool().malloc(size)
 
         self._pool = cupy.cuda.MemoryPool(beneath)
         stream = cupy.cuda.Stream(non_blocking=True)
         before.synchronize()  # nothing is under way that the other stream could miss
         let_go(cupy.empty(0))  # what the runs before it held, it takes for itself
-        with cupy.cuda.using_allocator(self._pool.malloc), stream, late() as unsent:
-            stream.begin_capture()
-            try:
-                self.result = work()
-            except BaseException:
-                with suppress(Exception):  # what went wrong in `work` is the news
-                    stream.end_capture()
-                raise
-            self._graph = stream.end_capture()
+        try:
+            with cupy.cuda.using_allocator(self._pool.malloc), stream, late() as unsent:
+                stream.begin_capture()
+                try:
+                    self.result = work()
+                except BaseException as error:
+                    with suppress(Exception):  # what went wrong in `work` is the news
+                        stream.end_capture()
+                    traceback.clear_frames(error.__traceback__)  # of their arrays
+                    raise
+                self._graph = stream.end_capture()
+        finally:  # cuBLAS has had a workspace for that stream: it lives as long as what was recorded
+            workspace = _cupy_products._handle()._workspaces.pop(stream.ptr, None)
         for there, numbers in unsent:
             there.set(numbers)
-        self._kept = (stream, unsent)
+        self._kept = (stream, unsent, workspace)
         before.synchronize()  # `numbers` is pageable: it must have been read
 
     def __call__(self) -> Any:
         """Run it, on the current stream, in its turn; returns `result`."""
+        self._ran = self._current_stream()
         self._graph.launch()
         return self.result
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # the interpreter may be ending
+            self._ran.synchronize()
+            self.result = self._graph = None
+            self._pool.free_all_blocks()  # without that they would never go back: CuPy's pool keeps its own
 
 
 class Replayed:
@@ -222,15 +236,17 @@ def loss_and_gradients(
 
     The parameters' own gradients are zero when it begins, and when it ends.
     """
-    output, backward = model(x_t, t)
-    loss, gradient = mean_squared_error(output, target)
-    backward(gradient)
-    parameters = list(model.named_parameters().values())
-    laid: dict[int, Array] = {}
-    for which in groups(grads := [p.grad for p in parameters]):
-        flat = end_to_end([grads[i] for i in which])
-        laid |= zip(which, cut(flat, [grads[i].shape for i in which]), strict=True)
-    model.zero_grad()
+    try:
+        output, backward = model(x_t, t)
+        loss, gradient = mean_squared_error(output, target)
+        backward(gradient)
+        parameters = list(model.named_parameters().values())
+        laid: dict[int, Array] = {}
+        for which in groups(grads := [p.grad for p in parameters]):
+            flat = end_to_end([grads[i] for i in which])
+            laid |= zip(which, cut(flat, [grads[i].shape for i in which]), strict=True)
+    finally:
+        model.zero_grad()
     return loss, [(parameter, laid[i]) for i, parameter in enumerate(parameters)]
 
 

@@ -295,21 +295,25 @@ def train(
     forget(model)  # what it predicted before: its weights are to move elsewhere
 
     began = time.perf_counter()
-    losses = loop(
-        [learner],
-        step,
-        data,
-        run,
-        numbers,
-        resume=resume,
-        checkpoint_every=checkpoint_every,
-        log_every=log_every,
-        workers=workers,
-        progress=progress,
-        # Where reading a number costs nothing it is read at once; importance sampling needs each step's.
-        at_once=is_numpy_array(weight_of(model)) or importance_sampling,
-        counted=(lambda: None) if drawn is None else drawn.remember,
-    )
+    try:
+        losses = loop(
+            [learner],
+            step,
+            data,
+            run,
+            numbers,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            workers=workers,
+            progress=progress,
+            # Where reading a number costs nothing it is read at once; importance sampling needs each step's.
+            at_once=is_numpy_array(weight_of(model)) or importance_sampling,
+            counted=(lambda: None) if drawn is None else drawn.remember,
+        )
+    finally:
+        if recorded:
+            model.zero_grad()  # the gradients lie in the recording's memory, which goes now
     return TrainingResult(learner.ema.model, np.asarray(losses), time.perf_counter() - began)
 
 
