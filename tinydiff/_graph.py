@@ -209,12 +209,14 @@ class RecordedLoss:
         self._replayed: Any = None
 
     def __call__(self, model: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], None]]:
+        if self._weights is None or not self._weights.are_there() or self._given[0].shape != x0.shape:
+            self._given, self._replayed = [], None  # their memory is for those to come
         xp = array_namespace(x0)
         t = rng.integers(self._diffusion.T, size=x0.shape[0])
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)
         x_t, target = self._diffusion.q_sample(x0, t, noise), self._diffusion.training_target(x0, t, noise)
         given = [x_t, target, asarray_like(t, x0, xp.int64)]
-        if self._weights is None or not self._weights.are_there() or self._given[0].shape != x_t.shape:
+        if self._replayed is None:
             self._given = [xp.asarray(array, copy=True) for array in given]
             self._weights = Weights(model)
             self._replayed = Replayed(functools.partial(loss_and_gradients, model, *self._given))
