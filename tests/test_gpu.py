@@ -75,7 +75,7 @@ def test_out_of_memory_ends_in_a_batch_that_fits(cupy, monkeypatch, record):
 
 
 def test_a_recording_that_does_not_fit_ends_in_a_batch_that_does(cupy, monkeypatch):
-    """The steps before it fit, and what they took is given back; but somebody else takes it."""
+    """The steps before it fit, and what they took is given back; but somebody else takes it. One of half fits."""
     monkeypatch.delenv("TINYDIFF_RECORD", raising=False)
     pool = cupy.get_default_memory_pool()
     model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, backend="cupy")
@@ -87,7 +87,7 @@ def test_a_recording_that_does_not_fit_ends_in_a_batch_that_does(cupy, monkeypat
     def limited(self, work, make=_graph.Recording.__init__):
         used.append(pool.used_bytes())
         pool.free_all_blocks()
-        pool.set_limit(size=pool.total_bytes())
+        pool.set_limit(size=pool.total_bytes() if len(used) == 1 else 0)
         try:
             make(self, work)
         finally:
@@ -98,5 +98,5 @@ def test_a_recording_that_does_not_fit_ends_in_a_batch_that_does(cupy, monkeypat
         with pytest.raises(MemoryError, match=r"batch_size=8 does not fit .*try batch_size=4\.$"):
             td.train(model, PROCESS, data, steps=6, batch_size=8, progress=False)
     gc.collect()
-    assert len(used) == 1 and pool.used_bytes() <= used[0]
+    assert len(used) == 2 and pool.used_bytes() <= used[0]
     td.train(model, PROCESS, data, steps=6, batch_size=8, progress=False)

@@ -47,6 +47,7 @@ from tinydiff.memory import let_go
 from tinydiff.nn.module import Module, Parameter, weight_of
 
 __all__ = [
+    "WARM_UP",
     "RecordedLoss",
     "RecordedPredict",
     "Recording",
@@ -210,7 +211,7 @@ class RecordedLoss:
 
     def __call__(self, model: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], None]]:
         if self._weights is None or not self._weights.are_there() or self._given[0].shape != x0.shape:
-            self._given, self._replayed = [], None  # their memory is for those to come
+            self.forget()  # its memory is for the next
         xp = array_namespace(x0)
         t = rng.integers(self._diffusion.T, size=x0.shape[0])
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)
@@ -229,6 +230,10 @@ class RecordedLoss:
                 parameter.accumulate(gradient)
 
         return xp.asarray(loss, copy=True), backward
+
+    def forget(self) -> None:
+        """Let go of the recording, and of its memory."""
+        self._given, self._weights, self._replayed = [], None, None
 
 
 def loss_and_gradients(
@@ -325,5 +330,5 @@ def predictor(model: Module, asked: bool | None = None) -> Callable[[Array, Arra
 
 def forget(model: Any) -> None:
     """Let go of the recordings that stay with the model, and of their memory."""
-    if _recorded:  # it need not be hashable else
+    if _recorded and isinstance(model, Module):
         _recorded.pop(model, None)

@@ -46,12 +46,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from tinydiff._checks import check_array, check_counts, check_number
-from tinydiff._graph import predictor
+from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
@@ -343,10 +344,12 @@ def sample(
             x_T=None if x_T is None else x_T[start:stop, ...],
         )
 
-    def one_step(n: int) -> None:
-        states = walk(denoise, 0, n, np.random.default_rng(0))
-        next(states)
-        next(states)
+    def some_steps(n: int) -> None:  # with the last what the network is asked may be recorded
+        try:
+            for _ in islice(walk(denoise, 0, n, np.random.default_rng(0)), 2 + WARM_UP):
+                pass
+        finally:
+            forget(denoise)
 
     refused = ""
     state: Any = None
@@ -365,8 +368,9 @@ def sample(
         refused = reason(error)
     if refused:
         state, parts = None, []
+        forget(denoise)
         like = _like(denoise) if x_T is None else x_T
-        raise MemoryError(what_fits(one_step, like, min(size, total), refused))
+        raise MemoryError(what_fits(some_steps, like, min(size, total), refused))
     return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=0)
 
 

@@ -365,7 +365,8 @@ def find_batch_size(
     recorded = _is_plain(loss, min_snr_gamma, diffusion, model) and is_wanted(model)
     weights = [p.value for p in model.named_parameters().values()]
     reserve = [array_namespace(like).zeros_like(weight) for weight in weights for _ in range(4 + recorded)]
-    size = largest_batch(trial(objective, [model], data, like), like, most)
+    step = RecordedLoss(diffusion) if recorded else objective
+    size = largest_batch(trial(step, [model], data, like), like, most)
     del reserve, data_there
     let_go(like)
     if not size:
