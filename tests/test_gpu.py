@@ -75,7 +75,7 @@ def test_out_of_memory_ends_in_a_batch_that_fits(cupy, monkeypatch, record):
 
 
 def test_a_recording_that_does_not_fit_ends_in_a_batch_that_does(cupy, monkeypatch):
-    """The steps before it fit, and what they took is given back; but somebody else takes it. One of half fits."""
+    """The steps before it fit, and what they took is given back; but somebody else takes it."""
     monkeypatch.delenv("TINYDIFF_RECORD", raising=False)
     pool = cupy.get_default_memory_pool()
     model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, backend="cupy")
