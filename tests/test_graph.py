@@ -260,6 +260,31 @@ def test_the_last_two_shapes_are_kept(cupy):
     assert model not in _graph._recorded
 
 
+def test_where_memory_is_short_one_shape_gives_way_to_another(cupy, monkeypatch):
+    model = on_gpu(shaken(td.MLP(hidden=8)))
+    predict = _graph.predictor(model)
+    x, more = cupy.ones((3, 2), cupy.float32), cupy.ones((4, 2), cupy.float32)
+    expected = [predict(x, np.ones(3, np.int64)).get() for _ in range(3)][-1]
+    make = _graph.Recording.__init__
+
+    def short(self, work):
+        monkeypatch.setattr(_graph.Recording, "__init__", make)
+        raise MemoryError
+
+    monkeypatch.setattr(_graph.Recording, "__init__", short)
+    ys = [predict(more, np.ones(4, np.int64)).get() for _ in range(4)]
+    assert recordings(model) == {4: True}
+    for y in ys:
+        assert_allclose(y[:3], expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(_graph.Recording, "__init__", short)
+    predict(x, np.ones(3, np.int64))
+    _graph.forget(model)
+    for _ in range(2):
+        predict(x, np.ones(3, np.int64))
+    with pytest.raises(MemoryError):  # there is none to give way
+        predict(x, np.ones(3, np.int64))
+
+
 def test_a_copy_of_a_model_is_not_what_was_recorded(cupy):
     model = on_gpu(shaken(td.MLP(hidden=8)))
     x, t = cupy.ones((2, 2), cupy.float32), np.array([1, 5])
