@@ -38,8 +38,12 @@ EPILOG = """how it is made fair:
   - The networks are diffusers' UNet2DModel with its own defaults (8 channels a head; 32 groups for cifar),
     and for `toy` the MLP written out in PyTorch. No weight is zero.
   - On a GPU (--backend cupy) times are the device's own, between two events queued around a turn's steps,
-    and so is a whole walk of 50 DDIM steps; TF32 is on both sides or on neither; cuDNN chooses its
-    algorithms in the warm-up. Memory beside the host's: what each allocator took from the driver.
+    and so is a whole walk of 50 DDIM steps. tinydiff runs there as by default: its CUDA kernels, its steps
+    recorded as CUDA graphs. So does torch.compile, with mode="reduce-overhead", which is PyTorch's own way
+    to CUDA graphs; eager and channels_last launch kernel by kernel. cuDNN chooses its algorithms in the
+    warm-up. TF32 is on both sides or on neither; tinydiff's attention with narrow heads, a kernel without
+    products of cuBLAS, is float32 arithmetic even so. Memory beside the host's: what each allocator took
+    from the driver.
   - Peak memory is that of a process of its own, which imports one side only and takes 4 training steps:
     the high-water mark of its resident set (VmHWM). If it has children, the largest sum of their
     proportional set sizes (PSS), so that shared pages count once.
@@ -52,7 +56,6 @@ examples:
 
 QUICK = "networks of a quarter of the channels, batches of 2, two rounds: to see that all of it runs"
 LEAST_SHARE = 0.005  # of the step: layers below it are summed in one line (--json has them all)
-RECORDED = "tinydiff, recorded"
 NEEDS_TORCH = "PyTorch and diffusers are needed to compare with: pip install '.[oracle]'"
 
 
@@ -101,15 +104,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tf32", action="store_true", help="on a GPU: TF32 products on both sides, not float32"
     )
     parser.add_argument(
-        "--kernels",
-        choices=["portable", "cupy"],
-        help="on a GPU: tinydiff's kernels (default: TINYDIFF_CUPY_KERNELS, or portable)",
-    )
-    parser.add_argument(
-        "--recorded",
+        "--definitions",
         action="store_true",
-        help="on a GPU, with --kernels cupy: beside tinydiff also its steps as CUDA graphs, and those "
-        "of the definitions",
+        help="on a GPU: time tinydiff also unrecorded, and with the definitions for its CUDA kernels",
     )
     args = parser.parse_args(argv)
     known = ["mnist", "cifar", "sampling", "toy"] + (["cifar128"] if args.backend == "cupy" else [])
@@ -122,10 +119,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --workers: only with --backend numpy")
     if args.tf32 and args.backend != "cupy":
         parser.error("argument --tf32: only with --backend cupy")
-    if (args.kernels or args.recorded) and args.backend != "cupy":
-        parser.error("argument --kernels, --recorded: only with --backend cupy")
-    if args.recorded and args.kernels != "cupy":
-        parser.error("argument --recorded: only with --kernels cupy")
+    if args.definitions and args.backend != "cupy":
+        parser.error("argument --definitions: only with --backend cupy")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"argument --json: {args.json} is a folder, or in one that is not there")
     args.rounds = args.rounds or (2 if args.quick else 9)
@@ -205,7 +200,6 @@ class Benchmark:
         from _bench.ours import Tinydiff
 
         backend, clock = ("numpy", None) if self.device is None else self.device.ours()
-        how = dict(kernels=self.args.kernels) | how
         return Tinydiff(config, backend, dtype, clock, self.args.workers, **how)
 
     def theirs(self, config: Any, variant: str, dtype: str = "float32", exact_time: bool = False) -> Any:
@@ -224,9 +218,11 @@ class Benchmark:
     def sides(self, config: Any) -> dict[str, Any]:
         """By name, every side that there is; points have no channels_last."""
         sides = [self.ours(config)]
-        if self.args.recorded:
-            sides.append(self.ours(config, recorded=True, name=RECORDED))
-            sides.append(self.ours(config, kernels="portable", name="tinydiff, definitions"))
+        if self.args.definitions:
+            sides += [
+                self.ours(config, kernels="cupy", recorded=False, name="tinydiff, unrecorded"),
+                self.ours(config, kernels="portable", recorded=False, name="tinydiff, definitions"),
+            ]
         if self.compare:
             variants = [v for v in self.variants if v != "channels_last" or len(config.shape) == 3]
             sides += [self.theirs(config, variant) for variant in variants]
@@ -295,8 +291,6 @@ class Benchmark:
                 side.close()
         given = min(given, machine.share_given(self.args.threads))
         found = rounds.compared(times)
-        if RECORDED in times:
-            found["ratio_recorded"] = rounds.compared(times, RECORDED)["ratio"]
         self.found["times"].append(
             {"config": config.name, "work": work, "batch": n, "processor_share": given, **found}
         )
@@ -310,8 +304,6 @@ class Benchmark:
                     f"    tinydiff / it {r['ratio']:6.2f}"
                     f"   (quartiles {r['lower_quartile']:.2f} … {r['upper_quartile']:.2f})"
                 )
-            if name in found.get("ratio_recorded", {}):
-                line += f"    recorded / it {found['ratio_recorded'][name]['ratio']:6.2f}"
             print(line, flush=True)
         self.say_if_busy(given)
 

@@ -233,6 +233,35 @@ def test_event_clock_times_between_its_two_events():
     assert queue == ["event", "step", "step", "step", "step", "event", "wait"]
 
 
+def test_on_a_gpu_the_sides_are_those_of_tinydiff_by_default_and_what_it_is_beside(monkeypatch):
+    """Each chooses its kernels before its turn, and its step is recorded or not."""
+    from _bench import ours
+    from _bench.networks import CONFIGS
+
+    module, chosen = benchmark(), []
+    monkeypatch.setattr(module, "has_torch", lambda: False)
+    monkeypatch.setattr(td, "get_backend", lambda name=None: np)
+    monkeypatch.setattr(ours, "use_on_gpu", chosen.append)
+    monkeypatch.setattr(ours._graph, "is_wanted", lambda model, asked=None: asked is not False)
+    args = module.parse(["--backend", "cupy", "--definitions", "--quick", "--configs", "toy"])
+    args.threads = 1
+    device = SimpleNamespace(about=dict, ours=lambda: ("cupy", None))
+    run, config = module.Benchmark(args, device), CONFIGS["toy"].quick()
+    sides = run.sides(config)
+    assert [(side.name, side.kernels, side.recorded) for side in sides.values()] == [
+        ("tinydiff", None, True),
+        ("tinydiff, unrecorded", "cupy", False),
+        ("tinydiff, definitions", "portable", False),
+    ]
+    step = sides["tinydiff, definitions"].training(config.batch(2))
+    chosen.clear()
+    step()
+    sides["tinydiff, unrecorded"].inference(config.batch(2))()
+    assert chosen == ["portable", "cupy"]
+    for side in sides.values():
+        side.close()
+
+
 # What is said
 
 
@@ -242,9 +271,10 @@ def test_help_is_enough(capsys):
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     flags = "configs rounds threads workers quick no-compile no-memory profile growth json backend tf32"
-    for flag in [*flags.split(), "fused-adam"]:
+    for flag in [*flags.split(), "fused-adam", "definitions"]:
         assert f"--{flag} " in said, flag
-    for word in ["A B A B", "median", "quartiles", "torch.set_num_threads", "many_steps", "VmHWM", "PSS"]:
+    words = ["A B A B", "median", "quartiles", "torch.set_num_threads", "many_steps", "VmHWM", "PSS"]
+    for word in [*words, "CUDA graphs", 'mode="reduce-overhead"', "float32 arithmetic even so"]:
         assert word in said, word
 
 
@@ -270,6 +300,7 @@ def test_workers_share_the_points():
         (["--rounds", "0"], ["--rounds", "'0'"]),
         (["--json", "nowhere/found.json"], ["--json", "nowhere"]),
         (["--tf32"], ["--tf32", "--backend cupy"]),
+        (["--definitions"], ["--definitions", "--backend cupy"]),
         (["--backend", "cupy", "--workers", "2"], ["--workers", "--backend numpy"]),
         (["--backend", "cupy", "--growth"], ["--growth", "CPU"]),
         (["--backend", "jax"], ["jax", "cupy"]),

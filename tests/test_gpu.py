@@ -1,14 +1,17 @@
 """What only a GPU can show: that the host does not wait, and that running out of its memory ends well.
 
 That the numbers are right there is shown by the bodies of ``test_portability.py`` and ``test_resident.py``,
-which run under CuPy with ``pytest -m gpu``, too. This file has not been run yet: no GPU was at hand.
+which run under CuPy with ``pytest -m gpu``, too; that a recorded step is the step, by ``test_graph.py``.
 """
+
+import gc
 
 import numpy as np
 import pytest
 from namespaces import space, training_step
 
 import tinydiff as td
+from tinydiff import _graph
 
 pytestmark = pytest.mark.gpu
 
@@ -50,11 +53,14 @@ def test_the_host_runs_ahead_of_a_step(cupy):
     assert not before.done
 
 
-def test_out_of_memory_ends_in_a_batch_that_fits(cupy):
+@pytest.mark.parametrize("record", ["0", ""])
+def test_out_of_memory_ends_in_a_batch_that_fits(cupy, monkeypatch, record):
+    """With the fourth step, or the recording that is made of it, too."""
+    monkeypatch.setenv("TINYDIFF_RECORD", record)
     pool = cupy.get_default_memory_pool()
     model = td.UNet(block_channels=(16, 32), attention=(False, True), backend="cupy")
     data = np.zeros((64, 16, 16, 1), np.float32)
-    how = dict(steps=2, progress=False)
+    how = dict(steps=5, progress=False)
     pool.free_all_blocks()
     pool.set_limit(size=pool.total_bytes() + 384 * 2**20)
     try:
@@ -66,3 +72,31 @@ def test_out_of_memory_ends_in_a_batch_that_fits(cupy):
         td.train(model, PROCESS, data, batch_size=found, **how)
     finally:
         pool.set_limit(size=0)
+
+
+def test_a_recording_that_does_not_fit_ends_in_a_batch_that_does(cupy, monkeypatch):
+    """The steps before it fit, and what they took is given back; but somebody else takes it."""
+    monkeypatch.delenv("TINYDIFF_RECORD", raising=False)
+    pool = cupy.get_default_memory_pool()
+    model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, backend="cupy")
+    if not _graph.is_wanted(model):
+        pytest.skip("the definitions are not recorded")
+    data = np.zeros((8, 8, 8, 1), np.float32)
+    used = []
+
+    def limited(self, work, make=_graph.Recording.__init__):
+        used.append(pool.used_bytes())
+        pool.free_all_blocks()
+        pool.set_limit(size=pool.total_bytes() if len(used) == 1 else 0)
+        try:
+            make(self, work)
+        finally:
+            pool.set_limit(size=0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_graph.Recording, "__init__", limited)
+        with pytest.raises(MemoryError, match=r"batch_size=8 does not fit .*try batch_size=4\.$"):
+            td.train(model, PROCESS, data, steps=6, batch_size=8, progress=False)
+    gc.collect()
+    assert len(used) == 2 and pool.used_bytes() <= used[0]
+    td.train(model, PROCESS, data, steps=6, batch_size=8, progress=False)

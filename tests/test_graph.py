@@ -1,7 +1,12 @@
 """Steps recorded on a GPU, and the same steps taken launch by launch: the same numbers.
 
-Not yet run on one. Under an emulated CUDA, whose recordings are lists of launches, they are the same bits.
+When they are recorded is asked without one, too.
 """
+
+import copy
+import gc
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,18 +14,17 @@ from namespaces import space
 from numpy.testing import assert_allclose, assert_array_equal
 
 import tinydiff as td
-from tinydiff import _graph, kernels
+from tinydiff import _graph, kernels, training
 from tinydiff.backend import BackendError, to_numpy
-
-pytestmark = pytest.mark.gpu
 
 PROCESS = td.GaussianDiffusion(td.cosine_schedule(20), "v")
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param("cupy", marks=pytest.mark.gpu)])
 def cupy(monkeypatch):
     space("cupy")  # or the test is skipped, with the reason
     monkeypatch.setattr(kernels, "_on_gpu", None)
+    monkeypatch.delenv("TINYDIFF_RECORD", raising=False)
     kernels.use_on_gpu("cupy")
     return pytest.importorskip("cupy")
 
@@ -42,6 +46,107 @@ networks = pytest.mark.parametrize("name", NETWORKS)
 
 def on_gpu(model):
     return model.to(td.get_backend("cupy"))
+
+
+class Own(td.MLP):
+    """A class of somebody else's, which may look at its numbers."""
+
+
+# When
+
+
+@pytest.fixture
+def there(monkeypatch):
+    """Every array is on a GPU, whose kernels can be recorded."""
+    monkeypatch.delenv("TINYDIFF_RECORD", raising=False)
+    monkeypatch.setattr(_graph, "is_cupy_array", lambda x: True)
+    module = SimpleNamespace(end_to_end=None)
+    monkeypatch.setattr(kernels, "kernels_for", lambda x: module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("variable", "asked", "of_ours", "of_others"),
+    [
+        ("", None, True, False),
+        ("0", None, False, False),
+        ("1", None, True, True),
+        ("", True, True, True),
+        ("0", True, True, True),
+        ("", False, False, False),
+        ("1", False, False, False),
+    ],
+)
+def test_what_is_recorded(there, monkeypatch, variable, asked, of_ours, of_others):
+    monkeypatch.setenv("TINYDIFF_RECORD", variable)
+    assert _graph.is_wanted(td.MLP(hidden=8), asked) is of_ours
+    assert _graph.is_wanted(unet(), asked) is of_ours
+    assert _graph.is_wanted(Own(hidden=8), asked) is of_others
+    del there.end_to_end  # the definitions
+    assert _graph.is_wanted(td.MLP(hidden=8), None if asked is None and not variable else False) is False
+    if of_others:
+        with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS=cupy"):
+            _graph.is_wanted(td.MLP(hidden=8), asked)
+
+
+def test_a_class_says_for_itself_that_it_may_be_recorded(there):
+    class Says(Own):
+        recordable = True
+
+    class Inherits(Says):
+        pass
+
+    assert _graph.is_wanted(Says(hidden=8)) is True
+    assert _graph.is_wanted(Inherits(hidden=8)) is False
+    assert _graph.is_wanted(td.nn.Module(), True) is False  # it has no weights
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_nothing_is_recorded_in_numpy(asked):
+    model = td.MLP(hidden=8)
+    assert _graph.is_wanted(model, asked) is False
+    assert _graph.predictor(model, asked) == model.predict
+
+
+def test_another_word_is_refused(monkeypatch):
+    monkeypatch.setenv("TINYDIFF_RECORD", "no")
+    with pytest.raises(BackendError, match="TINYDIFF_RECORD is 'no': set it to '0' or '1'"):
+        _graph.is_wanted(td.MLP(hidden=8))
+    assert _graph.is_wanted(td.MLP(hidden=8), True) is False
+
+
+@pytest.mark.parametrize(
+    ("how", "recorded"),
+    [
+        ({}, True),
+        ({"graph": False}, False),
+        ({"min_snr_gamma": 5.0}, False),
+        ({"min_snr_gamma": 5.0, "graph": True}, False),
+        ({"loss": "vlb"}, False),
+    ],
+)
+def test_which_training_is_recorded(monkeypatch, how, recorded):
+    """The loss as it comes, without weights, and a network without dropout."""
+    seen = []
+
+    class Noted(_graph.RecordedLoss):
+        def __call__(self, model, x0, rng):
+            seen.append(x0.shape)
+            return td.training_loss(model, self._diffusion, x0, rng)
+
+    monkeypatch.setattr(training, "RecordedLoss", Noted)
+    monkeypatch.setattr(training, "is_wanted", lambda model, asked: asked is not False)
+    points, images = np.zeros((4, 2), np.float32), np.zeros((4, 4, 4, 1), np.float32)
+    steps = dict(steps=2, batch_size=2, progress=False, workers=1)
+    td.train(td.MLP(hidden=8), PROCESS, points, **steps, **how)
+    assert bool(seen) is recorded
+    seen.clear()
+    drops = td.UNet(block_channels=(4,), attention=(False,), norm_groups=2, head_dim=4, dropout=0.1)
+    td.train(drops, PROCESS, images, **steps, **how)
+    assert not seen
+
+
+# What comes out
 
 
 @networks
@@ -74,7 +179,7 @@ def test_a_recorded_training_ends_where_its_loss_is_not_finite(cupy):
     points = np.ones((4, 2), np.float32)
     with pytest.raises(FloatingPointError, match=r"at step 7 .*after 5 steps"):
         data = lambda n, rng: points * np.float32(1e30 if next(calls) == 7 else 1)  # noqa: E731
-        td.train(model, PROCESS, data, steps=12, batch_size=4, log_every=5, graph=True, progress=False)
+        td.train(model, PROCESS, data, steps=12, batch_size=4, log_every=5, progress=False)
     assert all(np.isfinite(weight).all() for weight in model.state_dict().values())
 
 
@@ -102,7 +207,7 @@ def test_a_recorded_sampling_is_the_sampling(cupy, monkeypatch, name, sampler):
         plain = sampled("0")
         assert_allclose(sampled("1"), plain, rtol=1e-4, atol=1e-5)
         assert_allclose(sampled("1"), plain, rtol=1e-4, atol=1e-5)  # of the recording that was kept
-        assert len(_graph._recorded[model][1]) == 2  # a batch of 3, and the last one of 2
+        assert len(_graph._recorded[model]._by_shape) == 2  # a batch of 3, and the last one of 2
         seen.append(plain)
         change(in_place)
     assert not np.allclose(seen[0], seen[1]) and not np.allclose(seen[1], seen[2])
@@ -110,7 +215,7 @@ def test_a_recorded_sampling_is_the_sampling(cupy, monkeypatch, name, sampler):
 
 def test_what_a_replay_returns_is_not_written_over(cupy):
     model = on_gpu(unet())
-    predict = _graph.predictor(model, True)
+    predict = _graph.predictor(model)
     xs = [
         cupy.asarray(np.random.default_rng(i).standard_normal((2, 8, 8, 1)), cupy.float32) for i in range(5)
     ]
@@ -123,7 +228,7 @@ def test_memory_of_a_recording_is_its_own(cupy):
     """What is made beside it between replays does not change what it computes, nor the other way."""
     model = on_gpu(unet())
     x, t = cupy.ones((2, 8, 8, 1), cupy.float32), np.array([1, 5])
-    predict = _graph.predictor(model, True)
+    predict = _graph.predictor(model)
     expected = [predict(x, t).get() for _ in range(4)]
     beside = [cupy.full(2**k, cupy.nan, cupy.float32) for k in range(20) for _ in range(4)]
     ones = [cupy.ones(2**k, cupy.float32) for k in range(16) for _ in range(4)]
@@ -131,8 +236,198 @@ def test_memory_of_a_recording_is_its_own(cupy):
     assert all(bool((a == 1).all()) for a in ones) and all(bool(cupy.isnan(a).all()) for a in beside)
 
 
+def recordings(model):
+    """By batch, whether its predictions are recorded; the one asked for last comes last."""
+    by_shape = _graph._recorded[model]._by_shape
+    return {shape[0]: replayed._recording is not None for shape, (_, _, replayed) in by_shape.items()}
+
+
+def test_the_last_two_shapes_are_kept(cupy):
+    model = on_gpu(td.MLP(hidden=8))
+    predict = _graph.predictor(model)
+
+    def ask(n, times):
+        for _ in range(times):
+            predict(cupy.ones((n, 2), cupy.float32), np.zeros(n, np.int64))
+
+    ask(4, 3)
+    ask(3, 2)
+    assert recordings(model) == {4: True, 3: False}
+    ask(4, 1)
+    ask(2, 3)
+    assert recordings(model) == {4: True, 2: True}
+    _graph.forget(model)
+    assert model not in _graph._recorded
+
+
+def test_where_memory_is_short_one_shape_gives_way_to_another(cupy, monkeypatch):
+    model = on_gpu(shaken(td.MLP(hidden=8)))
+    predict = _graph.predictor(model)
+    x, more = cupy.ones((3, 2), cupy.float32), cupy.ones((4, 2), cupy.float32)
+    expected = [predict(x, np.ones(3, np.int64)).get() for _ in range(3)][-1]
+    make = _graph.Recording.__init__
+
+    def short(self, work):
+        monkeypatch.setattr(_graph.Recording, "__init__", make)
+        raise MemoryError
+
+    monkeypatch.setattr(_graph.Recording, "__init__", short)
+    ys = [predict(more, np.ones(4, np.int64)).get() for _ in range(4)]
+    assert recordings(model) == {4: True}
+    for y in ys:
+        assert_allclose(y[:3], expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(_graph.Recording, "__init__", short)
+    predict(x, np.ones(3, np.int64))
+    _graph.forget(model)
+    for _ in range(2):
+        predict(x, np.ones(3, np.int64))
+    with pytest.raises(MemoryError):  # there is none to give way
+        predict(x, np.ones(3, np.int64))
+
+
+def test_a_copy_of_a_model_is_not_what_was_recorded(cupy):
+    model = on_gpu(shaken(td.MLP(hidden=8)))
+    x, t = cupy.ones((2, 2), cupy.float32), np.array([1, 5])
+    y = [_graph.predictor(model)(x, t) for _ in range(4)][-1]
+    twin = copy.deepcopy(model)
+    assert twin not in _graph._recorded
+    for p in model.named_parameters().values():
+        p.value *= 2
+    assert_allclose(_graph.predictor(twin)(x, t).get(), y.get(), rtol=1e-6)
+
+
+def test_what_does_not_fit_is_refused_as_ever(cupy):
+    model = on_gpu(td.MLP(hidden=8))
+    x, t = cupy.ones((2, 2), cupy.float32), np.array([1, 5])
+    for _ in range(5):
+        for wrong in (x.get(), x.astype(cupy.float64)):
+            with pytest.raises(ValueError, match=r"x has|x is"):
+                _graph.predictor(model)(wrong, t)
+        with pytest.raises(ValueError, match="t has shape"):
+            _graph.predictor(model)(x, t[:1])
+        _graph.predictor(model)(x, t)
+    assert recordings(model) == {2: True}
+
+
+def test_threads_and_streams_may_share_a_model(cupy):
+    model = on_gpu(shaken(td.MLP(hidden=8)))
+    xs = [cupy.full((3, 2), i, cupy.float32) for i in range(4)]
+    t = np.array([1, 5, 7])
+    expected = [model.predict(x, t).get() for x in xs]
+    cupy.cuda.get_current_stream().synchronize()
+    found = {}
+
+    def ask(i):
+        with cupy.cuda.Stream():
+            found[i] = [_graph.predictor(model)(xs[i], t).get() for _ in range(6)]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, ys in found.items():
+        for y in ys:
+            assert_allclose(y, expected[i], rtol=1e-5, atol=1e-6)
+    assert len(found) == len(xs)
+
+
+def test_somebody_elses_class_is_recorded_only_where_that_is_asked_for(cupy, monkeypatch):
+    points = np.random.default_rng(2).standard_normal((10, 2)).astype(np.float32)
+    made = []
+
+    def noting(self, work, make=_graph.Recording.__init__):
+        made.append(work)
+        make(self, work)
+
+    monkeypatch.setattr(_graph.Recording, "__init__", noting)
+    for make, graph, expected in [(Own, None, 0), (Own, True, 1), (td.MLP, None, 1), (td.MLP, False, 0)]:
+        made.clear()
+        model = on_gpu(make(hidden=8))
+        td.train(model, PROCESS, points, steps=6, batch_size=4, graph=graph, progress=False)
+        assert len(made) == expected
+
+
+def test_what_is_recorded_of_a_model_is_let_go_when_it_is_trained(cupy):
+    model = on_gpu(td.MLP(hidden=8))
+    points = np.ones((4, 2), np.float32)
+    td.sample(model, PROCESS, (3, 2), rng=np.random.default_rng(0), progress=False)
+    assert recordings(model) == {3: True}
+    td.train(model, PROCESS, points, steps=2, batch_size=4, progress=False)
+    assert model not in _graph._recorded
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(cupy):
+    """Its memory is given back, its stream's capture has ended, and what was wrong is what is said."""
+    pool = cupy.get_default_memory_pool()
+
+    def work():
+        a = cupy.ones(2**20, cupy.float32)
+        raise ValueError(f"the sum of {a.size} ones")
+
+    pool.free_all_blocks()
+    before = pool.used_bytes()
+    with pytest.raises(ValueError, match="the sum of 1048576 ones"):
+        _graph.Recording(work)
+    gc.collect()
+    assert pool.used_bytes() == before
+    assert float(cupy.ones(3).sum()) == 3
+
+
+def test_a_recording_takes_its_memory_from_the_pool_and_gives_it_back(cupy):
+    pool = cupy.get_default_memory_pool()
+    x, y = cupy.ones(2**20, cupy.float32), cupy.empty(2**20, cupy.float32)
+
+    def work():
+        y[...] = (x + 1) * (x + 2)
+
+    work()
+    pool.free_all_blocks()
+    before = pool.used_bytes()
+    recording = _graph.Recording(work)
+    assert 2 * x.nbytes <= pool.used_bytes() - before <= 4 * x.nbytes
+    y[...] = 0
+    recording()
+    assert float(y.sum()) == 6 * x.size
+    del recording
+    assert pool.used_bytes() == before
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.total_bytes() + x.nbytes)
+    try:
+        with pytest.raises(MemoryError):
+            _graph.Recording(work)
+    finally:
+        pool.set_limit(size=0)
+    gc.collect()
+    assert pool.used_bytes() == before
+    y[...] = 0
+    _graph.Recording(work)()
+    assert float(y.sum()) == 6 * x.size
+
+
+def test_no_memory_stays_behind_a_training_or_a_model(cupy):
+    """That of cuBLAS on a recording's stream included."""
+    pool, points = cupy.get_default_memory_pool(), np.ones((8, 2), np.float32)
+
+    def once(clip_norm):
+        model = on_gpu(td.MLP(hidden=8))
+        how = dict(steps=5, batch_size=4, clip_norm=clip_norm, progress=False)
+        result = td.train(model, PROCESS, points, **how)
+        td.sample(result.model, PROCESS, (3, 2), "ddim", 5, rng=np.random.default_rng(0), progress=False)
+
+    used = []
+    for clip_norm in (1.0, 1.0, np.inf, 1.0):
+        once(clip_norm)
+        gc.collect()
+        used.append(pool.used_bytes())
+    assert len(set(used[1:])) == 1
+
+
 def test_the_definitions_are_not_recorded(cupy):
     kernels.use_on_gpu("portable")
+    model = on_gpu(unet())
+    assert _graph.predictor(model) == model.predict
     with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS=cupy"):
-        _graph.predictor(on_gpu(unet()), True)
-    assert _graph.is_wanted(np.zeros(1), True) is False
+        _graph.predictor(model, True)
+    with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS=cupy"):
+        td.train(model, PROCESS, np.zeros((2, 8, 8, 1), np.float32), steps=1, batch_size=2, graph=True)

@@ -784,9 +784,19 @@ def test_numpy_is_the_default_and_an_unknown_twin_is_refused(chosen_again, monke
         kernels_for(np.zeros(1))
 
 
+def test_the_twin_for_a_gpu_is_the_default_there(monkeypatch):
+    fake = object()
+    monkeypatch.setitem(sys.modules, "tinydiff.kernels.cupy", fake)
+    monkeypatch.setattr(tinydiff.kernels, "is_cupy_array", lambda x: x is fake)
+    for said, expected in [("", fake), ("cupy", fake), (" Portable", portable)]:
+        monkeypatch.setenv("TINYDIFF_CUPY_KERNELS", said)
+        monkeypatch.setattr(tinydiff.kernels, "_on_gpu", None)
+        assert kernels_for(fake) is expected
+
+
 def test_an_unknown_twin_for_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(tinydiff.kernels, "_on_gpu", None)
-    with pytest.raises(BackendError, match=r"name is 'cuda': set it to one of 'portable', 'cupy'\."):
+    with pytest.raises(BackendError, match=r"name is 'cuda': set it to one of 'cupy', 'portable'\."):
         tinydiff.kernels.use_on_gpu("cuda")
     monkeypatch.setenv("TINYDIFF_CUPY_KERNELS", "cuda")
     with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS is 'cuda'"):

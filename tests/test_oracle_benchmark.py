@@ -99,6 +99,33 @@ def test_channels_last_lies_so_in_memory_and_computes_the_same():
             assert np.linalg.norm(b[name] - value) <= 1e-4 * np.linalg.norm(value), name
 
 
+def test_compiled_on_a_gpu_it_is_pytorchs_cuda_graphs(monkeypatch):
+    """On PyTorch's device without memory: a step is announced before each, on a GPU only."""
+    torch = pytest.importorskip("torch")
+    from _bench import theirs
+    from _bench.networks import CONFIGS
+
+    modes, begun = [], []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: (modes.append(mode), model)[1])
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    config = CONFIGS["toy"].quick()
+    batch = config.batch(2)
+
+    def side(device):
+        return theirs.PyTorch(theirs.build("MLP", config.model().config), "compile", device)
+
+    assert side("cpu").training(batch)().ndim == 0 and not begun
+    on_a_gpu = side("meta")
+    assert modes == [None, "reduce-overhead"] and on_a_gpu.name == "torch.compile"
+    for work, steps in [(on_a_gpu.training(batch), 1), (on_a_gpu.inference(batch), 1)]:
+        begun.clear()
+        work()
+        assert len(begun) == steps
+    begun.clear()
+    on_a_gpu.ddim(batch, np.array([0, 5, 9]), np.array([0.9, 0.5, 0.1]))()
+    assert len(begun) == 3
+
+
 def test_a_quick_run_tells_of_both_sides(tmp_path, capsys):
     file = tmp_path / "found.json"
     flags = ["--quick", "--no-compile", "--threads", "1", "--configs", "mnist", "toy", "--json", str(file)]

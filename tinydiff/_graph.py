@@ -6,18 +6,23 @@ write. A replay is one launch. What a recording needs:
 
 - What comes in is copied to arrays that stay (by those who use a `Recording`), and what changes from step
   to step, such as a learning rate, is an array of one element there.
-- Its memory is its own, kept as long as it is: what is freed within it may be used again within it only.
+- Its memory is its own, as much as one pass takes and 32 MiB for cuBLAS, kept as long as it is: what is
+  freed within it may be used again within it only.
 - Nothing is sent or taken within it. The kernels of ``kernels/cupy.py`` keep to that, and call cuBLAS in a
   way that can be recorded; the definitions, under CuPy, do not.
 - It is recorded when it has run as it is: kernels are compiled, constants sent, weights laid end to end.
 
-Chosen by ``TINYDIFF_RECORD=1``, or an argument, with the CuPy kernels. Not yet run on a GPU.
+Recorded are, with the CuPy kernels, the steps of `tinydiff.train` with the plain loss, and what `sample`,
+`iterate_samples` and `invert` ask of a model; of tinydiff's own models, unless ``TINYDIFF_RECORD=0``. The
+bound, the likelihood, the training of a schedule and the other losses run launch by launch.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,38 +43,60 @@ from tinydiff.backend import (
 )
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.losses import mean_squared_error
+from tinydiff.memory import is_out_of_memory, let_go
 from tinydiff.nn.module import Module, Parameter, weight_of
 
 __all__ = [
+    "WARM_UP",
     "RecordedLoss",
     "RecordedPredict",
     "Recording",
     "Replayed",
+    "forget",
     "is_wanted",
     "loss_and_gradients",
     "predictor",
 ]
 
 WARM_UP = 2  # runs before the recording: in the second one all is laid where it will stay
+SHAPES = 2  # of which a model's predictions are kept recorded: a batch, and a last, smaller one
 
 
-def is_wanted(like: Array, asked: bool | None = None) -> bool:
-    """Whether steps are to be recorded: `asked`, or else ``TINYDIFF_RECORD``; only on a GPU.
+def is_wanted(model: Any, asked: bool | None = None) -> bool:
+    """Whether steps of `model` are to be recorded: only on a GPU, with kernels that can be.
+
+    Parameters
+    ----------
+    model : Module
+        Whose class says, by ``recordable``, whether it may be without being asked.
+    asked : bool, optional
+        Yes, whatever its class says; or no. Default: what ``TINYDIFF_RECORD`` says, 1 or 0; if nothing, yes
+        where it can be.
 
     Raises
     ------
     BackendError
-        If they are, and the kernels for CuPy are the definitions, which cannot be recorded.
+        If it is asked for, and the kernels for CuPy are the definitions, which cannot be recorded; or if
+        ``TINYDIFF_RECORD`` says something else.
     """
-    if not (_is_asked(asked) and is_cupy_array(like)):
+    asked = _asked_by_variable() if asked is None else asked
+    if asked is False or (asked is None and not vars(type(model)).get("recordable")):
         return False
-    if not hasattr(kernels.kernels_for(like), "end_to_end"):
+    weight = next(iter(model.named_parameters().values()), None)
+    if weight is None or not is_cupy_array(weight.value):
+        return False
+    if hasattr(kernels.kernels_for(weight.value), "end_to_end"):
+        return True
+    if asked:
         raise BackendError("To record steps, choose kernels that can be: set TINYDIFF_CUPY_KERNELS=cupy.")
-    return True
+    return False
 
 
-def _is_asked(asked: bool | None) -> bool:
-    return os.environ.get("TINYDIFF_RECORD", "0") not in ("", "0") if asked is None else asked
+def _asked_by_variable() -> bool | None:
+    said = os.environ.get("TINYDIFF_RECORD", "").strip()
+    if said not in ("", "0", "1"):
+        raise BackendError(f"TINYDIFF_RECORD is {said!r}: set it to '0' or '1'.")
+    return bool(int(said)) if said else None
 
 
 class Recording:
@@ -85,35 +112,59 @@ class Recording:
     ----------
     result
         What `work` returned: arrays that each call writes anew.
+
+    Raises
+    ------
+    MemoryError
+        If there is no memory for it: it takes what `work` takes, from CuPy's pool and within its limit.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
         import cupy
 
+        from tinydiff.kernels import _cupy_products
         from tinydiff.kernels._cupy_flat import late
 
-        self._pool = cupy.cuda.MemoryPool()
+        self._current_stream = cupy.cuda.get_current_stream
+        self._ran = before = self._current_stream()
+
+        def beneath(size: int) -> Any:
+            with before:  # in whose order it comes back
+                return cupy.get_default_memory_pool().malloc(size)
+
+        self._pool = cupy.cuda.MemoryPool(beneath)
         stream = cupy.cuda.Stream(non_blocking=True)
-        cupy.cuda.get_current_stream().synchronize()  # nothing is under way that the other stream could miss
-        cupy.get_default_memory_pool().free_all_blocks()  # what the runs before it held, it takes for itself
-        with cupy.cuda.using_allocator(self._pool.malloc), stream, late() as unsent:
-            stream.begin_capture()
-            try:
-                self.result = work()
-            except BaseException:
-                with suppress(Exception):  # what went wrong in `work` is the news
-                    stream.end_capture()
-                raise
-            self._graph = stream.end_capture()
+        before.synchronize()  # nothing is under way that the other stream could miss
+        let_go(cupy.empty(0))  # what the runs before it held, it takes for itself
+        try:
+            with cupy.cuda.using_allocator(self._pool.malloc), stream, late() as unsent:
+                stream.begin_capture()
+                try:
+                    self.result = work()
+                except BaseException as error:
+                    with suppress(Exception):  # what went wrong in `work` is the news
+                        stream.end_capture()
+                    traceback.clear_frames(error.__traceback__)  # of their arrays
+                    raise
+                self._graph = stream.end_capture()
+        finally:  # cuBLAS has had a workspace for that stream: it lives as long as what was recorded
+            workspace = _cupy_products._handle()._workspaces.pop(stream.ptr, None)
         for there, numbers in unsent:
             there.set(numbers)
-        self._kept = (stream, unsent)
-        cupy.cuda.get_current_stream().synchronize()  # `numbers` is pageable: it must have been read
+        self._kept = (stream, unsent, workspace)
+        before.synchronize()  # `numbers` is pageable: it must have been read
 
     def __call__(self) -> Any:
         """Run it, on the current stream, in its turn; returns `result`."""
+        self._ran = self._current_stream()
         self._graph.launch()
         return self.result
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # the interpreter may be ending
+            self._ran.synchronize()
+            self.result = self._graph = None
+            self._pool.free_all_blocks()  # without that they would never go back: CuPy's pool keeps its own
 
 
 class Replayed:
@@ -133,25 +184,42 @@ class Replayed:
         return self._recording()
 
 
-class RecordedLoss:
-    """L_simple and its gradients, as `training_loss` has them, from the third call on recorded.  (docs: L.9)
+class Weights:
+    """The arrays that are a model's weights now. A recording reads these, whatever takes their places."""
 
-    Times, noise, x_t and the target are made outside. A batch of another shape begins anew.
+    def __init__(self, model: Any) -> None:
+        self._parameters = list(model.named_parameters().values())
+        self._arrays = [parameter.value for parameter in self._parameters]
+
+    def are_there(self) -> bool:
+        """Whether they still are; what is in them may have changed."""
+        return all(p.value is array for p, array in zip(self._parameters, self._arrays, strict=True))
+
+
+class RecordedLoss:
+    """L_simple and its gradients, as `training_loss` has them, recorded at the third call.  (docs: L.9)
+
+    Times, noise, x_t and the target are made outside. A batch of another shape begins anew, and so do weights
+    in other arrays, as they are after the first step.
     """
 
     def __init__(self, diffusion: GaussianDiffusion) -> None:
         self._diffusion = diffusion
         self._given: list[Array] = []
+        self._weights: Weights | None = None
         self._replayed: Any = None
 
     def __call__(self, model: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], None]]:
+        if self._weights is None or not self._weights.are_there() or self._given[0].shape != x0.shape:
+            self.forget()  # its memory is for the next
         xp = array_namespace(x0)
         t = rng.integers(self._diffusion.T, size=x0.shape[0])
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)
         x_t, target = self._diffusion.q_sample(x0, t, noise), self._diffusion.training_target(x0, t, noise)
         given = [x_t, target, asarray_like(t, x0, xp.int64)]
-        if self._replayed is None or self._given[0].shape != x_t.shape:
+        if self._replayed is None:
             self._given = [xp.asarray(array, copy=True) for array in given]
+            self._weights = Weights(model)
             self._replayed = Replayed(functools.partial(loss_and_gradients, model, *self._given))
         for there, array in zip(self._given, given, strict=True):
             there[...] = array
@@ -163,6 +231,10 @@ class RecordedLoss:
 
         return xp.asarray(loss, copy=True), backward
 
+    def forget(self) -> None:
+        """Let go of the recording, and of its memory."""
+        self._given, self._weights, self._replayed = [], None, None
+
 
 def loss_and_gradients(
     model: Any, x_t: Array, target: Array, t: Array
@@ -171,57 +243,102 @@ def loss_and_gradients(
 
     The parameters' own gradients are zero when it begins, and when it ends.
     """
-    output, backward = model(x_t, t)
-    loss, gradient = mean_squared_error(output, target)
-    backward(gradient)
-    parameters = list(model.named_parameters().values())
-    laid: dict[int, Array] = {}
-    for which in groups(grads := [p.grad for p in parameters]):
-        flat = end_to_end([grads[i] for i in which])
-        laid |= zip(which, cut(flat, [grads[i].shape for i in which]), strict=True)
-    model.zero_grad()
+    try:
+        output, backward = model(x_t, t)
+        loss, gradient = mean_squared_error(output, target)
+        backward(gradient)
+        parameters = list(model.named_parameters().values())
+        laid: dict[int, Array] = {}
+        for which in groups(grads := [p.grad for p in parameters]):
+            flat = end_to_end([grads[i] for i in which])
+            laid |= zip(which, cut(flat, [grads[i].shape for i in which]), strict=True)
+    finally:
+        model.zero_grad()
     return loss, [(parameter, laid[i]) for i, parameter in enumerate(parameters)]
 
 
 class RecordedPredict:
-    """A model's ``predict`` for x of one shape, recorded at its third call."""
+    """A model's ``predict``, recorded at the third call of a shape of x; the last `SHAPES` shapes are kept.
 
-    def __init__(self, model: Any, x: Array) -> None:
-        self._model = weakref.ref(model)
-        xp = array_namespace(x)
-        self._x, self._t = xp.zeros_like(x), xp.zeros(x.shape[0], dtype=xp.int64)
-        self._replayed = Replayed(self._work)
+    Its threads take turns: they share the arrays that a recording reads and writes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        import cupy
+
+        self._current_stream = cupy.cuda.get_current_stream
+        self._stream = self._current_stream()
+        self._model = weakref.ref(model)  # which holds on to this
+        self._weights = Weights(model)
+        self._like = weight_of(model)
+        self._kernels = kernels.kernels_for(self._like)
+        self._turn = threading.Lock()
+        self._by_shape: dict[tuple[int, ...], tuple[Array, Array, Replayed]] = {}
+
+    def is_current(self) -> bool:
+        """Whether the model's weights are in the same arrays still, and these kernels the chosen ones."""
+        return self._weights.are_there() and self._kernels is kernels.kernels_for(self._like)
 
     def __call__(self, x: Array, t: Array) -> Array:
-        self._x[...] = x
-        self._t[...] = asarray_like(t, x, self._t.dtype)
-        return array_namespace(x).asarray(self._replayed(), copy=True)
-
-    def _work(self) -> Array:
         model: Any = self._model()
-        return model.predict(self._x, self._t)
+        if not is_cupy_array(x) or x.dtype != self._like.dtype or tuple(t.shape) != x.shape[:1]:
+            return model.predict(x, t)  # which refuses it
+        xp = array_namespace(x)
+        with self._turn:
+            if (stream := self._current_stream()) != self._stream:
+                self._stream.synchronize()  # it may still read what is written now
+                self._stream = stream
+            kept = self._by_shape.pop(x.shape, None)
+            if len(self._by_shape) == SHAPES:
+                del self._by_shape[next(iter(self._by_shape))]  # the one not asked for longest
+            x_there, t_there, replayed = self._by_shape[x.shape] = self._begun(x) if kept is None else kept
+            x_there[...] = x
+            t_there[...] = asarray_like(t, x, t_there.dtype)
+            y = None
+            try:
+                y = replayed()
+            except Exception as error:
+                if len(self._by_shape) == 1 or not is_out_of_memory(error):
+                    raise
+            if y is None:  # without what is recorded for another shape there is more memory
+                self._by_shape = {x.shape: (x_there, t_there, replayed)}
+                let_go(x)
+                y = replayed()
+            return xp.asarray(y, copy=True)
+
+    def _begun(self, x: Array) -> tuple[Array, Array, Replayed]:
+        xp, model = array_namespace(x), self._model
+        x_there, t_there = xp.empty(x.shape, dtype=x.dtype), xp.empty(x.shape[0], dtype=xp.int64)
+
+        def work() -> Array:
+            asked: Any = model()
+            return asked.predict(x_there, t_there)
+
+        return x_there, t_there, Replayed(work)
 
 
-# By model: the arrays and kernels its recordings are of, and these, by shape.
-_recorded: weakref.WeakKeyDictionary[Any, tuple[list[Any], dict[tuple[int, ...], RecordedPredict]]]
-_recorded = weakref.WeakKeyDictionary()
+_recorded: weakref.WeakKeyDictionary[Any, RecordedPredict] = weakref.WeakKeyDictionary()  # by model
 
 
 def predictor(model: Module, asked: bool | None = None) -> Callable[[Array, Array], Array]:
-    """The model's ``predict``; recorded, if that is wanted on its device.
+    """The model's ``predict``; recorded, if that is wanted (`is_wanted`).
 
-    A recording stays with the model as long as its weights are the same arrays; what is in them may change.
+    A recording stays with the model, and so does its memory, as long as the model's weights are the same
+    arrays; what is in them may change.
     """
-    if not _is_asked(asked) or not is_wanted(like := weight_of(model), asked):
+    if not is_wanted(model, asked):
         return model.predict
-    of = [kernels.kernels_for(like), *(p.value for p in model.named_parameters().values())]
-    before, by_shape = _recorded.get(model, ([], {}))
-    if len(of) != len(before) or any(a is not b for a, b in zip(of, before, strict=True)):
-        _recorded[model] = of, (by_shape := {})
 
     def predict(x: Array, t: Array) -> Array:
-        if x.shape not in by_shape:
-            by_shape[x.shape] = RecordedPredict(model, x)
-        return by_shape[x.shape](x, t)
+        recorded = _recorded.get(model)
+        if recorded is None or not recorded.is_current():
+            recorded = _recorded[model] = RecordedPredict(model)
+        return recorded(x, t)
 
     return predict
+
+
+def forget(model: Any) -> None:
+    """Let go of the recordings that stay with the model, and of their memory."""
+    if _recorded and isinstance(model, Module):
+        _recorded.pop(model, None)

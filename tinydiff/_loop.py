@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tinydiff._checks import check_counts, check_number, check_seed
+from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, asarray_like, device, is_numpy_array, to_numpy
@@ -230,6 +231,8 @@ def loop(
     if refused:
         x0 = loss_array = norm_array = backward = None
         models = [learner.model for learner in learners]
+        for model in models:
+            model.zero_grad()
         raise MemoryError(what_fits(trial(loss, models, data, like), like, plan.batch_size, refused))
     return losses[:]
 
@@ -240,18 +243,27 @@ def _joint(norms: list[Array]) -> Array:
 
 
 def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Callable[[int], None]:
-    """step(n): forward and backward of a batch of n, whose gradients are thrown away."""
+    """step(n): forward and backward of a batch of n, whose gradients are thrown away; to be recorded, thrice.
+
+    What has been recorded goes, too.
+    """
     xp = array_namespace(like)
     shape = (data(1, np.random.default_rng(0)) if callable(data) else data).shape[1:]
 
     def step(n: int) -> None:
+        x0 = xp.full((n, *shape), -1.0, dtype=like.dtype, device=device(like))  # -1 is an 8-bit level
         try:
-            x0 = xp.full((n, *shape), -1.0, dtype=like.dtype, device=device(like))  # -1 is an 8-bit level
-            _, backward = loss(models[0], x0, np.random.default_rng(0))
-            backward()
+            for _ in range(WARM_UP + 1 if isinstance(loss, RecordedLoss) else 1):
+                for model in models:
+                    model.zero_grad()
+                _, backward = loss(models[0], x0, np.random.default_rng(0))
+                backward()
+                del backward
         finally:
             for model in models:
                 model.zero_grad()
+            if isinstance(loss, RecordedLoss):
+                loss.forget()
 
     return step
 

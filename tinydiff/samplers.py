@@ -46,12 +46,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from tinydiff._checks import check_array, check_counts, check_number
-from tinydiff._graph import predictor
+from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
@@ -311,6 +312,10 @@ def sample(
     thousands, and a few steps evenly spaced in t overshoot by far; "heun" is of the same order and cost and
     does not.
 
+    On a GPU what a `UNet` or an `MLP` is asked is recorded as a CUDA graph the third time it is asked for a
+    batch of one shape, and replayed from then on. The recordings of the last two shapes stay with the model,
+    and each holds the memory that one pass takes. ``TINYDIFF_RECORD=0``: nothing is recorded.
+
     Two differences from diffusers' schedulers. They space their times differently by default ("leading");
     here both ends of the schedule are always walked through, as in Nichol & Dhariwal (2021, section 4). And
     with `clip`, DDIM's eps is taken from the clipped x0, so that the two belong together; there only with
@@ -339,10 +344,12 @@ def sample(
             x_T=None if x_T is None else x_T[start:stop, ...],
         )
 
-    def one_step(n: int) -> None:
-        states = walk(denoise, 0, n, np.random.default_rng(0))
-        next(states)
-        next(states)
+    def some_steps(n: int) -> None:  # with the last what the network is asked may be recorded
+        try:
+            for _ in islice(walk(denoise, 0, n, np.random.default_rng(0)), 2 + WARM_UP):
+                pass
+        finally:
+            forget(denoise)
 
     refused = ""
     state: Any = None
@@ -361,8 +368,9 @@ def sample(
         refused = reason(error)
     if refused:
         state, parts = None, []
+        forget(denoise)
         like = _like(denoise) if x_T is None else x_T
-        raise MemoryError(what_fits(one_step, like, min(size, total), refused))
+        raise MemoryError(what_fits(some_steps, like, min(size, total), refused))
     return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=0)
 
 

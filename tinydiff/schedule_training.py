@@ -4,7 +4,8 @@ Each step estimates the continuous-time bound of a batch. The network and the tw
 the bound's gradient; what is between the end points goes down that of the estimate's variance (docs: S.13).
 What comes out is a network and a schedule like any other.
 
-The loop is that of `tinydiff.training`, with two that learn.
+The loop is that of `tinydiff.training`, with two that learn. On a GPU its steps are not recorded: each sends
+numbers of the schedule, which changes from step to step.
 """
 
 from __future__ import annotations

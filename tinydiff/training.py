@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 import numpy as np
 
 from tinydiff._checks import check_counts, check_rng
-from tinydiff._graph import RecordedLoss, is_wanted
+from tinydiff._graph import RecordedLoss, forget, is_wanted
 from tinydiff._loop import (
     Data,
     Learner,
@@ -228,8 +228,11 @@ def train(
         Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
         for a `UNet` or a large batch of an `MLP`, in NumPy, on Linux.
     graph : bool, optional
-        On a GPU, record the step and replay it, if it can be: with the loss ``"simple"``, unweighted, without
-        dropout. Default: what ``TINYDIFF_RECORD`` says, or no.
+        On a GPU, record a step as a CUDA graph when it has run a few times, and replay it from then on, if
+        that can be: with the loss ``"simple"``, unweighted, without dropout. As long as the training lasts
+        the recording holds the memory that one forward and backward takes. Default: what ``TINYDIFF_RECORD``
+        says, 0 or 1; if nothing, yes for a `UNet` or an `MLP`, and no for another class, which may look at
+        its numbers on the host (unless it says that it is ``recordable``).
     progress : bool
         Show a progress bar (loss, steps per second, time left) on the standard error stream.
 
@@ -252,6 +255,8 @@ def train(
         checkpoint, and the model gets back the weights it had at the one before.
     MemoryError
         If a step does not fit in memory; the message names a batch size that does.
+    BackendError
+        If `graph` is True, or ``TINYDIFF_RECORD`` is 1, and the kernels for CuPy are the definitions.
     """
     check_counts(checkpoint_every=checkpoint_every, log_every=log_every)
     numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
@@ -285,28 +290,30 @@ def train(
         how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
         return training_loss(network, diffusion, x0, rng, loss, **how)
 
-    plain = loss == "simple" and min_snr_gamma is None and diffusion.variance != "learned_range"
-    plain = plain and not getattr(model, "config", {}).get("dropout")
-    step: Objective = objective
-    if plain and is_wanted(weight_of(model), graph):
-        step = RecordedLoss(diffusion)
+    recorded = _is_plain(loss, min_snr_gamma, diffusion, model) and is_wanted(model, graph)
+    step: Objective = RecordedLoss(diffusion) if recorded else objective
+    forget(model)  # what it predicted before: its weights are to move elsewhere
 
     began = time.perf_counter()
-    losses = loop(
-        [learner],
-        step,
-        data,
-        run,
-        numbers,
-        resume=resume,
-        checkpoint_every=checkpoint_every,
-        log_every=log_every,
-        workers=workers,
-        progress=progress,
-        # Where reading a number costs nothing it is read at once; importance sampling needs each step's.
-        at_once=is_numpy_array(weight_of(model)) or importance_sampling,
-        counted=(lambda: None) if drawn is None else drawn.remember,
-    )
+    try:
+        losses = loop(
+            [learner],
+            step,
+            data,
+            run,
+            numbers,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            workers=workers,
+            progress=progress,
+            # Where reading a number costs nothing it is read at once; importance sampling needs each step's.
+            at_once=is_numpy_array(weight_of(model)) or importance_sampling,
+            counted=(lambda: None) if drawn is None else drawn.remember,
+        )
+    finally:
+        if recorded:
+            model.zero_grad()  # the gradients lie in the recording's memory, which goes now
     return TrainingResult(learner.ema.model, np.asarray(losses), time.perf_counter() - began)
 
 
@@ -352,10 +359,14 @@ def find_batch_size(
 
     like = weight_of(model)
     data_there = beside(data, like)
-    # Adam's moments, the moving average, and the weights that are kept to go back to.
+    forget(model)
+    # Adam's moments, the moving average, and the weights that are kept to go back to. Beside a recording also
+    # the gradients as they are clipped; without one that is done where the activations were.
+    recorded = _is_plain(loss, min_snr_gamma, diffusion, model) and is_wanted(model)
     weights = [p.value for p in model.named_parameters().values()]
-    reserve = [array_namespace(like).zeros_like(weight) for weight in weights for _ in range(4)]
-    size = largest_batch(trial(objective, [model], data, like), like, most)
+    reserve = [array_namespace(like).zeros_like(weight) for weight in weights for _ in range(4 + recorded)]
+    step = RecordedLoss(diffusion) if recorded else objective
+    size = largest_batch(trial(step, [model], data, like), like, most)
     del reserve, data_there
     let_go(like)
     if not size:
@@ -380,6 +391,12 @@ def _check_loss(
     if importance and loss != "vlb":
         raise ValueError(f"importance sampling of t is for the loss 'vlb'; the loss is {loss!r}.")
     check_decoder(decoder)
+
+
+def _is_plain(loss: str, min_snr_gamma: float | None, diffusion: GaussianDiffusion, model: Any) -> bool:
+    """Whether a step is what `RecordedLoss` does: the mean squared error, and no dropout."""
+    unweighted = loss == "simple" and min_snr_gamma is None and diffusion.variance != "learned_range"
+    return unweighted and not getattr(model, "config", {}).get("dropout")
 
 
 def _digest(array: np.ndarray) -> str:

@@ -5,8 +5,10 @@ the steps and one after them, and the device says how long passed between the tw
 the default stream.
 
 TF32 products are on for both sides or off for both: in PyTorch by its switches for matrix products and for
-cuDNN (whose default is on), in CuPy by CUPY_TF32, which it reads at its first float32 product. CuPy 14
-does not heed it in batched products: those of attention are float32 even so.
+cuDNN (whose default is on), for tinydiff by CUPY_TF32, which CuPy reads at its first float32 product. Its
+kernels ask cuBLAS themselves and heed it in batched products, too. Attention with narrow heads (32 channels
+at most) is a kernel of its own, without products of cuBLAS: that is float32 arithmetic even so. Of the
+definitions CuPy 14 multiplies the batched products, those of attention, in float32.
 """
 
 from __future__ import annotations
@@ -90,5 +92,5 @@ class Gpu:
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "cupy": cupy.__version__,
-            "tf32": "on both, but for CuPy in attention" if self.tf32 else "off both",
+            "tf32": "on both" if self.tf32 else "off both",
         }

@@ -47,7 +47,8 @@ def training_step(
 class Tinydiff:
     """One network of tinydiff's, held ready until `close`.
 
-    On a GPU: with these `kernels`, "portable" or "cupy", and its steps `recorded` or not.
+    On a GPU: with these `kernels`, "cupy" or "portable", and its steps `recorded` or not; by default as
+    `td.train` and `td.sample` run it.
     """
 
     def __init__(
@@ -58,25 +59,30 @@ class Tinydiff:
         clock: Any = None,
         workers: int | None = None,
         kernels: str | None = None,
-        recorded: bool = False,
+        recorded: bool | None = None,
         name: str = "tinydiff",
     ) -> None:
-        self.name, self.kernels, self.recorded = name, kernels, recorded
+        self.name, self.kernels = name, kernels
         self.config = config
         self.xp = td.get_backend(backend)
         self.clock = clock or wall_clock
         self._stack = ExitStack()
         self.model = self._stack.enter_context(running(config.model(backend, dtype), config, workers))
+        self.on_a_gpu = backend == "cupy"
+        self.choose_kernels()
+        self.recorded = _graph.is_wanted(self.model, recorded)
 
     def close(self) -> None:
         self._stack.close()
 
-    def _with_kernels(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """`work`, with this side's kernels."""
+    def choose_kernels(self) -> None:
+        """Those of this side: another may have had its turn."""
+        if self.on_a_gpu:
+            use_on_gpu(self.kernels)
 
+    def _in_turn(self, work: Callable[[], Any]) -> Callable[[], Any]:
         def step() -> Any:
-            if self.kernels is not None:
-                use_on_gpu(self.kernels)
+            self.choose_kernels()
             return work()
 
         return step
@@ -85,7 +91,7 @@ class Tinydiff:
         optimizer = td.Adam(self.model.named_parameters(), LR)
         here = self._here(batch)
         if not self.recorded:
-            return self._with_kernels(lambda: training_step(self.model, optimizer, here))
+            return self._in_turn(lambda: training_step(self.model, optimizer, here))
         given = (self.model, here.x, here.target, here.t)
         replayed = _graph.Replayed(functools.partial(_graph.loss_and_gradients, *given))
 
@@ -97,15 +103,12 @@ class Tinydiff:
             optimizer.zero_grad()
             return value
 
-        return self._with_kernels(step)
+        return self._in_turn(step)
 
     def inference(self, batch: Batch) -> Callable[[], Any]:
         here = self._here(batch)
-
-        def work() -> Any:
-            return self.model.predict(here.x, here.t)
-
-        return self._with_kernels(_graph.Replayed(work) if self.recorded else work)
+        predict = _graph.predictor(self.model, self.recorded)
+        return self._in_turn(lambda: predict(here.x, here.t))
 
     def ddim(self, batch: Batch, steps: int) -> Callable[[], Any]:
         """From the noise `batch.x` to data, by DDIM."""
@@ -114,15 +117,14 @@ class Tinydiff:
         how = dict(sampler="ddim", steps=steps, rng=rng, x_T=x, progress=False)
 
         def walk() -> Any:
-            denoise = _graph.predictor(self.model, True) if self.recorded else self.model
+            denoise = _graph.predictor(self.model, self.recorded)
             return td.sample(denoise, diffusion, tuple(x.shape), **how)
 
-        return self._with_kernels(walk)
+        return self._in_turn(walk)
 
     def output_and_gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """The output, and the gradient of the loss by each parameter in PyTorch's layout, by name."""
-        if self.kernels is not None:
-            use_on_gpu(self.kernels)
+        self.choose_kernels()
         here = self._here(batch)
         y, backward = self.model(here.x, here.t)
         backward(mean_squared_error(y, here.target)[1])

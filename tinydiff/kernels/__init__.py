@@ -3,8 +3,9 @@
 ``portable.py`` is the definition: readable, in the array API standard, right for every library.
 ``numpy.py`` is a faster twin of the same functions for NumPy arrays, tested against the definition over
 random shapes; ``numba.py`` is another, faster still, for who installs the extra ``fast`` and asks for it
-(``TINYDIFF_KERNELS=numba``, or `use`). ``cupy.py`` is one for CuPy's (``TINYDIFF_CUPY_KERNELS=cupy``, or
-`use_on_gpu`). A layer asks for the module that fits its input::
+(``TINYDIFF_KERNELS=numba``, or `use`). ``cupy.py`` is the one for CuPy's, in CUDA; with
+``TINYDIFF_CUPY_KERNELS=portable``, or `use_on_gpu`, they go through the definition, too. A layer asks for the
+module that fits its input::
 
     kernels = kernels_for(x)
     y = kernels.conv2d(x, weight, bias, stride, padding)
@@ -27,7 +28,7 @@ from tinydiff.kernels._threads import alone, blas_on_one_thread, threads_in_reac
 __all__ = ["alone", "kernels_for", "many_steps", "threads_in_reach", "use", "use_on_gpu"]
 
 TWINS = ("numpy", "numba")
-ON_GPU = ("portable", "cupy")
+ON_GPU = ("cupy", "portable")
 
 # The modules for NumPy arrays and for CuPy's; None until they are asked for.
 _twin: Any = None
@@ -40,7 +41,8 @@ def kernels_for(x: Array) -> Any:
     Raises
     ------
     BackendError
-        If ``TINYDIFF_KERNELS`` names a twin that is unknown or cannot be imported.
+        If ``TINYDIFF_KERNELS`` names a twin that is unknown or cannot be imported, or
+        ``TINYDIFF_CUPY_KERNELS`` one that is unknown.
     """
     if is_numpy_array(x):
         return use() if _twin is None else _twin
@@ -87,9 +89,9 @@ def use_on_gpu(name: str | None = None) -> Any:
 
     Parameters
     ----------
-    name : {"portable", "cupy"}, optional
-        The definition, or kernels in CUDA. Default: the environment variable ``TINYDIFF_CUPY_KERNELS``, or
-        ``"portable"``.
+    name : {"cupy", "portable"}, optional
+        Kernels in CUDA, or the definition. Default: the environment variable ``TINYDIFF_CUPY_KERNELS``, or
+        ``"cupy"``.
 
     Raises
     ------
@@ -98,7 +100,7 @@ def use_on_gpu(name: str | None = None) -> Any:
     """
     global _on_gpu
     source = "name" if name is not None else "TINYDIFF_CUPY_KERNELS"
-    chosen = name if name is not None else os.environ.get("TINYDIFF_CUPY_KERNELS") or "portable"
+    chosen = (name if name is not None else os.environ.get("TINYDIFF_CUPY_KERNELS") or "cupy").strip().lower()
     if chosen not in ON_GPU:
         raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, ON_GPU))}.")
     _on_gpu = portable if chosen == "portable" else importlib.import_module("tinydiff.kernels.cupy")

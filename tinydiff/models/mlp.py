@@ -78,6 +78,8 @@ class MLP(Module):
         If a size is not positive; the message names the argument.
     """
 
+    recordable = True
+
     def __init__(
         self,
         in_features: int = 2,

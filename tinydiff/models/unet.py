@@ -200,6 +200,8 @@ class UNet(Module):
     variance 1 / mean(fan_in, fan_out); the last layer of every residual branch, and of the network, zero).
     """
 
+    recordable = True
+
     def __init__(
         self,
         in_channels: int = 1,

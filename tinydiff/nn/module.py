@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -78,7 +78,15 @@ class Module:
 
     They may be in lists, tuples and mappings. A subclass is called as the models are: it returns its output
     and its derivative.
+
+    Attributes
+    ----------
+    recordable : bool
+        Of the class itself, not inherited: on a GPU what it launches depends on the shape of its input only,
+        and it looks at no number on the host. `tinydiff.train` and `tinydiff.sample` then record it.
     """
+
+    recordable: ClassVar[bool] = False
 
     def _named(self) -> Iterator[tuple[str, Parameter]]:
         for name, value in vars(self).items():
