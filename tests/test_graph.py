@@ -431,3 +431,19 @@ def test_the_definitions_are_not_recorded(cupy):
         _graph.predictor(model, True)
     with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS=cupy"):
         td.train(model, PROCESS, np.zeros((2, 8, 8, 1), np.float32), steps=1, batch_size=2, graph=True)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(cupy):
+    """With a warning: here the work waits for the device, which a recording may not."""
+    ones = cupy.ones(3)
+
+    def work():
+        return cupy.asarray(float(ones.sum()))
+
+    replayed = _graph.Replayed(work)
+    for _ in range(_graph.WARM_UP):
+        assert replayed() == 3
+    with pytest.warns(RuntimeWarning, match="Steps are not recorded on this GPU, but run one by one: "):
+        assert replayed() == 3
+    ones[...] = 2
+    assert replayed() == 6

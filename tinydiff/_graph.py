@@ -23,6 +23,7 @@ import functools
 import os
 import threading
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -168,20 +169,33 @@ class Recording:
 
 
 class Replayed:
-    """`work`, done as it is the first times it is called, recorded then, and replayed from then on."""
+    """`work`, done as it is the first times it is called, recorded then, and replayed from then on.
+
+    Where it cannot be recorded (by this version of a library, say), a warning says so and it goes on as it
+    is.
+    """
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
         self._calls = 0
-        self._recording: Recording | None = None
+        self._replay: Callable[[], Any] | None = None
 
     def __call__(self) -> Any:
         self._calls += 1
         if self._calls <= WARM_UP:
             return self._work()
-        if self._recording is None:
-            self._recording = Recording(self._work)
-        return self._recording()
+        if self._replay is None:
+            try:
+                self._replay = Recording(self._work)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self._replay = self._work
+                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(
+                    f"Steps are not recorded on this GPU, but run one by one: {said}", RuntimeWarning, 2
+                )
+        return self._replay()
 
 
 class Weights:
