@@ -123,8 +123,8 @@ class Recording:
     def __init__(self, work: Callable[[], Any]) -> None:
         import cupy
 
-        from tinydiff.kernels import _cupy_products
         from tinydiff.kernels._cupy_flat import late
+        from tinydiff.kernels._cupy_products import workspace_of
 
         self._current_stream = cupy.cuda.get_current_stream
         self._ran = before = self._current_stream()
@@ -149,7 +149,7 @@ class Recording:
                     raise
                 self._graph = stream.end_capture()
         finally:  # cuBLAS has had a workspace for that stream: it lives as long as what was recorded
-            workspace = _cupy_products._handle()._workspaces.pop(stream.ptr, None)
+            workspace = workspace_of(stream.ptr)
         for there, numbers in unsent:
             there.set(numbers)
         self._kept = (stream, unsent, workspace)
@@ -178,24 +178,24 @@ class Replayed:
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
         self._calls = 0
-        self._replay: Callable[[], Any] | None = None
+        self.replay: Callable[[], Any] | None = None
 
     def __call__(self) -> Any:
         self._calls += 1
         if self._calls <= WARM_UP:
             return self._work()
-        if self._replay is None:
+        if self.replay is None:
             try:
-                self._replay = Recording(self._work)
+                self.replay = Recording(self._work)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                self._replay = self._work
+                self.replay = self._work
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
                 warnings.warn(
                     f"Steps are not recorded on this GPU, but run one by one: {said}", RuntimeWarning, 2
                 )
-        return self._replay()
+        return self.replay()
 
 
 class Weights:
@@ -221,7 +221,7 @@ class RecordedLoss:
         self._diffusion = diffusion
         self._given: list[Array] = []
         self._weights: Weights | None = None
-        self._replayed: Any = None
+        self.replayed: Any = None
 
     def __call__(self, model: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], None]]:
         if self._weights is None or not self._weights.are_there() or self._given[0].shape != x0.shape:
@@ -231,13 +231,13 @@ class RecordedLoss:
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)
         x_t, target = self._diffusion.q_sample(x0, t, noise), self._diffusion.training_target(x0, t, noise)
         given = [x_t, target, asarray_like(t, x0, xp.int64)]
-        if self._replayed is None:
+        if self.replayed is None:
             self._given = [xp.asarray(array, copy=True) for array in given]
             self._weights = Weights(model)
-            self._replayed = Replayed(functools.partial(loss_and_gradients, model, *self._given))
+            self.replayed = Replayed(functools.partial(loss_and_gradients, model, *self._given))
         for there, array in zip(self._given, given, strict=True):
             there[...] = array
-        loss, gradients = self._replayed()
+        loss, gradients = self.replayed()
 
         def backward() -> None:
             for parameter, gradient in gradients:
@@ -247,7 +247,7 @@ class RecordedLoss:
 
     def forget(self) -> None:
         """Let go of the recording, and of its memory."""
-        self._given, self._weights, self._replayed = [], None, None
+        self._given, self._weights, self.replayed = [], None, None
 
 
 def loss_and_gradients(

@@ -20,7 +20,7 @@ from cupy_backends.cuda.libs import cublas
 
 from tinydiff.kernels._cupy_compile import kind_of
 
-__all__ = ["is_tf32", "product"]
+__all__ = ["is_tf32", "product", "workspace_of"]
 
 COMPUTE_TYPE_TF32 = 7  # of CuPy: CUPY_TF32 asked for it
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77  # of cuBLAS
@@ -53,19 +53,28 @@ class _Handle:
         self.library = _library()
         self.pointer = ctypes.c_void_p()
         _check("cublasCreate", self.library.cublasCreate_v2(ctypes.byref(self.pointer)))
-        self._stream: int | None = None
-        self._workspaces: dict[int, Any] = {}
+        self.stream: int | None = None
+        self.workspaces: dict[int, Any] = {}
 
     def follow(self, stream: int) -> None:
-        if stream == self._stream:
+        if stream == self.stream:
             return
-        if stream not in self._workspaces:
+        if stream not in self.workspaces:
             # Beside CuPy's current pool, which may be that of a recording.
-            self._workspaces[stream] = cupy.get_default_memory_pool().malloc(WORKSPACE)
-        workspace = self._workspaces[stream].ptr
+            self.workspaces[stream] = cupy.get_default_memory_pool().malloc(WORKSPACE)
+        workspace = self.workspaces[stream].ptr
         _check("cublasSetStream", self.library.cublasSetStream_v2(self.pointer, stream))
         _check("cublasSetWorkspace", self.library.cublasSetWorkspace_v2(self.pointer, workspace, WORKSPACE))
-        self._stream = stream
+        self.stream = stream
+
+
+def workspace_of(stream: int) -> Any:
+    """The workspace that this thread's products had on a stream, or None; it is the caller's from now on."""
+    handle = _mine.__dict__.get("handles", {}).get(cupy.cuda.runtime.getDevice())
+    if handle is None:
+        return None
+    handle.stream = None  # another stream may have that name later
+    return handle.workspaces.pop(stream, None)
 
 
 def _handle() -> _Handle:

@@ -1,10 +1,9 @@
 """The CuPy twin of ``portable.py``: the same functions, the same results, in few launches.
 
-On a GPU a small network waits for its launches, not for arithmetic (docs: A.27), and a large one for memory:
-a chain of element-wise passes is one kernel here, in CUDA. Products are cuBLAS's (``_cupy_products.py``). A
-convolution is still its rows, laid out by one launch, and one product (docs: A.4).
-
-Not yet run on a GPU: it is chosen by ``TINYDIFF_CUPY_KERNELS=cupy``, or `kernels.use_on_gpu`.
+On a GPU a small network waits for its launches, not for arithmetic (docs: A.27), and a large one for memory.
+A chain of element-wise passes is one kernel here, in CUDA. So is a float32 convolution or linear layer, by
+tensor cores (``_cupy_conv.py``). Others are rows, laid out by one launch (docs: A.4), and a product by cuBLAS
+(``_cupy_products.py``).
 """
 
 from __future__ import annotations
