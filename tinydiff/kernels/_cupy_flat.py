@@ -6,6 +6,7 @@ addresses are those of every replay, and the table is filled when the recording 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,27 +30,29 @@ extern "C" __global__ void lay(const long long* addresses, const long long* chun
 }
 """
 
-_late: list[tuple[Any, np.ndarray]] | None = None
+_of_this_thread = threading.local()  # what `late` has put off: another may train meanwhile
 
 
 @contextmanager
 def late() -> Iterator[list[tuple[Any, np.ndarray]]]:
     """Within it nothing is sent: the list grows by (array there, what to send) for when it may be."""
-    global _late
-    before, _late = _late, []
+    before = getattr(_of_this_thread, "unsent", None)
+    unsent: list[tuple[Any, np.ndarray]] = []
+    _of_this_thread.unsent = unsent
     try:
-        yield _late
+        yield unsent
     finally:
-        _late = before
+        _of_this_thread.unsent = before
 
 
 def _sent(numbers: np.ndarray) -> Any:
-    if _late is None:
+    unsent = getattr(_of_this_thread, "unsent", None)
+    if unsent is None:
         return cupy.asarray(numbers)
     # Not of the recording's memory: at a replay, launches before this one would write there.
     memory = cupy.get_default_memory_pool().malloc(numbers.nbytes)
     there = cupy.ndarray(numbers.shape, numbers.dtype, memptr=memory)
-    _late.append((there, numbers))
+    unsent.append((there, numbers))
     return there
 
 
