@@ -52,9 +52,11 @@ examples:
   python demos/benchmark.py
   python demos/benchmark.py --configs mnist toy --threads 1 --rounds 20 --json times.json
   python demos/benchmark.py --profile --growth --no-compile
-  python demos/benchmark.py --backend cupy --tf32"""
+  python demos/benchmark.py --backend cupy --tf32
+  python demos/benchmark.py --backend cupy --configs sampling --work ddim --no-compile --no-memory"""
 
 QUICK = "networks of a quarter of the channels, batches of 2, two rounds: to see that all of it runs"
+WORK = ["training", "inference", "ddim"]
 LEAST_SHARE = 0.005  # of the step: layers below it are summed in one line (--json has them all)
 NEEDS_TORCH = "PyTorch and diffusers are needed to compare with: pip install '.[oracle]'"
 
@@ -74,6 +76,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         help="mnist, cifar, sampling, toy; with --backend cupy also cifar128 (default: all)",
+    )
+    parser.add_argument(
+        "--work",
+        nargs="+",
+        choices=WORK,
+        default=WORK,
+        metavar="WORK",
+        help="what is timed: training, inference, on a GPU ddim (50 steps from noise to data) (default: all)",
     )
     parser.add_argument("--rounds", type=count, metavar="N", help="turns of each side (default: 9)")
     parser.add_argument("--threads", type=count, metavar="N", help="of both sides (default: all cores)")
@@ -177,7 +187,7 @@ class Benchmark:
             print(f"\n{config.name}: {config.about}")
             if self.compare and not self.agree(config):
                 continue
-            for work in ("training", "inference", "ddim"):
+            for work in self.args.work:
                 for n in getattr(config, work):
                     if work != "ddim" or self.device is not None:
                         self.time(config, work, n)

@@ -75,8 +75,10 @@ def test_growth_without_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "has_torch", lambda: False)
     file = tmp_path / "found.json"
     flags = ["--quick", "--rounds", "1", "--no-memory", "--growth", "--configs", "toy", "--json", str(file)]
-    module.main([*flags, "--threads", "1"])
-    grown = json.loads(file.read_text())["growth"]
+    module.main([*flags, "--threads", "1", "--work", "inference"])
+    found = json.loads(file.read_text())
+    assert [t["work"] for t in found["times"]] == ["inference"]
+    grown = found["growth"]
     assert grown["batch"]["sizes"] == [8, 16] and grown["pixels"]["sizes"] == [16 * 16, 32 * 32]
     for of in grown.values():
         assert np.isfinite(of["sides"]["tinydiff"]["exponent"])
@@ -270,7 +272,7 @@ def test_help_is_enough(capsys):
         benchmark().main(["--help"])
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    flags = "configs rounds threads workers quick no-compile no-memory profile growth json backend tf32"
+    flags = "configs work rounds threads workers quick no-compile no-memory profile growth json backend tf32"
     for flag in [*flags.split(), "fused-adam", "definitions"]:
         assert f"--{flag} " in said, flag
     words = ["A B A B", "median", "quartiles", "torch.set_num_threads", "many_steps", "VmHWM", "PSS"]
@@ -297,6 +299,7 @@ def test_workers_share_the_points():
     [
         (["--configs", "imagenet"], ["imagenet", "mnist", "toy"]),
         (["--configs", "cifar128"], ["cifar128"]),
+        (["--work", "rest"], ["--work", "rest", "training", "inference", "ddim"]),
         (["--rounds", "0"], ["--rounds", "'0'"]),
         (["--json", "nowhere/found.json"], ["--json", "nowhere"]),
         (["--tf32"], ["--tf32", "--backend cupy"]),
