@@ -884,6 +884,34 @@ def test_sums_over_rows_on_the_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("found", [True, False], ids=["asked directly", "not found"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_products_on_the_gpu(dtype, found, monkeypatch):
+    """Of matrices and of many, transposed and not, with no terms; where cuBLAS is not found, by CuPy."""
+    space("cupy")
+    from tinydiff.kernels import _cupy_products
+
+    if not found:
+        monkeypatch.setattr(_cupy_products, "_library", lambda: None)
+    rng = np.random.default_rng(0)
+    for lead, (m, k, n) in [((), (5, 7, 3)), ((4,), (6, 2, 9)), ((), (3, 0, 2)), ((), (1, 33, 1))]:
+        for ta, tb, scale in [
+            (False, False, 1.0),
+            (True, False, -2.0),
+            (False, True, 0.5),
+            (True, True, 1.0),
+        ]:
+            a = normal(rng, (*lead, k, m) if ta else (*lead, m, k), dtype)
+            b = normal(rng, (*lead, n, k) if tb else (*lead, k, n), dtype)
+            c = _cupy_products.product(there(a), there(b), ta=ta, tb=tb, scale=scale)
+            factors = (np.swapaxes(x, -1, -2) if t else x for x, t in ((a, ta), (b, tb)))
+            x, y = (factor.astype(np.float64) for factor in factors)
+            assert_close(c.get(), scale * (x @ y), abs(scale) * (abs(x) @ abs(y)), dtype)
+        with pytest.raises(ValueError, match="no product of"):
+            _cupy_products.product(there(np.zeros((2, 3), dtype)), there(np.zeros((4, 2), dtype)))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_end_to_end_on_the_gpu(dtype, monkeypatch):
     """By one launch; and without one, as a view, where all lies so already."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,7 +92,7 @@ def use_on_gpu(name: str | None = None) -> Any:
     ----------
     name : {"cupy", "portable"}, optional
         Kernels in CUDA, or the definition. Default: the environment variable ``TINYDIFF_CUPY_KERNELS``, or
-        ``"cupy"``.
+        ``"cupy"``; for a CuPy built for AMD's GPUs ``"portable"``.
 
     Raises
     ------
@@ -100,11 +101,17 @@ def use_on_gpu(name: str | None = None) -> Any:
     """
     global _on_gpu
     source = "name" if name is not None else "TINYDIFF_CUPY_KERNELS"
-    chosen = (name if name is not None else os.environ.get("TINYDIFF_CUPY_KERNELS") or "cupy").strip().lower()
+    asked = name if name is not None else os.environ.get("TINYDIFF_CUPY_KERNELS", "")
+    chosen = asked.strip().lower() or ("portable" if _is_for_amd() else "cupy")
     if chosen not in ON_GPU:
         raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, ON_GPU))}.")
     _on_gpu = portable if chosen == "portable" else importlib.import_module("tinydiff.kernels.cupy")
     return _on_gpu
+
+
+def _is_for_amd() -> bool:
+    cupy = sys.modules.get("cupy")  # who asks has its arrays
+    return cupy is not None and bool(cupy.cuda.runtime.is_hip)
 
 
 @contextmanager

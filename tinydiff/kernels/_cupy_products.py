@@ -32,10 +32,16 @@ _mine = threading.local()
 
 @functools.cache
 def _library() -> Any:
-    """CuPy's module for cuBLAS: the functions of the library it is linked to are found through it."""
-    library = ctypes.CDLL(cublas.__file__)
+    """CuPy's module for cuBLAS: the functions of the library it is linked to are found through it.
+
+    None where they are not: on Windows a module does not hand on what it is linked to.
+    """
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
-    library.cublasCreate_v2.argtypes = [ctypes.POINTER(p)]
+    try:
+        library = ctypes.CDLL(cublas.__file__)
+        library.cublasCreate_v2.argtypes = [ctypes.POINTER(p)]
+    except (OSError, AttributeError):
+        return None
     library.cublasSetStream_v2.argtypes = [p, p]
     library.cublasSetWorkspace_v2.argtypes = [p, p, ctypes.c_size_t]
     one: list[Any] = [p, i, i]
@@ -123,6 +129,10 @@ def product(a: Any, b: Any, *, ta: bool = False, tb: bool = False, scale: float 
     c = cupy.empty((*lead, m, n), a.dtype)
     if not c.size or not k:
         c.fill(0)
+        return c
+    if _library() is None:  # CuPy's product, which cannot be recorded
+        cupy.matmul(a.swapaxes(-1, -2) if ta else a, b.swapaxes(-1, -2) if tb else b, out=c)
+        c *= scale
         return c
     number = NUMBER[kind][0]
     handle = _handle()
