@@ -3,7 +3,8 @@
 With eight channels a head the scores are many times what they are computed from, so they are never written: a
 thread has one query and goes through the keys, which a block reads together, 64 at a time. It keeps the
 largest score so far, m, and sum exp(s - m); when a larger one comes, what it has is scaled to it (Milakov &
-Gimelshein 2018). Kept for the backward are m and the sum's inverse: p_ab = exp(s_ab - m_a) / sum_a.
+Gimelshein 2018; docs: A.31). Kept for the backward are m and the sum's inverse:
+p_ab = exp(s_ab - m_a) / sum_a.
 
 Backward, by B.13 and B.14 (sum_b p_ab dp_ab = do_a . o_a): a thread has one query, for dq, or one key, for dk
 and dv. Nothing is added up between blocks: the same call gives the same bits.

@@ -4,7 +4,7 @@ The rows of what each output sees (docs: A.4) take nine times the image's memory
 longer than the product. Here a block of threads has some outputs and some of their channels. It goes through
 taps and channels, 32 at a time: it fetches what its outputs see through this tap, and the tap's weights, to
 shared memory, while it multiplies what came before (``_cupy_tensor_cores.py``). The nine taps of 32 channels
-follow one another, so that a pixel is fetched from afar once. The bias is added at the end.
+follow one another, so that a pixel is fetched from afar once. The bias is added at the end (docs: A.28).
 
 The derivative by the input is the same with the taps turned (B.8). That by the weights is a sum over outputs:
 it is shared out between blocks, and the shares are added up by a second launch, in a fixed order (B.9).
@@ -404,7 +404,7 @@ def convolved(
     """The convolution of x (N, H, W, C) with w (k, k, C, D), at `sizes` places, plus bias (D,) or None.
 
     With `doubled`, of `upsample(x)`. With `turned`, the derivative of a convolution by its input: x is the
-    output's (N, H', W', C), w (k, k, D, C), and `sizes` are the input's.  (docs: B.7, B.8)
+    output's (N, H', W', C), w (k, k, D, C), and `sizes` are the input's.  (docs: B.7, B.8, A.28)
     """
     n, h, width, c = x.shape
     k, d = w.shape[0], w.shape[2 if turned else 3]
@@ -424,7 +424,7 @@ def convolved(
 def weight_gradient(
     x: Any, dy: Any, k: int, stride: int, padding: Padding, *, doubled: bool = False
 ) -> tuple[Any, Any]:
-    """The derivatives by weights and bias, (k k C, D) and (D,), of a convolution of x.  (docs: B.9)
+    """The derivatives by weights and bias, (k k C, D) and (D,), of a convolution of x.  (docs: B.9, A.28)
 
     x (N, H, W, C), of whose doubling with `doubled`; dy (N, H', W', D), the gradient by the output.
     """
