@@ -35,6 +35,7 @@ CHAPTERS = {
     "08-backends.md": "A",
     "09-reading-map.md": "E",
     "11-fast-kernels.md": "A",
+    "12-gpu.md": "A",
 }
 
 # Modules that are mathematics, and the chapters that derive it: once these have pages, every public function

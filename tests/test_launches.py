@@ -66,7 +66,7 @@ def networks(monkeypatch):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar", "toy"])
 def test_calls_of_a_step_are_those_of_the_page(networks, name):
-    """docs/08 has the numbers; from the second step on all steps are alike."""
+    """docs/12 has the numbers; from the second step on all steps are alike."""
     config, where, rng = networks[name], space("strict"), np.random.default_rng(0)
     model = where.module(config.model(), "float32")
     step = training_step(model, PROCESS, where.array(np.full((2, *config.shape), 0.5, np.float32)))
@@ -83,7 +83,7 @@ def test_calls_of_a_step_are_those_of_the_page(networks, name):
             shape = (2, *config.shape)
             td.sample(model, PROCESS, shape, "ddim", n, rng=rng, progress=False)
         counts.append(len(seen))
-    page = (ROOT / "docs" / "08-backends.md").read_text()
+    page = (ROOT / "docs" / "12-gpu.md").read_text()
     rows = re.findall(rf"^\| `{name}` \| ([\d,]+) \| ([\d,]+) \|", page, re.MULTILINE)
     assert rows == [(f"{len(steps[0]):,}", f"{counts[1] - counts[0]:,}")]
 
