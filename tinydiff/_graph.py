@@ -4,8 +4,8 @@ Every launch costs the host some microseconds, and a step has hundreds (docs: A.
 all are the same launches on the same shapes, so they are recorded, with the addresses that they read and
 write. A replay is one launch. What a recording needs:
 
-- What comes in is copied to arrays that stay (by those who use a `Recording`), and what changes from step
-  to step, such as a learning rate, is an array of one element there.
+- What comes in is copied to arrays that stay (by those who use a `Recording`). What changes otherwise from
+  step to step is not recorded: noise, which comes before, and clipping, Adam and the average, after.
 - Its memory is its own, as much as one pass takes and 32 MiB for cuBLAS, kept as long as it is: what is
   freed within it may be used again within it only.
 - Nothing is sent or taken within it. The kernels of ``kernels/cupy.py`` keep to that, and call cuBLAS in a

@@ -1,8 +1,4 @@
-"""What goes element by element on a GPU, one launch each: SiLU, and the optimiser's chains, in place.
-
-The optimiser's numbers may be Python's, or float64 arrays of one element on the device, which is what a
-recorded step needs: it may then change them from step to step.
-"""
+"""What goes element by element on a GPU, one launch each: SiLU, and the optimiser's chains, in place."""
 
 from __future__ import annotations
 
@@ -44,19 +40,19 @@ def adam_step(
     grad: Any,
     m: Any,
     v: Any,
-    step_size: Any,
+    step_size: float,
     beta1: float,
     beta2: float,
-    root: Any,
+    root: float,
     eps: float,
-    decay: Any,
+    decay: float,
 ) -> tuple[Any, Any, Any]:
     """Step `value`, `m` and `v` in place; see ``portable.adam_step``."""
     _adam(grad, step_size, 1.0 - beta1, 1.0 - beta2, root, eps, decay, value, m, v)
     return value, m, v
 
 
-def ema_step(average: Any, value: Any, rate: Any) -> Any:
+def ema_step(average: Any, value: Any, rate: float) -> Any:
     """Move `average` in place; see ``portable.ema_step``."""
     _ema(value, rate, average)
     return average
