@@ -45,7 +45,7 @@ from tinydiff.backend import (
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.losses import mean_squared_error
 from tinydiff.memory import is_out_of_memory, let_go
-from tinydiff.nn.module import Module, Parameter, weight_of
+from tinydiff.nn.module import Module, weight_of
 
 __all__ = [
     "WARM_UP",
@@ -55,7 +55,7 @@ __all__ = [
     "Replayed",
     "forget",
     "is_wanted",
-    "loss_and_gradients",
+    "loss_and_backward",
     "predictor",
 ]
 
@@ -221,7 +221,7 @@ class RecordedLoss:
         self._diffusion = diffusion
         self._given: list[Array] = []
         self._weights: Weights | None = None
-        self.replayed: Any = None
+        self._replayed: Any = None
 
     def __call__(self, model: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], None]]:
         if self._weights is None or not self._weights.are_there() or self._given[0].shape != x0.shape:
@@ -231,31 +231,24 @@ class RecordedLoss:
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)
         x_t, target = self._diffusion.q_sample(x0, t, noise), self._diffusion.training_target(x0, t, noise)
         given = [x_t, target, asarray_like(t, x0, xp.int64)]
-        if self.replayed is None:
+        if self._replayed is None:
             self._given = [xp.asarray(array, copy=True) for array in given]
             self._weights = Weights(model)
-            self.replayed = Replayed(functools.partial(loss_and_gradients, model, *self._given))
+            self._replayed = Replayed(functools.partial(loss_and_backward, model, *self._given))
         for there, array in zip(self._given, given, strict=True):
             there[...] = array
-        loss, gradients = self.replayed()
-
-        def backward() -> None:
-            for parameter, gradient in gradients:
-                parameter.accumulate(gradient)
-
+        loss, backward = self._replayed()
         return xp.asarray(loss, copy=True), backward
 
     def forget(self) -> None:
         """Let go of the recording, and of its memory."""
-        self._given, self._weights, self.replayed = [], None, None
+        self._given, self._weights, self._replayed = [], None, None
 
 
-def loss_and_gradients(
-    model: Any, x_t: Array, target: Array, t: Array
-) -> tuple[Array, list[tuple[Parameter, Array]]]:
-    """The mean squared error of the model's output, and its gradient by each parameter, laid end to end.
+def loss_and_backward(model: Any, x_t: Array, target: Array, t: Array) -> tuple[Array, Callable[[], None]]:
+    """The mean squared error of the model's output, and what adds its gradients, laid end to end.
 
-    The parameters' own gradients are zero when it begins, and when it ends.
+    These are computed already; the parameters' own are zero when it begins, and when it ends.
     """
     try:
         output, backward = model(x_t, t)
@@ -268,7 +261,12 @@ def loss_and_gradients(
             laid |= zip(which, cut(flat, [grads[i].shape for i in which]), strict=True)
     finally:
         model.zero_grad()
-    return loss, [(parameter, laid[i]) for i, parameter in enumerate(parameters)]
+
+    def add() -> None:
+        for i, parameter in enumerate(parameters):
+            parameter.accumulate(laid[i])
+
+    return loss, add
 
 
 class RecordedPredict:

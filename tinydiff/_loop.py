@@ -231,8 +231,6 @@ def loop(
     if refused:
         x0 = loss_array = norm_array = backward = None
         models = [learner.model for learner in learners]
-        for model in models:
-            model.zero_grad()
         raise MemoryError(what_fits(trial(loss, models, data, like), like, plan.batch_size, refused))
     return losses[:]
 

@@ -286,19 +286,15 @@ def train(
         drawn = _Drawn(states["t_sampler."])
     run = None if run_dir is None else Run(Path(run_dir), settings, states)
 
-    def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:
-        how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
-        return training_loss(network, diffusion, x0, rng, loss, **how)
-
-    recorded = _is_plain(loss, min_snr_gamma, diffusion, model) and is_wanted(model, graph)
-    step: Objective = RecordedLoss(diffusion) if recorded else objective
+    how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
+    objective = _objective(model, diffusion, loss, graph, **how)
     forget(model)  # what it predicted before: its weights are to move elsewhere
 
     began = time.perf_counter()
     try:
         losses = loop(
             [learner],
-            step,
+            objective,
             data,
             run,
             numbers,
@@ -312,7 +308,7 @@ def train(
             counted=(lambda: None) if drawn is None else drawn.remember,
         )
     finally:
-        if recorded:
+        if isinstance(objective, RecordedLoss):
             model.zero_grad()  # the gradients lie in the recording's memory, which goes now
     return TrainingResult(learner.ema.model, np.asarray(losses), time.perf_counter() - began)
 
@@ -353,20 +349,16 @@ def find_batch_size(
     """
     check_counts(most=most)
     check_data(data)
-
-    def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:
-        return training_loss(network, diffusion, x0, rng, loss, min_snr_gamma=min_snr_gamma, decoder=decoder)
-
+    objective = _objective(model, diffusion, loss, None, min_snr_gamma=min_snr_gamma, decoder=decoder)
     like = weight_of(model)
     data_there = beside(data, like)
     forget(model)
     # Adam's moments, the moving average, and the weights that are kept to go back to. Beside a recording also
     # the gradients as they are clipped; without one that is done where the activations were.
-    recorded = _is_plain(loss, min_snr_gamma, diffusion, model) and is_wanted(model)
+    kept = 5 if isinstance(objective, RecordedLoss) else 4
     weights = [p.value for p in model.named_parameters().values()]
-    reserve = [array_namespace(like).zeros_like(weight) for weight in weights for _ in range(4 + recorded)]
-    step = RecordedLoss(diffusion) if recorded else objective
-    size = largest_batch(trial(step, [model], data, like), like, most)
+    reserve = [array_namespace(like).zeros_like(weight) for weight in weights for _ in range(kept)]
+    size = largest_batch(trial(objective, [model], data, like), like, most)
     del reserve, data_there
     let_go(like)
     if not size:
@@ -393,10 +385,17 @@ def _check_loss(
     check_decoder(decoder)
 
 
-def _is_plain(loss: str, min_snr_gamma: float | None, diffusion: GaussianDiffusion, model: Any) -> bool:
-    """Whether a step is what `RecordedLoss` does: the mean squared error, and no dropout."""
-    unweighted = loss == "simple" and min_snr_gamma is None and diffusion.variance != "learned_range"
-    return unweighted and not getattr(model, "config", {}).get("dropout")
+def _objective(
+    model: Any, diffusion: GaussianDiffusion, loss: Loss, graph: bool | None, **how: Any
+) -> Objective:
+    """What a step minimises: `training_loss`; recorded, if it is what `RecordedLoss` does and that is wanted.
+
+    That is the mean squared error, unweighted, of a network without dropout.
+    """
+    plain = loss == "simple" and how["min_snr_gamma"] is None and diffusion.variance != "learned_range"
+    if plain and not getattr(model, "config", {}).get("dropout") and is_wanted(model, graph):
+        return RecordedLoss(diffusion)
+    return lambda network, x0, rng: training_loss(network, diffusion, x0, rng, loss, **how)
 
 
 def _digest(array: np.ndarray) -> str:

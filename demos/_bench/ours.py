@@ -93,12 +93,11 @@ class Tinydiff:
         if not self.recorded:
             return self._in_turn(lambda: training_step(self.model, optimizer, here))
         given = (self.model, here.x, here.target, here.t)
-        replayed = _graph.Replayed(functools.partial(_graph.loss_and_gradients, *given))
+        replayed = _graph.Replayed(functools.partial(_graph.loss_and_backward, *given))
 
         def step() -> Any:
-            value, gradients = replayed()
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
+            value, backward = replayed()
+            backward()
             optimizer.step()
             optimizer.zero_grad()
             return value

@@ -12,7 +12,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-__all__ = ["THREADS", "blocks_of", "compiled"]
+__all__ = ["THREADS", "blocks_of", "compiled", "kind_of"]
 
 THREADS = 256  # of a block, where a kernel does not say otherwise; a power of two, and of warps
 REALS = {"f": "float", "d": "double"}
