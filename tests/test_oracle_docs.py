@@ -56,8 +56,10 @@ def test_a_unet_with_a_mistake_is_off_by_what_chapter_13_says():
     assert seen(first(x), t) == pytest.approx(0.16, rel=0.5)
 
 
+@pytest.mark.filterwarnings("error")
 def test_tensors_go_in_and_tensors_come_out():
     """Of the process, the losses, the bound and the exact denoiser, as chapter 13 says; the same numbers."""
+    torch.set_warn_always(True)  # not only the first time, which may have been in another test
     diffusion = td.GaussianDiffusion(td.cosine_schedule(20), "v", "learned_range")
     mixture = td.GaussianMixture([0.4, 0.6], [[-1.0, 0.2], [0.5, 0.0]], 0.1)
     x0, noise = np.random.default_rng(0).standard_normal((2, 5, 2))
@@ -76,7 +78,10 @@ def test_tensors_go_in_and_tensors_come_out():
             *td.hybrid_loss(diffusion, output, x0, t, noise),
         ]
 
-    tensors = everything(torch.from_numpy(x0), torch.from_numpy(t), torch.from_numpy(noise))
+    try:
+        tensors = everything(torch.from_numpy(x0), torch.from_numpy(t), torch.from_numpy(noise))
+    finally:
+        torch.set_warn_always(False)
     for tensor, array in zip(tensors, everything(x0, t, noise)):
         assert isinstance(tensor, torch.Tensor)
         np.testing.assert_allclose(tensor.numpy(), array, rtol=1e-12, atol=1e-12)

@@ -101,6 +101,7 @@ class GaussianMixture:
             )
         self._variances = np.where(variances > rounding, variances, 0.0)
         self._axes = axes
+        self._means = means.copy()  # not frozen: PyTorch, which shares its memory, warns of an array that is
         self.weights = weights / np.sum(weights)
         self.means = means
         self.covariances = covariances
@@ -267,7 +268,7 @@ class GaussianMixture:
         xp = array_namespace(x_t)
         log_joint, y, variance = self._components(x_t, a, s2)
         r = _softmax(log_joint)[:, :, None, None]
-        axes, lambdas, means = (asarray_like(v, x_t) for v in (self._axes, self._variances, self.means))
+        axes, lambdas, means = (asarray_like(v, x_t) for v in (self._axes, self._variances, self._means))
         mean_k = means + xp.matmul(axes, (a[:, :, None] * lambdas / variance * y)[..., None])[..., 0]
         apart = mean_k - xp.sum(r[..., 0] * mean_k, axis=1, keepdims=True)
         within = xp.matmul(
@@ -395,7 +396,7 @@ class GaussianMixture:
         xp = array_namespace(x_t)
         log_joint, y, variance = self._components(x_t, a, s2)
         r = _softmax(log_joint)
-        lambdas, means = asarray_like(self._variances, x_t), asarray_like(self.means, x_t)
+        lambdas, means = asarray_like(self._variances, x_t), asarray_like(self._means, x_t)
         x0 = xp.matmul(r, means) + self._combine(r, a[:, :, None] * lambdas / variance * y)
         return x0, xp.sqrt(s2) * self._combine(r, y / variance)
 
