@@ -43,11 +43,12 @@ DEFAULTS = dict(
     samples=64,
     sampler="ddpm",
     sampling_steps=100,
+    checkpoint_every=100,
 )
 # What differs with --backend cupy: the training of the weights that come with the package, on all digits.
-ON_A_GPU = dict(data="full", channels=[32, 64, 64], steps=15_000, samples=256)
+# A step takes some milliseconds there, and a checkpoint as long as eight of them.
+ON_A_GPU = dict(data="full", channels=[32, 64, 64], steps=15_000, samples=256, checkpoint_every=1000)
 LAYERS_PER_BLOCK, EMA_DECAY = 1, 0.995
-CHECKPOINT_EVERY = 100
 SAMPLES_AT_A_TIME = 64  # bounds the memory, and fills one picture
 DIGITS = 4  # in the pictures of the processes
 
@@ -59,7 +60,7 @@ EXAMPLES = """examples:
   python demos/train_mnist.py --backend cupy --device 1 --batch auto
 
 with --backend cupy the defaults are
-  --data full --channels 32 64 64 --steps 15000 --samples 256"""
+  --data full --channels 32 64 64 --steps 15000 --samples 256 --checkpoint-every 1000"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,6 +83,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="C",
         help="of the U-Net at each of its levels, in multiples of 8 (default: 16 32 64)",
+    )
+    parser.training.add_argument(
+        "--checkpoint-every",
+        type=count_from(1),
+        metavar="N",
+        help="steps between checkpoints, from which --resume continues (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/mnist")
@@ -121,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         run_dir=args.out,
         resume=args.resume,
         workers=args.workers,
-        checkpoint_every=CHECKPOINT_EVERY,
+        checkpoint_every=args.checkpoint_every,
         progress=not args.quiet,
     )
     about = {

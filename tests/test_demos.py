@@ -317,7 +317,8 @@ def test_the_cupy_backend_has_defaults_of_its_own(monkeypatch, capsys):
         mnist.main(["--help"])
     said = capsys.readouterr().out.partition("with --backend cupy the defaults are")[2]
     for key, value in mnist.ON_A_GPU.items():
-        assert f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" in said
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        assert f"--{key.replace('_', '-')} {value}" in said
 
 
 @pytest.mark.parametrize(
