@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+import sys
 from itertools import chain, pairwise
 
 import array_api_strict as strict
@@ -530,6 +531,37 @@ def test_a_run_begun_over_a_finished_one_is_not_taken_for_it(tmp_path):
     with pytest.raises(Interrupted):  # before its first checkpoint
         td.train(small_mlp(), DIFFUSION, failing(POINTS, 4, Interrupted()), **SETTINGS, run_dir=tmp_path)
     assert steps_saved(tmp_path) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on directories")
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("at", [2, 7])  # before the first checkpoint, and after it
+def test_a_directory_in_which_another_training_runs_is_refused(tmp_path, tmp_path_factory, at, resume):
+    other = dict(**SETTINGS, run_dir=tmp_path, resume=resume)
+    drawn_so_far = iter(range(10**9))
+
+    def data(n, rng):
+        if next(drawn_so_far) == at:
+            before = contents(tmp_path)
+            expected = "still running" if at < 5 or resume else "unfinished run"
+            with pytest.raises(ValueError, match=expected):
+                td.train(small_mlp(), DIFFUSION, drawn, **other)
+            assert contents(tmp_path) == before
+        return drawn(n, rng)
+
+    result = td.train(small_mlp(), DIFFUSION, data, **SETTINGS, run_dir=tmp_path)
+    assert_array_equal(result.losses, whole_run(small_mlp, drawn, "drawn", tmp_path_factory)[1].losses)
+    td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)  # now nobody does
+
+
+def test_an_interrupt_before_the_first_step_of_a_resumed_run_writes_nothing(tmp_path):
+    interrupt(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    written = path.stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt):
+        again = dict(**SETTINGS, run_dir=tmp_path, resume=True)
+        td.train(small_mlp(), DIFFUSION, failing(POINTS, 0, KeyboardInterrupt()), **again)
+    assert path.stat().st_mtime_ns == written
 
 
 OTHER = {

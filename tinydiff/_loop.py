@@ -162,6 +162,7 @@ def loop(
     like = weight_of(network.model)
     data = beside(data, like)
     losses = Losses([] if run is None else run.start(resume))
+    start = len(losses)
     for learner in learners:
         learner.optimizer.steps = learner.ema.steps = len(losses)
     kept = None if at_once else Kept(network.parameters, len(losses))
@@ -178,7 +179,7 @@ def loop(
     refused = ""
     backward: Any = None
     try:
-        for step in range(len(losses), steps):
+        for step in range(start, steps):
             rng = np.random.default_rng([plan.seed, STEP, step])
             for learner in learners:
                 learner.optimizer.zero_grad()
@@ -215,7 +216,7 @@ def loop(
             if run is not None and save_due:
                 run.save(losses[:])
     except KeyboardInterrupt:
-        if run is not None and network.optimizer.steps == len(losses) > 0:
+        if run is not None and network.optimizer.steps == len(losses) > start:
             first, numbers = losses.read()
             if all(math.isfinite(number) for pair in numbers for number in pair):
                 losses.replace(first, [value for value, _ in numbers])
@@ -228,6 +229,8 @@ def loop(
     finally:
         bar.close()
         processes.close()
+        if run is not None:
+            run.end()
     if refused:
         x0 = loss_array = norm_array = backward = None
         models = [learner.model for learner in learners]

@@ -1,12 +1,14 @@
 """The files of a training: its metrics as they come, and checkpoints from which it goes on.
 
 A directory belongs to one run. What a finished run left gives way when the first step of a new one has gone
-well; an unfinished run is continued, or in the way.
+well; an unfinished run is continued, or in the way. While a process trains there it has a lock on the
+directory, which the system lets go of with the process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,8 +57,10 @@ class Run:
         self.metrics = directory / "metrics.jsonl"
         self.settings = settings
         self.states = states
+        self.directory = directory
         self.began = time.perf_counter()
         self._begun = False
+        self._lock: int | None = None
 
     def start(self, resume: bool) -> list[float]:
         """Take up the checkpoint if there is one to take up; return the losses so far."""
@@ -81,13 +85,23 @@ class Run:
         return losses
 
     def begin(self) -> None:
-        """Make the files this run's, when a first step has gone well: what a finished run left gives way."""
+        """Make the files this run's, when a first step has gone well: what a finished run left gives way.
+
+        Until `end` they are nobody else's; ValueError if they are somebody's.
+        """
         if self._begun:
             return
+        self._lock = _locked(self.directory)
         replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in self._before).encode())
         if not self._resumed:
             self.checkpoint.unlink(missing_ok=True)
         self._begun = True
+
+    def end(self) -> None:
+        """Leave the directory to others."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines of metrics there are; a crash may have left the last one incomplete."""
@@ -139,3 +153,27 @@ class Run:
         }
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _locked(directory: Path) -> int | None:
+    """A descriptor of `directory` that no other has a lock on; ValueError if one has.
+
+    None where there are no such locks: on Windows, and on some file systems.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"{directory} belongs to a training that is still running: choose another directory, or wait."
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
