@@ -281,8 +281,11 @@ def test_blank_samples_are_answered(subset, value):
 
 def test_what_does_not_fit_is_named():
     good = np.zeros((4, 28, 28, 1), np.float32)
-    with pytest.raises(TypeError, match="images has dtype uint8; expected floating"):
-        digit_features(good.astype(np.uint8))
+    for wrong in (np.uint8, complex):
+        with pytest.raises(TypeError, match=f"images has dtype {np.dtype(wrong)}; expected floating"):
+            digit_features(good.astype(wrong))
+    with pytest.raises(ValueError, match="images is a masked array; expected one in which every number"):
+        digit_features(np.ma.masked_less(good, 0))
     with pytest.raises(ValueError, match=r"images has shape \(4, 28, 28\); expected \(N, 28, 28, 1\)"):
         digit_features(good[..., 0])
     with pytest.raises(ValueError, match="not empty"):
@@ -297,3 +300,12 @@ def test_what_does_not_fit_is_named():
         digit_report(good, good)
     with pytest.raises(ValueError, match="heldout has 3 digits; expected at least 4"):
         digit_report(good, good, good[:3])
+    for wrong, match in [
+        (np.ones(10), r"has shape \(10,\); expected \(N, K\), not empty"),
+        (np.ones((0, 10)), r"has shape \(0, 10\); expected"),
+        (np.full((1, 10), np.nan), "contains NaN"),
+        (np.ma.masked_less(np.ones((1, 10)), 0), "is a masked array"),
+        (np.ones((1, 10), complex), "has dtype complex128"),
+    ]:
+        with pytest.raises(ValueError, match=f"^probabilities {match}"):
+            class_shares(wrong)

@@ -372,3 +372,36 @@ def test_frechet_distance_says_what_does_not_fit():
     with pytest.raises(ValueError, match=r"^features_b contains NaN"):
         frechet_distance(np.zeros((3, 2)), np.full((3, 2), np.nan))
     assert frechet_distance(np.ones((3, 2)), np.ones((2, 2))) == 0  # points, not clouds
+
+
+# --- All of them -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "function", [sliced_wasserstein, mmd_squared, energy_distance, permutation_test, frechet_distance]
+)
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (
+            lambda x: np.ma.masked_greater(x, 1),
+            "is a masked array; expected one in which every number counts",
+        ),
+        (lambda x: x + 0j, "has dtype complex128; expected real numbers"),
+        (lambda x: x.astype(object), "has dtype object; expected real numbers"),
+    ],
+)
+def test_only_real_numbers_that_count_are_taken(function, wrong, match):
+    x = np.arange(6.0).reshape(3, 2)
+    first, second = ("features_a", "features_b") if function is frechet_distance else ("x", "y")
+    with pytest.raises(ValueError, match=f"^{first} {match}"):
+        function(wrong(x), x)
+    with pytest.raises(ValueError, match=f"^{second} {match}"):
+        function(x, wrong(x))
+
+
+def test_integers_and_lists_are_numbers():
+    x, y = [[0, 0], [1, 2], [3, 1]], [[1, 1], [2, 5], [0, 4]]
+    for function in (sliced_wasserstein, mmd_squared, energy_distance, frechet_distance):
+        assert function(x, np.asarray(y)) == function(np.asarray(x, float), np.asarray(y, np.float32))

@@ -10,7 +10,15 @@ import numpy as np
 
 Choice = TypeVar("Choice")
 
-__all__ = ["check_array", "check_choice", "check_counts", "check_number", "check_rng", "check_seed"]
+__all__ = [
+    "check_array",
+    "check_choice",
+    "check_counts",
+    "check_number",
+    "check_rng",
+    "check_seed",
+    "check_unmasked",
+]
 
 
 def check_array(**arrays: Any) -> None:
@@ -52,3 +60,9 @@ def check_seed(seed: Any) -> None:
     integer = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
     if not (integer and 0 <= seed < 2**32):
         raise ValueError(f"seed is {seed!r}; expected an integer in 0 … 2**32 - 1.")
+
+
+def check_unmasked(name: str, values: Any) -> None:
+    """ValueError if `values` is a masked array: what its mask hides would be computed with."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array; expected one in which every number counts.")

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_number, check_seed
+from tinydiff._checks import check_counts, check_number, check_seed, check_unmasked
 from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff._run import Run
@@ -319,8 +319,7 @@ def check_data(data: Data) -> None:
 
 def _check_values(name: str, values: Array) -> None:
     """ValueError unless they are real floating numbers; with NumPy, finite ones."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise ValueError(f"{name} is a masked array; expected one in which every number counts.")
+    check_unmasked(name, values)
     if not array_namespace(values).isdtype(values.dtype, "real floating"):
         raise ValueError(
             f"{name} has dtype {values.dtype}; expected a real floating one (of 8-bit images, x / 127.5 - 1)."

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_rng
+from tinydiff._checks import check_rng, check_unmasked
 from tinydiff.checkpoint import load_arrays
+from tinydiff.metrics._checks import finite_numbers
 from tinydiff.metrics.frechet import frechet_distance
 from tinydiff.models.classifier import Classifier
 
@@ -73,7 +74,7 @@ def digit_features(images: np.ndarray) -> np.ndarray:
     TypeError
         If the images are not of a floating dtype.
     ValueError
-        If their shape does not fit, there is none, or a value is outside [-1, 1].
+        If their shape does not fit, there is none, or a value is masked or outside [-1, 1].
     """
     images = _images("images", images)
     model = digit_classifier()
@@ -137,7 +138,15 @@ def class_shares(probabilities: np.ndarray) -> np.ndarray:
     -------
     ndarray of shape (K,)
         Sums to 1.
+
+    Raises
+    ------
+    ValueError
+        If the shape does not fit, there is no image, or a value is masked, complex or not finite.
     """
+    probabilities = finite_numbers("probabilities", probabilities)
+    if probabilities.ndim != 2 or probabilities.size == 0:
+        raise ValueError(f"probabilities has shape {probabilities.shape}; expected (N, K), not empty.")
     predicted = np.argmax(probabilities, axis=1)
     return np.bincount(predicted, minlength=probabilities.shape[1]) / len(predicted)
 
@@ -276,6 +285,7 @@ def _probabilities(features: np.ndarray) -> np.ndarray:
 
 def _images(name: str, images: np.ndarray) -> np.ndarray:
     """The images in float32, or an error that says what does not fit."""
+    check_unmasked(name, images)
     images = np.asarray(images)
     if images.dtype.kind != "f":
         raise TypeError(f"{name} has dtype {images.dtype}; expected floating-point numbers in [-1, 1].")

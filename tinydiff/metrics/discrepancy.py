@@ -70,8 +70,8 @@ def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None)
     Raises
     ------
     ValueError
-        If a shape does not fit, there are fewer than two points in a set, a value is not finite, or the
-        bandwidth is not positive.
+        If a shape does not fit, there are fewer than two points in a set, a value is masked, complex or not
+        finite, or the bandwidth is not positive.
     """
     x, y = two_sets(2, x=x, y=y)
     return float(_discrepancies(_gaussian(_distances(x, y), bandwidth), _first(x, y), len(x))[0])
@@ -97,7 +97,8 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        If a shape does not fit, there are fewer than two points in a set, or a value is not finite.
+        If a shape does not fit, there are fewer than two points in a set, or a value is masked, complex or
+        not finite.
     """
     x, y = two_sets(2, x=x, y=y)
     return float(_discrepancies(-_distances(x, y), _first(x, y), len(x))[0])

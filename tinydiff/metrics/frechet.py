@@ -42,7 +42,8 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        If a shape does not fit, there are fewer than two samples in a set, or a value is not finite.
+        If a shape does not fit, there are fewer than two samples in a set, or a value is masked, complex or
+        not finite.
     """
     from scipy.linalg import qr, svdvals
 

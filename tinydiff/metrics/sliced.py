@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinydiff._checks import check_rng
+from tinydiff.metrics._checks import finite_numbers
 
 __all__ = ["sliced_wasserstein"]
 
@@ -34,14 +35,12 @@ def sliced_wasserstein(
     Raises
     ------
     ValueError
-        If the shapes differ or are not (n, D), there is no point, or a value is not finite.
+        If the shapes differ or are not (n, D), there is no point, or a value is masked, complex or not
+        finite.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x, y = finite_numbers("x", x), finite_numbers("y", y)
     if x.ndim != 2 or x.size == 0 or x.shape != y.shape:
         raise ValueError(f"x and y have shapes {x.shape} and {y.shape}; expected the same (n, D), not empty.")
-    for name, points in [("x", x), ("y", y)]:
-        if not np.isfinite(points).all():
-            raise ValueError(f"{name} contains NaN or infinity; expected finite numbers.")
     rng = np.random.default_rng(0) if rng is None else rng
     check_rng(rng)
     directions = _directions(x.shape[1], projections, rng)
