@@ -40,8 +40,10 @@ __all__ = [
     "get_backend",
     "is_cupy_array",
     "is_numpy_array",
+    "library_of",
     "standard_normal",
     "sum_samples",
+    "to_float64",
     "to_numpy",
 ]
 
@@ -55,6 +57,11 @@ BACKENDS = ("numpy", "cupy")
 def is_numpy_array(x: Any) -> bool:
     """Whether `x` is a NumPy array."""
     return type(x) is np.ndarray or array_api_compat.is_numpy_array(x)
+
+
+def library_of(x: Any) -> str:
+    """The name of the library whose array `x` is, for messages."""
+    return type(x).__module__.partition(".")[0]
 
 
 # The namespace of every type of array that has been asked for by itself.
@@ -229,6 +236,11 @@ def to_numpy(x: Array) -> np.ndarray:
     if is_cupy_array(x):
         return x.get()
     return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
+
+
+def to_float64(x: Array) -> np.ndarray:
+    """Copy an array of any backend to the host, in float64."""
+    return to_numpy(x).astype(np.float64)
 
 
 def asarray_like(values: Any, like: Array, dtype: Any = None) -> Array:

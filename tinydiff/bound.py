@@ -46,6 +46,7 @@ from tinydiff.backend import (
     device,
     standard_normal,
     sum_samples,
+    to_float64,
     to_numpy,
 )
 from tinydiff.diffusion import GaussianDiffusion
@@ -198,8 +199,8 @@ def discretized_gaussian_nll(
     from scipy.special import erfcx, log_ndtr
 
     level = _levels(x)
-    mean_host = to_numpy(mean).astype(np.float64)
-    sigma = np.exp(to_numpy(log_variance).astype(np.float64) / 2)
+    mean_host = to_float64(mean)
+    sigma = np.exp(to_float64(log_variance) / 2)
     # Two neighbours share an edge to the last bit, as a quotient of integers.
     low = ((2 * level - 256) / 255 - mean_host) / sigma
     high = ((2 * level - 254) / 255 - mean_host) / sigma
@@ -223,7 +224,7 @@ def discretized_gaussian_nll(
     def backward(dnll: Array) -> tuple[Array, Array]:
         at_p = np.where(above, 0.0, hazard(p)) / one_minus
         at_m = np.where(below, 0.0, hazard(m) * np.exp(rho)) / one_minus
-        d = to_numpy(dnll).astype(np.float64)
+        d = to_float64(dnll)
         dmean = d * side * (at_p - at_m) / sigma
         dlog_variance = d * (at_p * p - at_m * m) / 2
         return (
@@ -562,7 +563,7 @@ def _put(x: Array, rows: np.ndarray, values: Array) -> Array:
 
 def _levels(x: Array, name: str = "x") -> np.ndarray:
     """k = 0 ... 255 of 8-bit data 2 k / 255 - 1, in float64 on the host; ValueError if it is none."""
-    x_host = to_numpy(x).astype(np.float64)
+    x_host = to_float64(x)
     level = np.round((x_host + 1) * 127.5)
     with np.errstate(invalid="ignore"):  # inf - inf: nan, which is not close
         known = np.abs(x_host - (level / 127.5 - 1)) < 1e-3

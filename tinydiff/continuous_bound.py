@@ -41,7 +41,7 @@ from tinydiff.backend import (
     column_like,
     standard_normal,
     sum_samples,
-    to_numpy,
+    to_float64,
 )
 from tinydiff.bound import Decoder, discretized_gaussian_nll, gaussian_nll
 from tinydiff.diffusion import Prediction
@@ -149,7 +149,7 @@ def integral_term(
     ValueError
         If `prediction` is none of these.
     """
-    gamma, slope = _host(gamma), _host(slope)
+    gamma, slope = to_float64(gamma), to_float64(slope)
     a, s = _rates(gamma)
     a_, s_ = column_like(a, x0), column_like(s, x0)
     if check_choice("prediction", prediction, get_args(Prediction)) == "eps":
@@ -164,9 +164,9 @@ def integral_term(
 
     @once
     def backward(dvalue: Array) -> tuple[Array, np.ndarray, np.ndarray]:
-        d = _host(dvalue)
+        d = to_float64(dvalue)
         doutput = column_like(d * slope * weight, x0) * error
-        dslope = d * weight / 2 * _host(squares)
+        dslope = d * weight / 2 * to_float64(squares)
         dgamma = slope * dslope * dlog_weight
         if prediction == "v":  # the target moves: dv/dgamma = -a s / 2 z
             dgamma = dgamma + a * s / 2 * _dot(doutput, a_ * x0 + s_ * noise)
@@ -218,7 +218,7 @@ def reconstruction_term(
         If `prediction` or `decoder` is none of these; or, with ``"8bit"``, if `x0` is not 8-bit data.
     """
     check_choice("decoder", decoder, get_args(Decoder))
-    gamma = _host(gamma)
+    gamma = to_float64(gamma)
     a, s = _rates(gamma)
     a_, s_ = column_like(a, x0), column_like(s, x0)
     if check_choice("prediction", prediction, get_args(Prediction)) == "eps":
@@ -234,8 +234,8 @@ def reconstruction_term(
 
     @once
     def backward(dvalue: Array) -> tuple[Array, np.ndarray]:
-        dmean, dlog_variance = nll_backward(column_like(_host(dvalue), x0) + 0 * x0)
-        dgamma = a * a * _host(sum_samples(dlog_variance))
+        dmean, dlog_variance = nll_backward(column_like(to_float64(dvalue), x0) + 0 * x0)
+        dgamma = a * a * to_float64(sum_samples(dlog_variance))
         doutput = column_like(scale if prediction == "x0" else -scale, x0) * dmean
         if prediction == "eps":
             dgamma = dgamma + _dot(dmean, off) / 2
@@ -271,7 +271,7 @@ def prior_term(x0: Array, gamma_1: float) -> tuple[Array, Callable[[Array], floa
 
     @once
     def backward(dvalue: Array) -> float:
-        return float(-a2 / 2 * np.sum(_host(dvalue) * (D * a2 + s2 * _host(squares))))
+        return float(-a2 / 2 * np.sum(to_float64(dvalue) * (D * a2 + s2 * to_float64(squares))))
 
     return (a2 * squares - D * (a2 + log_s2)) / 2, backward
 
@@ -339,7 +339,7 @@ def learned_schedule_loss(
     u = draw_times(N, rng, even)
     # The two ends are evaluated along with the rest: their gradients go the same way back.
     (gamma_all, slope_all), schedule_backward = learned.separate(np.concat([[0.0, 1.0], u]))
-    gamma_all, slope = _host(gamma_all), _host(slope_all)[2:]
+    gamma_all, slope = to_float64(gamma_all), to_float64(slope_all)[2:]
     gamma_0, gamma_1, gamma = gamma_all[0], gamma_all[1], gamma_all[2:]
 
     noise = standard_normal(rng, x0.shape, x0)
@@ -368,7 +368,7 @@ def learned_schedule_loss(
         schedule_backward(
             np.concat([[np.sum(dgamma_0), priors_backward(each)], dgamma]),
             np.concat([zeros, dslope]),
-            np.concat([zeros, _host(terms) / (unit * math.sqrt(N))]),
+            np.concat([zeros, to_float64(terms) / (unit * math.sqrt(N))]),
         )
 
     return loss, backward
@@ -463,19 +463,19 @@ def continuous_bound(
             rows = slice(begin, min(n, begin + batch_size))
             x0 = asarray_like(data[rows, ...], like)
             xp, N = array_namespace(x0), x0.shape[0]
-            parts[0, rows] = _host(prior_term(x0, learned.gamma_1)[0])
+            parts[0, rows] = to_float64(prior_term(x0, learned.gamma_1)[0])
             for i in range(t_samples + 1):  # the first is the reconstruction, at u = 0
                 u = draw_times(N, rng, even) if i > 0 else np.zeros(N)
-                gamma, slope = (_host(g) for g in learned(u)[0])
+                gamma, slope = (to_float64(g) for g in learned(u)[0])
                 noise = standard_normal(rng, x0.shape, x0)
                 output = predict(diffuse(x0, noise, gamma)[0], asarray_like((T - 1) * u, x0, xp.float64))
                 if i == 0:
-                    parts[1, rows] = _host(
+                    parts[1, rows] = to_float64(
                         reconstruction_term(output, x0, noise, gamma, prediction, decoder)[0]
                     )
                 else:
                     terms = integral_term(output, x0, noise, gamma, slope, prediction)[0]
-                    parts[2, rows] += _host(terms) / t_samples
+                    parts[2, rows] += to_float64(terms) / t_samples
                 bar.update(N)
     values, means = np.sum(parts, axis=0), np.mean(parts, axis=1)
     return ContinuousBound(
@@ -495,18 +495,13 @@ def _squares(gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _rates(gamma: Array) -> tuple[np.ndarray, np.ndarray]:
     """The rates of signal and noise, a and s."""
-    a2, s2, _ = _squares(_host(gamma))
+    a2, s2, _ = _squares(to_float64(gamma))
     return np.sqrt(a2), np.sqrt(s2)
-
-
-def _host(values: Array) -> np.ndarray:
-    """float64 on the host."""
-    return to_numpy(values).astype(np.float64)
 
 
 def _dot(x: Array, y: Array) -> np.ndarray:
     """The product of each sample's x with its y, (N,) on the host."""
-    return _host(sum_samples(x * y))
+    return to_float64(sum_samples(x * y))
 
 
 def _check_clock(T: int) -> None:

@@ -44,7 +44,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tinydiff._checks import check_choice
-from tinydiff.backend import Array, array_namespace, clip_to_unit, column_like, to_numpy
+from tinydiff.backend import Array, array_namespace, clip_to_unit, column_like, library_of, to_numpy
 from tinydiff.schedules import NoiseSchedule
 
 __all__ = ["GaussianDiffusion", "Prediction", "Variance"]
@@ -513,12 +513,9 @@ def _matching(**arrays: Array) -> tuple[Array, ...]:
         if array.ndim == 0:
             raise ValueError(f"{name} has shape (); expected a batch axis.")
         if xp is not array_namespace(x):
-            raise TypeError(f"{name} is an array of {_library(array)}; expected {_library(x)}, like {first}.")
+            came, expected = library_of(array), library_of(x)
+            raise TypeError(f"{name} is an array of {came}; expected {expected}, like {first}.")
         if array.shape != x.shape:
             raise ValueError(f"{name} has shape {array.shape}; expected {x.shape}, like {first}.")
         checked.append(xp.astype(array, x.dtype, copy=False))
     return tuple(checked)
-
-
-def _library(x: Array) -> str:
-    return type(x).__module__.partition(".")[0]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import check_counts, check_rng
-from tinydiff.backend import Array, to_numpy
+from tinydiff.backend import Array, to_float64, to_numpy
 
 __all__ = ["LossSecondMomentSampler"]
 
@@ -104,7 +104,7 @@ class LossSecondMomentSampler:
         ValueError
             If the shapes differ, a t is out of range, or a loss is not finite; nothing is remembered then.
         """
-        t, losses = to_numpy(t), to_numpy(losses).astype(np.float64)
+        t, losses = to_numpy(t), to_float64(losses)
         if t.ndim != 1 or losses.shape != t.shape:
             raise ValueError(
                 f"losses has shape {losses.shape}, t {t.shape}; expected (n,), one loss for each t."

@@ -42,7 +42,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tinydiff._checks import check_counts
-from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
+from tinydiff.backend import Array, array_namespace, asarray_like, to_float64, to_numpy
 from tinydiff.nn.module import Module, Parameter, once
 from tinydiff.schedules import NoiseSchedule
 
@@ -274,7 +274,7 @@ class LearnedSchedule(Module):
                 f"gamma_0 is {self.gamma_0:.4g} and gamma_1 {self.gamma_1:.4g}; expected both within ±80, "
                 "where the signal-to-noise ratio is a float32."
             )
-        gamma = np.full(1, self.gamma_1) if T == 1 else _host(self(np.arange(T) / (T - 1))[0][0])
+        gamma = np.full(1, self.gamma_1) if T == 1 else to_float64(self(np.arange(T) / (T - 1))[0][0])
         rises = np.diff(gamma)
         stuck = np.flatnonzero(~(rises > 0))
         if stuck.size:
@@ -293,10 +293,6 @@ class LearnedSchedule(Module):
         if not np.all((host >= 0) & (host <= 1)):
             raise ValueError("u holds a number outside [0, 1].")
         return asarray_like(host, self.start.value)
-
-
-def _host(x: Array) -> np.ndarray:
-    return to_numpy(x).astype(np.float64)
 
 
 def _softplus(x: Array) -> Array:

@@ -35,7 +35,7 @@ from tinydiff.backend import (
     device,
     standard_normal,
     sum_samples,
-    to_numpy,
+    to_float64,
 )
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
@@ -168,7 +168,7 @@ def _signs(x: Array, probes: int, rng: Any) -> Iterator[Array]:
 
 def _sum_per_sample(x: Array) -> np.ndarray:
     """Sums over all but the first axis, on the host in float64."""
-    return to_numpy(sum_samples(x)).astype(np.float64)
+    return to_float64(sum_samples(x))
 
 
 @contextmanager

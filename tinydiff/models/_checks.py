@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import check_array
-from tinydiff.backend import Array, array_namespace
+from tinydiff.backend import Array, array_namespace, library_of
 
 __all__ = ["check_like_weights", "check_times", "plain"]
 
@@ -28,8 +28,8 @@ def check_like_weights(x: Any, weight: Array) -> None:
     check_array(x=x)
     if array_namespace(x) is not array_namespace(weight) or x.dtype != weight.dtype:
         raise ValueError(
-            f"x is a {_library(x)} array of {x.dtype}; the model's weights are {_library(weight)} arrays of "
-            f"{weight.dtype}."
+            f"x is a {library_of(x)} array of {x.dtype}; the model's weights are {library_of(weight)} arrays "
+            f"of {weight.dtype}."
         )
 
 
@@ -38,7 +38,3 @@ def check_times(t: Any, x: Array) -> None:
     check_array(t=t)
     if tuple(t.shape) != (x.shape[0],):
         raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time for each of x.")
-
-
-def _library(x: Array) -> str:
-    return type(x).__module__.partition(".")[0]
