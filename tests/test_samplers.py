@@ -405,6 +405,47 @@ def test_what_does_not_fit_is_named_at_the_call(change, match):
         td.sample(lambda x, t: x, diffusion, **arguments, batch_size=2, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("x", "came"),
+    [
+        (np.zeros((3, 2)), "numpy array of float64"),
+        (np.zeros((3, 2), int), "numpy array of int64"),
+        (strict.zeros((3, 2), dtype=strict.float32), "array_api_strict array of array_api_strict.float32"),
+    ],
+    ids=["dtype", "integers", "library"],
+)
+def test_what_is_not_like_a_models_weights_is_named_as_the_caller_knows_it(x, came):
+    model = td.MLP(hidden=4, blocks=1, time_features=4)
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
+    learned, rng = td.LearnedSchedule(), np.random.default_rng(0)
+    shape, how = (3, 2), dict(rng=rng, x_T=x)
+    for name, call in [
+        ("x_T", lambda: td.iterate_samples(model, diffusion, shape, **how)),  # before a state is asked for
+        ("x_T", lambda: td.sample(model, diffusion, shape, workers=2, progress=False, **how)),
+        ("x0", lambda: td.invert(model, diffusion, x, progress=False)),
+        ("x0", lambda: td.training_loss(model, diffusion, x, rng)),
+        ("x0", lambda: td.learned_schedule_loss(model, learned, x, rng)),
+        ("x", lambda: td.ode_log_likelihood(model, diffusion, x, progress=False)),
+    ]:
+        with pytest.raises(ValueError, match=rf"^{name} is a {came}; the model's weights are numpy arrays"):
+            call()
+
+
+def test_a_list_is_named():
+    model = td.MLP(hidden=4, blocks=1, time_features=4)
+    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
+    x, rng = [[0.0, 0.0]], np.random.default_rng(0)
+    for name, call in [
+        ("x_T", lambda: td.sample(model, diffusion, (1, 2), rng=rng, x_T=x, progress=False)),
+        ("x0", lambda: td.invert(model, diffusion, x, progress=False)),
+        ("x0", lambda: td.training_loss(model, diffusion, x, rng)),
+        ("x0", lambda: td.learned_schedule_loss(model, td.LearnedSchedule(), x, rng)),
+        ("x", lambda: td.ode_log_likelihood(model, diffusion, x, progress=False)),
+    ]:
+        with pytest.raises(TypeError, match=f"^{name} is a list; expected an array"):
+            call()
+
+
 def test_batch_size_at_least_one():
     diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
     with pytest.raises(ValueError, match="batch_size is 0"):

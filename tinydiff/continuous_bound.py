@@ -46,6 +46,7 @@ from tinydiff.backend import (
 from tinydiff.bound import Decoder, discretized_gaussian_nll, gaussian_nll
 from tinydiff.diffusion import Prediction
 from tinydiff.learned_schedule import LearnedSchedule
+from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module, once, weight_of
 
 __all__ = [
@@ -330,6 +331,7 @@ def learned_schedule_loss(
         If an argument does not fit; the message names it.
     """
     _check_clock(T)
+    check_like_model(model, x0=x0)
     N = x0.shape[0]
     n = max(1, N // 4) if reconstructions is None else reconstructions
     check_counts(reconstructions=n)

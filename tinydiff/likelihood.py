@@ -39,6 +39,7 @@ from tinydiff.backend import (
 )
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
+from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module
 from tinydiff.samplers import angles, respaced
 
@@ -90,7 +91,7 @@ def ode_log_likelihood(
     Raises
     ------
     ValueError
-        If an argument is out of its range or shapes do not fit; the message names the argument.
+        If an argument is out of its range or does not fit; the message names the argument.
 
     Notes
     -----
@@ -108,6 +109,7 @@ def ode_log_likelihood(
         raise ValueError(
             f"probes is {probes} and rng {rng}; expected at least 1, and a generator to draw them."
         )
+    check_like_model(model, x=x)
     walk, timesteps = respaced(diffusion, steps)
     phi = np.concat([[0.0], angles(walk)])
     directions = list(_signs(x, probes, rng)) if probes is not None else None

@@ -51,12 +51,13 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_array, check_counts, check_number
+from tinydiff._checks import check_counts, check_number
 from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.memory import is_out_of_memory, reason, what_fits
+from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module, weight_of
 from tinydiff.parallel import shared_out
 from tinydiff.schedules import evenly_spaced_timesteps
@@ -110,7 +111,7 @@ def iterate_samples(
         One more than there are steps. Arguments are checked, and the start is drawn, at the call; a step is
         taken when its state is asked for.
     """
-    _check_shape(shape, x_T)
+    _check_start(denoise, shape, x_T)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(map(repr, SAMPLERS))}.")
     check_number("eta", eta, lambda value: 0 <= value <= 1, "a number in [0, 1]")
@@ -223,11 +224,11 @@ def _estimator(
     return estimate
 
 
-def _check_shape(shape: tuple[int, ...], x_T: Array | None) -> None:
+def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> None:
     if len(shape) == 0 or min(shape) < 1:
         raise ValueError(f"shape is {tuple(shape)}; expected (N, ...) with every size at least 1.")
     if x_T is not None:
-        check_array(x_T=x_T)
+        check_like_model(denoise, x_T=x_T)
         if tuple(x_T.shape) != tuple(shape):
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected {tuple(shape)}.")
 
@@ -284,8 +285,8 @@ def sample(
     clip : bool
         Clip each predicted x0 to [-1, 1], the range of images.
     x_T : array of shape `shape`, optional
-        The start. Default: drawn from N(0, I), of the library and dtype of the model's weights or, for
-        another callable, in float32 on the default backend (``TINYDIFF_BACKEND``).
+        The start, for a model of the library and dtype of its weights. Default: drawn from N(0, I), for a
+        model like its weights, for another callable in float32 on the default backend (``TINYDIFF_BACKEND``).
     batch_size : int, optional
         How many samples to walk at a time. Default: all. A part of what the samples depend on: noise is
         drawn batch after batch.
@@ -302,7 +303,7 @@ def sample(
     Raises
     ------
     ValueError
-        If an argument is out of its range or shapes do not fit; the message names the argument.
+        If an argument is out of its range or does not fit; the message names the argument.
     MemoryError
         If a step does not fit in memory; the message names a `batch_size` that does.
 
@@ -323,7 +324,7 @@ def sample(
     """
     from tqdm import tqdm
 
-    _check_shape(shape, x_T)
+    _check_start(denoise, shape, x_T)
     total = shape[0]
     size = total if batch_size is None else batch_size
     check_counts(batch_size=size)
@@ -397,7 +398,7 @@ def invert(
     diffusion : GaussianDiffusion
         The process whose end the result belongs to.
     x0 : array of shape (N, ...)
-        Data.
+        Data, for a model of the library and dtype of its weights.
     steps : int or sequence of int, optional
         As in `sample`.
     progress : bool
@@ -411,7 +412,7 @@ def invert(
     Raises
     ------
     ValueError
-        If `steps` is out of its range or shapes do not fit; the message names the argument.
+        If an argument is out of its range or does not fit; the message names the argument.
 
     Notes
     -----
@@ -420,8 +421,9 @@ def invert(
     """
     from tqdm import tqdm
 
-    check_array(x0=x0)
-    _check_shape(tuple(x0.shape), None)
+    check_like_model(denoise, x0=x0)
+    if len(x0.shape) == 0 or min(x0.shape) < 1:
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}; expected (N, ...) with every size at least 1.")
     walk, timesteps = respaced(diffusion, steps)
     estimate = _estimator(denoise, walk, timesteps, clip=False)
     a = np.sqrt(walk.schedule.alphas_cumprod)

@@ -37,6 +37,7 @@ from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import largest_batch, let_go
+from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module, weight_of
 
 __all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
@@ -121,6 +122,7 @@ def training_loss(
     """
     _check_loss(loss, diffusion, min_snr_gamma, decoder, t_sampler is not None)
     check_rng(rng)
+    check_like_model(model, x0=x0)
     N = x0.shape[0]
     if t_sampler is None:
         t, t_weights = rng.integers(diffusion.T, size=N), None

@@ -8,8 +8,9 @@ import numpy as np
 
 from tinydiff._checks import check_array
 from tinydiff.backend import Array, array_namespace, library_of
+from tinydiff.nn.module import Module
 
-__all__ = ["check_like_weights", "check_times", "plain"]
+__all__ = ["check_like_model", "check_like_weights", "check_times", "plain"]
 
 
 def plain(**config: Any) -> dict[str, Any]:
@@ -23,14 +24,29 @@ def plain(**config: Any) -> dict[str, Any]:
     return {name: one(value) for name, value in config.items()}
 
 
-def check_like_weights(x: Any, weight: Array) -> None:
-    """TypeError unless x is an array, ValueError unless it is of the weights' library and dtype."""
-    check_array(x=x)
+def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
+    """TypeError unless x is an array, ValueError unless it is of the weights' library and dtype.
+
+    `name` is what it is called in the message.
+    """
+    check_array(**{name: x})
     if array_namespace(x) is not array_namespace(weight) or x.dtype != weight.dtype:
         raise ValueError(
-            f"x is a {library_of(x)} array of {x.dtype}; the model's weights are {library_of(weight)} arrays "
-            f"of {weight.dtype}."
+            f"{name} is a {library_of(x)} array of {x.dtype}; the model's weights are {library_of(weight)} "
+            f"arrays of {weight.dtype}."
         )
+
+
+def check_like_model(model: Any, **inputs: Any) -> None:
+    """TypeError unless each is an array; if `model` is a network, ValueError unless it is like its weights.
+
+    For whoever makes a network's x of an argument with another name.
+    """
+    check_array(**inputs)
+    first = next(model._named(), None) if isinstance(model, Module) else None
+    if first is not None:
+        for name, array in inputs.items():
+            check_like_weights(array, first[1].value, name)
 
 
 def check_times(t: Any, x: Array) -> None:
