@@ -65,6 +65,7 @@ EXEMPT = {
     "models.unet.UNet.run_embedded": "the call, from the sinusoids on",
     "optim.Adam.zero_grad": "book-keeping",
     "optim.warmup_cosine": "a choice, not a result",
+    "bound.check_decoder": "checks an argument",
     "diffusion.GaussianDiffusion.T": "a length",
     "mixture.GaussianMixture.K": "a count",
     "mixture.GaussianMixture.D": "a length",
@@ -74,6 +75,7 @@ EXEMPT = {
     "importance.LossSecondMomentSampler.update": "book-keeping",
     "importance.LossSecondMomentSampler.state_dict": "book-keeping",
     "importance.LossSecondMomentSampler.load_state_dict": "book-keeping",
+    "samplers.respaced": "the same process on some of its times",
     "samplers.sample": "runs iterate_samples to its end",
 }
 

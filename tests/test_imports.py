@@ -1,7 +1,9 @@
 """What `import tinydiff` brings in: nothing that is not core, and nothing before it is needed."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +61,32 @@ def test_every_public_name_is_there():
     for name in tinydiff.__all__:
         assert getattr(tinydiff, name) is not None
     assert tinydiff.__version__.count(".") == 2
+
+
+def test_what_one_file_imports_another_offers():
+    """A name that is taken from a module of tinydiff, unless private, is in that module's ``__all__``."""
+    root = Path(__file__).parents[1]
+    trees = {
+        path: ast.parse(path.read_text())
+        for top in ("tinydiff", "demos", "tools")
+        for path in (root / top).rglob("*.py")
+    }
+    offered = {}
+    for path, tree in trees.items():
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                offered[path] = ast.literal_eval(node.value)
+    missing = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tinydiff":
+                module = root.joinpath(*node.module.split("."))
+                path = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+                for name in (alias.name for alias in node.names):
+                    submodule = (module / name).is_dir() or (module / f"{name}.py").is_file()
+                    if not (name.startswith("_") or submodule or name in offered[path]):
+                        missing.add(f"{node.module}.{name}")
+    assert not missing
 
 
 @pytest.mark.parametrize("value", ["cupy", "nonsense"])

@@ -30,6 +30,7 @@ from tinydiff._checks import check_rng
 __all__ = [
     "Array",
     "BackendError",
+    "Namespace",
     "array_namespace",
     "asarray_like",
     "clip_to_unit",

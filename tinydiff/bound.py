@@ -58,6 +58,7 @@ __all__ = [
     "Bound",
     "Decoder",
     "bits_per_dim",
+    "check_decoder",
     "discretized_gaussian_nll",
     "gaussian_kl",
     "gaussian_nll",

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tinydiff.backend import Array, is_cupy_array, is_numpy_array
 
-__all__ = ["available_memory", "is_out_of_memory", "largest_batch", "let_go", "what_fits"]
+__all__ = ["available_memory", "is_out_of_memory", "largest_batch", "let_go", "reason", "what_fits"]
 
 # What CuPy calls it when the driver or a library of CUDA, not its own pool, was refused.
 REFUSED = (

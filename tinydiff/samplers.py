@@ -62,7 +62,7 @@ from tinydiff.nn.module import Module, weight_of
 from tinydiff.parallel import shared_out
 from tinydiff.schedules import evenly_spaced_timesteps
 
-__all__ = ["SAMPLERS", "SamplerState", "invert", "iterate_samples", "sample"]
+__all__ = ["SAMPLERS", "SamplerState", "angles", "invert", "iterate_samples", "respaced", "sample"]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "heun", "edm")
 

@@ -40,7 +40,7 @@ from tinydiff.memory import largest_batch, let_go
 from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module, weight_of
 
-__all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
+__all__ = ["Loss", "M", "TrainingResult", "find_batch_size", "train", "training_loss"]
 
 M = TypeVar("M", bound=Module)
 Loss: TypeAlias = Literal["simple", "hybrid", "vlb"]

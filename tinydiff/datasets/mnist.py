@@ -22,7 +22,7 @@ import numpy as np
 from tinydiff.backend import Array, array_namespace
 from tinydiff.datasets.idx import decompress, parse_idx
 
-__all__ = ["MNISTUnavailableError", "balanced_subset", "load", "to_model_range"]
+__all__ = ["SUBSET_FOLDER", "MNISTUnavailableError", "balanced_subset", "load", "to_model_range"]
 
 # What each split's files are called, before "-images-idx3-ubyte" and "-labels-idx1-ubyte".
 SPLITS = {"subset": "subset", "train": "train", "test": "t10k"}

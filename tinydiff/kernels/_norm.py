@@ -35,7 +35,14 @@ from tinydiff.kernels._exponential import one_plus_tanh
 from tinydiff.kernels._memory import empty
 from tinydiff.kernels._threads import in_parallel, scratch, sums
 
-__all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
+__all__ = [
+    "PARALLEL_SIZE",
+    "Saved",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+]
 
 # Bytes of a block; three or four blocks are in use at a time.
 BLOCK_BYTES = 2**19

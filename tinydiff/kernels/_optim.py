@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-__all__ = ["adam_step", "ema_step"]
+__all__ = ["BLOCK", "adam_step", "ema_step"]
 
 BLOCK = 32_768  # elements: five float32 blocks are 640 KiB
 

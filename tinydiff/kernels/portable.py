@@ -19,6 +19,7 @@ import numpy as np
 from tinydiff.backend import Array, array_namespace, constant_like
 
 __all__ = [
+    "Padding",
     "adam_step",
     "attention",
     "attention_backward",

@@ -22,7 +22,7 @@ import numpy as np
 
 from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
 
-__all__ = ["Module", "Parameter", "derivative_of", "inference", "once", "weight_of"]
+__all__ = ["Module", "Parameter", "derivative_of", "inference", "keeping", "once", "weight_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
