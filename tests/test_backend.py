@@ -232,6 +232,21 @@ NO_DRIVER = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is in
             ["libcublasLt", "cannot use the GPU", "cupy-cuda12x[ctk]"],
         ),
         ({"count": 1, "launch_error": RuntimeError()}, 13000, [], ["(RuntimeError)", "cupy-cuda13x"]),
+        (
+            {"count": 1, "launch_error": RuntimeError("no kernel image")},
+            12040,
+            ["cupy-cuda12x", "cupy-cuda13x"],
+            [
+                "cupy-cuda12x and cupy-cuda13x are both installed, where only one may be",
+                "pip uninstall cupy-cuda12x cupy-cuda13x and then pip install 'cupy-cuda12x[ctk]>=14' fits",
+            ],
+        ),
+        (
+            {"count_error": NO_DRIVER},
+            11040,
+            ["cupy-cuda12x"],
+            ["): the NVIDIA driver knows CUDA 11.4 only, so update it first, to CUDA 12 or newer, or set"],
+        ),
     ],
 )
 def test_cupy_without_a_usable_gpu(monkeypatch, machine, fault, driver, packages, says):

@@ -185,14 +185,21 @@ def _remedy() -> str:
     major = _driver_version() // 1000
     if major == 0:
         return f"no NVIDIA driver was found (check nvidia-smi), so install one, {OR_NUMPY}"
+    if major < min(CUPY_PACKAGES):
+        return f"{_how_to_install()}, {OR_NUMPY}"
     ours = {cuda: package for cuda, package in CUPY_PACKAGES.items() if _is_installed(package)}
+    if len(ours) > 1:  # the files of one lie on the other's
+        return (
+            f"{' and '.join(ours.values())} are both installed, where only one may be, so pip uninstall "
+            f"{' '.join(ours.values())} and then {_how_to_install()}, {OR_NUMPY}"
+        )
     if ours and min(ours) > major:
         wrong = ours[min(ours)]
         return (
             f"{wrong} needs a newer driver than this one (CUDA {_version_of_cuda()}), so update the driver, "
             f"or pip uninstall {wrong} and then {_how_to_install()}, {OR_NUMPY}"
         )
-    package = ours[max(ours)] if ours else CUPY_PACKAGES.get(major, CUPY_PACKAGES[max(CUPY_PACKAGES)])
+    package = next(iter(ours.values()), CUPY_PACKAGES[min(major, max(CUPY_PACKAGES))])
     return f"check nvidia-smi, {_pip(package)} (it brings CUDA's libraries), {OR_NUMPY}"
 
 
