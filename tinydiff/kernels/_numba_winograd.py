@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinydiff.kernels._memory import empty
 from tinydiff.kernels._numba_jit import inlined, jit
 from tinydiff.kernels._numba_lanes import LANES, load, store, zero_before, zeros
 from tinydiff.kernels._threads import scratch
@@ -309,7 +310,7 @@ def winograd_conv_backward(
     _, d, c = ut.shape
     th, tw = (dy.shape[1] + 3) // 4, (dy.shape[2] + 3) // 4
     points = _coefficients(x.dtype)
-    du = np.empty((36, c, d), x.dtype)
+    du = empty((36, c, d), x.dtype)
     first_patch, end, size = start * th * tw, stop * th * tw, 36 * (c + d) * x.itemsize
     for first, last in _chunks(first_patch, end, size, MOST_PATCHES):
         v = scratch("v", (36, last - first, c), x.dtype)
@@ -322,4 +323,6 @@ def winograd_conv_backward(
             du += np.matmul(v.swapaxes(1, 2), dm, out=scratch("du", du.shape, du.dtype))
         np.matmul(dm, ut, out=v)
         _input_transform_backward(v, int(doubled), before, first, th, tw, points, dx)
+    if first_patch == end:
+        du[...] = 0.0
     return du
