@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import tinydiff as td
+from tinydiff.backend import backend_name
 from tinydiff.checkpoint import load_arrays
 from tinydiff.parallel import WorkerError
 from tinydiff.samplers import SAMPLERS
@@ -133,9 +134,9 @@ class Plain(argparse.ArgumentParser):
     def _backend(self, *given: Any) -> str:
         """The backend that the flags or the environment name: other defaults hang on it."""
         first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-        first.add_argument("--backend", default=os.environ.get("TINYDIFF_BACKEND", ""))
+        first.add_argument("--backend")
         try:
-            return first.parse_known_args(*given)[0].backend.strip().lower()
+            return backend_name(first.parse_known_args(*given)[0].backend)
         except argparse.ArgumentError:  # which the whole parser will name
             return ""
 
@@ -239,10 +240,18 @@ def loss_options(loss: str, decoder: str) -> dict[str, Any]:
 
 
 def choose_device(args: argparse.Namespace) -> None:
-    """Make the GPU of --device the current one. To be called first: what is missing ends the demo here."""
+    """Make the GPU of --device the current one. To be called first: what is missing ends the demo here.
+
+    In `args`, and so in metrics.json, is from then on what the environment chose.
+    """
+    chosen = backend_name(args.backend)
+    if chosen == "cupy":
+        args.device = args.device or 0
+        args.tf32 = args.tf32 or os.environ.get("CUPY_TF32") == "1"
     if args.tf32:
         os.environ["CUPY_TF32"] = "1"  # CuPy looks at it before its first product
     td.get_backend(args.backend, device=args.device)
+    args.backend = chosen
 
 
 def settle_batch(

@@ -349,7 +349,25 @@ def test_the_whole_demo_on_a_device_that_is_not_the_host(
     on_the_host = np.load((toy if name == "train_toy2d" else digits) / "samples.npy")
     np.testing.assert_allclose(samples, on_the_host, atol=1e-3)
     settings = json.loads((tmp_path / "metrics.json").read_text())["settings"]
-    assert settings["device"] == 0 and settings["tf32"] is False
+    assert (settings["backend"], settings["device"], settings["tf32"]) == ("cupy", 0, False)
+
+
+def test_the_settings_say_where_it_ran(toy, monkeypatch, accelerator):
+    import _common
+
+    settings = json.loads((toy / "metrics.json").read_text())["settings"]
+    assert (settings["backend"], settings["device"], settings["tf32"]) == ("numpy", None, False)
+    for backend, tf32, flags, expected in [
+        ("", "1", [], ("numpy", None, False)),
+        (" CuPy", "", [], ("cupy", 0, False)),
+        ("numpy", "1", ["--backend", "cupy", "--device", "1"], ("cupy", 1, True)),
+        ("cupy", "1", ["--backend", "numpy"], ("numpy", None, False)),
+    ]:
+        monkeypatch.setenv("TINYDIFF_BACKEND", backend)
+        monkeypatch.setenv("CUPY_TF32", tf32)
+        args = demo("train_mnist").parse(flags)
+        _common.choose_device(args)
+        assert (args.backend, args.device, args.tf32) == expected
 
 
 def test_tf32_is_cupys_own_setting(monkeypatch, accelerator):

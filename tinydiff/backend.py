@@ -33,6 +33,7 @@ __all__ = [
     "Namespace",
     "array_namespace",
     "asarray_like",
+    "backend_name",
     "clip_to_unit",
     "column_like",
     "constant_like",
@@ -87,6 +88,11 @@ class BackendError(RuntimeError):
     """The chosen array library cannot be used; the message is one sentence that says what to do."""
 
 
+def backend_name(name: str | None = None) -> str:
+    """What `get_backend` takes `name` for: of None, what ``TINYDIFF_BACKEND`` says, or ``"numpy"``."""
+    return (name if name is not None else os.environ.get("TINYDIFF_BACKEND") or "numpy").strip().lower()
+
+
 def get_backend(name: str | None = None, device: int | None = None) -> Namespace:
     """Return the array namespace in which new arrays are made.
 
@@ -109,7 +115,7 @@ def get_backend(name: str | None = None, device: int | None = None) -> Namespace
         If the name is unknown, CuPy is not installed, CuPy finds no usable GPU, or there is no such device.
     """
     source = "backend" if name is not None else "TINYDIFF_BACKEND"
-    chosen = (name if name is not None else os.environ.get("TINYDIFF_BACKEND") or "numpy").strip().lower()
+    chosen = backend_name(name)
     if chosen == "numpy":
         if device is not None:
             raise BackendError(
