@@ -44,6 +44,9 @@ def every_figure(x):
         "training": plotting.training_curve(losses),
         "samples": plotting.samples_beside_data(x, x, "sliced Wasserstein 0.1234, sampling floor 0.1234"),
         "reverse": plotting.reverse_process(walk(x)),
+        "forward of one step": plotting.forward_process(x, {"short": td.linear_schedule(1)}, rng),
+        "reverse of one step": plotting.reverse_process(walk(x, 1)),
+        "much to say": plotting.samples_beside_data(x, x, "as much as anyone would like to say " * 4),
     }
 
 

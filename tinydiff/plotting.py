@@ -114,7 +114,8 @@ def forward_process(
     times = evenly_spaced_timesteps(T, min(columns, T))
     noise = standard_normal(rng, x0.shape, x0)
     fig, axes = _panels(len(schedules), len(times), row_gap=0.3)
-    _title(fig, "Forward process", f"from data to noise in T = {T} steps, the same noise in every row")
+    steps = f"T = {T} step{'s' * (T > 1)}"
+    _title(fig, "Forward process", f"from data to noise in {steps}, the same noise in every row")
     colours = _colours(x0)
     for row, (name, schedule) in zip(axes, schedules.items(), strict=True):
         _row_label(row[0], name)
@@ -238,7 +239,7 @@ def reverse_process(states: Iterable[SamplerState], columns: int = COLUMNS) -> F
     left = last * np.linspace(1, 0, columns) ** 1.5
     shown = np.unique(last - np.round(left).astype(int))
     fig, axes = _panels(2, len(shown))
-    _title(fig, "Reverse process", f"from noise to samples in {last} steps")
+    _title(fig, "Reverse process", f"from noise to samples in {last} step{'s' * (last > 1)}")
     _row_label(axes[0][0], "state $x_t$")
     _row_label(axes[1][0], "predicted $x_0$")
     colours = _colours(sample)
@@ -338,12 +339,18 @@ def _panels(
 
 
 def _title(fig: Figure, title: str, rest: str) -> None:
-    """Heading and explanation on one line, flush with the left edge."""
+    """Heading and explanation on one line, flush with the left edge; a page too narrow for it is widened."""
     width, height = fig.get_size_inches()
-    x, y = EDGE / width, 1 - 0.3 / height
-    heading = fig.text(x, y, title, fontsize=11, fontweight="bold")
+    y, inches = height - 0.3, fig.dpi_scale_trans
+    heading = fig.text(EDGE, y, title, fontsize=11, fontweight="bold", transform=inches)
     right = heading.get_window_extent().x1 / fig.dpi
-    fig.text((right + 0.12) / width, y, rest, color=QUIET)
+    explanation = fig.text(right + 0.12, y, rest, color=QUIET, transform=inches)
+    needed = explanation.get_window_extent().x1 / fig.dpi + EDGE
+    if needed > width:
+        fig.set_size_inches(needed, height)
+        for ax in fig.axes:
+            box = ax.get_position()
+            ax.set_position((box.x0 * width / needed, box.y0, box.width * width / needed, box.height))
 
 
 def _row_label(ax: Axes, name: str) -> None:
