@@ -435,7 +435,8 @@ def environment(args: argparse.Namespace, compare: bool) -> dict[str, Any]:
 
     import tinydiff as td
 
-    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})  # type: ignore[call-overload]
+    built: Any = np.show_config(mode="dicts")
+    blas = built.get("Build Dependencies", {}).get("blas", {})
     about = {
         "processor": processor(),
         "threads": args.threads,

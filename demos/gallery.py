@@ -62,7 +62,7 @@ def draw(shapes: dict[str, Path], digits: np.ndarray) -> Figure:
             [(toy2d.sample(shape, DOTS, rng), GREY), (np.load(run / "samples.npy")[:DOTS], BLUE)]
         ):
             axes = fig.add_subplot(grid[row, column])
-            axes.scatter(*points.T, s=0.6, color=colour, alpha=0.5, linewidths=0)
+            axes.scatter(points[:, 0], points[:, 1], s=0.6, color=colour, alpha=0.5, linewidths=0)
             axes.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row == 0:

@@ -29,6 +29,7 @@ import tinydiff as td
 from tinydiff import plotting
 from tinydiff.backend import generator_beside, to_numpy
 from tinydiff.datasets import mnist
+from tinydiff.diffusion import Variance
 
 DEFAULTS = dict(
     data="subset",
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
     both = schedules(args.T)
     learned = learned_variance(args.loss)
-    variance = "learned_range" if learned else "fixed_small"
+    variance: Variance = "learned_range" if learned else "fixed_small"
     diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, variance)
     model = td.UNet(
         out_channels=2 if learned else 1,

@@ -25,6 +25,7 @@ import tinydiff as td
 from tinydiff import plotting
 from tinydiff.backend import generator_beside, to_numpy
 from tinydiff.datasets import toy2d
+from tinydiff.diffusion import Variance
 
 DEFAULTS = dict(
     shape="moons",
@@ -39,7 +40,7 @@ DEFAULTS = dict(
     sampler="ddpm",
     sampling_steps=100,
 )
-VARIANCE = "fixed_large"  # keeps the spread of the samples; fixed_small shrinks it by a percent or two
+VARIANCE: Variance = "fixed_large"  # keeps the spread of samples; fixed_small shrinks it by a percent or two
 HIDDEN, BLOCKS, EMA_DECAY = 96, 3, 0.999
 SAMPLES_AT_A_TIME = 1000  # what fits a processor's cache
 DRAWS = 8  # fresh draws of data that the samples, and the draws themselves, are compared with
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
     both = schedules(args.T)
     learned = learned_variance(args.loss)
-    variance = "learned_range" if learned else VARIANCE
+    variance: Variance = "learned_range" if learned else VARIANCE
     diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, variance)
     width = 4 if learned else 2
     model = td.MLP(2, width, hidden=HIDDEN, blocks=BLOCKS, rng=model_rng, backend=args.backend)

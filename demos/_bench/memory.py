@@ -55,11 +55,12 @@ def measured(job: dict[str, Any]) -> dict[str, float | None]:
 def child() -> None:
     """Read a job from the standard input, do it, and print what was held."""
     job = json.load(sys.stdin)
+    module: Any
     if job["side"] == "tinydiff":
         from _bench import ours as module
         from _bench.networks import CONFIGS
     else:
-        from _bench import theirs as module  # type: ignore[no-redef]
+        from _bench import theirs as module
 
         module.torch.set_num_threads(job["threads"])
         if job["kind"] == "UNet":

@@ -62,8 +62,11 @@ class Config:
         if self.network is td.UNet:
             arguments["block_channels"] = [c // 4 for c in arguments["block_channels"]]
             arguments["norm_groups"] = 4
-        few = {key: tuple(min(n, 2) for n in getattr(self, key)) for key in ("training", "inference", "ddim")}
-        return replace(self, arguments=arguments, **{key: tuple(dict.fromkeys(n)) for key, n in few.items()})
+        few: dict[str, Any] = {
+            work: tuple(dict.fromkeys(min(n, 2) for n in getattr(self, work)))
+            for work in ("training", "inference", "ddim")
+        }
+        return replace(self, arguments=arguments, **few)
 
 
 MNIST = dict(

@@ -113,7 +113,7 @@ class Tinydiff:
         """From the noise `batch.x` to data, by DDIM."""
         diffusion = td.GaussianDiffusion(td.cosine_schedule(T))
         x, rng = self._here(batch).x, np.random.default_rng(0)
-        how = dict(sampler="ddim", steps=steps, rng=rng, x_T=x, progress=False)
+        how: dict[str, Any] = dict(sampler="ddim", steps=steps, rng=rng, x_T=x, progress=False)
 
         def walk() -> Any:
             denoise = _graph.predictor(self.model, self.recorded)

@@ -22,6 +22,8 @@ VARIANTS = {"eager": "PyTorch", "channels_last": "PyTorch channels_last", "compi
 class Sinusoids(nn.Module):
     """The time's sines and cosines, computed in float64 as tinydiff does; diffusers rounds the angles."""
 
+    omega: torch.Tensor
+
     def __init__(self, dim: int, shift: float = 0.0, flip: bool = True) -> None:
         super().__init__()
         half = dim // 2
