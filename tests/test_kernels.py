@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from tinydiff.kernels import (
 )
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._memory import empty
-from tinydiff.kernels._threads import scratch
+from tinydiff.kernels._threads import forget_scratch, in_parallel, scratch
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs Numba, the extra `fast`")
@@ -546,6 +547,14 @@ def test_arrays_that_begin_with_a_line_of_the_cache(shape, dtype, beside):
         array[...] = 7
         kept.append(array)
     assert np.all(kept[1] == 7)
+
+
+def test_scratch_is_let_go_in_every_thread():
+    kept = []
+    in_parallel(lambda start, stop: kept.append(weakref.ref(scratch("test", (3,), np.dtype(int)))), 100)
+    assert all(array() is not None for array in kept)
+    forget_scratch()
+    assert kept and all(array() is None for array in kept)
 
 
 @for_each_twin_on_the_cpu

@@ -261,8 +261,12 @@ def test_where_the_system_does_not_say(monkeypatch):
     assert memory.largest_batch(lambda n: None, np.zeros(1), 100) == 2
 
 
-def test_the_line_predicts_what_a_step_takes():
-    """Of a U-Net: the memory of 8 samples from that of 1 and 2, never too little and not twice too much."""
+@pytest.mark.parametrize("before", [2, 1, 8])
+def test_the_line_predicts_what_a_step_takes(before):
+    """Of a U-Net: the memory of 8 samples from that of 1 and 2, never too little and not twice too much.
+
+    However much scratch the kernels have from steps before.
+    """
     model = td.UNet(block_channels=(8, 8), attention=(False, True), norm_groups=4)
 
     def step(n):
@@ -270,7 +274,7 @@ def test_the_line_predicts_what_a_step_takes():
         td.training_loss(model, PROCESS, x0, np.random.default_rng(0))[1]()
         model.zero_grad()
 
-    step(1)
+    step(before)
     one, two, eight = (memory._peak(step, n) for n in (1, 2, 8))
     predicted = one + 7 * (two - one)
     assert 0.95 * eight <= predicted <= 2 * eight

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tinydiff.backend import Array, is_cupy_array, is_numpy_array
+from tinydiff.kernels import forget_scratch
 
 __all__ = ["available_memory", "is_out_of_memory", "largest_batch", "let_go", "reason", "what_fits"]
 
@@ -121,7 +122,11 @@ def runs(step: Callable[[int], None], like: Array, n: int) -> bool:
 
 
 def _peak(step: Callable[[int], None], n: int) -> int:
-    """The most bytes that a step of batch n holds at a time (NumPy tells tracemalloc of its arrays)."""
+    """The most bytes that a step of batch n holds at a time (NumPy tells tracemalloc of its arrays).
+
+    Among them is the kernels' scratch, of which larger steps take more, whatever it has grown to before.
+    """
+    forget_scratch()
     traced_already = tracemalloc.is_tracing()
     if not traced_already:
         tracemalloc.start()

@@ -24,9 +24,9 @@ from tinydiff.backend import Array, BackendError, is_cupy_array, is_numpy_array
 from tinydiff.kernels import numpy as numpy_kernels
 from tinydiff.kernels import portable
 from tinydiff.kernels._memory import keep_freed_memory
-from tinydiff.kernels._threads import alone, blas_on_one_thread, threads_in_reach
+from tinydiff.kernels._threads import alone, blas_on_one_thread, forget_scratch, threads_in_reach
 
-__all__ = ["alone", "kernels_for", "many_steps", "threads_in_reach", "use", "use_on_gpu"]
+__all__ = ["alone", "forget_scratch", "kernels_for", "many_steps", "threads_in_reach", "use", "use_on_gpu"]
 
 TWINS = ("numpy", "numba")
 ON_GPU = ("cupy", "portable")

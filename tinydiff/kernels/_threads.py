@@ -28,7 +28,15 @@ import numpy as np
 
 from tinydiff.kernels._memory import empty
 
-__all__ = ["alone", "blas_on_one_thread", "in_parallel", "scratch", "sums", "threads_in_reach"]
+__all__ = [
+    "alone",
+    "blas_on_one_thread",
+    "forget_scratch",
+    "in_parallel",
+    "scratch",
+    "sums",
+    "threads_in_reach",
+]
 
 T = TypeVar("T")
 
@@ -36,6 +44,7 @@ T = TypeVar("T")
 MAX_THREADS = 8
 
 _local = threading.local()
+_scratch = threading.local()
 _one_region = threading.Lock()
 _executor: ThreadPoolExecutor | None = None
 
@@ -161,16 +170,23 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
     Not for what a thread returns from `in_parallel`: it may be at work for another caller by then.
     """
+    own = _scratch  # which `forget_scratch` may replace meanwhile
     try:
-        return _local.views[name, dtype, shape]
+        return own.views[name, dtype, shape]
     except AttributeError:
-        _local.arrays, _local.views = {}, {}
+        own.arrays, own.views = {}, {}
     except KeyError:
         pass
     size = math.prod(shape)
-    flat = _local.arrays.get((name, dtype))
+    flat = own.arrays.get((name, dtype))
     if flat is None or flat.size < size:
-        flat = _local.arrays[name, dtype] = empty((size,), dtype)
-        _local.views = {key: view for key, view in _local.views.items() if key[:2] != (name, dtype)}
-    view = _local.views[name, dtype, shape] = flat[:size].reshape(shape)
+        flat = own.arrays[name, dtype] = empty((size,), dtype)
+        own.views = {key: view for key, view in own.views.items() if key[:2] != (name, dtype)}
+    view = own.views[name, dtype, shape] = flat[:size].reshape(shape)
     return view
+
+
+def forget_scratch() -> None:
+    """Let go of what `scratch` has kept for all threads; what one of them still uses goes when it is done."""
+    global _scratch
+    _scratch = threading.local()
