@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tinydiff.nn
@@ -189,6 +190,25 @@ def test_blocks_run_in_order_as_pasted(page, tmp_path, monkeypatch):
             source = "\n" * block.line + block.text  # so that a traceback names the line of the page
             exec(compile(source, page.name, "exec", dont_inherit=True), namespace)
     assert not list(tmp_path.iterdir()), "a block wrote a file"
+
+
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
+    """In order, as pasted, but with two steps of training and sampling, and noise for one's own pictures."""
+    monkeypatch.chdir(tmp_path)
+    np.save("images.npy", np.random.default_rng(0).integers(256, size=(4, 32, 32, 3), dtype=np.uint8))
+    for name in ("train", "sample"):
+        ours = getattr(tinydiff, name)
+        monkeypatch.setattr(
+            tinydiff, name, lambda *given, ours=ours, **how: ours(*given, **how | {"steps": 2})
+        )
+    namespace = {}
+    for block in Page(ROOT / "README.md").blocks:
+        if block.language == "python":
+            exec(compile("\n" * block.line + block.text, "README.md", "exec", dont_inherit=True), namespace)
+    assert namespace["points"].shape == (1000, 2) and namespace["dx"].shape == (1000, 2)
+    pictures = namespace["pictures"]
+    assert pictures.shape == (16, 32, 32, 3) and -1 <= np.min(pictures) < np.max(pictures) <= 1
+    assert {path.name for path in (tmp_path / "runs" / "mine").iterdir()} >= {"model.safetensors"}
 
 
 @each_page
