@@ -319,6 +319,7 @@ def test_letting_go_asks_cupys_pools(monkeypatch):
     called = []
     pool = lambda name: types.SimpleNamespace(free_all_blocks=lambda: called.append(name))  # noqa: E731
     cupy = types.ModuleType("cupy")
+    cupy.ndarray = cupy.generic = type("of CuPy's", (), {})
     cupy.get_default_memory_pool = lambda: pool("device")
     cupy.get_default_pinned_memory_pool = lambda: pool("pinned")
     monkeypatch.setitem(sys.modules, "cupy", cupy)

@@ -306,10 +306,10 @@ def _checked_timesteps(timesteps: Any, T: int) -> np.ndarray:
 def _checked_count(name: str, value: Any) -> int:
     """`value` as an int of at least 1, or ValueError."""
     try:
-        count = operator.index(value)
+        count = 0 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         count = 0
-    if count < 1 or isinstance(value, bool | np.bool_):
+    if count < 1:
         raise ValueError(f"{name} is {value!r}; expected an integer of at least 1.")
     return count
 
