@@ -562,6 +562,21 @@ def test_ddim_is_diffusers_on_the_respaced_chain(prediction, eta, steps, clip):
     assert_allclose(x, reference, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.oracle
+def test_where_diffusers_ddim_arrives_with_linspace():
+    """docs: E.16"""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    if tuple(map(int, diffusers.__version__.split(".")[:3])) > (0, 42, 1):
+        pytest.skip("chapter 9 speaks of diffusers 0.42.1")
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="linspace", clip_sample=False)
+    scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
+    scheduler.set_timesteps(10)
+    diffusion = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas))
+    best, x_T = exact_denoiser(diffusion, m=-0.8, s=0.5), np.array([[0.0], [1.0]])
+    ends = walk_of_diffusers(torch, scheduler, best, x_T, scheduler.timesteps.tolist())
+    assert_allclose([ends[0, 0], ends[1, 0] - ends[0, 0]], [-0.758, 0.419], atol=5e-4)
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_a_variance_that_rounds_to_more_than_the_noise_there_is(sampler):
     """beta~_1 is 1 - abar_0 but for 1e-20 of it; here it is rounded up, and nothing is left for eps."""

@@ -205,7 +205,7 @@ def upsample(x: Array) -> Array:
     xp = array_namespace(x)
     n, h, w, c = x.shape
     copies = xp.broadcast_to(xp.reshape(x, (n, h, 1, w, 1, c)), (n, h, 2, w, 2, c))
-    return xp.reshape(copies, (n, 2 * h, 2 * w, c))
+    return xp.reshape(copies, (n, 2 * h, 2 * w, c), copy=True)  # of one number it would be a view else
 
 
 def upsample_backward(dy: Array) -> Array:
