@@ -324,6 +324,25 @@ def check_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype,
 
 
 @for_each_twin
+@pytest.mark.parametrize("name", ["group_norm", "group_norm_silu"])
+@pytest.mark.parametrize(
+    "apart",
+    [lambda v: np.repeat(v, 2)[::2], lambda v: v[::-1], lambda v: np.broadcast_to(v[:1], v.shape)],
+    ids=["strided", "backwards", "one number"],
+)
+def test_gains_and_shifts_may_lie_apart_in_memory(twin, name, apart):
+    twin, rng = module(twin), np.random.default_rng(0)
+    x, dy = normal(rng, (2, 2, 3, 5, 16), np.float64)
+    weight, bias = map(apart, normal(rng, (2, 16), np.float64))
+    found = []
+    for kernels in (twin, portable):
+        y, saved = getattr(kernels, name)(x, weight, bias, 4, 1e-5)
+        found.append([y, *getattr(kernels, name + "_backward")(saved, weight, dy)])
+    for actual, expected in zip(*found):
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@for_each_twin
 @settings(deadline=None, max_examples=60)
 @given(
     lead=st.lists(st.integers(1, 7), min_size=1, max_size=3),
@@ -873,6 +892,24 @@ def test_exp_and_sigmoid_of_vectors(dtype):
     _, s = module("numba").silu(np.concatenate([x, -x]))
     exact = 1 / (1 + np.concatenate([1 / exact, exact]))
     assert (np.abs(s - exact) / (np.finfo(dtype).eps * exact)).max() < 3
+
+
+@needs_numba
+def test_vectors_are_of_neighbours_in_memory_or_not_compiled():
+    import numba
+
+    from tinydiff.kernels._numba_lanes import LANES, load, store
+
+    @numba.njit
+    def copy(x, y):
+        store(y, 0, load(x, 0))
+
+    x, y = np.arange(LANES, dtype=np.float32), np.zeros(2 * LANES, np.float32)
+    copy(x, y)
+    np.testing.assert_array_equal(y, np.append(x, 0 * x))
+    for apart in ((y[::2], y), (x, y[::2]), (x, y.reshape(2, LANES))):
+        with pytest.raises(numba.TypingError):
+            copy(*apart)
 
 
 # The CuPy twin's own

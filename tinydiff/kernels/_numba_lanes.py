@@ -64,9 +64,16 @@ def _alignment(context: Any, dtype: Any) -> int:
     return context.get_abi_sizeof(context.get_value_type(dtype))
 
 
+def _is_flat(x: Any) -> bool:
+    """Whether neighbours in the array are neighbours in memory: LANES of another would be other numbers."""
+    return isinstance(x, types.Array) and x.ndim == 1 and x.layout == "C"
+
+
 @intrinsic
 def load(typingctx, x, index):  # type: ignore[no-untyped-def]
     """x[index : index + LANES] of a flat contiguous array; the caller sees to it that they exist."""
+    if not _is_flat(x):
+        return None  # refused by the compiler
 
     def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
         pointer = _pointer(context, builder, sig.args[0], *args)
@@ -78,6 +85,8 @@ def load(typingctx, x, index):  # type: ignore[no-untyped-def]
 @intrinsic
 def store(typingctx, x, index, value):  # type: ignore[no-untyped-def]
     """x[index : index + LANES] = value."""
+    if not _is_flat(x):
+        return None
 
     def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
         pointer = _pointer(context, builder, sig.args[0], *args[:2])

@@ -129,7 +129,7 @@ def _norm_forward(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float, with_silu: bool
 ) -> tuple[np.ndarray, tuple[Saved, int]]:
     n, h, w, c = x.shape
-    flat = np.ascontiguousarray(x).reshape(-1)
+    flat, weight, bias = np.ascontiguousarray(x).reshape(-1), *map(np.ascontiguousarray, (weight, bias))
     y = empty(x.shape, x.dtype)
     mean, rstd = np.empty((n, c), x.dtype), np.empty((n, c), x.dtype)
     flat_y, eps = y.reshape(-1), x.dtype.type(eps)
@@ -167,6 +167,7 @@ def group_norm_backward(
         return _norm.group_norm_backward(saved, weight, dy)
     (x, mean, rstd, bias), groups = saved
     n, h, w, _ = x.shape
+    weight = np.ascontiguousarray(weight)
     flat, flat_dy = np.ascontiguousarray(x).reshape(-1), np.ascontiguousarray(dy).reshape(-1)
     dx = empty(x.shape, x.dtype)
     with_silu, b, flat_dx = bias is not None, weight if bias is None else bias, dx.reshape(-1)
