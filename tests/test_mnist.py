@@ -292,6 +292,7 @@ class World:
 
     def retrieve(self, url, path):
         self.asked.append(url)
+        assert self.cache in path.parents, "moved from another file system it might arrive by halves"
         mirror, name = url.removesuffix(".gz").removeprefix("https://").split("/")
         content = self.sent.get((mirror, name), self.sent[name])
         if isinstance(content, Exception):
@@ -339,6 +340,7 @@ def test_download_is_cached_and_used_the_second_time(world, split, stem):
 
 def test_the_default_cache_is_the_systems(world, monkeypatch, tmp_path):
     monkeypatch.setattr("pooch.os_cache", lambda project: tmp_path / "system" / project)
+    world.cache = tmp_path / "system" / "tinydiff"
     world.assert_original(mnist.load("train"))
     assert sorted(path.name for path in (tmp_path / "system/tinydiff").iterdir()) == TRAIN_GZ
 
@@ -426,6 +428,26 @@ def test_download_off_asks_no_mirror(world, subset):
     assert world.asked == [] and not world.cache.exists()
 
 
+@pytest.mark.parametrize("why", ["a file is there", "it is read-only"])
+def test_where_nothing_can_be_kept_the_subset_takes_its_place(world, subset, monkeypatch, why):
+    if why == "a file is there":
+        world.cache.write_bytes(b"")
+    else:
+
+        def refuse(dir):
+            raise PermissionError(13, "Permission denied", str(dir))
+
+        monkeypatch.setattr(mnist.tempfile, "TemporaryDirectory", refuse)
+    with pytest.warns(
+        UserWarning, match=r"^using the 10,000-digit subset .*nothing can be kept \("
+    ) as caught:
+        np.testing.assert_array_equal(world.load()[0], subset[0])
+    assert len(caught) == 1
+    with pytest.raises(mnist.MNISTUnavailableError, match="nothing can be kept"):
+        world.load("test")
+    assert world.asked == []
+
+
 @pytest.mark.parametrize("cache_dir", [None, "here"])
 def test_without_pooch(world, monkeypatch, tmp_path, cache_dir):
     monkeypatch.setitem(sys.modules, "pooch", None)  # makes `import pooch` fail
@@ -460,6 +482,9 @@ def test_local_folder_comes_before_cache_and_mirrors(world, monkeypatch, tmp_pat
     monkeypatch.setenv("TINYDIFF_DATA", str(folder))
     world.assert_original(world.load())
     world.assert_original(world.load("test"), "t10k")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TINYDIFF_DATA", "~/data")
+    world.assert_original(world.load())
     assert world.asked == [] and world.cached() == []
     assert len(mnist.load("subset")[0]) == 10_000
 

@@ -230,12 +230,13 @@ def _from_cache(cache: Path, name: str, download: bool) -> np.ndarray:
 
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        # Inside the cache, so that the accepted file is moved within one file system: whole, or not at all.
+        temporary = tempfile.TemporaryDirectory(dir=cache)
     except OSError as error:
-        raise MNISTUnavailableError(f"{absent}, which cannot be a folder ({error})") from None
+        raise MNISTUnavailableError(f"{absent}, where nothing can be kept ({error})") from None
     unreached: list[str] = []
     refused: list[str] = []
-    # Beside the cache, so that the accepted file is moved within one file system: whole, or not at all.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with temporary as folder:
         for mirror in MIRRORS:
             url = f"{mirror}{name}.gz"
             path = Path(folder) / f"{name}.gz"
