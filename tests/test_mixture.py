@@ -51,6 +51,15 @@ def test_density_far_from_everything_is_finite():
     assert_allclose(mixture.score(np.array([[1000.0]])), [[-9990]], rtol=1e-12)
 
 
+@given(st.floats(-12, 12))
+def test_a_narrow_component_keeps_its_width_beside_a_wide_one(log10):
+    """Also where the one's whole variance would be rounding in the other's."""
+    x, deviations = np.array([[0.0], [3e-6], [3e5]]), np.array([10.0**log10, 1e-6])
+    mixture = GaussianMixture([0.5, 0.5], [[0.0], [0.0]], deviations**2)
+    expected = special.logsumexp(stats.norm.logpdf(x, 0, deviations), axis=1) - np.log(2)
+    assert_allclose(mixture.log_prob(x), expected, rtol=1e-12)
+
+
 @settings(max_examples=30)
 @given(mixtures(), seeds)
 def test_score_is_the_gradient_of_log_prob(mixture, seed):
@@ -101,6 +110,33 @@ def test_entropy_in_the_plane():
     entropy = IN_THE_PLANE.entropy()
     assert abs(entropy - surprise.mean()) < 5 * surprise.std() / np.sqrt(surprise.size)
     assert_allclose(entropy, IN_THE_PLANE.entropy(nodes=181), rtol=1e-10)
+
+
+def test_entropy_with_a_component_ten_times_narrower_than_the_one_it_lies_in():
+    """As the documentation promises; on the line it is told how close together to look."""
+    mixture = GaussianMixture([0.5, 0.5], [[0.0], [0.3]], [1.0, 0.01])
+
+    def integrand(x):
+        log_q = float(mixture.log_prob(np.array([[x]]))[0])
+        return -np.exp(log_q) * log_q
+
+    expected, _ = integrate.quad(
+        integrand, -12, 12, points=np.linspace(-0.3, 0.9, 7), epsabs=1e-12, limit=500
+    )
+    assert_allclose(mixture.entropy(), expected, rtol=1e-10)
+
+
+def test_nodes_are_the_quadrature_s_and_by_default_enough():
+    line, diffusion = (
+        GaussianMixture([0.3, 0.7], [[-1.2], [0.5]], [0.1, 0.3]),
+        GaussianDiffusion(linear_schedule(5)),
+    )
+    for method in (line.entropy, lambda nodes: line.optimal_bound(diffusion, nodes)):
+        for nodes in (1, 0, True, 40.0, None):
+            with pytest.raises(ValueError, match=f"nodes is {nodes}; expected an integer of at least 2"):
+                method(nodes)
+    enough, more = (line.optimal_bound(diffusion, *nodes).L_t for nodes in ((), (301,)))
+    assert_allclose(enough, more, rtol=1e-10)
 
 
 @given(mixtures())
@@ -254,12 +290,54 @@ def test_float32_is_as_good_as_float32_can_be():
 # Degenerate and wrong
 
 
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1)])
+def test_what_signs_eigenvectors_have_does_not_matter(signs, monkeypatch):
+    """LAPACK's two in the plane are a symmetric matrix: one that is transposed by mistake looks the same."""
+    diffusion, x = GaussianDiffusion(linear_schedule(20), "eps", "learned_range"), np.array([[0.3, -0.8]])
+    w, m, c = IN_THE_PLANE.weights, IN_THE_PLANE.means, IN_THE_PLANE.covariances
+    eigh = np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda a: (eigh(a)[0], eigh(a)[1] * np.array(signs)))
+    turned = GaussianMixture(w, m, c)
+    assert_allclose(turned.log_prob(x), IN_THE_PLANE.log_prob(x), rtol=1e-12)
+    assert_allclose(turned.score(x), IN_THE_PLANE.score(x), rtol=1e-12)
+    assert_allclose(turned.entropy(), IN_THE_PLANE.entropy(), rtol=1e-12)
+    outputs = (mixture.denoiser(diffusion)(x, np.array([7])) for mixture in (turned, IN_THE_PLANE))
+    assert_allclose(*outputs, rtol=1e-10)
+    one = GaussianMixture([1], m[:1], c[:1])
+    drawn = one.sample(50_000, np.random.default_rng(0))
+    assert_allclose(np.cov(drawn.T), c[0], atol=0.01)  # 5 standard errors; 0.1 off the diagonal
+
+
+def test_what_it_holds_is_a_copy_that_nobody_changes():
+    given_arrays = np.ones(2), np.array([[-1.0], [1.0]]), np.ones((2, 1, 1))
+    mixture = GaussianMixture(*given_arrays)
+    for array, name in zip(given_arrays, ("weights", "means", "covariances")):
+        held = getattr(mixture, name).copy()
+        array[...] = 7
+        assert_array_equal(getattr(mixture, name), held)
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(mixture, name)[0] = 7
+
+
 def test_empty_components_are_left_out():
     mixture = GaussianMixture([0.5, 0, 0.5], [[-1.0], [np.pi], [1.0]], [0.1, 0.0, 0.1])
     assert_array_equal(mixture.means, [[-1], [1]])
     same = GaussianMixture([1, 1], [[-1.0], [1.0]], 0.1)
     x = np.linspace(-3, 3, 9)[:, None]
     assert_array_equal(mixture.log_prob(x), same.log_prob(x))
+
+
+@given(seeds, st.integers(2, 4))
+def test_a_flat_component_has_no_density_in_whatever_direction(seed, D):
+    """Its other eigenvalues are rounding, on either side of 0: not negative, and no density."""
+    rng = np.random.default_rng(seed)
+    u = rng.standard_normal(D)
+    flat = GaussianMixture([1], np.ones((1, D)), np.outer(u, u)[None])
+    for call in (flat.entropy, lambda: flat.log_prob(np.ones((1, D))), lambda: flat.score(np.ones((1, D)))):
+        with pytest.raises(ValueError, match="singular"):
+            call()
+    x = flat.sample(5, rng) - 1
+    assert_allclose(x, np.outer(x @ u, u) / (u @ u), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
@@ -280,6 +358,8 @@ def test_points_have_denoisers_though_no_density(variance, T):
     closer = np.tanh(diffusion.schedule.alphas_cumprod[0] ** 0.5 * x_t[:, 0] / (diffusion.schedule.betas[0]))
     assert_allclose(output[:, 0], closer, rtol=1e-12)
     assert_allclose(output[:, 1], 0, atol=1e-15)
+    if variance == "learned_range" and T > 1:
+        assert_array_equal(output[:, 3], -1)  # both points agree in it, its variance is 0: the lower end
     assert np.isfinite(points.optimal_bound(diffusion, nodes=21).value)
     assert set(np.unique(points.sample(50, np.random.default_rng(0)))) == {-1, 0, 1}
 
@@ -294,6 +374,7 @@ def test_points_have_denoisers_though_no_density(variance, T):
         (([1, 1], [0, 0], 1), r"means has shape \(2,\); expected \(2, D\)"),
         (([1, 1], [[0], [0]], [1, 2, 3]), r"covariances has shape \(3,\)"),
         (([1], [[0, 0]], [[[1, 0.5], [0.4, 1]]]), "not symmetric"),
+        (([1], [[0, 0]], [[[1e-9, 5e-10], [4e-10, 1e-9]]]), "not symmetric"),
         (([1], [[0, 0]], [[[1, 2], [2, 1]]]), "negative eigenvalue -1"),
         (([1], [[0, 0]], -1.0), "negative eigenvalue -1"),
         (([1], [["a"]], -1.0), "means is a list"),
@@ -311,6 +392,10 @@ def test_what_does_not_fit_is_named():
         IN_THE_PLANE.log_prob(np.zeros((3, 2), dtype=np.int64))
     with pytest.raises(ValueError, match=r"t contains 5; expected 0 \.\.\. 4"):
         IN_THE_PLANE.posterior_mean(GaussianDiffusion(linear_schedule(5)), np.zeros((3, 2)), 5)
+    with pytest.raises(ValueError, match="x has dtype complex128"):
+        IN_THE_PLANE.log_prob(np.zeros((3, 2), dtype=complex))
+    with pytest.raises(TypeError, match="rng is a int; expected a numpy"):
+        IN_THE_PLANE.sample(3, 0)
     with pytest.raises(ValueError, match="n is 0"):
         IN_THE_PLANE.sample(0, np.random.default_rng(0))
     with pytest.raises(ValueError, match="at most two dimensions"):
