@@ -353,6 +353,25 @@ def test_probabilities_are_roots_of_second_moments_of_the_last_terms():
     assert_allclose(sampler.probabilities(), 0.99 * root / root.sum() + 0.005, rtol=1e-12)
 
 
+@given(st.integers(2, 8), st.sampled_from([1e-200, 1e200, -1.0, -1e-200]), seeds)
+def test_probabilities_depend_on_neither_unit_nor_sign(T, unit, seed):
+    """Of a density's terms some are negative, and all may be."""
+    losses = np.append(0.0, np.random.default_rng(seed).uniform(0.1, 1, T - 1))
+    expected = full_sampler(losses).probabilities()
+    assert np.ptp(expected) > 0.05
+    assert_allclose(full_sampler(unit * losses).probabilities(), expected, rtol=1e-12)
+
+
+def test_by_default_ten_terms_are_remembered_and_one_t_in_a_thousand_is_uniform():
+    sampler = LossSecondMomentSampler(2)
+    for losses in ([9.0, 9.0], *[[1.0, 0.0]] * 9):
+        assert_array_equal(sampler.probabilities(), 0.5)
+        sampler.update(np.arange(2), np.array(losses))
+    assert sampler.probabilities()[1] > 0.4
+    sampler.update(np.arange(2), np.array([1.0, 0.0]))
+    assert_allclose(sampler.probabilities(), [0.9995, 0.0005], rtol=1e-12)
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=8), seeds)
 def test_weighted_terms_are_an_unbiased_estimate(losses, seed):
     """By enumeration: sum_t p_t w_t L_t is the mean of L_t, also where the history did not foresee them."""
@@ -404,10 +423,13 @@ def test_a_bad_term_is_refused_and_nothing_is_remembered():
         ([0, 2], [1.0, 1.0], "expected integers in 0 ... 1"),
         ([0, 1], [1.0, np.nan], "not finite"),
         ([0, 1], [1.0], "losses has shape"),
+        ([0.0, 1.0], [1.0, 1.0], "expected integers in 0 ... 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             sampler.update(np.array(t), np.array(losses))
     assert sampler.state_dict()["counts"].sum() == 0
+    with pytest.raises(TypeError, match="rng is a int; expected a numpy"):
+        sampler.sample(3, 0)
     for options in (dict(T=0), dict(T=2, history=0), dict(T=2, uniform=0.0), dict(T=2, uniform=2)):
         with pytest.raises(ValueError, match="expected"):
             LossSecondMomentSampler(**options)

@@ -421,6 +421,60 @@ def test_traces_of_a_network_are_those_of_central_differences(prediction, varian
         assert_array_equal(p.grad, before[name])  # left as they were
 
 
+def test_one_probe_is_exact_where_no_number_depends_on_another():  # docs: R.14
+    """A sign squared is 1: of a diagonal derivative each draw gives the trace, as no other numbers would."""
+    slopes = np.array([0.9, -0.5, 0.2])
+
+    def model(x, t):
+        return np.sin(slopes * x), lambda dy: dy * slopes * np.cos(slopes * x)
+
+    diffusion, x = td.GaussianDiffusion(td.linear_schedule(12)), np.random.default_rng(0).normal(size=(4, 3))
+    exact = ode_log_likelihood(model, diffusion, x, progress=False)
+    rng = np.random.default_rng(1)
+    found = ode_log_likelihood(model, diffusion, x, probes=1, rng=rng, progress=False)
+    assert_allclose(found, exact, rtol=1e-12)
+
+
+def test_gradients_are_left_as_they_were_when_it_is_interrupted():
+    class Interrupted(td.MLP):
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls > 3:
+                raise KeyboardInterrupt
+            return super().__call__(*args, **kwargs)
+
+    rng = np.random.default_rng(0)
+    model = randomise(Interrupted(2, 2, hidden=8, blocks=1, time_features=4, rng=rng), rng)
+    before = {name: rng.standard_normal(p.shape) for name, p in model.named_parameters().items()}
+    for name, p in model.named_parameters().items():
+        p.grad = before[name].copy()
+    with pytest.raises(KeyboardInterrupt):
+        ode_log_likelihood(
+            model, td.GaussianDiffusion(td.linear_schedule(9)), np.ones((3, 2)), progress=False
+        )
+    for name, p in model.named_parameters().items():
+        assert_array_equal(p.grad, before[name])
+
+
+def test_the_learned_variance_of_images_plays_no_part_in_their_likelihood():
+    x = np.random.default_rng(0).standard_normal((2, 3, 3, 1))
+
+    def alone(x, t):
+        return np.sin(x), lambda dy: dy * np.cos(x)
+
+    def with_variance(x, t):
+        return np.concat([np.sin(x), x**2], axis=-1), lambda dy: dy[..., :1] * np.cos(x) + dy[..., 1:] * 2 * x
+
+    found = [
+        ode_log_likelihood(model, diffusion, x, progress=False)
+        for variance, model in (("fixed_small", alone), ("learned_range", with_variance))
+        for diffusion in [td.GaussianDiffusion(td.linear_schedule(6), "eps", variance)]
+    ]
+    assert_array_equal(*found)
+
+
 def test_log_likelihood_of_images():
     model = td.UNet(1, 1, (4, 8), 1, attention=(False, True), norm_groups=2, head_dim=4)
     randomise(model, np.random.default_rng(0), np.float32)
