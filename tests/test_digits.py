@@ -240,6 +240,12 @@ def test_samples_that_are_the_held_out_digits_are_at_the_floor(subset):
     assert ours["share_too_near"] == 0.01  # 4 of 400
 
 
+def test_as_near_as_one_in_a_hundred_is_not_too_near(subset):
+    """Of 101 the quantile is the second nearest itself, and only one is nearer."""
+    data, real = subset[0][:200], subset[0][1600:1701]
+    assert digit_report(real, data, real)["samples"]["share_too_near"] == 1 / 101
+
+
 def test_other_real_digits_are_near_the_floor(subset):
     images = subset[0]
     report = digit_report(images[:400], images[400:1600], images[1600:])
@@ -268,6 +274,11 @@ def test_the_floor_is_drawn_with_the_rng(subset):
     )
     assert first == again
     assert first["floor"] != other["floor"]
+    given, other = (
+        digit_report(images[:20], images[:40], images[40:140], rng=np.random.default_rng(seed))
+        for seed in (0, 5)
+    )
+    assert given["samples"]["nearest_distance"] == 0 and given["floor"] != other["floor"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -298,6 +309,8 @@ def test_what_does_not_fit_is_named():
         digit_report(good[:1], good)
     with pytest.raises(ValueError, match="data has 4 digits; expected at least 8"):
         digit_report(good, good)
+    with pytest.raises(TypeError, match="rng is a int"):
+        digit_report(good, good, good, rng=0)
     with pytest.raises(ValueError, match="heldout has 3 digits; expected at least 4"):
         digit_report(good, good, good[:3])
     for wrong, match in [

@@ -8,6 +8,9 @@ import sys
 import numpy as np
 import pytest
 from gradients import normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from namespaces import OnDevice, assert_there, space
 from numpy.testing import assert_array_equal
 from safetensors.numpy import save_file
 
@@ -126,6 +129,60 @@ def test_to_diffusers_is_the_inverse(directory):
     again = unet_from_diffusers(json.loads(json.dumps(config)), state)
     x, t = normal(np.random.default_rng(1), (2, 8, 8, 3), np.float32), np.array([0, 999])
     assert_array_equal(again.predict(x, t), model.predict(x, t))
+
+
+@settings(max_examples=8)
+@given(
+    attention=st.lists(st.booleans(), min_size=1, max_size=2),
+    head_dim=st.sampled_from([None, 2, 4]),
+    dropout=st.sampled_from([0.0, 0.25]),
+    data=st.data(),
+)
+def test_every_setting_crosses_the_border_and_comes_back(attention, head_dim, dropout, data):
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    config = dict(
+        in_channels=draw(1, 3),
+        out_channels=draw(1, 2),
+        block_channels=[draw(4, 8) for _ in attention],
+        layers_per_block=draw(1, 2),
+        attention=attention,
+        mid_attention=draw(True, False),
+        norm_groups=draw(1, 4),
+        norm_eps=draw(1e-5, 1e-6),
+        head_dim=head_dim,
+        dropout=dropout,
+        downsample_padding=draw(0, 1),
+        flip_sin_to_cos=draw(True, False),
+        freq_shift=draw(0, 1),
+    )
+    model = td.UNet(**config)
+    there, state = unet_to_diffusers(model)
+    back = unet_from_diffusers(json.loads(json.dumps(there)), state)
+    assert back.config == model.config == config
+    for name, value in model.state_dict().items():
+        assert_array_equal(back.state_dict()[name], value)
+
+
+def test_weights_go_where_the_backend_is_and_come_back_to_the_host(directory, monkeypatch):
+    where = space("strict")  # in CuPy's place
+    monkeypatch.setattr(td.backend, "_cupy_namespace", lambda number=None: OnDevice(where.device))
+    model = load_diffusers(directory, backend="cupy")
+    for name, p in model.named_parameters().items():
+        assert_there(p.value, where, "float32", name)
+    for name, value in unet_to_diffusers(model)[1].items():
+        assert type(value) is np.ndarray
+        assert_array_equal(value, random_state()[name])
+
+
+def test_only_a_unet_goes_to_diffusers():
+    with pytest.raises(TypeError, match="model is a MLP; expected a UNet"):
+        unet_to_diffusers(td.MLP(hidden=4, blocks=1, time_features=4))
+
+
+def test_a_config_that_names_no_class_loads(directory):
+    config = {key: value for key, value in CONFIG.items() if key != "_class_name"}
+    (directory / CONFIG_FILE).write_text(json.dumps(config))
+    assert load_diffusers(directory).config == UNET
 
 
 def test_former_names_of_attention(directory):
@@ -248,12 +305,15 @@ def test_nothing_of_torch_is_imported(directory):
         ("norm_num_groups", 2.0),
         ("norm_eps", 0.0),
         ("norm_eps", "1e-5"),
+        ("norm_eps", True),
         ("attention_head_dim", 3),
         ("attention_head_dim", [4, 8]),
+        ("attention_head_dim", True),
         ("downsample_padding", 2),
         ("downsample_padding", None),
         ("dropout", 1.0),
         ("dropout", None),
+        ("dropout", False),
         ("freq_shift", 2),
         ("freq_shift", None),
         ("flip_sin_to_cos", "yes"),
@@ -263,6 +323,7 @@ def test_nothing_of_torch_is_imported(directory):
         ("out_channels", "3"),
         ("layers_per_block", 0),
         ("layers_per_block", [1, 1]),
+        ("layers_per_block", True),
         ("block_out_channels", [4, 8, 16]),
         ("block_out_channels", []),
         ("block_out_channels", 4),
@@ -271,6 +332,7 @@ def test_nothing_of_torch_is_imported(directory):
         ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]),
         ("down_block_types", "DownBlock2D"),
         ("up_block_types", ["UpBlock2D", "UpBlock2D"]),
+        ("up_block_types", ["UpBlock2D", "AttnUpBlock2D"]),
         ("up_block_types", ["AttnSkipUpBlock2D", "UpBlock2D"]),
         ("up_block_types", ["AttnUpBlock2D"]),
         ("cross_attention_dim", 64),
@@ -279,6 +341,14 @@ def test_nothing_of_torch_is_imported(directory):
 def test_unsupported_entry_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=rf"^config\['{key}'\] = "):
         unet_from_diffusers({**CONFIG, key: value}, random_state())
+
+
+def test_heads_must_fit_wherever_there_is_attention_in_the_middle_too():
+    plain = {**CONFIG, "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    with pytest.raises(ValueError, match=r"^config\['attention_head_dim'\] = 3"):
+        unet_from_diffusers({**plain, "attention_head_dim": 3}, {})
+    with pytest.raises(ValueError, match="missing"):  # of what it holds; without attention any will do
+        unet_from_diffusers({**plain, "attention_head_dim": 3, "add_attention": False}, {})
 
 
 @pytest.mark.oracle

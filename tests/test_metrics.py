@@ -127,6 +127,19 @@ def test_what_does_not_fit_is_named(x, y, match):
         sliced_wasserstein(x, y)
 
 
+@pytest.mark.parametrize("function", [sliced_wasserstein, mmd_squared, energy_distance, frechet_distance])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
+def test_sets_of_whatever_dtype_are_measured_in_float64(function, dtype):
+    x, y = (np.asarray(100 + 20 * z, dtype) for z in clouds(0, 2, 50, 3))
+    assert function(x, y) == function(x.astype(np.float64), y.astype(np.float64))
+
+
+@pytest.mark.parametrize("function", [sliced_wasserstein, permutation_test])
+def test_a_seed_is_no_generator(function):
+    with pytest.raises(TypeError, match="rng is a int; expected a numpy"):
+        function(np.zeros((3, 2)), np.ones((3, 2)), rng=0)
+
+
 def test_projections_at_least_one():
     with pytest.raises(ValueError, match="projections is 0"):
         sliced_wasserstein(np.zeros((1, 2)), np.zeros((1, 2)), projections=0)
@@ -286,6 +299,7 @@ def test_more_permutations_than_a_batch_and_the_seed():
     first = permutation_test(x, y, permutations=700)
     assert first.null.shape == (700,) and np.all(np.isfinite(first.null))
     assert permutation_test(x, y, permutations=700).p_value == first.p_value
+    assert permutation_test(x, y).null.shape == (999,)  # by default
     assert np.any(permutation_test(x, y, permutations=700, rng=np.random.default_rng(1)).null != first.null)
 
 

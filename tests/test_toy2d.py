@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 from scipy.stats import norm
 
 from tinydiff.datasets import toy2d
@@ -81,6 +82,31 @@ def test_shape_dtype_and_finiteness(name, n):
     assert single.dtype == np.float32 and double.dtype == np.float64
     assert np.isfinite(double).all()
     np.testing.assert_array_equal(single, double.astype(np.float32))
+
+
+def curves():
+    """The shapes that are curves, at evenly probable points, and the noise that gives each its thickness."""
+    u = np.linspace(0, 1, 20_000)
+    half, roll, arm, heart = np.pi * u, np.pi * (1.5 + 3 * u), 3 * np.pi * np.sqrt(u), 2 * np.pi * u
+    moon = np.stack([np.cos(half), np.sin(half)], axis=1)
+    spiral = arm[:, None] * np.stack([np.cos(arm), np.sin(arm)], axis=1)
+    waves = 13 * np.cos(heart) - 5 * np.cos(2 * heart) - 2 * np.cos(3 * heart) - np.cos(4 * heart)
+    return {
+        "moons": (np.concat([moon, (1, 0.5) - moon]), 0.08),
+        "swiss_roll": (roll[:, None] * np.stack([np.cos(roll), np.sin(roll)], axis=1), 0.5),
+        "two_spirals": (np.concat([spiral, -spiral]), 0.3),
+        "heart": (np.stack([16 * np.sin(heart) ** 3, waves], axis=1), 0.7),
+    }
+
+
+@pytest.mark.parametrize("name", curves())
+def test_a_curve_is_as_thick_as_its_noise(name):
+    curve, sigma = curves()[name]
+    x = sample(name, 20_000, np.random.default_rng(0), np.float64)
+    x = x * np.sqrt(curve.var(0) + sigma**2) + curve.mean(0)
+    distance, _ = cKDTree(curve).query(x)
+    # A square's mean is known to 1%; of the heart some points at its cusp are nearer to the other side.
+    np.testing.assert_allclose(np.mean(distance**2), sigma**2, rtol=0.05)
 
 
 def test_moons_are_two_arcs_that_a_half_turn_exchanges():
