@@ -651,6 +651,78 @@ def test_help_of_the_comparison_names_its_defaults(capsys):
     assert "None" not in text and "python demos/compare_schedules.py --" in text
 
 
+# The gallery
+
+
+def leave_a_run(out, samples, ratio=1.0):
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps({"ratio": ratio}))
+    np.save(out / "samples.npy", samples)
+
+
+def test_the_gallery_shows_each_shape_above_its_samples_and_the_digits_in_order(tmp_path):
+    gallery, rng = demo("gallery"), np.random.default_rng(0)
+    shapes = td.datasets.toy2d.SHAPES
+    drawn = {shape: rng.standard_normal((5000, 2)) for shape in shapes}
+    for k, (shape, samples) in enumerate(drawn.items()):
+        leave_a_run(tmp_path / shape, samples, ratio=1 + k / 8)
+    digits = rng.uniform(-1, 1, (80, 28, 28, 1))
+    *panels, sheet = gallery.draw({shape: tmp_path / shape for shape in shapes}, digits).axes
+    data_rng = np.random.default_rng(0)
+    for k, shape in enumerate(shapes):
+        data, samples = panels[2 * k : 2 * k + 2]
+        for row, ax in enumerate((data, samples)):
+            place = ax.get_subplotspec()
+            assert (place.rowspan.start, place.colspan.start) == (row, k)
+            assert ax.get_xlim() == ax.get_ylim() == panels[0].get_xlim()
+        assert data.get_title() == shape.replace("_", " ")
+        assert samples.get_xlabel() == f"{1 + k / 8:.2f} × floor"
+        for ax, points in ((data, td.datasets.toy2d.sample(shape, 4000, data_rng)), (samples, drawn[shape])):
+            (dots,) = ax.collections
+            np.testing.assert_array_equal(dots.get_offsets(), points[:4000])
+    assert (panels[0].get_ylabel(), panels[1].get_ylabel()) == ("data", "samples")
+    (image,) = sheet.images
+    assert image.get_clim() == (-1, 1)
+    tiles = np.asarray(image.get_array()).reshape(3, 28, 24, 28).transpose(0, 2, 1, 3)
+    np.testing.assert_array_equal(tiles.reshape(72, 28, 28), digits[:72, :, :, 0])
+
+
+def test_the_gallery_makes_what_is_missing_and_nothing_again(tmp_path, monkeypatch, capsys):
+    gallery, rng, asked, code = demo("gallery"), np.random.default_rng(0), [], 0
+
+    def run(command):
+        python, demo, *flags, out = command
+        asked.append((demo.name, *flags, out.name))
+        assert python == sys.executable and demo.is_file()
+        points = demo.name == "train_toy2d.py"
+        if not code:
+            leave_a_run(out, rng.uniform(-1, 1, (10, 2) if points else (72, 28, 28, 1)))
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    runs, picture = tmp_path / "runs", tmp_path / "new" / "gallery.png"
+    monkeypatch.setattr(sys, "argv", ["gallery.py", "--runs", str(runs), "--out", str(picture)])
+    gallery.main()
+    assert asked == [
+        *[
+            ("train_toy2d.py", "--shape", shape, "--resume", "--out", f"toy2d-{shape}")
+            for shape in td.datasets.toy2d.SHAPES
+        ],
+        ("sample_mnist.py", "--samples", "72", "--out", "gallery-digits"),
+    ]
+    assert capsys.readouterr().out == f"{picture}\n"
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 24)) > 16
+    asked.clear()
+    gallery.main()
+    assert asked == []
+    (runs / "toy2d-rings" / "metrics.json").unlink()  # as where it was interrupted
+    code = 3
+    with pytest.raises(SystemExit) as end:
+        gallery.main()
+    assert end.value.code == 3 and [name for name, *_ in asked] == ["train_toy2d.py"]
+
+
 def test_as_a_program_in_another_directory(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(DEMOS.parent)}
     command = [sys.executable, str(DEMOS / "train_toy2d.py"), *TOY, "--quiet"]
