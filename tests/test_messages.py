@@ -56,6 +56,20 @@ def test_what_is_not_an_array_of_numbers_arrives_too(line):
     assert things.tolist() == [1, "a", None] and (days == dates).all()
     assert rng.random() == np.random.default_rng(3).random()
     assert number == 2 and type(number) is np.float32
+    here.send(np.ma.masked_less([1, 2, 3], 2))  # more than its numbers
+    (masked,) = there.receive()
+    assert masked.tolist() == [None, 2, 3]
+
+
+def test_who_waits_for_long_sleeps(line):
+    """Awake for a millisecond, of the quarter of a second that it takes."""
+    here, there = line
+    sender = threading.Timer(0.25, here.send, ["at last"])
+    sender.start()
+    began = time.thread_time()
+    assert there.receive() == ["at last"]
+    assert time.thread_time() - began < 0.05
+    sender.join()
 
 
 @pytest.mark.parametrize("size", [1, 10**6])

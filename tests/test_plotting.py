@@ -69,7 +69,8 @@ def test_forward_rows_are_the_schedules_at_equal_times_with_one_noise(points):
     times = np.round(np.linspace(0, T - 1, 8)).astype(int)
     assert [ax.get_title() for ax in top] == [f"$t$ = {t}" for t in times]
     noises = []
-    for row, schedule in zip([top, bottom], SCHEDULES.values(), strict=True):
+    for row, (name, schedule) in zip([top, bottom], SCHEDULES.items(), strict=True):
+        assert name in [text.get_text() for text in row[0].texts]
         for ax, t in zip(row, times, strict=True):
             abar = schedule.alphas_cumprod[t]
             noises.append((offsets(ax) - np.sqrt(abar) * points) / np.sqrt(1 - abar))
@@ -91,6 +92,11 @@ def test_forward_shows_every_time_of_a_short_chain_once(points):
     assert [ax.get_title() for ax in fig.axes] == ["$t$ = 0", "$t$ = 1", "$t$ = 2"]
 
 
+def test_forward_shows_as_many_times_as_are_asked_for(points):
+    fig = plotting.forward_process(points, {"linear": td.linear_schedule(61)}, np.random.default_rng(5), 13)
+    assert [ax.get_title() for ax in fig.axes] == [f"$t$ = {t}" for t in range(0, 61, 5)]
+
+
 @pytest.mark.parametrize("schedules", [{}, {"a": td.linear_schedule(5), "b": td.linear_schedule(6)}])
 def test_forward_refuses_schedules_that_do_not_compare(points, schedules):
     with pytest.raises(ValueError, match=r"schedules have T = .*expected"):
@@ -110,6 +116,14 @@ def test_reverse_shows_beneath_each_state_what_was_predicted_from_it(points):
     assert predicted == [i + 1 for i in k[:-1]] + [steps]
     assert top[0].get_title() == f"$t$ = {T - 1}" and top[-1].get_title() == "sample"
     assert [ax.get_title() for ax in top[1:-1]] == [f"$t$ = {4 * (steps - i) - 1}" for i in k[1:-1]]
+
+
+def test_reverse_shows_the_end_more_closely(points):
+    fig = plotting.reverse_process(walk(points, 200), columns=6)
+    assert "from noise to samples in 200 steps" in [text.get_text() for text in fig.texts]
+    gaps = np.diff([round(float(offsets(ax)[0, 0]) * 200) for ax in fig.axes[:6]])
+    assert len(gaps) == 5 and gaps.sum() == 200
+    assert np.all(np.diff(gaps) < 0) and gaps[0] > 3 * gaps[-1]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
@@ -185,7 +199,7 @@ def test_what_is_neither_points_nor_images_is_refused_by_name(shape):
 # The training curve
 
 
-@pytest.mark.parametrize("n", [1, 2, 49, 100, 357])
+@pytest.mark.parametrize("n", [1, 2, 49, 99, 100, 357])
 def test_smooth_is_the_mean_over_the_last_fiftieth(n):
     losses = np.random.default_rng(n).uniform(0.1, 1, n)
     window = max(1, n // 50)
@@ -207,9 +221,30 @@ def test_training_curve_labels_the_last_smoothed_loss_and_takes_logs_where_usefu
     (ax,) = fig.axes
     assert f"{plotting.smooth(losses)[-1]:.3g}" in texts(fig)
     assert ax.get_yscale() == scale
-    raw, mean = (line.get_ydata() for line in ax.lines[:2])
-    np.testing.assert_array_equal(raw, losses)
-    np.testing.assert_array_equal(mean, plotting.smooth(losses))
+    smooth = plotting.smooth(losses)
+    for line, expected in zip(ax.lines, [losses, smooth], strict=False):
+        np.testing.assert_array_equal(line.get_xydata(), np.stack([np.arange(1, 401), expected], axis=1))
+    np.testing.assert_array_equal(ax.lines[2].get_xydata(), [[400, smooth[-1]]])
+    assert ax.get_xlim() == (1, 400) and ax.texts[0].xy == (400, smooth[-1])
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.5), (0.01, 0.06), (0.1, 90.0), (-3.0, -2.0), (-1.0, 1.0), (0.0, 4.0)]
+)
+def test_all_but_the_rarest_losses_are_within_the_axis_and_its_numbers_are_the_losses(low, high):
+    """Of a density's bound some losses are negative."""
+    losses = np.random.default_rng(0).permutation(np.linspace(high, low, 1000))
+    fig = plotting.training_curve(losses, "nats")
+    fig.draw_without_rendering()
+    (ax,) = fig.axes
+    bottom, top = ax.get_ylim()
+    assert bottom <= np.quantile(losses, 0.002) and np.quantile(losses, 0.998) <= top
+    assert bottom >= 0 or low < 0
+    assert ax.get_ylabel() == "nats"
+    ticks = [(tick, label.get_text()) for tick, label in zip(ax.get_yticks(), ax.get_yticklabels())]
+    for tick, label in ticks:
+        assert float(label) == pytest.approx(tick, rel=1e-5, abs=1e-9)
+    assert len({label for _, label in ticks}) > 2
 
 
 @pytest.mark.parametrize("losses", [[0.5], [0.0, 0.0], [1e-9, 1e3]])

@@ -125,8 +125,14 @@ def test_the_shipped_weights_are_of_digits_and_small():
 # The demo
 
 
-def test_it_leaves_what_it_promises(saved, demo, tmp_path):
-    out = tmp_path / "new" / "run"
+def test_it_leaves_what_it_promises(saved, demo, tmp_path, monkeypatch):
+    out, said_in, save = tmp_path / "new" / "run", {}, td.plotting.save
+
+    def noted(fig, path):
+        said_in[path.name] = [text.get_text() for text in fig.texts]
+        save(fig, path)
+
+    monkeypatch.setattr(td.plotting, "save", noted)
     said = demo("--model", saved, "--out", out, "--samples", 5, "--sampling-steps", 4, "--quiet")
     assert said == ("", "")
     assert sorted(p.name for p in out.iterdir()) == [
@@ -135,6 +141,7 @@ def test_it_leaves_what_it_promises(saved, demo, tmp_path):
         "samples.npy",
         "samples.png",
     ]
+    assert "4 DDPM steps" in said_in["samples.png"]
     samples = np.load(out / "samples.npy")
     assert samples.shape == (5, 28, 28, 1) and samples.dtype == np.float32 and np.abs(samples).max() <= 1
     for name in ["samples.png", "reverse.png"]:
@@ -144,6 +151,9 @@ def test_it_leaves_what_it_promises(saved, demo, tmp_path):
     assert metrics["n"] == 5 and metrics["sampling_seconds"] > 0 and "digits" not in metrics
     assert metrics["settings"]["sampling_steps"] == 4 and metrics["trained"]["prediction"] == "v"
     assert metrics["pixels"]["samples"]["mean"] == pytest.approx(samples.mean(), rel=1e-4)
+    data = td.datasets.mnist.to_model_range(td.datasets.mnist.load()[0])
+    assert metrics["pixels"]["data"]["mean"] == pytest.approx(data.mean(), rel=1e-4)
+    assert metrics["seconds_a_digit"] == pytest.approx(metrics["sampling_seconds"] / 5, abs=1e-3)
 
 
 def test_the_seed_decides_and_so_does_the_sampler(saved, demo, tmp_path):
@@ -180,6 +190,30 @@ def test_the_report_is_the_digits_report(saved, demo, tmp_path):
     assert f"confidence: {report['samples']['confidence']:.3f}" in said.out
     assert f"(real digits: {report['floor']['confidence']:.3f})" in said.out
     assert str(tmp_path) in said.out.splitlines()[-1]
+
+
+def test_with_all_digits_the_report_is_beside_those_not_trained_on(saved, demo, tmp_path, monkeypatch):
+    digits, labels = td.datasets.mnist.load()
+    full = {"train": (digits[:60], labels[:60]), "test": (digits[60:100], labels[60:100])}
+    monkeypatch.setattr(td.datasets.mnist, "load", full.get)
+    flags = [
+        "--model",
+        saved,
+        "--out",
+        tmp_path,
+        "--sampling-steps",
+        2,
+        "--report",
+        "--data",
+        "full",
+        "--quiet",
+    ]
+    demo(*flags, "--samples", 40)  # more than half of the data: none of them need be set aside
+    report = json.loads((tmp_path / "metrics.json").read_text())["digits"]
+    assert (report["n"], report["data"], report["heldout"]) == (40, 60, "given")
+    assert report["floor"]["least_nearest_distance"] > 0
+    said = demo(*flags, "--samples", 41, expect=2)
+    assert "--data full, --report can judge 40." in said.err
 
 
 def test_a_model_of_train_mnist_is_sampled_from(demo, tmp_path):
