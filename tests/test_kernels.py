@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -552,6 +553,15 @@ def test_adam_and_ema(twin, size, decay, transposed, dtype, seed):
         assert_close(a, e, np.abs(e) + 1, dtype)
 
 
+@for_each_twin_on_the_cpu
+def test_the_rates_of_adam_are_rounded_once(twin):
+    """1 - 0.999 of rounded numbers is off by 1.3e-5, and the mean square by as much for ever."""
+    grad = np.arange(1, 6, dtype=np.float32)
+    _, m, v = module(twin).adam_step(0 * grad, grad, 0 * grad, 0 * grad, 0.1, 0.9, 0.999, 1.0, 1e-8, 1.0)
+    np.testing.assert_allclose(m, 0.1 * grad.astype(np.float64), rtol=3e-7)
+    np.testing.assert_allclose(v, 0.001 * grad.astype(np.float64) ** 2, rtol=3e-7)
+
+
 @given(
     shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
     dtype=st.sampled_from([np.float32, np.float64, np.int64]),
@@ -895,6 +905,66 @@ def test_exp_and_sigmoid_of_vectors(dtype):
 
 
 @needs_numba
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (2, 0)])
+def test_gradients_over_few_patches_are_gathered(padding, monkeypatch):
+    """Whose sums Winograd's rounding would spoil (docs: A.24): another way, with the same numbers."""
+    twin, rng = module("numba"), np.random.default_rng(0)
+    monkeypatch.setattr(twin, "BACKWARD_PATCHES", 10**9)
+    monkeypatch.setattr(twin, "_winograd_backward", None)
+    x, w = normal(rng, (3, 9, 7, 16), np.float64), normal(rng, (3, 3, 16, 18), np.float64)
+    dy = normal(rng, (3, 7 + sum(padding), 5 + sum(padding), 20), np.float64)[..., 1:19]  # not contiguous
+    results = (kernels.conv2d_backward(x, w, dy, 1, padding) for kernels in (twin, portable))
+    for actual, expected in zip(*results):
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+    x, dy = x[:, :4, :4], normal(rng, (3, 8, 8, 18), np.float64)
+    results = (kernels.upsample_conv2d_backward(x, w, dy) for kernels in (twin, portable))
+    for actual, expected in zip(*results):
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+IMAGE, TWICE, TAPS = (2, 8, 8, 16), (2, 16, 16, 16), (3, 3, 16, 16)
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    ("name", "shapes", "numbers"),
+    [
+        ("conv2d", (IMAGE, TAPS, 16), (1, (1, 1))),
+        ("conv2d_backward", (IMAGE, TAPS, IMAGE), (1, (1, 1))),
+        ("upsample_conv2d", (IMAGE, TAPS, 16), ()),
+        ("upsample_conv2d_backward", (IMAGE, TAPS, TWICE), ()),
+        ("group_norm", (IMAGE, 16, 16), (4, 1e-5)),
+        ("group_norm_silu", (IMAGE, 16, 16), (4, 1e-5)),
+        ("group_norm_backward", (IMAGE, 16, IMAGE), ()),
+        ("group_norm_silu_backward", (IMAGE, 16, IMAGE), ()),
+        ("silu_backward", (IMAGE, IMAGE, IMAGE), ()),
+        ("adam_step", (IMAGE, IMAGE, IMAGE, IMAGE), (0.1, 0.9, 0.99, 1.0, 1e-8, 1.0)),
+        ("ema_step", (IMAGE, IMAGE), (0.3,)),
+    ],
+)
+def test_arrays_of_two_precisions_go_to_the_numpy_twin(name, shapes, numbers):
+    """The kernels are compiled for one. Each argument in turn is of the other."""
+    twin = module("numba")
+
+    def result(kernels, odd):
+        rng = np.random.default_rng(0)
+        x, *rest = (
+            np.abs(normal(rng, shape, np.float64 if i == odd else np.float32))
+            for i, shape in enumerate(shapes)
+        )
+        if name.startswith("group_norm") and name.endswith("backward"):
+            forward, ones = getattr(numpy_twin, name.removesuffix("_backward")), np.ones(16, x.dtype)
+            x = forward(x, ones, ones, 4, 1e-5)[1]  # what is saved has the same form in both
+        found = getattr(kernels, name)(x, *rest, *numbers)
+        return found if type(found) is tuple else (found,)
+
+    for odd in range(len(shapes)):
+        for actual, expected in zip(result(twin, odd), result(numpy_twin, odd)):
+            if isinstance(actual, np.ndarray):  # not what is saved
+                np.testing.assert_array_equal(actual, expected, strict=True)
+
+
+@needs_numba
 def test_vectors_are_of_neighbours_in_memory_or_not_compiled():
     import numba
 
@@ -910,6 +980,40 @@ def test_vectors_are_of_neighbours_in_memory_or_not_compiled():
     for apart in ((y[::2], y), (x, y[::2]), (x, y.reshape(2, LANES))):
         with pytest.raises(numba.TypingError):
             copy(*apart)
+
+
+@needs_numba
+def test_dividing_by_zero_is_no_exception():
+    image, one = np.ones((1, 2, 2, 16), np.float32), np.ones(16, np.float32)
+    y, _ = module("numba").group_norm(image, one, one, 4, 0.0)  # 0 times 1/0
+    assert np.isnan(y).all()
+
+
+@needs_numba
+def test_what_is_compiled_is_kept_until_any_file_of_it_changes():
+    """Numba looks at a function's own file; the others are compiled into it."""
+    from tinydiff.kernels import _numba_jit, _numba_norm
+
+    stamp = _numba_norm._forward._cache._cache_file._source_stamp
+    files = {name: rest for name, *rest in stamp}
+    for name in ("exp", "jit", "lanes", "norm", "optim", "silu", "winograd"):
+        file = Path(_numba_jit.__file__).with_name(f"_numba_{name}.py")
+        assert files[file.name] == [file.stat().st_mtime, file.stat().st_size]
+
+
+@needs_numba
+def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch):
+    from tinydiff.kernels import _numba_jit
+
+    njit = _numba_jit.njit
+
+    def nowhere(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(_numba_jit, "njit", nowhere)
+    assert _numba_jit.jit(lambda x: x + 1)(2) == 3
 
 
 # The CuPy twin's own
