@@ -1,5 +1,6 @@
 """A saved model says which process it was trained for, and sample_mnist.py draws from it."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -181,6 +182,11 @@ def test_the_seed_decides_and_so_does_the_sampler(saved, demo, tmp_path):
 def test_by_default_it_walks_at_most_the_steps_there_are(saved, demo, tmp_path):
     demo("--model", saved, "--out", tmp_path / "out", "--samples", 1, "--quiet")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["sampling_steps"] == 12
+    for T, steps in ((12, 12), (60, 50)):
+        args = argparse.Namespace(sampling_steps=None, report=False)
+        diffusion = td.GaussianDiffusion(td.cosine_schedule(T))
+        importlib.import_module("sample_mnist").check(args, tiny(), diffusion, default_steps=50)
+        assert args.sampling_steps == steps
 
 
 def test_the_report_is_the_digits_report(saved, demo, tmp_path):
