@@ -468,6 +468,9 @@ def test_a_file_damaged_in_the_cache_is_replaced(world):
     path.write_bytes(path.read_bytes()[:-20])
     world.assert_original(world.load())
     assert len(world.asked) == 3
+    path.write_bytes(gzip.compress(idx_bytes(np.zeros((6, 28, 28), np.uint8))))  # whole, but another
+    world.assert_original(world.load())
+    assert len(world.asked) == 4
     path.write_bytes(b"")
     with pytest.warns(UserWarning, match=r"^using the .*train-images.*0 bytes"):
         world.load(download=False)
