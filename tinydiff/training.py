@@ -174,8 +174,8 @@ def train(
 ) -> TrainingResult[M]:
     """Train with Adam and a moving average of the weights (Ho et al. 2020, algorithm 1).
 
-    With NumPy the same seed on the same machine, with the same number of processes, gives the same weights bit
-    for bit, whether or not the run was interrupted and resumed (docs: A.19).
+    With NumPy the same seed on the same machine, with the same number of processes, gives the same weights
+    bit for bit, whether or not the run was interrupted and resumed (docs: A.19).
 
     Parameters
     ----------
