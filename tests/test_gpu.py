@@ -53,6 +53,21 @@ def test_the_host_runs_ahead_of_a_step(cupy):
     assert not before.done
 
 
+def test_weights_may_lie_in_another_order_in_memory(cupy):
+    """As those of another framework do when they are transposed: a state keeps the order it is given."""
+    model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, backend="numpy")
+    rng = np.random.default_rng(0)
+    for p in model.named_parameters().values():  # no zeros
+        p.value = p.value + 0.1 * rng.standard_normal(p.shape).astype(np.float32)
+    state = {name: np.asfortranarray(array) for name, array in model.state_dict().items()}
+    there = td.UNet(**model.config, backend="cupy")
+    there.load_state_dict(state)
+    assert not there.conv_in.weight.value.flags.c_contiguous
+    x, t = rng.standard_normal((2, 8, 8, 1)).astype(np.float32), np.array([3, 700])
+    y = there.predict(cupy.asarray(x), t).get()
+    np.testing.assert_allclose(y, model.predict(x, t), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("record", ["0", ""])
 def test_out_of_memory_ends_in_a_batch_that_fits(cupy, monkeypatch, record):
     """With the fourth step, or the recording that is made of it, too."""

@@ -72,6 +72,10 @@ class OnTheGpu:
                 return x
             if x.flags.c_contiguous or not x.ndim:
                 return cupy.array(x)
+            if x.ndim == 1:
+                spread = cupy.full((x.size, 2), cupy.nan, x.dtype)
+                spread[:, 0] = cupy.array(x)
+                return spread[:, 0]
             wide = cupy.full((*x.shape[:-1], x.shape[-1] + 3), cupy.nan, x.dtype)
             wide[..., 1:-2] = cupy.array(x)
             return wide[..., 1:-2]

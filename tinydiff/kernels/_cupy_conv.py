@@ -346,7 +346,11 @@ def fits(k: int, *arrays: Any) -> bool:
     return (
         k <= WIDEST
         and all(
-            kind_of(x) == "f" and x.shape[-1] % 4 == 0 and 0 < x.size < 2**31 and x.data.ptr % 16 == 0
+            kind_of(x) == "f"
+            and x.shape[-1] % 4 == 0
+            and 0 < x.size < 2**31
+            and x.flags.c_contiguous
+            and x.data.ptr % 16 == 0
             for x in arrays
         )
         and _device(cupy.cuda.runtime.getDevice())[0]

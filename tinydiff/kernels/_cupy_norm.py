@@ -174,7 +174,7 @@ def _run(name: str, x: Any, width: int, args: tuple[Any, ...]) -> None:
 
 
 def _forward(x: Any, weight: Any, bias: Any, groups: int, eps: float, silu: bool) -> tuple[Any, Normed]:
-    x = cupy.ascontiguousarray(x)
+    x, weight, bias = map(cupy.ascontiguousarray, (x, weight, bias))
     n, h, w, c = x.shape
     y = cupy.empty_like(x)
     mean, rstd = cupy.empty((2, n, groups), x.dtype)
@@ -186,7 +186,7 @@ def _forward(x: Any, weight: Any, bias: Any, groups: int, eps: float, silu: bool
 
 def _backward(saved: Normed, weight: Any, dy: Any) -> tuple[Any, Any, Any]:
     x = saved.x
-    dy = cupy.ascontiguousarray(dy)
+    dy, weight = map(cupy.ascontiguousarray, (dy, weight))
     n, h, w, c = x.shape
     per_group = c // saved.mean.shape[1]
     dx, shares = cupy.empty_like(x), cupy.empty((2, n, c), x.dtype)
