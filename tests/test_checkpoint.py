@@ -1,5 +1,6 @@
 """What is written to disk comes back as it was, or not at all, and never half of it."""
 
+import errno
 import os
 import pickle
 import stat
@@ -95,6 +96,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypat
     assert list(path.parent.iterdir()) == [path]
     replace_file(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_a_file_that_a_full_disk_refuses_is_named(path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as writing says it, without a name
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*model\.safetensors'"):
+        replace_file(path, b"new")
 
 
 def test_until_the_new_file_is_whole_the_old_one_stands(path, monkeypatch):

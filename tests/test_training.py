@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from itertools import chain, pairwise
+from pathlib import Path
 
 import array_api_strict as strict
 import numpy as np
@@ -543,15 +544,44 @@ def test_a_directory_in_which_another_training_runs_is_refused(tmp_path, tmp_pat
     def data(n, rng):
         if next(drawn_so_far) == at:
             before = contents(tmp_path)
-            expected = "still running" if at < 5 or resume else "unfinished run"
-            with pytest.raises(ValueError, match=expected):
-                td.train(small_mlp(), DIFFUSION, drawn, **other)
+            with pytest.raises(ValueError, match="still running"):  # before a step
+                td.train(small_mlp(), DIFFUSION, failing(POINTS, 0, Interrupted()), **other)
             assert contents(tmp_path) == before
         return drawn(n, rng)
 
     result = td.train(small_mlp(), DIFFUSION, data, **SETTINGS, run_dir=tmp_path)
     assert_array_equal(result.losses, whole_run(small_mlp, drawn, "drawn", tmp_path_factory)[1].losses)
     td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)  # now nobody does
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on directories")
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    interrupt(tmp_path)
+    halves = [tmp_path / f".{name}.17.tmp" for name in ("checkpoint.safetensors", "metrics.jsonl")]
+    for half in (*halves, tmp_path / ".mine.tmp"):
+        half.write_bytes(b"half")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="unfinished run"):
+        td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)
+    assert contents(tmp_path) == before
+    td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path, resume=True)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".mine.tmp", "checkpoint.safetensors", "metrics.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_metrics_that_a_full_disk_refuses_are_named(tmp_path):
+    run = _run.Run(tmp_path, {}, {})
+    run.metrics = Path("/dev/full")
+    with pytest.raises(OSError, match="'/dev/full'"):
+        run.log(1, [1.0], 1.0, 0.1)
+
+
+def test_a_file_in_the_place_of_the_directory_is_named_before_a_step(tmp_path):
+    path = tmp_path / "run"
+    path.touch()
+    with pytest.raises(NotADirectoryError, match=r"run_dir is .*run, which is not a directory"):
+        td.train(small_mlp(), DIFFUSION, failing(POINTS, 0, Interrupted()), **SETTINGS, run_dir=path)
 
 
 def test_an_interrupt_before_the_first_step_of_a_resumed_run_writes_nothing(tmp_path):

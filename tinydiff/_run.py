@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
+from tinydiff.checkpoint import load_arrays, naming, remove_unfinished, replace_file, save_arrays
 
 __all__ = ["Run"]
 
@@ -64,6 +64,11 @@ class Run:
 
     def start(self, resume: bool) -> list[float]:
         """Take up the checkpoint if there is one to take up; return the losses so far."""
+        if self.directory.is_dir():
+            self._lock = _locked(self.directory)  # whose run is still running is not told to delete it
+            self.end()
+        elif self.directory.exists():
+            raise NotADirectoryError(f"run_dir is {self.directory}, which is not a directory.")
         losses: list[float] = []
         if self.checkpoint.exists():
             arrays, metadata = load_arrays(self.checkpoint)
@@ -92,6 +97,9 @@ class Run:
         if self._begun:
             return
         self._lock = _locked(self.directory)
+        if self._lock is not None:
+            for path in (self.checkpoint, self.metrics):
+                remove_unfinished(path)
         replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in self._before).encode())
         if not self._resumed:
             self.checkpoint.unlink(missing_ok=True)
@@ -151,7 +159,7 @@ class Run:
             "lr": float(lr),
             "seconds": round(time.perf_counter() - self.began, 3),
         }
-        with self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 

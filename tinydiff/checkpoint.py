@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from tinydiff.backend import get_backend
 from tinydiff.models import MLP, UNet
 from tinydiff.nn.module import Module
 
-__all__ = ["load_arrays", "load_model", "replace_file", "save_arrays", "save_model"]
+__all__ = [
+    "load_arrays",
+    "load_model",
+    "naming",
+    "remove_unfinished",
+    "replace_file",
+    "save_arrays",
+    "save_model",
+]
 
 MODELS: dict[str, Any] = {"MLP": MLP, "UNet": UNet}
 
@@ -30,13 +39,30 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes killed in `replace_file` left beside `path`, to which nobody else may write."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError say that it was about `path`; where the disk is full, writing names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 
