@@ -11,12 +11,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
+from _common import explained_errors
 
 from tinydiff import plotting
 from tinydiff.datasets import toy2d
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEMOS = Path(__file__).resolve().parent
 DOTS = 4000
@@ -33,6 +37,12 @@ def main() -> None:
         "--out", type=Path, default=Path("docs/figures/gallery.png"), help="(default: %(default)s)"
     )
     args = parser.parse_args()
+    with explained_errors(args.runs, interrupted="Interrupted: the runs that are done are kept."):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    plotting.require_matplotlib()
     shapes = {
         shape: completed(args.runs / f"toy2d-{shape}", "train_toy2d.py", "--shape", shape, "--resume")
         for shape in toy2d.SHAPES
@@ -53,6 +63,8 @@ def completed(run: Path, demo: str, *flags: str) -> Path:
 
 
 def draw(shapes: dict[str, Path], digits: np.ndarray) -> Figure:
+    from matplotlib.figure import Figure
+
     fig = Figure(figsize=(14, 5.2), layout="constrained", facecolor="white")
     grid = fig.add_gridspec(3, len(shapes), height_ratios=[1, 1, 1.05])
     rng = np.random.default_rng(0)

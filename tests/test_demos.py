@@ -687,6 +687,21 @@ def test_the_gallery_shows_each_shape_above_its_samples_and_the_digits_in_order(
     np.testing.assert_array_equal(tiles.reshape(72, 28, 28), digits[:72, :, :, 0])
 
 
+def test_the_gallery_without_matplotlib_says_what_is_missing(monkeypatch, tmp_path, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    gallery = demo("gallery")
+    for flags, code in ((["--help"], 0), (["--runs", str(tmp_path)], 2)):
+        monkeypatch.setattr(sys, "argv", ["gallery.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            gallery.main()
+        assert end.value.code == code
+    said = capsys.readouterr()
+    assert said.out.startswith("usage: gallery.py")
+    assert said.err == "gallery.py: Pictures need matplotlib: pip install 'tinydiff[demos]'.\n"
+
+
 def test_the_gallery_makes_what_is_missing_and_nothing_again(tmp_path, monkeypatch, capsys):
     gallery, rng, asked, code = demo("gallery"), np.random.default_rng(0), [], 0
 
