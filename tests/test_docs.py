@@ -67,6 +67,7 @@ EXEMPT = {
     "optim.Adam.zero_grad": "book-keeping",
     "optim.warmup_cosine": "a choice, not a result",
     "bound.check_decoder": "checks an argument",
+    "diffusion.check_diffusion": "checks an argument",
     "diffusion.GaussianDiffusion.T": "a length",
     "mixture.GaussianMixture.K": "a count",
     "mixture.GaussianMixture.D": "a length",

@@ -393,6 +393,8 @@ def test_a_chain_that_ends_in_pure_noise_needs_x0_or_v():
         ({"steps": 2.5}, "steps is 2.5"),
         ({"shape": ()}, r"shape is \(\)"),
         ({"shape": (0, 2)}, r"shape is \(0, 2\)"),
+        ({"shape": 2}, r"shape is 2; expected \(N, \.\.\.\)"),
+        ({"shape": (4.0, 2)}, r"shape is \(4\.0, 2\)"),
         ({"x_T": np.zeros((4, 2))}, r"x_T has shape \(4, 2\); expected \(3, 2\)"),
     ],
 )
@@ -428,6 +430,22 @@ def test_what_is_not_like_a_models_weights_is_named_as_the_caller_knows_it(x, ca
         ("x", lambda: td.ode_log_likelihood(model, diffusion, x, progress=False)),
     ]:
         with pytest.raises(ValueError, match=rf"^{name} is a {came}; the model's weights are numpy arrays"):
+            call()
+
+
+def test_a_schedule_in_the_place_of_a_process_is_named():
+    model = td.MLP(hidden=4, blocks=1, time_features=4)
+    schedule, rng = td.linear_schedule(T=10), np.random.default_rng(0)
+    x = np.zeros((3, 2), np.float32)
+    for call in [
+        lambda: td.iterate_samples(model, schedule, (3, 2), rng=rng),
+        lambda: td.sample(model, schedule, (3, 2), rng=rng, progress=False),
+        lambda: td.invert(model, schedule, x, progress=False),
+        lambda: td.ode_log_likelihood(model, schedule, x, progress=False),
+        lambda: td.training_loss(model, schedule, x, rng),
+        lambda: td.find_batch_size(model, schedule, x),
+    ]:
+        with pytest.raises(TypeError, match=r"^diffusion is a NoiseSchedule; expected a GaussianDiffusion"):
             call()
 
 

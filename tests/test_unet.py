@@ -272,6 +272,8 @@ def test_size_of_the_published_256_pixel_network():
         (dict(block_channels=(), attention=()), r"^block_channels is empty"),
         (dict(block_channels=(4, 0)), r"^block_channels\[1\] is 0; expected an integer of at least 1"),
         (dict(block_channels=(4.5, 8)), r"^block_channels\[0\] is 4.5; expected an integer"),
+        (dict(block_channels=32), r"^block_channels is 32; expected a sequence, one entry per level"),
+        (dict(attention=True), r"^attention is True; expected a sequence"),
         (dict(attention=(True,)), r"^attention has 1 entries; expected 2"),
         (dict(attention=(False, False, True)), r"^attention has 3 entries; expected 2"),
         (dict(layers_per_block=0), r"^layers_per_block is 0; expected an integer of at least 1"),

@@ -45,7 +45,7 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
     """ValueError unless `value` is a real number that fits."""
     if not (isinstance(value, numbers.Real) and fits(value)):
-        raise ValueError(f"{name} is {value}; expected {expected}.")
+        raise ValueError(f"{name} is {value!r}; expected {expected}.")
 
 
 def check_rng(rng: Any) -> None:

@@ -28,6 +28,7 @@ from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, asarray_like, device, is_numpy_array, to_numpy
 from tinydiff.memory import is_out_of_memory, reason, what_fits
+from tinydiff.models._checks import check_model
 from tinydiff.nn.module import weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
@@ -87,6 +88,7 @@ class Learner:
     def __init__(
         self, model: Any, lr: float, *, clip_norm: float, ema_decay: float, weight_decay: float = 0.0
     ) -> None:
+        check_model(model)
         self.model = model
         self.lr = lr
         self.clip_norm = clip_norm

@@ -47,7 +47,7 @@ from tinydiff._checks import check_choice
 from tinydiff.backend import Array, array_namespace, clip_to_unit, column_like, library_of, to_numpy
 from tinydiff.schedules import NoiseSchedule
 
-__all__ = ["GaussianDiffusion", "Prediction", "Variance"]
+__all__ = ["GaussianDiffusion", "Prediction", "Variance", "check_diffusion"]
 
 Prediction: TypeAlias = Literal["eps", "x0", "v"]
 Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -497,6 +497,12 @@ class GaussianDiffusion:
             output,
             self.prediction if given is None else check_choice("given", given, get_args(Prediction)),
         )
+
+
+def check_diffusion(diffusion: Any) -> None:
+    """TypeError unless it is a `GaussianDiffusion`: a schedule, say, or the model in its place."""
+    if not isinstance(diffusion, GaussianDiffusion):
+        raise TypeError(f"diffusion is a {type(diffusion).__name__}; expected a GaussianDiffusion.")
 
 
 def _matching(**arrays: Array) -> tuple[Array, ...]:

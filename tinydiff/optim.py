@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
 
+from tinydiff._checks import check_number
 from tinydiff._together import Together, cut, end_to_end, groups
 from tinydiff.backend import Array, array_namespace
 from tinydiff.kernels import kernels_for
@@ -48,17 +49,11 @@ class Adam:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, value, fits in [
-            ("lr", lr, 0 <= lr < math.inf),
-            ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas)),
-            ("eps", eps, 0 < eps < math.inf),
-            ("weight_decay", weight_decay, 0 <= weight_decay < math.inf),
-        ]:
-            if not fits:
-                raise ValueError(
-                    f"{name} is {value}; expected two betas in [0, 1), a positive eps, and the others finite "
-                    "and not negative."
-                )
+        for name, value in [("lr", lr), ("weight_decay", weight_decay)]:
+            check_number(name, value, lambda rate: 0 <= rate < math.inf, "a finite number, not negative")
+        check_number("eps", eps, lambda eps: 0 < eps < math.inf, "a positive number")
+        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"betas is {betas}; expected two numbers in [0, 1).")
         self.parameters = _distinct(parameters)
         self.lr = lr
         self.betas = betas

@@ -54,7 +54,7 @@ import numpy as np
 from tinydiff._checks import check_counts, check_number
 from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
-from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.kernels import many_steps
 from tinydiff.memory import is_out_of_memory, reason, what_fits
 from tinydiff.models._checks import check_like_model
@@ -201,6 +201,7 @@ def respaced(
     diffusion: GaussianDiffusion, steps: int | Sequence[int] | None
 ) -> tuple[GaussianDiffusion, np.ndarray]:
     """The process on some of its times, and those times: all, `steps` of them evenly spaced, or `steps`."""
+    check_diffusion(diffusion)
     timesteps: Any = diffusion.T if steps is None else steps
     if np.ndim(timesteps) == 0:
         timesteps = evenly_spaced_timesteps(diffusion.T, timesteps)
@@ -225,8 +226,9 @@ def _estimator(
 
 
 def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> None:
-    if len(shape) == 0 or min(shape) < 1:
-        raise ValueError(f"shape is {tuple(shape)}; expected (N, ...) with every size at least 1.")
+    sizes = shape if np.ndim(shape) == 1 else ()
+    if len(sizes) == 0 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
+        raise ValueError(f"shape is {shape!r}; expected (N, ...), integers of at least 1.")
     if x_T is not None:
         check_like_model(denoise, x_T=x_T)
         if tuple(x_T.shape) != tuple(shape):

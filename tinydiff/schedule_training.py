@@ -153,6 +153,8 @@ def train_learned_schedule(
     check_counts(T=T, checkpoint_every=checkpoint_every, log_every=log_every)
     numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     learned = LearnedSchedule(gamma_0, gamma_1, units)
+    network = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay)
+    schedule = Learner(learned, schedule_lr, clip_norm=math.inf, ema_decay=ema_decay)
     settings = settings_of(
         model,
         data,
@@ -169,8 +171,6 @@ def train_learned_schedule(
         decoder=decoder,
         even=bool(even),
     )
-    network = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay)
-    schedule = Learner(learned, schedule_lr, clip_norm=math.inf, ema_decay=ema_decay)
     run = None if run_dir is None else Run(Path(run_dir), settings, {"": network, "schedule.": schedule})
 
     def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:

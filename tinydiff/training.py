@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_rng
+from tinydiff._checks import check_counts, check_number, check_rng
 from tinydiff._graph import RecordedLoss, forget, is_wanted
 from tinydiff._loop import (
     Data,
@@ -32,7 +32,7 @@ from tinydiff._loop import (
 from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
 from tinydiff.bound import Decoder, check_decoder
-from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
@@ -185,8 +185,9 @@ def train(
         The process, and what the model predicts.
     data : array of shape (n, ...), or callable
         The data set, of which each epoch visits every sample once, in a new random order (a batch may end
-        one epoch and begin the next); or ``data(batch_size, rng)`` that draws a fresh batch. An array that
-        is not where the model is goes there once, as a whole; for one that does not fit, pass a callable.
+        one epoch and begin the next); or ``data(batch_size, rng)`` that draws a fresh batch. Its scale is
+        that of the noise: images in [-1, 1], points of about unit variance. An array that is not where the
+        model is goes there once, as a whole; for one that does not fit, pass a callable.
     steps : int
         Number of training steps in all.
     batch_size : int
@@ -245,7 +246,7 @@ def train(
     Raises
     ------
     TypeError
-        If `data` is neither an array nor callable.
+        If `data` is neither an array nor callable, or `model` or `diffusion` is something else.
     ValueError
         If an argument is out of range, or belongs to another loss; if `data` is not 8-bit and the decoder is;
         if the checkpoint in `run_dir` is damaged, or was made with other settings; or if it belongs to an
@@ -266,6 +267,7 @@ def train(
     _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
     if loss != "simple" and not callable(data):  # the wrong decoder shows at once, not where a t = 0 is drawn
         check_decoder(decoder, data[:batch_size, ...])
+    learner = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay, weight_decay=weight_decay)
     settings = settings_of(
         model,
         data,
@@ -281,7 +283,6 @@ def train(
         decoder=None if loss == "simple" else decoder,
         importance_sampling=bool(importance_sampling),
     )
-    learner = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay, weight_decay=weight_decay)
     states: dict[str, Any] = {"": learner}
     drawn = None
     if importance_sampling:
@@ -352,6 +353,7 @@ def find_batch_size(
     """
     check_counts(most=most)
     check_data(data)
+    _check_loss(loss, diffusion, min_snr_gamma, decoder, False)
     objective = _objective(model, diffusion, loss, None, min_snr_gamma=min_snr_gamma, decoder=decoder)
     like = weight_of(model)
     data_there = beside(data, like)
@@ -373,14 +375,16 @@ def _check_loss(
     loss: str, diffusion: GaussianDiffusion, min_snr_gamma: float | None, decoder: str, importance: bool
 ) -> None:
     """ValueError naming what there is not, or what another loss would be needed for."""
+    check_diffusion(diffusion)
     if loss not in get_args(Loss):
         raise ValueError(f"loss is {loss!r}; expected one of {', '.join(map(repr, get_args(Loss)))}.")
     if loss == "hybrid" and diffusion.variance != "learned_range":
         raise ValueError(
             f"diffusion has variance {diffusion.variance!r}; the loss 'hybrid' expects 'learned_range'."
         )
-    if min_snr_gamma is not None and not 0 < min_snr_gamma < math.inf:
-        raise ValueError(f"min_snr_gamma is {min_snr_gamma}; expected None or a positive number.")
+    if min_snr_gamma is not None:
+        expected = "None or a positive number"
+        check_number("min_snr_gamma", min_snr_gamma, lambda gamma: 0 < gamma < math.inf, expected)
     if min_snr_gamma is not None and loss == "vlb":
         raise ValueError(f"min_snr_gamma is {min_snr_gamma}; expected None: the loss 'vlb' has no L_simple.")
     if importance and loss != "vlb":

@@ -10,7 +10,7 @@ from tinydiff._checks import check_array
 from tinydiff.backend import Array, array_namespace, library_of
 from tinydiff.nn.module import Module
 
-__all__ = ["check_like_model", "check_like_weights", "check_times", "plain"]
+__all__ = ["check_like_model", "check_like_weights", "check_model", "check_times", "plain"]
 
 
 def plain(**config: Any) -> dict[str, Any]:
@@ -47,6 +47,12 @@ def check_like_model(model: Any, **inputs: Any) -> None:
     if first is not None:
         for name, array in inputs.items():
             check_like_weights(array, first[1].value, name)
+
+
+def check_model(model: Any) -> None:
+    """TypeError unless it is a network of tinydiff's: neither its class, nor another framework's."""
+    if not isinstance(model, Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a UNet or an MLP.")
 
 
 def check_times(t: Any, x: Array) -> None:

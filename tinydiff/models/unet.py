@@ -220,6 +220,9 @@ class UNet(Module):
         rng: np.random.Generator | None = None,
         backend: str | None = None,
     ) -> None:
+        for name, entries in (("block_channels", block_channels), ("attention", attention)):
+            if np.ndim(entries) != 1:
+                raise ValueError(f"{name} is {entries!r}; expected a sequence, one entry per level.")
         self.config: dict[str, Any] = plain(
             in_channels=in_channels,
             out_channels=out_channels,
