@@ -360,8 +360,9 @@ def batch_of(
         _check_values("data(batch_size, rng)", batch)
         return asarray_like(batch, like)
     n = data.shape[0]
-    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-    index = np.concat([_order(seed, e, n)[place[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)])
+    start, stop = step * batch_size, (step + 1) * batch_size
+    epochs = range(start // n, (stop - 1) // n + 1)
+    index = np.concat([_order(seed, e, n)[max(0, start - e * n) : stop - e * n] for e in epochs])
     xp = array_namespace(data)
     return asarray_like(xp.take(data, asarray_like(index, data, xp.int64), axis=0), like)
 
