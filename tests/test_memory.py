@@ -192,6 +192,14 @@ def test_on_the_host_a_line_is_followed_up_to_half_of_what_is_free(monkeypatch, 
     assert set(shown) <= {1, 2}  # nothing larger is tried
 
 
+def test_on_the_host_no_half_is_tried_that_takes_more_than_half_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * 4400)
+    monkeypatch.setattr(memory, "_peak", lambda step, n: 500 + 500 * n)
+    shown = []
+    said = memory.what_fits(shown.append, np.zeros(1), 40, "no room")
+    assert said.endswith("a step of 5 fits, so try batch_size=5.") and max(shown) == 5
+
+
 def test_what_is_made_once_and_kept_is_not_the_steps(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 2 * 10**6)
     kept = []

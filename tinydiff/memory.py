@@ -49,11 +49,15 @@ def reason(error: BaseException) -> str:
 def what_fits(step: Callable[[int], None], like: Array, batch_size: int, refused: str) -> str:
     """What to say where a step of `batch_size` ran out of memory; `refused` is the `reason`.
 
-    Halves of the batch are tried until one fits. To be called where the exception is gone, for with it go the
-    arrays of the step that failed.
+    Halves of the batch are tried until one fits; on the host, none that would take more than half of what is
+    free. To be called where the exception is gone, for with it go the arrays of the step that failed.
     """
     let_go(like)
     smaller = batch_size // 2
+    if is_numpy_array(like) and smaller > 2 and runs(step, like, 2):
+        harmless = _by_two_steps(step)
+        while smaller > 2 and not harmless(smaller):
+            smaller //= 2
     while smaller and not runs(step, like, smaller):
         smaller //= 2
     advice = f"a step of {smaller} fits, so try batch_size={smaller}" if smaller else "not even one of 1 fits"
@@ -89,13 +93,7 @@ def largest_batch(step: Callable[[int], None], like: Array, most: int) -> int:
         quarter more fails.
     """
     if is_numpy_array(like):
-        step(1)  # what is made once and kept is not the step's
-        one, two = _peak(step, 1), _peak(step, 2)
-        free = available_memory()
-        allowed = (UNKNOWN if free is None else free) / 2
-
-        def fits(n: int) -> bool:
-            return one + (n - 1) * max(0, two - one) <= allowed
+        fits = _by_two_steps(step)
     else:
 
         def fits(n: int) -> bool:
@@ -106,6 +104,15 @@ def largest_batch(step: Callable[[int], None], like: Array, most: int) -> int:
     while n <= most and fits(n):
         largest, n = n, 2 * n
     return largest
+
+
+def _by_two_steps(step: Callable[[int], None]) -> Callable[[int], bool]:
+    """fits(n): whether need(n), the line through two small steps, is at most half of what is free."""
+    step(1)  # what is made once and kept is not the step's
+    one, two = _peak(step, 1), _peak(step, 2)
+    free = available_memory()
+    allowed = (UNKNOWN if free is None else free) / 2
+    return lambda n: one + (n - 1) * max(0, two - one) <= allowed
 
 
 def runs(step: Callable[[int], None], like: Array, n: int) -> bool:
