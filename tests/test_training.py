@@ -1,10 +1,12 @@
 """The training loop: the same run whatever interrupts it, and a run that learns what it is shown."""
 
+import contextlib
 import json
 import math
 import re
 import signal
 import sys
+import warnings
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -554,6 +556,27 @@ def test_a_directory_in_which_another_training_runs_is_refused(tmp_path, tmp_pat
     td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)  # now nobody does
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("interrupted_at", [9, -1])
+def test_what_another_training_leaves_during_a_first_step_is_kept(tmp_path, resume, interrupted_at):
+    if resume:
+        interrupt(tmp_path)
+    how = dict(**SETTINGS, run_dir=tmp_path, resume=resume)
+    left = {}
+
+    def data(n, rng):
+        other = failing(POINTS, interrupted_at - 7 * resume, KeyboardInterrupt())
+        with contextlib.suppress(KeyboardInterrupt):
+            td.train(small_mlp(), DIFFUSION, other, **how)
+        left.update(contents(tmp_path))
+        return drawn(n, rng)
+
+    with pytest.raises(ValueError, match="another training was here"):
+        td.train(small_mlp(), DIFFUSION, data, **how)
+    assert steps_saved(tmp_path) == (STEPS if interrupted_at < 0 else 9)
+    assert contents(tmp_path) == left
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on directories")
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     interrupt(tmp_path)
@@ -862,6 +885,16 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, err
     with pytest.raises(error, match=match):
         td.train(**{**arguments, **change})
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_that_were_not_scaled_are_noticed():
+    data = np.random.default_rng(0).integers(256, size=(9, 2)).astype(np.float32)
+    with pytest.warns(UserWarning, match=r"data has a root mean square of 1\d\d.*127\.5") as noticed:
+        td.train(small_mlp(), DIFFUSION, data, **SETTINGS)
+    assert noticed[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        td.train(small_mlp(), DIFFUSION, data / 127.5 - 1, **SETTINGS)
 
 
 LATE = {

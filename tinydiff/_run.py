@@ -70,7 +70,8 @@ class Run:
         elif self.directory.exists():
             raise NotADirectoryError(f"run_dir is {self.directory}, which is not a directory.")
         losses: list[float] = []
-        if self.checkpoint.exists():
+        self._found = _stamp(self.checkpoint)
+        if self._found is not None:
             arrays, metadata = load_arrays(self.checkpoint)
             if not ("losses" in arrays and {"step", "settings"} <= metadata.keys()):
                 raise ValueError(f"{self.checkpoint} is not a checkpoint of tinydiff's training.")
@@ -92,11 +93,16 @@ class Run:
     def begin(self) -> None:
         """Make the files this run's, when a first step has gone well: what a finished run left gives way.
 
-        Until `end` they are nobody else's; ValueError if they are somebody's.
+        Until `end` they are nobody else's; ValueError if they are somebody's, or were since `start`.
         """
         if self._begun:
             return
         self._lock = _locked(self.directory)
+        if _stamp(self.checkpoint) != self._found:
+            raise ValueError(
+                f"{self.checkpoint} has changed since this run looked at it, so another training was here "
+                "meanwhile: choose another directory, or start again."
+            )
         if self._lock is not None:
             for path in (self.checkpoint, self.metrics):
                 remove_unfinished(path)
@@ -161,6 +167,15 @@ class Run:
         }
         with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a file from one that was moved over it since; None of none."""
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        return None
+    return about.st_ino, about.st_mtime_ns
 
 
 def _locked(directory: Path) -> int | None:
