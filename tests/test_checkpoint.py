@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import stat
 from pathlib import Path
 
@@ -105,6 +106,12 @@ def test_a_file_that_a_full_disk_refuses_is_named(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match=r"No space left on device: '.*model\.safetensors'"):
         replace_file(path, b"new")
+
+
+def test_a_directory_in_the_place_of_the_file_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=f"{re.escape(str(tmp_path))}'$"):
+        td.save_model(tmp_path, small_mlp())
+    assert not list(tmp_path.iterdir())
 
 
 def test_until_the_new_file_is_whole_the_old_one_stands(path, monkeypatch):

@@ -430,6 +430,13 @@ def test_damaged_config(directory, text, message):
         load_diffusers(directory)
 
 
+def test_what_is_no_mapping_is_named():
+    with pytest.raises(TypeError, match="config is a str; expected a mapping"):
+        unet_from_diffusers("config.json", {})
+    with pytest.raises(TypeError, match="state is a list; expected a mapping"):
+        unet_from_diffusers({}, [])
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_damaged_weights(directory, keep):
     content = (directory / WEIGHTS_FILE).read_bytes()

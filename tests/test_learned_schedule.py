@@ -960,6 +960,7 @@ def test_the_loop_is_the_same_shared_or_not(monkeypatch):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.filterwarnings("ignore:data has a root mean square")
 def test_a_loss_that_is_not_finite_stops_the_loop():
     data = np.full((16, 2), 1e30, dtype=np.float32)
     with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="at step 0"):

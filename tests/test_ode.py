@@ -511,9 +511,12 @@ def test_log_likelihood_refuses_and_shows_progress(capsys):
     diffusion = td.GaussianDiffusion(td.linear_schedule(10))
     model = with_backward(GAUSSIAN, diffusion)
     x = np.zeros((2, 1))
-    for bad in (dict(probes=0, rng=np.random.default_rng(0)), dict(probes=1)):
+    for probes in (0, 1.5, True):
+        bad = dict(probes=probes, rng=np.random.default_rng(0))
         with pytest.raises(ValueError, match="probes is"):
             ode_log_likelihood(model, diffusion, x, **bad)
+    with pytest.raises(TypeError, match="rng is a NoneType; expected a numpy"):
+        ode_log_likelihood(model, diffusion, x, probes=1)
     with pytest.raises(ValueError, match="steps is 11"):
         ode_log_likelihood(model, diffusion, x, 11)
     assert capsys.readouterr().err == ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -51,6 +52,9 @@ Data: TypeAlias = Any  # an array (n, ...), or a callable (batch_size, rng) -> a
 
 # Of a network (shared out or not), a batch and a generator: the loss, and what adds to the gradients.
 Objective: TypeAlias = Callable[[Any, Array, np.random.Generator], tuple[Array, Callable[[], Any]]]
+
+# A root mean square of data that nobody chooses: 8-bit levels have about 100.
+LARGE = 10
 
 # The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
 # that [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
@@ -304,6 +308,7 @@ def checked_plan(
     check_number("clip_norm", clip_norm, lambda norm: norm > 0, "a positive number")
     check_number("ema_decay", ema_decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
     check_data(data)
+    _warn_of_scale(data)
     counts = int(steps), int(batch_size), int(seed), int(warmup)
     return Plan(*counts, float(final_lr), float(clip_norm), float(ema_decay))
 
@@ -317,6 +322,20 @@ def check_data(data: Data) -> None:
     if data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
     _check_values("data", data)
+
+
+def _warn_of_scale(data: Data) -> None:
+    """Warn whoever called the training of data that the noise hardly hides."""
+    if callable(data) or not is_numpy_array(data) or not data.size:
+        return
+    scale = math.sqrt(np.mean(data[:256].astype(np.float64) ** 2))
+    if scale > LARGE:
+        warnings.warn(
+            f"data has a root mean square of {scale:.3g}, and the noise 1, which hardly hides it: is it "
+            "scaled? Pictures are expected in [-1, 1] (from 0 ... 255, x / 127.5 - 1), points with a "
+            "variance of about 1.",
+            stacklevel=5,  # _warn_of_scale, checked_plan, train, many_steps, the caller
+        )
 
 
 def _check_values(name: str, values: Array) -> None:

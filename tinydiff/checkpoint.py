@@ -7,6 +7,7 @@ old file or the new one, never half of one.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,8 @@ MODELS: dict[str, Any] = {"MLP": MLP, "UNet": UNet}
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` so that the path never holds anything but a whole file."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -140,12 +143,15 @@ def save_model(
     model : UNet or MLP
         The model.
     metadata : mapping, optional
-        More to remember, JSON-serialisable: the schedule, the prediction, what it was trained on.
+        More to remember, JSON-serialisable: the schedule, the prediction, what it was trained on. What
+        `load_model` handed out can go in again: ``"model"`` and ``"config"`` are this model's in any case.
 
     Raises
     ------
     TypeError
         If `model` is neither a `UNet` nor an `MLP`, or `metadata` cannot be written as JSON.
+    IsADirectoryError
+        If `path` is a directory.
     """
     if type(model).__name__ not in MODELS:
         raise TypeError(f"model is a {type(model).__name__}; expected one of {', '.join(MODELS)}.")

@@ -181,7 +181,12 @@ def unet_from_diffusers(
     ValueError
         If an entry of `config` is not supported, or a weight is missing, unexpected or of another shape; the
         message names it.
+    TypeError
+        If `config` or `state` is not a mapping.
     """
+    for name, mapping in (("config", config), ("state", state)):
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{name} is a {type(mapping).__name__}; expected a mapping.")
     xp = get_backend(backend)
     model = UNet(**_unet_arguments(config), rng=np.random.default_rng(0), backend="numpy")
     parameters = model.named_parameters()

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_counts, check_rng
 from tinydiff.backend import (
     Array,
     array_namespace,
@@ -92,6 +93,8 @@ def ode_log_likelihood(
     ------
     ValueError
         If an argument is out of its range or does not fit; the message names the argument.
+    TypeError
+        If `rng` is not a generator, and `probes` needs one.
 
     Notes
     -----
@@ -105,10 +108,9 @@ def ode_log_likelihood(
     """
     from tqdm import tqdm
 
-    if probes is not None and (probes < 1 or rng is None):
-        raise ValueError(
-            f"probes is {probes} and rng {rng}; expected at least 1, and a generator to draw them."
-        )
+    if probes is not None:
+        check_counts(probes=probes)
+        check_rng(rng)
     check_like_model(model, x=x)
     walk, timesteps = respaced(diffusion, steps)
     phi = np.concat([[0.0], angles(walk)])

@@ -169,7 +169,11 @@ class DataParallel(Module):
         return np.concatenate([y, *ys])
 
     def _edges(self, x: Array, t: Array) -> list[int]:
-        """Where the batch is cut; what is no batch goes to the model as it is, which says what is wrong."""
+        """Where the batch is cut; what is no batch goes to the model as it is, which says what is wrong.
+
+        A network says of the whole batch what it would of a share.
+        """
+        getattr(self._model, "check_input", lambda x, t: None)(x, t)
         n = x.shape[0] if getattr(x, "ndim", 0) and getattr(t, "shape", None) == x.shape[:1] else 1
         count = max(1, min(self._count, n))
         return [n * i // count for i in range(count + 1)]

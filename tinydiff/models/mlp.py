@@ -134,10 +134,7 @@ class MLP(Module):
         TypeError
             If `x` or `t` is not an array.
         """
-        check_like_weights(x, self.linear_in.weight.value)
-        if len(x.shape) != 2 or x.shape[1] != self.config["in_features"]:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config['in_features']}).")
-        check_times(t, x)
+        self.check_input(x, t)
         sinusoids = sinusoidal_embedding(t, self.config["time_features"], like=x)
         emb, backward_time = self.time_embedding(sinusoids)
         emb, backward_emb = silu(emb)
@@ -160,3 +157,10 @@ class MLP(Module):
             return backward_in(dh)
 
         return y, backward
+
+    def check_input(self, x: Array, t: Array) -> None:
+        """Raise what the call would, before anything is computed."""
+        check_like_weights(x, self.linear_in.weight.value)
+        if len(x.shape) != 2 or x.shape[1] != self.config["in_features"]:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config['in_features']}).")
+        check_times(t, x)

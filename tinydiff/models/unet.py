@@ -310,7 +310,7 @@ class UNet(Module):
         TypeError
             If `x` or `t` is not an array.
         """
-        self._check_input(x, t)
+        self.check_input(x, t)
         first = self.config["block_channels"][0]
         sinusoids = sinusoidal_embedding(
             t,
@@ -362,7 +362,8 @@ class UNet(Module):
 
         return y, backward
 
-    def _check_input(self, x: Array, t: Array) -> None:
+    def check_input(self, x: Array, t: Array) -> None:
+        """Raise what the call would, before anything is computed."""
         check_like_weights(x, self.conv_in.weight.value)
         c = self.config["in_channels"]
         multiple = 2 ** (len(self.config["block_channels"]) - 1)
