@@ -13,10 +13,11 @@ itself, and instead of a divergence there is the negative log-likelihood of x_0 
 For points that is a density, and all terms are in nats of a density. For 8-bit images it is the probability
 of a level (section 3.3), so that the bound counts bits.
 
-Both the posterior and the reverse step are Gaussian, and their means have the same part in x_t. With w the
-weight of x_0 in the posterior's mean, sigma^2 the reverse step's variance, D data dimensions summed over:
+Both the posterior and the reverse step are Gaussian, and their means have the same part in x_t. With x_0^ the
+network's guess, c the weight of x_0 in the posterior's mean and sigma^2 the reverse step's variance, each
+coordinate adds
 
-    L_{t-1} = 1/2 [ log sigma^2 - log beta~ + (beta~ + w^2 (x_0 - x_0^)^2) / sigma^2 - 1 ]
+    1/2 [ log sigma^2 - log beta~ + (beta~ + c^2 (x_0 - x_0^)^2) / sigma^2 - 1 ]       to L_{t-1}
 
 The gradient reaches the network's output through x_0^ (its `prediction`) and, if the variance is learned,
 through log sigma^2.
@@ -162,9 +163,9 @@ def discretized_gaussian_nll(
     """-log of the probability that N(mean, variance) falls in the bin of the 8-bit level x.  (docs: L.11)
 
     In nats. The 256 levels 2 k / 255 - 1 have bins of width 2/255; the two outer bins go on to infinity, so
-    that the probabilities sum to 1 (Ho et al. 2020, eq. 13). Between the bin's ends in standard deviations,
-    m < p, it holds P = Phi(p) - Phi(m). Of a bin above the mean the mirror image is taken, so that Phi
-    counts small tails and not what is missing to 1; and with rho = log Phi(m) - log Phi(p),
+    that the probabilities sum to 1 (Ho et al. 2020, eq. 13). A bin whose ends are m < p, in standard
+    deviations from the mean, has P = Phi(p) - Phi(m). Of a bin above the mean the mirror image is taken, so
+    that Phi counts small tails and not what is missing to 1; and with rho = log Phi(m) - log Phi(p),
 
         log P = log Phi(p) + log(1 - exp(rho))
 
@@ -278,7 +279,7 @@ def step_term(
     Parameters
     ----------
     diffusion : GaussianDiffusion
-        Says what `output` is. The variance ``"fixed_small"`` is 0 at t = 0, which no likelihood survives:
+        Says what `output` is. The variance ``"fixed_small"`` is 0 at t = 0, which would make L_0 infinite:
         there beta~_1 takes its place (``diffusion.log_variance_range``).
     output : array of shape (N, ...); with learned variance twice that on the last axis
         What the network returned for `x_t`.
@@ -312,11 +313,12 @@ def step_term(
     inside = xp.astype(xp.abs(guess) <= 1, guess.dtype) if clip else 1.0
     guess = clip_to_unit(guess) if clip else guess
 
-    # The means' common part in x_t is left out: what it adds to the difference is rounding.
+    # The means' common part in x_t is left out: what it adds to the difference is rounding. What is left is
+    # c x_0 and c x_0^, and the mean of x_0 = 1, x_t = 0 is c.
     ones = column_like(np.ones(N), x0)
-    w, _ = diffusion.q_posterior_mean_variance(ones, 0 * ones, steps)
+    c, _ = diffusion.q_posterior_mean_variance(ones, 0 * ones, steps)
     log_small, log_large = diffusion.log_variance_range
-    kl, backward_kl = gaussian_kl(w * x0, column_like(log_small[steps], x0), w * guess, log_variance)
+    kl, backward_kl = gaussian_kl(c * x0, column_like(log_small[steps], x0), c * guess, log_variance)
     value = sum_samples(kl)
 
     # L_0 only where t = 0: few samples of a batch, if any.
@@ -333,12 +335,12 @@ def step_term(
     def backward(dvalue: Array) -> Array:
         d = xp.reshape(dvalue, (N,) + (1,) * (x0.ndim - 1)) + xp.zeros_like(x0)
         _, _, dmean, dlog_variance = backward_kl(d)
-        dguess = w * dmean
+        dguess = c * dmean
         if backward_nll is not None:
             dmean_last, dlog_variance_last = backward_nll(xp.take(d, index, axis=0))
             dguess = _put(dguess, last, dmean_last)
             dlog_variance = _put(dlog_variance, last, dlog_variance_last)
-        # dx0^/dprediction is -s/a, 1 or -s: the estimate is linear.
+        # dx0^/dprediction is -s/a, 1 or -s: the guess is linear, so it is the guess at x_t = 0, output 1.
         slope = diffusion.predict_x0(0 * ones, steps, ones, given=diffusion.prediction)
         dprediction = slope * (inside * dguess)
         if diffusion.variance != "learned_range":

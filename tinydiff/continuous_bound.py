@@ -186,7 +186,7 @@ def reconstruction_term(
 ) -> tuple[Array, Callable[[Array], tuple[Array, np.ndarray]]]:
     """-log p(x_0 | z_0) of each sample, in nats: a Gaussian about x_0^ of variance s^2.  (docs: S.10, S.12)
 
-    With o the output, v of z_0, and the gradient of gamma at o held fixed:
+    With o the output and v that of z_0; the derivatives by gamma are at fixed o:
 
         eps: x_0^ = x_0 + e^{gamma/2} (eps - o)     dx_0^/dgamma = (x_0^ - x_0) / 2
         x0:  x_0^ = o                                              0

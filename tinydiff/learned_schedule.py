@@ -58,6 +58,10 @@ class Rise(Module):
     ----------
     units : int
         Number of sigmoids. They begin evenly spaced and alike, so that eta begins almost as a straight line.
+
+    Notes
+    -----
+    Of each unit `height`, `slope` and `bias` are the parameters: softplus^-1 of w_k, softplus^-1 of v_k, b_k.
     """
 
     def __init__(self, units: int) -> None:
@@ -82,20 +86,20 @@ class Rise(Module):
         m = u_all[:, 0] + xp.sum(w * S, axis=1)
         m_slope = 1 + xp.sum(w * v * P, axis=1)
         m_curvature = xp.sum(w * v * v * dP, axis=1)
-        start, height = m[0], m[1] - m[0]
+        delta = m[1] - m[0]
         eta, eta_slope, eta_curvature = (
-            (m[2:] - start) / height,
-            m_slope[2:] / height,
-            m_curvature[2:] / height,
+            (m[2:] - m[0]) / delta,
+            m_slope[2:] / delta,
+            m_curvature[2:] / delta,
         )
 
         @once
         def backward(deta: Array, dslope: Array) -> Array:
             """The quotient's derivative; then m(0), m(1), m and m' by the table above; returns du."""
-            dheight = -xp.sum(deta * eta + dslope * eta_slope) / height
-            dstart = -xp.sum(deta) / height - dheight
-            dm = xp.concat([xp.stack([dstart, dheight]), deta / height])[:, None]
-            dm_slope = xp.concat([xp.zeros_like(ends), dslope / height])[:, None]
+            dm_at_1 = -xp.sum(deta * eta + dslope * eta_slope) / delta
+            dm_at_0 = -xp.sum(deta) / delta - dm_at_1
+            dm = xp.concat([xp.stack([dm_at_0, dm_at_1]), deta / delta])[:, None]
+            dm_slope = xp.concat([xp.zeros_like(ends), dslope / delta])[:, None]
             dw = xp.sum(dm * S + dm_slope * (v * P), axis=0)
             dv = xp.sum(dm * (w * u_all * P) + dm_slope * (w * P + w * v * u_all * dP), axis=0)
             db = xp.sum(dm * (w * P) + dm_slope * (w * v * dP), axis=0)

@@ -104,8 +104,8 @@ def simple_loss(
 def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -> np.ndarray:
     """Min-SNR weights for `simple_loss` (Hang et al. 2023).  (docs: L.10)
 
-    Errors of x0 count for min(snr_t, gamma). In what the network predicts, whose squared error is 1, snr or
-    snr + 1 times that of x0, it is
+    A squared error of x0 counts min(snr_t, gamma) times. That of eps is snr times as large, that of v snr + 1
+    times, so by what the network predicts the weight is
 
         x0: min(snr, gamma)     eps: min(1, gamma / snr)     v: min(snr, gamma) / (snr + 1)
 
@@ -116,7 +116,7 @@ def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -
     t : integer array of shape (N,)
         Times, 0 … T-1.
     gamma : float
-        Where the weight stops to grow, greater than 0.
+        Cap of the weight of x0's error, greater than 0.
 
     Returns
     -------

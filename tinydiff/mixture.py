@@ -307,9 +307,9 @@ class GaussianMixture:
     def optimal_bound(self, diffusion: GaussianDiffusion, nodes: int = 121) -> Bound:
         """The variational bound that `denoiser` attains in expectation, the least.  (docs: L.13, L.14)
 
-        With fixed variances sigma^2, by E (x_0 - E[x_0 | x_t])^2 = E tr Cov[x_0 | x_t]; see `tinydiff.bound`.
-        What is an expectation over x_t is in closed form for a single Gaussian; otherwise, in one or two
-        dimensions, by quadrature as in `entropy`.
+        The terms are those of `tinydiff.bound`; the mean of (x_0 - x_0^)^2 given x_t is now the variance of
+        x_0 given x_t, coordinate by coordinate. The mean over x_t is a closed form for a single Gaussian;
+        otherwise, in one or two dimensions, it is taken by quadrature as in `entropy`.
 
         Parameters
         ----------
@@ -344,9 +344,9 @@ class GaussianMixture:
                     ratio = np.exp(np.log(covariance) - log_variance)
                 terms = math.log(2 * math.pi) + log_variance + ratio
             else:
-                w, _ = diffusion.q_posterior_mean_variance(1 + 0 * x_t, 0 * x_t, t)
+                c, _ = diffusion.q_posterior_mean_variance(1 + 0 * x_t, 0 * x_t, t)
                 log_r = diffusion.log_variance_range[0][t] - log_variance
-                terms = np.expm1(log_r) - log_r + w**2 * covariance * np.exp(-log_variance)
+                terms = np.expm1(log_r) - log_r + c**2 * covariance * np.exp(-log_variance)
             L_t[t] = weights @ np.sum(terms + 0 * x_t, axis=1) / 2
         second = np.sum(np.square(self.means), axis=1) + np.sum(self._variances, axis=1)
         abar, one_minus_abar = schedule.alphas_cumprod[-1], schedule.one_minus_alphas_cumprod[-1]
@@ -401,12 +401,12 @@ class GaussianMixture:
         return x0, xp.sqrt(s2) * self._combine(r, y / variance)
 
     def _best_v(self, diffusion: GaussianDiffusion, x_t: Array, t: Array) -> Array:
-        """The v whose variance is that of x_{t-1} given x_t, coordinate by coordinate: beta~ + w^2 Cov_ii."""
+        """The v whose variance is that of x_{t-1} given x_t, coordinate by coordinate: beta~ + c^2 Cov_ii."""
         xp = array_namespace(x_t)
         covariance = self.posterior_covariance(diffusion, x_t, t)
         diagonal = xp.sum(covariance * asarray_like(np.eye(self.D), x_t), axis=2)
-        w, posterior = diffusion.q_posterior_mean_variance(xp.ones_like(x_t), xp.zeros_like(x_t), t)
-        variance = posterior + w * w * diagonal
+        c, posterior = diffusion.q_posterior_mean_variance(xp.ones_like(x_t), xp.zeros_like(x_t), t)
+        variance = posterior + c * c * diagonal
         # The range is read off at the v that are 0 and 1: half-way, and the upper end.
         zeros, ones = xp.zeros_like(x_t), xp.ones_like(x_t)
         middle = diffusion.model_log_variance(x_t, t, xp.concat([zeros, zeros], axis=-1))

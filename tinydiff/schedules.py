@@ -182,9 +182,10 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
 
     What is left of the signal's variance falls as a squared cosine,
 
-        abar_t = f(t + 1) / f(0),     f(u) = cos^2( (u/T + s) / (1 + s) * pi/2 ),
+        abar_t = f(t + 1) / f(0),     f(n) = cos^2( (n/T + s) / (1 + s) * pi/2 ),
 
-    so beta_t = 1 - f(t + 1) / f(t), and no beta exceeds `max_beta` (the last one would be 1).
+    so beta_t = 1 - f(t + 1) / f(t), and no beta exceeds `max_beta` (the last one would be 1). Here n is the
+    paper's time, the number of steps made, which is t + 1 after step t.
 
     Parameters
     ----------
@@ -214,8 +215,8 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
     if s < 0:
         raise ValueError(f"s is {s!r}; expected a real number of at least 0.")
     max_beta = _checked_beta("max_beta", max_beta)
-    u = np.arange(T + 1)
-    f = np.cos((u / T + s) / (1 + s) * np.pi / 2) ** 2
+    n = np.arange(T + 1)
+    f = np.cos((n / T + s) / (1 + s) * np.pi / 2) ** 2
     return NoiseSchedule(np.minimum(1 - f[1:] / f[:-1], max_beta))
 
 
