@@ -132,7 +132,7 @@ def test_samplers_take_both_halves(sampler, steps):
 def test_outputs_of_the_wrong_size_are_named():
     diffusion = GaussianDiffusion(linear_schedule(5), "eps", "learned_range")
     for method in (diffusion.predict_x0, diffusion.p_mean_variance, diffusion.model_log_variance):
-        with pytest.raises(ValueError, match=r"output has shape \(3, 2\).*learned_range.*prediction and v"):
+        with pytest.raises(ValueError, match=r"output has shape \(3, 2\).*learned_range.*prediction and nu"):
             method(np.zeros((3, 2)), 0, np.zeros((3, 2)))
         with pytest.raises(ValueError, match="output has dtype int64"):
             method(np.zeros((3, 2)), 0, np.zeros((3, 4), dtype=np.int64))

@@ -345,8 +345,8 @@ def step_term(
         dprediction = slope * (inside * dguess)
         if diffusion.variance != "learned_range":
             return dprediction
-        dv = column_like((log_large - log_small)[steps] / 2, x0) * dlog_variance
-        return xp.concat([dprediction, dv], axis=-1)
+        dnu = column_like((log_large - log_small)[steps] / 2, x0) * dlog_variance
+        return xp.concat([dprediction, dnu], axis=-1)
 
     return value, backward
 

@@ -26,7 +26,7 @@ The variance of the reverse steps lies between two extremes, beta~_t and beta_t 
 standard normal data; docs: P.7). One formula, between their logarithms, has the fixed and the learned
 variances in it (Nichol & Dhariwal 2021, eq. 15):
 
-    log sigma_t^2 = f log beta_t + (1 - f) log beta~_t,       f = 0, 1, or (v + 1) / 2 with a learned v
+    log sigma_t^2 = f log beta_t + (1 - f) log beta~_t,       f = 0, 1, or (nu + 1) / 2 with a learned nu
 
 Code index t = 0 ... T-1 is the paper's step t + 1, so x_{t-1} at t = 0 is the data itself.
 
@@ -67,7 +67,7 @@ class GaussianDiffusion:
         The variance of the reverse steps (Ho et al. 2020, section 3.2): the posterior's beta~_t, right if the
         data is a single point, or beta_t, right if the data is standard normal. Or learned (Nichol & Dhariwal
         2021, eq. 15): the network's output has twice the data's size on the last axis. The first half is the
-        prediction; the second is v, which moves each element's log-variance between those two, -1 to 1.
+        prediction; the second is nu, -1 to 1, which moves each element's log-variance between those two.
 
     Attributes
     ----------
@@ -371,7 +371,7 @@ class GaussianDiffusion:
         t : integer array, shape (N,), or int
             The step of `x_t`.
         output : array, shape of `x_t` (learned variance: twice that on the last axis)
-            What it answered, an estimate of ``self.prediction``, and v if the variance is learned.
+            What it answered, an estimate of ``self.prediction``, and nu if the variance is learned.
         clip : bool
             Clip the estimate of x_0 to [-1, 1] first; right for images, wrong for data that leaves [-1, 1].
 
@@ -416,17 +416,17 @@ class GaussianDiffusion:
         -------
         array, shape (N, 1, ..., 1), or of `x_t` if learned
         """
-        _, v = self.split_output(x_t, output)
+        _, nu = self.split_output(x_t, output)
         log_small, log_large = self.log_variance_range
         t = self._on_host(t, x_t)
-        if v is None:
+        if nu is None:
             return column_like((log_small if self.variance == "fixed_small" else log_large)[t], x_t)
-        x_t, v = _matching(x_t=x_t, v=v)
+        x_t, nu = _matching(x_t=x_t, nu=nu)
         middle, half = (log_large + log_small) / 2, (log_large - log_small) / 2
-        return column_like(middle[t], x_t) + v * column_like(half[t], x_t)
+        return column_like(middle[t], x_t) + nu * column_like(half[t], x_t)
 
     def split_output(self, x_t: Array, output: Array) -> tuple[Array, Array | None]:
-        """Return the network's prediction and, if the variance is learned, its v.  (docs: V.1)
+        """Return the network's prediction and, if the variance is learned, its nu.  (docs: V.1)
 
         Both are of `x_t`'s shape.
 
@@ -450,7 +450,7 @@ class GaussianDiffusion:
         if x_t.ndim < 2 or output.shape != (*x_t.shape[:-1], 2 * C):
             raise ValueError(
                 f"output has shape {output.shape}, x_t {x_t.shape}; expected twice x_t's last axis (of at "
-                "least two): with variance 'learned_range' a network returns its prediction and v."
+                "least two): with variance 'learned_range' a network returns its prediction and nu."
             )
         return output[..., :C], output[..., C:]
 

@@ -87,7 +87,7 @@ def simple_loss(
     ValueError
         If a shape or `t` does not fit; the message names the argument.
     """
-    prediction, v = diffusion.split_output(x0, output)
+    prediction, nu = diffusion.split_output(x0, output)
     target = diffusion.training_target(x0, t, noise)
     if weights is None:
         value, gradient = mean_squared_error(prediction, target)
@@ -95,7 +95,7 @@ def simple_loss(
         root = _column("weights", weights, prediction) ** 0.5  # w d^2 is the square of w^1/2 d
         value, gradient = mean_squared_error(root * prediction, root * target)
         gradient = root * gradient
-    if v is None:
+    if nu is None:
         return value, gradient
     xp = array_namespace(output)
     return value, xp.concat([gradient, xp.zeros_like(gradient)], axis=-1)
@@ -221,7 +221,7 @@ def hybrid_loss(
     diffusion : GaussianDiffusion
         The process, with ``variance="learned_range"``.
     output : array of shape (N, ..., 2 C)
-        What the network returned for x_t = ``diffusion.q_sample(x0, t, noise)``: prediction and v.
+        What the network returned for x_t = ``diffusion.q_sample(x0, t, noise)``: prediction and nu.
     x0, noise : array of shape (N, ..., C)
         Data and standard normal noise.
     t : integer array of shape (N,)

@@ -280,8 +280,8 @@ class GaussianMixture:
         """Return the best possible network, ``denoise(x_t, t)``.  (docs: L.8, V.2)
 
         It is the conditional expectation of what `diffusion` wants predicted, eps, x0 or v, given x_t: the
-        least squared error. With learned variances the second half is the v of the best one (Bao et al.
-        2022), the variance of each coordinate of x_{t-1} given x_t; v may lie outside [-1, 1]. Where that
+        least squared error. With learned variances the second half is the nu of the best one (Bao et al.
+        2022), the variance of each coordinate of x_{t-1} given x_t; nu may lie outside [-1, 1]. Where that
         variance is 0, for point data at t = 0, it is the lower end, -1.
 
         Parameters
@@ -300,7 +300,7 @@ class GaussianMixture:
             prediction = diffusion.training_target(x0, t, eps)  # linear in both: so is its expectation
             if diffusion.variance != "learned_range":
                 return prediction
-            return array_namespace(x_t).concat([prediction, self._best_v(diffusion, x_t, t)], axis=-1)
+            return array_namespace(x_t).concat([prediction, self._best_nu(diffusion, x_t, t)], axis=-1)
 
         return denoise
 
@@ -400,20 +400,20 @@ class GaussianMixture:
         x0 = xp.matmul(r, means) + self._combine(r, a[:, :, None] * lambdas / variance * y)
         return x0, xp.sqrt(s2) * self._combine(r, y / variance)
 
-    def _best_v(self, diffusion: GaussianDiffusion, x_t: Array, t: Array) -> Array:
-        """The v whose variance is that of x_{t-1} given x_t, coordinate by coordinate: beta~ + c^2 Cov_ii."""
+    def _best_nu(self, diffusion: GaussianDiffusion, x_t: Array, t: Array) -> Array:
+        """The nu whose variance is that of x_{t-1} given x_t, for each coordinate: beta~ + c^2 Cov_ii."""
         xp = array_namespace(x_t)
         covariance = self.posterior_covariance(diffusion, x_t, t)
         diagonal = xp.sum(covariance * asarray_like(np.eye(self.D), x_t), axis=2)
         c, posterior = diffusion.q_posterior_mean_variance(xp.ones_like(x_t), xp.zeros_like(x_t), t)
         variance = posterior + c * c * diagonal
-        # The range is read off at the v that are 0 and 1: half-way, and the upper end.
+        # The range is read off at nu = 0 and 1: half-way, and the upper end.
         zeros, ones = xp.zeros_like(x_t), xp.ones_like(x_t)
         middle = diffusion.model_log_variance(x_t, t, xp.concat([zeros, zeros], axis=-1))
         half = diffusion.model_log_variance(x_t, t, xp.concat([zeros, ones], axis=-1)) - middle
         known = xp.logical_and(variance > 0, half > 0)
-        v = (xp.log(xp.where(known, variance, ones)) - middle) / xp.where(known, half, ones)
-        return xp.where(known, v, xp.where(half > 0, -ones, zeros))
+        nu = (xp.log(xp.where(known, variance, ones)) - middle) / xp.where(known, half, ones)
+        return xp.where(known, nu, xp.where(half > 0, -ones, zeros))
 
     def _quadrature(self, nodes: int) -> tuple[np.ndarray, np.ndarray]:
         """Nodes (n, D) and weights (n,), so that sum(weights * f(nodes)) is E f(x)."""
