@@ -3,9 +3,9 @@
 The terms of L_vlb differ by orders of magnitude over t, so that t drawn uniformly makes a noisy estimate.
 Drawn with probabilities p_t and weighted by their inverse, the terms still have the same expectation, and the
 variance is least where p_t is in proportion to the root of the term's second moment (Nichol & Dhariwal 2021,
-eq. 18 and section 3.3):
+eq. 18 and section 3.3). With L_t the term at the code's t, the papers' L_{t-1} (docs: V.7):
 
-    L_vlb = E_{t ~ p_t} [ L_t / p_t ],        p_t ~ sqrt( E[L_t^2] )
+    L_vlb = E_{t ~ p} [ L_t / p_t ],        p_t = sqrt( E[L_t^2] ) / sum_k sqrt( E[L_k^2] )
 
 The second moments are not known in advance and change as the network learns. A history of the last few terms
 at each t stands for them; t is uniform until every t has one.
@@ -35,7 +35,7 @@ class LossSecondMomentSampler:
         How many terms to remember for each t (10 in the paper).
     uniform : float
         Share of t drawn uniformly all the same, in (0, 1]: a t whose terms happened to be 0 is not lost for
-        ever, and no weight exceeds 1 / uniform.
+        ever, and no weight exceeds 1 / uniform. (rho in docs: V.8.)
 
     Raises
     ------
