@@ -20,8 +20,8 @@ and sigma^2 the model's:
     dpm++     x0 + h / (2 h_before) (x0 - x0_before)  0             0         Lu et al. 2022, algorithm 2
     edm       x - s (eps + eps') / 2, over a          0             0         Karras et al. 2022, algorithm 1
 
-Where c = C = 0 the walk follows the probability-flow ODE (docs: R.7). It has three clocks, in each of which
-one of the three predictions is the velocity:
+Where c = C = 0 the walk follows the probability-flow ODE (docs: R.7). Three clocks may time it, in each of
+which, with x scaled to fit, one of the three predictions is the velocity:
 
     d(x/a) = eps d(s/a),       d(x/s) = x0 d(a/s),       dx = v dphi,  tan phi = s/a
 
