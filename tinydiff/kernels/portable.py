@@ -276,7 +276,7 @@ def attention(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[
 def attention_backward(saved: tuple[Any, ...], do: Array) -> tuple[Array, Array, Array]:
     """Gradients of `attention`: dq, dk, dv.  (docs: B.13)
 
-    dv = p.T do,  dp = do v.T,  ds = scale dp through the softmax,  dq = ds k,  dk = ds.T q
+    dv = p.T do,  dp = do v.T,  ds = scale * softmax_backward(p, dp),  dq = ds k,  dk = ds.T q
     """
     q, k, v, p, scale = saved
     ds = softmax_backward(p, do @ _transpose(v)) * scale

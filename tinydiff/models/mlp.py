@@ -29,24 +29,24 @@ class ResidualBlock(Module):
         self.linear_2 = Linear(features, features, rng)
 
     def __call__(self, h: Array, emb: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-        """h (N, F), emb (N, E)  ->  (N, F).
+        """h (N, F), emb (N, E)  ->  (N, F).  (docs: B.19)
 
         What a layer or its backward returns and nobody has kept is added to in place: no new array, no new
         memory to go through.
         """
         r, backward_silu_1 = silu(h)
         r, backward_1 = self.linear_1(r)
-        e, backward_emb = self.time_emb_proj(emb)
-        e += r
-        r, backward_silu_2 = silu(e)
+        a, backward_emb = self.time_emb_proj(emb)
+        a += r
+        r, backward_silu_2 = silu(a)
         r, backward_2 = self.linear_2(r)
 
         @derivative_of(r)
         def backward(dy: Array) -> tuple[Array, Array]:
-            dr = backward_silu_2(backward_2(dy))
-            dh = backward_silu_1(backward_1(dr))
+            da = backward_silu_2(backward_2(dy))
+            dh = backward_silu_1(backward_1(da))
             dh += dy
-            return dh, backward_emb(dr)
+            return dh, backward_emb(da)
 
         r += h
         return r, backward

@@ -17,7 +17,7 @@ def concat(a: Array, b: Array) -> tuple[Array, Callable[[Array], tuple[Array, Ar
 
     @derivative_of(y)
     def backward(dy: Array) -> tuple[Array, Array]:
-        """Da and db are the two parts of dy.  (docs: B.16)"""
+        """Cut dy into da and db.  (docs: B.16)"""
         return dy[..., :split], dy[..., split:]
 
     return y, backward

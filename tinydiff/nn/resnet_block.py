@@ -71,7 +71,7 @@ class ResnetBlock(Module):
 
         @derivative_of(h)
         def backward(dy: Array) -> tuple[Array, Array]:
-            """Returns dx and demb.  e is added at every pixel, so its gradient is summed over them."""
+            """Returns dx and demb.  e was broadcast over the pixels: its gradient is a sum.  (docs: B.17)"""
             dh = backward_norm2(backward_dropout(backward_conv2(dy)))
             demb = backward_emb(kernels_for(dh).sum_pixels(dh))
             dx = backward_norm1(backward_conv1(dh))
