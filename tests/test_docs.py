@@ -64,6 +64,8 @@ EXEMPT = {
     "nn.module": "names and holds parameters",
     "nn.init": "draws the first weights; nothing is derived from it",
     "models.unet.UNet.run_embedded": "the call, from the sinusoids on",
+    "models.unet.UNet.check_input": "checks an argument",
+    "models.mlp.MLP.check_input": "checks an argument",
     "optim.Adam.zero_grad": "book-keeping",
     "optim.warmup_cosine": "a choice, not a result",
     "bound.check_decoder": "checks an argument",
