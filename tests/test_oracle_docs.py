@@ -1,10 +1,13 @@
-"""What docs/ says of PyTorch: its blocks that need it, and the mistakes of a U-Net that chapter 13 prices.
+"""What docs/ says of PyTorch and diffusers: its blocks that need them, and what chapter 13 says of both.
 
 Whoever has only the package cannot run such a block, so it is fenced as text; it opens with "# PyTorch".
 """
 
+import functools
+
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from test_docs import PAGES
 
 import tinydiff as td
@@ -16,6 +19,7 @@ pytestmark = pytest.mark.oracle
 WITH_PYTORCH = [page for page in PAGES if any(block.text.startswith("# PyTorch") for block in page.blocks)]
 
 
+@functools.cache
 def run(page):
     """The names that the page's blocks leave, those with PyTorch among them."""
     namespace = {"__name__": "__main__"}
@@ -25,14 +29,18 @@ def run(page):
     return namespace
 
 
+def chapter_13():
+    (page,) = (page for page in WITH_PYTORCH if page.path.name == "13-your-own-code.md")
+    return run(page)
+
+
 @pytest.mark.parametrize("page", WITH_PYTORCH, ids=lambda page: page.path.name)
 def test_blocks_with_pytorch_run(page):
     run(page)
 
 
 def test_a_unet_with_a_mistake_is_off_by_what_chapter_13_says():
-    (page,) = (page for page in WITH_PYTORCH if page.path.name == "13-your-own-code.md")
-    names = run(page)
+    names = chapter_13()
     yours, x, y, t = (names[name] for name in ("yours", "x", "y", "t"))
     off, first, last = (names[name] for name in ("off", "first", "last"))
 
@@ -54,6 +62,7 @@ def test_a_unet_with_a_mistake_is_off_by_what_chapter_13_says():
     yours.train()
     torch.manual_seed(0)
     assert seen(first(x), t) == pytest.approx(0.16, rel=0.5)
+    yours.eval()
 
 
 @pytest.mark.filterwarnings("error")
@@ -85,3 +94,132 @@ def test_tensors_go_in_and_tensors_come_out():
     for tensor, array in zip(tensors, everything(x0, t, noise)):
         assert isinstance(tensor, torch.Tensor)
         np.testing.assert_allclose(tensor.numpy(), array, rtol=1e-12, atol=1e-12)
+
+
+def torch_path(optimizer_class, w, grads, dtype=torch.float64, **settings):
+    """The weights after each step, as of chapter 13's `your_adam`."""
+    weights = torch.nn.Parameter(torch.tensor(w, dtype=dtype))
+    optimizer, path = optimizer_class([weights], lr=0.01, **settings), []
+    for g in grads:
+        weights.grad = torch.tensor(g, dtype=dtype)
+        optimizer.step()
+        path.append(weights.detach().numpy().astype(float))
+    return np.array(path)
+
+
+def test_whose_weight_decay_is_whose():
+    """Chapter 13: that of AdamW is ours, that of PyTorch's Adam is its `coupled`."""
+    names = chapter_13()
+    w, grads, path, moved, your_adam = (names[k] for k in ("w", "clipped", "path", "moved", "your_adam"))
+    adam, adamw = torch.optim.Adam, torch.optim.AdamW
+    assert moved(torch_path(adamw, w, grads, weight_decay=0.1), path) < 1e-11
+    assert moved(torch_path(adamw, w, grads, torch.float32, weight_decay=0.1), path) < 1e-5
+    coupled = torch_path(adam, w, grads, weight_decay=0.1)
+    assert moved(coupled, your_adam(w, grads, coupled=True)) < 1e-11
+    assert moved(coupled, path) > 1
+
+
+def test_an_epsilon_beside_the_uncorrected_root_is_converted_as_chapter_13_says():
+    rng = np.random.default_rng(0)
+    p, m, v = td.Parameter(rng.standard_normal(5)), 0, 0
+    w, adam = p.value.copy(), td.Adam([p], 0.01)
+    for k in range(1, 20):
+        p.grad = g = rng.standard_normal(5) * np.logspace(-8, 0, 5)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        w -= 0.01 * np.sqrt(1 - 0.999**k) / (1 - 0.9**k) * m / (np.sqrt(v) + 1e-8)
+        adam.eps = 1e-8 / np.sqrt(1 - 0.999**k)
+        adam.step()
+        assert_allclose(p.value, w, rtol=1e-12)
+
+
+def test_clipping_is_off_by_what_chapter_13_says():
+    names = chapter_13()
+    grads, clipped, off = names["grads"], names["clipped"], names["off"]
+    right, scaled = [], []
+    for g in grads:
+        weights = [torch.nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in g]
+        for p, row in zip(weights, g):
+            p.grad = torch.tensor(row)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        right.append(np.stack([p.grad.numpy() for p in weights]))
+        # Of a scaled loss, before the scaler takes the scale out.
+        scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(weights)
+        optimizer.zero_grad()
+        scaler.scale(sum((p * torch.tensor(row)).sum() for p, row in zip(weights, g))).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        scaler.unscale_(optimizer)
+        scaled.append(np.stack([p.grad.numpy() for p in weights]))
+    assert 1e-9 < off(right, clipped) < 1e-5  # PyTorch adds 1e-6 to the norm
+    assert off(scaled, names["clip"](scale=1024)) < 1e-5
+
+
+def rates(scheduler, steps, *how):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, seen = scheduler(optimizer, *how), []
+    for _ in range(steps):
+        seen.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return np.array(seen)
+
+
+def test_the_rates_of_diffusers_are_ours_but_where_chapter_13_says():
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+
+    theirs = rates(get_cosine_schedule_with_warmup, 191, 10, 100)
+    assert_allclose(theirs[10:100], chapter_13()["rates"][10:], atol=1e-12)
+    assert_allclose(theirs[:10], np.arange(10) / 10)  # ours begin at 1 / 10
+    assert theirs[100] < 1e-12 and theirs[190] > 1 - 1e-12 and td.warmup_cosine(190, 100, 10) == 0
+    of_pytorch = rates(torch.optim.lr_scheduler.CosineAnnealingLR, 201, 100)
+    assert of_pytorch[100] < 1e-12 and of_pytorch[200] > 1 - 1e-9
+
+
+@pytest.mark.parametrize("how", [{}, {"decay": 0.3}, {"use_ema_warmup": True, "power": 0.75}])
+def test_the_average_of_diffusers_is_ours_by_the_rule_of_chapter_13(how):
+    from diffusers.training_utils import EMAModel
+
+    names = chapter_13()
+    path, layer = names["path"], td.nn.Linear(1, 4, np.random.default_rng(0)).to(np, np.float64)
+    layer.bias.value = np.zeros(4)
+    layer.weight.value = names["w"][:1]
+    weights = torch.nn.Parameter(torch.tensor(names["w"][:1]))
+    theirs, ours = EMAModel([weights], **how), td.EMA(layer, 0.9999)
+    for k, now in enumerate(path[:, :1], 1):
+        layer.weight.value = now
+        weights.data = torch.tensor(now)
+        theirs.step([weights])
+        ours.steps, ours.decay = 10**9, theirs.cur_decay_value
+        ours.update()
+        assert_allclose(ours.model.weight.value, theirs.shadow_params[0].numpy(), rtol=1e-13)
+        if "use_ema_warmup" not in how:
+            assert theirs.cur_decay_value == (0 if k == 1 else min(k / (9 + k), how.get("decay", 0.9999)))
+
+
+def test_an_average_of_nothing_is_taken_without_a_word():
+    """Chapter 13: of a generator that the optimizer has used up."""
+    from diffusers.training_utils import EMAModel
+
+    layer = torch.nn.Linear(2, 2)
+    parameters = layer.parameters()
+    torch.optim.AdamW(parameters)
+    theirs = EMAModel(parameters)
+    before = layer.weight.detach().clone()
+    theirs.step(layer.parameters())
+    theirs.copy_to(layer.parameters())
+    assert theirs.shadow_params == [] and torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype, stands, moves", [("float16", 1.48, 1.50), ("bfloat16", 4.88, 4.94)])
+def test_an_average_in_half_precision_stands_still(dtype, stands, moves):
+    """docs: E.18, of diffusers' EMAModel."""
+    from diffusers.training_utils import EMAModel
+
+    for now, still in [(stands, True), (moves, False)]:
+        weights = torch.nn.Parameter(torch.ones(1, dtype=getattr(torch, dtype)))
+        theirs = EMAModel([weights], decay=0.999, min_decay=0.999)
+        theirs.optimization_step = 1  # the first update only copies
+        weights.data.fill_(now)
+        for _ in range(100):
+            theirs.step([weights])
+        assert theirs.shadow_params[0].dtype == weights.dtype
+        assert (theirs.shadow_params[0].item() == 1) == still
