@@ -756,10 +756,10 @@ def batches_seen(monkeypatch, n, batch_size, steps, seed=0):
     seen = []
 
     def spy(model, diffusion, x0, *args, **options):
-        seen.append(x0[:, 0].astype(int).tolist())
-        return original(model, diffusion, x0 / n, *args, **options)
+        seen.append(np.round(n * x0[:, 0]).astype(int).tolist())
+        return original(model, diffusion, x0, *args, **options)
 
-    data = np.repeat(np.arange(n, dtype=np.float32)[:, None], 2, axis=1)
+    data = np.repeat(np.arange(n, dtype=np.float32)[:, None] / n, 2, axis=1)
     original = training.training_loss
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_loss", spy)
