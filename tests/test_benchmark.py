@@ -330,3 +330,15 @@ def test_torch_missing_beside_cupy_is_said_in_one_sentence(missing, capsys, monk
         monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace())
     said = refused(["--backend", "cupy"], capsys)
     assert len(said.splitlines()) == 1 and f"{missing} is not installed" in said and "pip install" in said
+
+
+def test_what_is_asked_of_it_on_a_gpu_is_there():
+    """Each line of .ci/gpu, which only runs where there is one."""
+    from _bench import networks
+
+    script = (DEMOS.parent / ".ci" / "gpu").read_text(encoding="utf-8")
+    asked = [line.split()[1:] for line in script.splitlines() if line.startswith("  benchmark ")]
+    assert len(asked) == 6
+    for argv in asked:
+        args = benchmark().parse(["--backend", "cupy", *argv])
+        assert all(getattr(networks.CONFIGS[name], work) for name in args.configs for work in args.work)
