@@ -30,13 +30,14 @@ from tinydiff.kernels._threads import in_parallel, scratch
 
 __all__ = ["attention", "attention_backward"]
 
-# Bytes of a block of scores; in the backward two are in use at a time.
+# Bytes of a block of scores, of a few heads; in the backward two blocks are in use at a time.
 BLOCK_BYTES = 2**19
 
 # Fewer scores than this are not worth a second thread.
 PARALLEL_SIZE = 2**16
 
-# Up to this many numbers a head the factors are laid out anew, which costs more the more there are.
+# Heads of at most so many channels are copied, so that pixels are columns in memory, too; in wider ones only
+# the strides say so, since the copy would cost more than it gains.
 NARROW = 64
 
 Saved = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]
@@ -80,7 +81,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tupl
             np.matmul(kt, q1[block], out=e)
             _exponential.power(e, out=e)
             np.matmul(v1[block], e, out=o1[block])
-            if not o1[block, d].min() > least:  # or it is not a number
+            if not o1[block, d].min() > least:  # a column of e has vanished, or is not a number
                 np.matmul(kt, q1[block], out=e)
                 q1[block, d] -= e.max(axis=1)
                 np.matmul(kt, q1[block], out=e)  # as the backward will have it, to the bit

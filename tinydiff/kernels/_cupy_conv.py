@@ -365,12 +365,12 @@ def _device(number: int) -> tuple[bool, int]:
 
 
 def _warps(columns: int) -> tuple[int, int]:
-    """Of a block, down and across; each has 32 columns."""
+    """WM and WN, a block's warps down and across; each has 32 channels of the result."""
     return (4, 1) if columns <= 32 else (4, 2) if columns <= 64 else (2, 4)
 
 
 def _height(outputs: int, columns: int, warps: tuple[int, int]) -> int:
-    """Rows of a warp, in 16: as many as leave enough blocks."""
+    """MT, the sixteens of outputs that a warp has: as many as leave enough blocks."""
     for height in (4, 2) if warps[1] == 4 else (2,):
         if -(-outputs // (16 * height * warps[0])) * columns >= ENOUGH:
             return height

@@ -28,7 +28,7 @@ def _chunks(start: int, stop: int, bytes_per_image: int) -> list[slice]:
 
 
 def _gather(x: np.ndarray, k: int, stride: int, before: int, h_out: int, w_out: int) -> np.ndarray:
-    """Rows (m, H', W', k, k, C) of the images x (m, H, W, C) padded with zeros."""
+    """R x of A.4: rows (m, H', W', k, k, C) of the images x (m, H, W, C) padded with zeros."""
     m, h, w, c = x.shape
     shape = (m, max(before + h, stride * (h_out - 1) + k), max(before + w, stride * (w_out - 1) + k), c)
     xpad = scratch("xpad", shape, x.dtype)
@@ -44,7 +44,7 @@ def _gather(x: np.ndarray, k: int, stride: int, before: int, h_out: int, w_out: 
 
 
 def _scatter(rows: np.ndarray, stride: int, before: int, dx: np.ndarray) -> None:
-    """Transpose of `_gather`: every element of `rows` added where it came from, written to dx."""
+    """The transpose of R (A.5): every element of `rows` added where `_gather` would have read it, into dx."""
     m, h_out, w_out, k, _, c = rows.shape
     _, h, w, _ = dx.shape
     shape = (m, max(before + h, stride * (h_out - 1) + k), max(before + w, stride * (w_out - 1) + k), c)
@@ -101,7 +101,7 @@ def transposed_taps(w: np.ndarray) -> np.ndarray:
 
 
 def narrow_conv(x: np.ndarray, w: np.ndarray, before: int, y: np.ndarray, start: int, stop: int) -> None:
-    """As `gather_conv` with stride 1, for D < C.  (docs: A.6)"""
+    """As `gather_conv` with stride 1, for D < C: products with `taps`, scattered to y.  (docs: A.6)"""
     k, _, c, d = w.shape
     _, h, width, _ = x.shape
     taps = np.ascontiguousarray(transposed_taps(w)).reshape(k * k * d, c).T
@@ -114,7 +114,7 @@ def narrow_conv(x: np.ndarray, w: np.ndarray, before: int, y: np.ndarray, start:
 def narrow_conv_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray, before: int, dx: np.ndarray, start: int, stop: int
 ) -> np.ndarray:
-    """As `gather_conv_backward` with stride 1, for D < C.  (docs: A.6)"""
+    """As `gather_conv_backward` with stride 1, for D < C: rows of dy, gathered.  (docs: A.6)"""
     k, _, c, d = w.shape
     _, h, width, _ = x.shape
     taps = np.ascontiguousarray(transposed_taps(w)).reshape(k * k * d, c)

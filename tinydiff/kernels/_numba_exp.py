@@ -6,8 +6,8 @@ n the integer next to x / ln 2::
     exp(x) = 2^n exp(r),   r = x - n ln 2,   |r| <= ln 2 / 2
 
 exp(r) is its Taylor polynomial, to a degree whose remainder is below rounding, and 2^n is a matter of bits.
-ln 2 is split in two, so that n times the first part is exact. n comes from adding and subtracting a number
-whose last binary digit is the ones, 1.5 times 2^23 or 2^52: what is lost in the sum is the fraction.
+ln 2 is split in two, so that n times the first part is exact. n comes from adding and then subtracting a
+number so large that its last binary digit counts ones, 1.5 times 2^23 or 2^52: the sum is rounded to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two cores, one thing each: a kernel's images are dealt to as many threads as BLAS would have used.
+"""Threads: a kernel's images are dealt to as many as BLAS would have used.
 
 NumPy and BLAS release Python's lock while they compute, so ordinary threads run side by side. Each takes
 one contiguous share of the images and goes through it in chunks that stay in its own cache, gathering,

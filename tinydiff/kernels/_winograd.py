@@ -39,7 +39,8 @@ TILE, TAPS = 4, 3
 PATCH = TILE + TAPS - 1
 
 # Patches times channels in a chunk: V and M take 144 bytes each for every one of them in float32, and should
-# stay in cache between one product and the next. There are two arrays of that size, or three, and no more.
+# stay in cache between one product and the next. There are two arrays of that size, the scratch "one" and
+# "two", and no more: each product reads one of them and writes the other. (For dM there is a third.)
 CHUNK = 4096
 
 # Fewest patches in a chunk of dW. A chunk's products are added to all of dU, which for many channels is
@@ -96,9 +97,9 @@ def winograd_weight_backward(du: np.ndarray) -> np.ndarray:
 
 
 def _chunks(start: int, stop: int, th: int, tw: int, patches: int) -> Iterator[tuple[slice, int, int]]:
-    """Images, and their rows of patches from one to another: a few images whole, or about equal parts of one.
+    """Yield chunks of about `patches` patches: a few images whole, or one of about equal parts of an image.
 
-    About `patches` patches each.
+    Each as (images, first row of patches, row after the last). An image has th patches down and tw across.
     """
     parts = -(-th // max(1, min(th, patches // tw)))
     rows = -(-th // parts)
@@ -111,7 +112,7 @@ def _chunks(start: int, stop: int, th: int, tw: int, patches: int) -> Iterator[t
 def both_axes(matrix: np.ndarray, patches: np.ndarray, between: str, to: str) -> np.ndarray:
     """Apply a matrix (q, p) to both axes of patches (p, p, ...): (q, q, ...), in the scratch named `to`.
 
-    That may be where `patches` lie: they are used up when the second axis is begun.
+    That may be where `patches` lie: it is written when the first axis is done, and they are read no more.
     """
     q, p = matrix.shape
     size = patches.size // p**2
@@ -125,8 +126,8 @@ def both_axes(matrix: np.ndarray, patches: np.ndarray, between: str, to: str) ->
 def _input_transform(x: np.ndarray, row: int, th: int, before: int, tw: int, doubled: bool) -> np.ndarray:
     """V = B.T d B of th rows of patches of x (m, H, W, C), from row number `row` on: (6, 6, m, th, tw, C).
 
-    Patches begin `before` pixels before the image, where x is zero. With `doubled` it is as if every pixel
-    of x were doubled first.
+    Those of row 0 begin `before` pixels before the image; what lies outside is zero. With `doubled` it is as
+    if every pixel of x were doubled first.  (docs: A.8, A.26)
     """
     matrix = _of("B.T double" if doubled else "B.T", x.dtype)
     size, step = matrix.shape[1], TILE // 2 if doubled else TILE
@@ -155,7 +156,7 @@ def _by_tiles(y: np.ndarray, tile: int) -> np.ndarray:
 def _output_transform(mm: np.ndarray, b: np.ndarray | None, y: np.ndarray, in_pairs: bool) -> None:
     """y = A.T M A + b of the patches: mm (6, 6, m, th, tw, D) written to y (m, H', W', D).
 
-    With `in_pairs` it is as if y's rows, and then its columns, were added two by two at the end.
+    With `in_pairs` it is as if y's rows, then its columns, were added two by two at the end.  (docs: A.26)
     """
     m, th, tw, d = mm.shape[2:]
     size = m * th * tw * d
@@ -166,7 +167,7 @@ def _output_transform(mm: np.ndarray, b: np.ndarray | None, y: np.ndarray, in_pa
     patches = scratch("two", (tile, tile * size), mm.dtype)
     if b is None:
         np.matmul(at, inner[:PATCH], out=patches)
-    else:  # a row more, of biases, with the coefficient 1: the sum is made as the product is
+    else:  # [A.T, 1] and a seventh row, of biases: the product adds them
         inner[PATCH].reshape(-1, d)[...] = b
         np.matmul(_of("A.T, 1", mm.dtype), inner, out=patches)
     whole = y.shape[1] == tile * th and y.shape[2] == tile * tw
