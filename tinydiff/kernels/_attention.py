@@ -36,8 +36,8 @@ BLOCK_BYTES = 2**19
 # Fewer scores than this are not worth a second thread.
 PARALLEL_SIZE = 2**16
 
-# Heads of at most so many channels are copied, so that pixels are columns in memory, too; in wider ones only
-# the strides say so, since the copy would cost more than it gains.
+# In heads of at most so many channels pixels are columns in memory, too; in wider ones by their strides only,
+# since to transpose them costs more, the wider they are.
 NARROW = 64
 
 Saved = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]
