@@ -243,6 +243,11 @@ def train(
     -------
     TrainingResult
 
+    Warns
+    -----
+    UserWarning
+        If `data` is an array on the host that the noise hardly hides: pictures in 0 … 255, say.
+
     Raises
     ------
     TypeError
