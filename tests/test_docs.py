@@ -37,6 +37,7 @@ CHAPTERS = {
     "09-reading-map.md": "E",
     "11-fast-kernels.md": "A",
     "12-gpu.md": "A",
+    "14-learned-schedules.md": "S",
 }
 
 # Modules that are mathematics, and the chapters that derive it: once these have pages, every public function

@@ -871,8 +871,8 @@ class Interpolated(LearnedSchedule):
 
 
 def trained_columns(name):
-    """Chapter 2's table: deviation and bound of a row, for the seeds 0 and 1."""
-    page = (Path(__file__).parents[1] / "docs" / "02-schedules.md").read_text()
+    """Chapter 14's table: deviation and bound of a row, for the seeds 0 and 1."""
+    page = (Path(__file__).parents[1] / "docs" / "14-learned-schedules.md").read_text()
     (row,) = re.findall(rf"^\| {name} \| [\d.]+ \| (.*), (.*) \| (.*), (.*) \|$", page, re.MULTILINE)
     return np.array(row, float).reshape(2, 2).T
 
@@ -880,7 +880,7 @@ def trained_columns(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["linear", "cosine", "straight", "learned"])
-def test_a_network_that_learns_is_where_chapter_2_says(monkeypatch, name, seed):
+def test_a_network_that_learns_is_where_chapter_14_says(monkeypatch, name, seed):
     """Eight Gaussians on a ring; the numbers are those of the table's columns on the right."""
     chains = {"linear": td.linear_schedule, "cosine": td.cosine_schedule}
     if name in chains:
