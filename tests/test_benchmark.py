@@ -1,5 +1,6 @@
 """The benchmark without torch: what it says of times, memory, layers and errors is what it measured."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -20,8 +21,12 @@ VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUPY
 
 @pytest.fixture(autouse=True)
 def as_a_program(monkeypatch):
-    """Demos on the path; the number of threads is afterwards what it was."""
+    """Demos on the path, the machine measured briefly; the number of threads is afterwards what it was."""
     monkeypatch.syspath_prepend(DEMOS)
+    from _bench import layers, machine
+
+    monkeypatch.setattr(layers, "product_gflops", lambda: machine.product_gflops(256))
+    monkeypatch.setattr(machine, "share_given", functools.partial(machine.share_given, seconds=0.02))
     for name in VARIABLES:
         monkeypatch.setenv(name, "1")
     before = _threads._blas[0]() if _threads._blas else None

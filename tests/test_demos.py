@@ -53,6 +53,12 @@ def run(name, *argv, capsys=None, expect=0):
     return capsys.readouterr() if capsys else None
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Most of a short demo's time, where something else is looked at."""
+    monkeypatch.setattr(td.plotting, "save", lambda figure, path: None)
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "new" / "run"
@@ -137,6 +143,7 @@ def test_the_model_is_the_moving_average_and_says_what_it_is(name, kind, request
     assert any(not np.array_equal(v, arrays[f"model.{k}"]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_every_choice_of_process_and_sampler_works(tmp_path):
     choices = ["--schedule", "cosine", "--prediction", "v", "--sampler", "ddim", "--sampling-steps", "4"]
     run("train_toy2d", *TOY, *choices, "--out", tmp_path, "--quiet")
@@ -147,6 +154,7 @@ def test_every_choice_of_process_and_sampler_works(tmp_path):
 
 @pytest.mark.parametrize("loss", ["hybrid", "vlb"])
 @pytest.mark.parametrize("name", ["train_toy2d", "train_mnist"])
+@pytest.mark.usefixtures("no_pictures")
 def test_with_the_other_losses_the_network_learns_a_variance(name, loss, tmp_path):
     flags = TOY if name == "train_toy2d" else MNIST
     run(name, *flags, "--loss", loss, "--out", tmp_path, "--quiet")
@@ -160,6 +168,7 @@ def test_with_the_other_losses_the_network_learns_a_variance(name, loss, tmp_pat
     assert np.isfinite(np.load(tmp_path / "samples.npy")).all()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_seed_decides_and_a_second_run_replaces_the_first(toy, tmp_path):
     for seed in [4, 3]:  # the second run is another, and begins anew: the first is finished
         run("train_toy2d", *TOY, "--shape", "rings", "--out", tmp_path, "--quiet", "--seed", seed)
@@ -207,6 +216,7 @@ def test_help_names_every_flag_its_default_and_an_example(name, capsys):
     assert "None" not in text and f"python demos/{name}.py --" in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_full_set_falls_back_to_the_subset_with_one_line(tmp_path, capsys, monkeypatch):
     def offline(split):
         assert split == "train"
@@ -404,6 +414,7 @@ def test_batch_auto_is_what_fits_or_that_of_the_run_which_is_resumed(toy, tmp_pa
     assert tried == [("model", "diffusion", "data", how)] * 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_batch_auto_on_the_host_is_at_most_the_default(tmp_path):
     run("train_mnist", *MNIST, "--batch", "auto", "--steps", "1", "--out", tmp_path, "--quiet")
     assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["batch"] in (16, 32, 64)
@@ -538,6 +549,7 @@ def test_the_comparison_leaves_a_table_a_picture_and_the_numbers(compared):
         ),  # training, and for each of two variances five measurements
     ],
 )
+@pytest.mark.usefixtures("no_pictures")
 def test_workers_share_whatever_takes_time(name, flags, times, tmp_path, few_digits, monkeypatch):
     asked = []
 
