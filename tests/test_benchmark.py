@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -342,7 +343,9 @@ def test_what_is_asked_of_it_on_a_gpu_is_there():
     from _bench import networks
 
     script = (DEMOS.parent / ".ci" / "gpu").read_text(encoding="utf-8")
-    asked = [line.split()[1:] for line in script.splitlines() if line.startswith("  benchmark ")]
+    rows = [line.split()[1:-1] for line in script.splitlines() if line.startswith("  benchmark ")]
+    flags = [part.split() for part in re.findall(r"^\w+\(\) { rows(.*?); }", script, re.MULTILINE)]
+    asked = [[*row, *more] for row in rows for more in flags]
     assert len(asked) == 6
     for argv in asked:
         args = benchmark().parse(["--backend", "cupy", *argv])

@@ -326,7 +326,7 @@ def check_data(data: Data) -> None:
 
 def _warn_of_scale(data: Data) -> None:
     """Warn whoever called the training of data that the noise hardly hides."""
-    if callable(data) or not is_numpy_array(data) or not data.size:
+    if not is_numpy_array(data) or not data.size:
         return
     scale = math.sqrt(np.mean(data[:256].astype(np.float64) ** 2))
     if scale > LARGE:
