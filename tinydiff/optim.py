@@ -172,8 +172,8 @@ def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) ->
         return final
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    progress = (step - warmup) / (steps - warmup)
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 M = TypeVar("M", bound=Module)

@@ -23,13 +23,13 @@ def finite_numbers(name: str, values: Any) -> np.ndarray:
     return values
 
 
-def two_sets(at_least: int, **sets: np.ndarray) -> list[np.ndarray]:
-    """The two named sets in float64; ValueError unless they are finite (n, D) and (m, D) of enough rows."""
+def two_sets(**sets: np.ndarray) -> list[np.ndarray]:
+    """The two named sets in float64; ValueError unless they are finite (n, D) and (m, D) with n, m ≥ 2."""
     arrays = {name: finite_numbers(name, array) for name, array in sets.items()}
     names, shapes = " and ".join(arrays), " and ".join(str(array.shape) for array in arrays.values())
     x, y = arrays.values()
     if x.ndim != 2 or y.ndim != 2 or x.shape[1:] != y.shape[1:] or x.shape[1] < 1:
         raise ValueError(f"{names} have shapes {shapes}; expected (n, D) and (m, D).")
-    if min(len(x), len(y)) < at_least:
-        raise ValueError(f"{names} have shapes {shapes}; expected at least {at_least} rows in each.")
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"{names} have shapes {shapes}; expected at least 2 rows in each.")
     return [x, y]

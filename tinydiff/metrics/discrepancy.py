@@ -73,7 +73,7 @@ def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None)
         If a shape does not fit, there are fewer than two points in a set, a value is masked, complex or not
         finite, or the bandwidth is not positive.
     """
-    x, y = two_sets(2, x=x, y=y)
+    x, y = two_sets(x=x, y=y)
     return float(_discrepancies(_gaussian(_distances(x, y), bandwidth), _first(x, y), len(x))[0])
 
 
@@ -100,7 +100,7 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
         If a shape does not fit, there are fewer than two points in a set, or a value is masked, complex or
         not finite.
     """
-    x, y = two_sets(2, x=x, y=y)
+    x, y = two_sets(x=x, y=y)
     return float(_discrepancies(-_distances(x, y), _first(x, y), len(x))[0])
 
 
@@ -145,7 +145,7 @@ def permutation_test(
         raise ValueError(f"bandwidth is {bandwidth}; expected None, the energy distance has no kernel.")
     if permutations < 1:
         raise ValueError(f"permutations is {permutations}; expected at least 1.")
-    x, y = two_sets(2, x=x, y=y)
+    x, y = two_sets(x=x, y=y)
     rng = np.random.default_rng(0) if rng is None else rng
     check_rng(rng)
     distances = _distances(x, y)

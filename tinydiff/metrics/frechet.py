@@ -47,7 +47,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """
     from scipy.linalg import qr, svdvals
 
-    a, b = two_sets(2, features_a=features_a, features_b=features_b)
+    a, b = two_sets(features_a=features_a, features_b=features_b)
     mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
     a, b = (a - mean_a) / math.sqrt(len(a) - 1), (b - mean_b) / math.sqrt(len(b) - 1)
     (R_a,), (R_b,) = qr(a, mode="r"), qr(b, mode="r")
