@@ -34,6 +34,7 @@ from tinydiff._checks import check_counts, check_rng
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.bound import Bound
 from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.kernels import portable
 
 __all__ = ["GaussianMixture"]
 
@@ -183,7 +184,7 @@ class GaussianMixture:
         """
         self._require_density()
         log_joint, y, variance = self._components(*self._at_rest(x))
-        return -self._combine(_softmax(log_joint), y / variance)
+        return -self._combine(portable.softmax(log_joint), y / variance)
 
     def entropy(self, nodes: int = 121) -> float:
         """-E log q(x), in nats: the least that a model's negative log-likelihood can be.  (docs: N.7, N.8)
@@ -267,7 +268,7 @@ class GaussianMixture:
         x_t, a, s2 = self._at_time(diffusion, x_t, t)
         xp = array_namespace(x_t)
         log_joint, y, variance = self._components(x_t, a, s2)
-        r = _softmax(log_joint)[:, :, None, None]
+        r = portable.softmax(log_joint)[:, :, None, None]
         axes, lambdas, means = (asarray_like(v, x_t) for v in (self._axes, self._variances, self._means))
         mean_k = means + xp.matmul(axes, (a[:, :, None] * lambdas / variance * y)[..., None])[..., 0]
         apart = mean_k - xp.sum(r[..., 0] * mean_k, axis=1, keepdims=True)
@@ -351,7 +352,8 @@ class GaussianMixture:
         second = np.sum(np.square(self.means), axis=1) + np.sum(self._variances, axis=1)
         abar, one_minus_abar = schedule.alphas_cumprod[-1], schedule.one_minus_alphas_cumprod[-1]
         L_T = float(abar * (self.weights @ second) - self.D * (abar + math.log(one_minus_abar))) / 2
-        return Bound(float(L_T + np.sum(L_t)), 0.0, L_T, L_t, True, "nats")
+        value = float(L_T + np.sum(L_t))
+        return Bound(value=value, standard_error=0.0, L_T=L_T, L_t=L_t, exact=True, unit="nats")
 
     # What the methods share
 
@@ -395,7 +397,7 @@ class GaussianMixture:
         x_t, a, s2 = self._at_time(diffusion, x_t, t)
         xp = array_namespace(x_t)
         log_joint, y, variance = self._components(x_t, a, s2)
-        r = _softmax(log_joint)
+        r = portable.softmax(log_joint)
         lambdas, means = asarray_like(self._variances, x_t), asarray_like(self._means, x_t)
         x0 = xp.matmul(r, means) + self._combine(r, a[:, :, None] * lambdas / variance * y)
         return x0, xp.sqrt(s2) * self._combine(r, y / variance)
@@ -452,12 +454,6 @@ def _logsumexp(x: Array) -> Array:
     xp = array_namespace(x)
     largest = xp.max(x, axis=1, keepdims=True)
     return largest[:, 0] + xp.log(xp.sum(xp.exp(x - largest), axis=1))
-
-
-def _softmax(x: Array) -> Array:
-    xp = array_namespace(x)
-    e = xp.exp(x - xp.max(x, axis=1, keepdims=True))
-    return e / xp.sum(e, axis=1, keepdims=True)
 
 
 def _finite(name: str, values: Any) -> np.ndarray:
