@@ -43,7 +43,7 @@ from tinydiff.backend import (
     sum_samples,
     to_float64,
 )
-from tinydiff.bound import Decoder, discretized_gaussian_nll, gaussian_nll
+from tinydiff.bound import Decoder, check_decoder, discretized_gaussian_nll, gaussian_nll
 from tinydiff.diffusion import Prediction
 from tinydiff.learned_schedule import LearnedSchedule
 from tinydiff.models._checks import check_like_model
@@ -218,7 +218,7 @@ def reconstruction_term(
     ValueError
         If `prediction` or `decoder` is none of these; or, with ``"8bit"``, if `x0` is not 8-bit data.
     """
-    check_choice("decoder", decoder, get_args(Decoder))
+    check_decoder(decoder)
     gamma = to_float64(gamma)
     a, s = _rates(gamma)
     a_, s_ = column_like(a, x0), column_like(s, x0)

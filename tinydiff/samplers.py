@@ -51,7 +51,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_number
+from tinydiff._checks import check_choice, check_counts, check_number
 from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
@@ -112,8 +112,7 @@ def iterate_samples(
         taken when its state is asked for.
     """
     _check_start(denoise, shape, x_T)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(map(repr, SAMPLERS))}.")
+    check_choice("sampler", sampler, SAMPLERS)
     check_number("eta", eta, lambda value: 0 <= value <= 1, "a number in [0, 1]")
     walk, timesteps = respaced(diffusion, steps)
     if sampler == "edm" and walk.schedule.alphas_cumprod[-1] == 0:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_number, check_rng
+from tinydiff._checks import check_choice, check_counts, check_number, check_rng
 from tinydiff._graph import RecordedLoss, forget, is_wanted
 from tinydiff._loop import (
     Data,
@@ -381,8 +381,7 @@ def _check_loss(
 ) -> None:
     """ValueError naming what there is not, or what another loss would be needed for."""
     check_diffusion(diffusion)
-    if loss not in get_args(Loss):
-        raise ValueError(f"loss is {loss!r}; expected one of {', '.join(map(repr, get_args(Loss)))}.")
+    check_choice("loss", loss, get_args(Loss))
     if loss == "hybrid" and diffusion.variance != "learned_range":
         raise ValueError(
             f"diffusion has variance {diffusion.variance!r}; the loss 'hybrid' expects 'learned_range'."

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
+from tinydiff._checks import check_choice
 from tinydiff.backend import Array, array_namespace
 from tinydiff.datasets.idx import decompress, parse_idx
 
@@ -102,8 +103,7 @@ def load(
     MNISTUnavailableError
         If ``"test"`` is neither on this machine nor to be fetched.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; expected one of {', '.join(map(repr, SPLITS))}")
+    check_choice("split", split, tuple(SPLITS))
     images, labels = f"{SPLITS[split]}-images-idx3-ubyte", f"{SPLITS[split]}-labels-idx1-ubyte"
     if split == "subset":
         source = "the installed package"

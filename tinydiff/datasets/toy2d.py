@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_choice, check_counts
 
 __all__ = ["SHAPES", "sample"]
 
@@ -81,8 +81,7 @@ def sample(name: str, n: int, rng: np.random.Generator, dtype: npt.DTypeLike = n
     TypeError
         If `rng` is not a ``numpy.random.Generator``.
     """
-    if name not in SHAPES:
-        raise ValueError(f"name is {name!r}; expected one of {', '.join(map(repr, SHAPES))}")
+    check_choice("name", name, SHAPES)
     check_counts(n=n)
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng is of type {type(rng).__name__}; expected a numpy.random.Generator")

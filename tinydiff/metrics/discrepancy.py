@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinydiff._checks import check_rng
+from tinydiff._checks import check_choice, check_counts, check_rng
 from tinydiff.metrics._checks import two_sets
 
 __all__ = ["PermutationResult", "energy_distance", "mmd_squared", "permutation_test"]
@@ -137,14 +137,12 @@ def permutation_test(
     ------
     ValueError
         As in `mmd_squared`; or if `statistic` is unknown, there is a bandwidth without a kernel, or
-        `permutations` is less than 1.
+        `permutations` is not an integer of at least 1.
     """
-    if statistic not in ("mmd", "energy"):
-        raise ValueError(f"statistic is {statistic!r}; expected 'mmd' or 'energy'.")
+    check_choice("statistic", statistic, ("mmd", "energy"))
     if statistic == "energy" and bandwidth is not None:
         raise ValueError(f"bandwidth is {bandwidth}; expected None, the energy distance has no kernel.")
-    if permutations < 1:
-        raise ValueError(f"permutations is {permutations}; expected at least 1.")
+    check_counts(permutations=permutations)
     x, y = two_sets(x=x, y=y)
     rng = np.random.default_rng(0) if rng is None else rng
     check_rng(rng)

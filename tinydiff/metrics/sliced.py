@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinydiff._checks import check_rng
+from tinydiff._checks import check_counts, check_rng
 from tinydiff.metrics._checks import finite_numbers
 
 __all__ = ["sliced_wasserstein"]
@@ -35,8 +35,8 @@ def sliced_wasserstein(
     Raises
     ------
     ValueError
-        If the shapes differ or are not (n, D), there is no point, or a value is masked, complex or not
-        finite.
+        If the shapes differ or are not (n, D), there is no point, a value is masked, complex or not finite,
+        or `projections` is not an integer of at least 1.
     """
     x, y = finite_numbers("x", x), finite_numbers("y", y)
     if x.ndim != 2 or x.size == 0 or x.shape != y.shape:
@@ -52,8 +52,7 @@ def sliced_wasserstein(
 
 def _directions(dimension: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """Unit vectors (count, dimension), uniform on the sphere; in the plane evenly spaced."""
-    if count < 1:
-        raise ValueError(f"projections is {count}; expected at least 1.")
+    check_counts(projections=count)
     if dimension == 2:
         angles = np.pi * (np.arange(count) + rng.random()) / count
         return np.stack([np.cos(angles), np.sin(angles)], axis=1)
