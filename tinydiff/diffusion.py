@@ -476,6 +476,7 @@ class GaussianDiffusion:
         return np.broadcast_to(steps, (N,))
 
     def _require_signal(self, t: Any, x_t: Array) -> None:
+        """ValueError where `x_t` holds nothing of x_0, so that an estimate of eps says nothing of it."""
         steps = self._on_host(t, x_t)
         abar = self.schedule.alphas_cumprod[steps]
         lost = np.sqrt(abar) < array_namespace(x_t).finfo(x_t.dtype).smallest_normal  # 1/a would be infinite
@@ -489,14 +490,12 @@ class GaussianDiffusion:
     def _prediction_of(
         self, x_t: Array, output: Array, given: Prediction | None
     ) -> tuple[Array, Array, Prediction]:
+        """`x_t` and the estimate in `output`, checked, and what it is an estimate of."""
         if given is None:
             output, _ = self.split_output(x_t, output)
+            given = self.prediction
         x_t, output = _matching(x_t=x_t, output=output)
-        return (
-            x_t,
-            output,
-            self.prediction if given is None else check_choice("given", given, get_args(Prediction)),
-        )
+        return x_t, output, check_choice("given", given, get_args(Prediction))
 
 
 def check_diffusion(diffusion: Any) -> None:

@@ -71,9 +71,7 @@ class NoiseSchedule:
     def __init__(self, betas: Any) -> None:
         betas = _checked_betas(betas)
         alphas = 1.0 - betas
-        with np.errstate(
-            divide="ignore"
-        ):  # beta = 1: log alpha = -inf, and abar = exp(-inf) = 0 as it should
+        with np.errstate(divide="ignore"):  # beta = 1: log alpha = -inf, and abar = 0 as it should
             log_abar = np.cumsum(np.log1p(-betas))
         abar = np.exp(log_abar)
         one_minus_abar = -np.expm1(log_abar)
