@@ -164,23 +164,23 @@ def loop(
     unit : str
         What the progress bar calls the loss.
     """
+    from tqdm import tqdm
+
     network, steps = learners[0], plan.steps
     like = weight_of(network.model)
     data = beside(data, like)
     losses = Losses([] if run is None else run.start(resume))
     start = len(losses)
     for learner in learners:
-        learner.optimizer.steps = learner.ema.steps = len(losses)
-    kept = None if at_once else Kept(network.parameters, len(losses))
+        learner.optimizer.steps = learner.ema.steps = start
+    kept = None if at_once else Kept(network.parameters, start)
 
     def factor(step: int) -> float:
         return warmup_cosine(step, steps, plan.warmup, plan.final_lr)
 
-    from tqdm import tqdm
-
     processes = ExitStack()
     shared = processes.enter_context(shared_out(network.model, plan.batch_size, workers))
-    bar = tqdm(total=steps, initial=len(losses), desc="training", unit="step", disable=not progress)
+    bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=not progress)
     smooth = math.nan
     refused = ""
     backward: Any = None

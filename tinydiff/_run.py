@@ -29,11 +29,10 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None: ...
 
 
-# What there was to set before there was a choice of loss, and the checkpoints of that time stand for.
+# What older checkpoints leave out: when they were written there was one loss.
 SIMPLE: dict[str, Any] = dict(
     loss="simple", min_snr_gamma=None, variance=None, decoder=None, importance_sampling=False
 )
-
 
 # How a line of metrics begins.
 LINE = b'{"step": '

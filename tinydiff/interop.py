@@ -303,6 +303,7 @@ def _hint(directory: Path) -> str:
 
 
 def _present_name(name: str) -> str:
+    """What diffusers calls the weight today; older checkpoints name those of attention otherwise."""
     parts = name.split(".")
     if len(parts) >= 2 and "attentions" in parts:
         parts[-2] = FORMER_NAMES.get(parts[-2], parts[-2])

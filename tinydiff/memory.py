@@ -54,11 +54,11 @@ def what_fits(step: Callable[[int], None], like: Array, batch_size: int, refused
     """
     let_go(like)
     smaller = batch_size // 2
-    if is_numpy_array(like) and smaller > 2 and runs(step, like, 2):
+    if is_numpy_array(like) and smaller > 2 and _runs(step, like, 2):
         harmless = _by_two_steps(step)
         while smaller > 2 and not harmless(smaller):
             smaller //= 2
-    while smaller and not runs(step, like, smaller):
+    while smaller and not _runs(step, like, smaller):
         smaller //= 2
     advice = f"a step of {smaller} fits, so try batch_size={smaller}" if smaller else "not even one of 1 fits"
     return f"a step of batch_size={batch_size} does not fit in memory ({refused}); {advice}."
@@ -98,7 +98,7 @@ def largest_batch(step: Callable[[int], None], like: Array, most: int) -> int:
 
         def fits(n: int) -> bool:
             # A trial has CuPy's pool whole; a training has cut it up before, and needs more of it.
-            return runs(step, like, n + n // 4)
+            return _runs(step, like, n + n // 4)
 
     largest, n = 0, 1
     while n <= most and fits(n):
@@ -115,7 +115,7 @@ def _by_two_steps(step: Callable[[int], None]) -> Callable[[int], bool]:
     return lambda n: one + (n - 1) * max(0, two - one) <= allowed
 
 
-def runs(step: Callable[[int], None], like: Array, n: int) -> bool:
+def _runs(step: Callable[[int], None], like: Array, n: int) -> bool:
     """Whether ``step(n)`` ends without running out of memory."""
     fits = True
     try:
