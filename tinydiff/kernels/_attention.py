@@ -26,7 +26,7 @@ import numpy as np
 
 from tinydiff.kernels import _exponential
 from tinydiff.kernels._memory import empty
-from tinydiff.kernels._threads import in_parallel, scratch
+from tinydiff.kernels._threads import chunks, in_parallel, scratch
 
 __all__ = ["attention", "attention_backward"]
 
@@ -41,11 +41,6 @@ PARALLEL_SIZE = 2**16
 NARROW = 64
 
 Saved = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]
-
-
-def _blocks(start: int, stop: int, bytes_per_head: int) -> list[slice]:
-    size = max(1, BLOCK_BYTES // bytes_per_head)
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def _columns(a: np.ndarray) -> np.ndarray:
@@ -75,7 +70,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tupl
     least = np.finfo(q.dtype).tiny / np.finfo(q.dtype).eps
 
     def work(start: int, stop: int) -> None:
-        for block in _blocks(start, stop, length * length * q.itemsize):
+        for block in chunks(start, stop, length * length * q.itemsize, BLOCK_BYTES):
             e = scratch("scores", (block.stop - block.start, length, length), q.dtype)
             kt = k1[block].mT
             np.matmul(kt, q1[block], out=e)
@@ -111,7 +106,7 @@ def attention_backward(saved: Saved, do: np.ndarray) -> tuple[np.ndarray, np.nda
     dk, dv = (empty((count, length, d), do.dtype) for _ in range(2))
 
     def work(start: int, stop: int) -> None:
-        for block in _blocks(start, stop, length * length * do.itemsize):
+        for block in chunks(start, stop, length * length * do.itemsize, BLOCK_BYTES):
             shape = (block.stop - block.start, length, length)
             e, ds = scratch("scores", shape, do.dtype), scratch("dscores", shape, do.dtype)
             q_rows, g_rows = (np.ascontiguousarray(a[block, :d].mT) for a in (q1, g1))

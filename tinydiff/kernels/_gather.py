@@ -14,17 +14,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from tinydiff.kernels._threads import scratch
+from tinydiff.kernels._threads import chunks, scratch
 
 __all__ = ["gather_conv", "gather_conv_backward", "narrow_conv", "narrow_conv_backward", "transposed_taps"]
 
 # Bytes of the gathered rows of a chunk.
 CHUNK_BYTES = 2**19
-
-
-def _chunks(start: int, stop: int, bytes_per_image: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // max(1, bytes_per_image))
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def _gather(x: np.ndarray, k: int, stride: int, before: int, h_out: int, w_out: int) -> np.ndarray:
@@ -65,7 +60,7 @@ def gather_conv(
     k, _, c, d = w.shape
     _, h_out, w_out, _ = y.shape
     pixels = h_out * w_out
-    for chunk in _chunks(start, stop, pixels * k * k * c * x.itemsize):
+    for chunk in chunks(start, stop, pixels * k * k * c * x.itemsize, CHUNK_BYTES):
         rows = _gather(x[chunk], k, stride, before, h_out, w_out).reshape(-1, k * k * c)
         np.matmul(rows, w.reshape(k * k * c, d), out=y[chunk].reshape(-1, d))
 
@@ -85,7 +80,7 @@ def gather_conv_backward(
     _, h_out, w_out, _ = dy.shape
     dw = np.zeros((k * k * c, d), w.dtype)
     part = scratch("dw", dw.shape, w.dtype)
-    for chunk in _chunks(start, stop, h_out * w_out * k * k * c * x.itemsize):
+    for chunk in chunks(start, stop, h_out * w_out * k * k * c * x.itemsize, CHUNK_BYTES):
         gathered = _gather(x[chunk], k, stride, before, h_out, w_out)
         rows = gathered.reshape(-1, k * k * c)
         dy_rows = dy[chunk].reshape(-1, d)
@@ -105,7 +100,7 @@ def narrow_conv(x: np.ndarray, w: np.ndarray, before: int, y: np.ndarray, start:
     k, _, c, d = w.shape
     _, h, width, _ = x.shape
     taps = np.ascontiguousarray(transposed_taps(w)).reshape(k * k * d, c).T
-    for chunk in _chunks(start, stop, h * width * k * k * d * x.itemsize):
+    for chunk in chunks(start, stop, h * width * k * k * d * x.itemsize, CHUNK_BYTES):
         rows = scratch("rows", (chunk.stop - chunk.start, h, width, k, k, d), x.dtype)
         np.matmul(x[chunk].reshape(-1, c), taps, out=rows.reshape(-1, k * k * d))
         _scatter(rows, 1, k - 1 - before, y[chunk])
@@ -119,7 +114,7 @@ def narrow_conv_backward(
     _, h, width, _ = x.shape
     taps = np.ascontiguousarray(transposed_taps(w)).reshape(k * k * d, c)
     dtaps = np.zeros_like(taps)
-    for chunk in _chunks(start, stop, h * width * k * k * d * x.itemsize):
+    for chunk in chunks(start, stop, h * width * k * k * d * x.itemsize, CHUNK_BYTES):
         rows = _gather(dy[chunk], k, 1, k - 1 - before, h, width).reshape(-1, k * k * d)
         np.matmul(rows, taps, out=dx[chunk].reshape(-1, c))
         dtaps += rows.T @ x[chunk].reshape(-1, c)

@@ -33,7 +33,7 @@ import numpy as np
 
 from tinydiff.kernels._exponential import one_plus_tanh
 from tinydiff.kernels._memory import empty
-from tinydiff.kernels._threads import in_parallel, scratch, sums
+from tinydiff.kernels._threads import chunks, in_parallel, scratch, sums
 
 __all__ = [
     "PARALLEL_SIZE",
@@ -52,11 +52,6 @@ PARALLEL_SIZE = 2**16
 
 # Input, mean and rstd per image and channel, and the bias if SiLU followed.
 Saved: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, "np.ndarray | None"]
-
-
-def _blocks(start: int, stop: int, bytes_per_image: int) -> list[slice]:
-    size = max(1, BLOCK_BYTES // max(1, bytes_per_image))
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -95,7 +90,7 @@ def _forward(
     mean, rstd = np.empty((n, c), x.dtype), np.empty((n, c), x.dtype)
 
     def work(start: int, stop: int) -> None:
-        for block in _blocks(start, stop, h * w * c * x.itemsize):
+        for block in chunks(start, stop, h * w * c * x.itemsize, BLOCK_BYTES):
             xb, out = x_rows[block], y[block]
             temp = scratch("norm", out.shape, x.dtype)
             mean[block] = _group_means(_pixel_sums(xb, c), groups, h * w)
@@ -124,7 +119,7 @@ def _backward(
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         dweight, dbias = np.zeros_like(weight), np.zeros_like(weight)
-        for block in _blocks(start, stop, h * w * c * x.itemsize):
+        for block in chunks(start, stop, h * w * c * x.itemsize, BLOCK_BYTES):
             r = rstd[block]
             xc = scratch("xc", dx[block].shape, x.dtype)
             np.subtract(x_rows[block], _repeat(mean[block], w), out=xc)

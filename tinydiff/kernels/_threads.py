@@ -31,6 +31,7 @@ from tinydiff.kernels._memory import empty
 __all__ = [
     "alone",
     "blas_on_one_thread",
+    "chunks",
     "forget_scratch",
     "in_parallel",
     "scratch",
@@ -155,6 +156,12 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
                 for other in others:
                     other.exception()
             return [first] + [other.result() for other in others]
+
+
+def chunks(start: int, stop: int, bytes_each: int, most: int) -> list[slice]:
+    """Slices of start … stop-1, each of as many images (or heads) as fit into `most` bytes, one at least."""
+    size = max(1, most // max(1, bytes_each))
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def sums(shares: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
