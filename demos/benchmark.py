@@ -216,17 +216,16 @@ class Benchmark:
         from _bench import ours, theirs
 
         model = config.model()
-        network = model.config
-        if config.network.__name__ == "UNet":
-            from tinydiff.interop import unet_to_diffusers
-
-            network = unet_to_diffusers(model, config.shape[0])[0]
-        twin = theirs.build(config.network.__name__, network, ours.in_torch_layout(model))
+        twin = theirs.build(config.network.__name__, their_config(config), ours.in_torch_layout(model))
         where, clock = ("cpu", None) if self.device is None else self.device.theirs()
         return theirs.PyTorch(twin, variant, where, dtype, exact_time, self.args.fused_adam, clock)
 
+    def variants_of(self, config: Any) -> list[str]:
+        """Those of PyTorch; points have no channels_last."""
+        return [v for v in self.variants if v != "channels_last" or len(config.shape) == 3]
+
     def sides(self, config: Any) -> dict[str, Any]:
-        """By name, every side that there is; points have no channels_last."""
+        """By name, every side that there is."""
         sides = [self.ours(config)]
         if self.args.definitions:
             sides += [
@@ -234,8 +233,7 @@ class Benchmark:
                 self.ours(config, kernels="portable", recorded=False, name="tinydiff, definitions"),
             ]
         if self.compare:
-            variants = [v for v in self.variants if v != "channels_last" or len(config.shape) == 3]
-            sides += [self.theirs(config, variant) for variant in variants]
+            sides += [self.theirs(config, variant) for variant in self.variants_of(config)]
         return {side.name: side for side in sides}
 
     # What is measured
@@ -356,19 +354,15 @@ class Benchmark:
 
         work = "training" if config.training else "inference"
         n = max(getattr(config, work))
-        network: dict[str, Any] = {}
-        sides = ["tinydiff"]
+        sides = {"tinydiff": "tinydiff"}
         if self.compare:
-            model = config.model()
-            network = model.config
-            if config.network.__name__ == "UNet":
-                from tinydiff.interop import unet_to_diffusers
+            from _bench import theirs
 
-                network = unet_to_diffusers(model, config.shape[0])[0]
-            sides += [v for v in self.variants if v != "channels_last" or len(config.shape) == 3]
+            sides |= {theirs.VARIANTS[variant]: variant for variant in self.variants_of(config)}
+        network = their_config(config)
         print(f"  peak memory, {memory.STEPS} steps of {work}, batch {n} (of it, imports)")
         found = self.found["memory"][config.name] = {"work": work, "batch": n, "sides": {}}
-        for side in sides:
+        for name, side in sides.items():
             job = {
                 "side": side,
                 "config": config.name,
@@ -384,15 +378,8 @@ class Benchmark:
                 "device": "cpu" if self.device is None else self.device.theirs()[0],
             }
             told = memory.measured(job)
-            name = side if side == "tinydiff" else self.name_of(side)
             found["sides"][name] = told
             print(f"    {name:23}{memory.described(told)}", flush=True)
-
-    @staticmethod
-    def name_of(variant: str) -> str:
-        from _bench import theirs
-
-        return theirs.VARIANTS[variant]
 
     def growth(self) -> None:
         from _bench import growth
@@ -426,6 +413,16 @@ class Benchmark:
                 self.say_if_busy(given)
                 print("\n".join(layers.table(measured, "kinds")))
                 print("\n".join(layers.table(measured, "layers", LEAST_SHARE)))
+
+
+def their_config(config: Any) -> dict[str, Any]:
+    """The network's configuration for PyTorch's side: a U-Net's as diffusers writes it."""
+    from tinydiff.interop import unet_to_diffusers
+
+    model = config.model()
+    if config.network.__name__ != "UNet":
+        return model.config
+    return unet_to_diffusers(model, config.shape[0])[0]
 
 
 def environment(args: argparse.Namespace, compare: bool) -> dict[str, Any]:

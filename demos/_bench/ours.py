@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 import tinydiff as td
 from _bench.networks import Batch, Config, T
+from _bench.rounds import wall_clock
 from tinydiff import _graph, interop
 from tinydiff.backend import to_numpy
 from tinydiff.kernels import many_steps, use_on_gpu
@@ -143,11 +143,3 @@ def in_torch_layout(model: Any) -> dict[str, np.ndarray]:
     if isinstance(model, td.UNet):
         return interop.unet_to_diffusers(model)[1]
     return {name: np.ascontiguousarray(array.T) for name, array in model.state_dict().items()}
-
-
-def wall_clock(step: Callable[[], Any], n: int) -> float:
-    """Seconds a step, over n of them."""
-    began = time.perf_counter()
-    for _ in range(n):
-        step()
-    return (time.perf_counter() - began) / n

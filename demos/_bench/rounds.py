@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +41,14 @@ def in_turn(
             finally:
                 gc.enable()
     return times
+
+
+def wall_clock(step: Callable[[], Any], n: int) -> float:
+    """Seconds a step, over n of them."""
+    began = time.perf_counter()
+    for _ in range(n):
+        step()
+    return (time.perf_counter() - began) / n
 
 
 def compared(times: Mapping[str, list[float]], ours: str = "tinydiff") -> dict[str, Any]:

@@ -6,7 +6,6 @@ Nothing of tinydiff is imported, so that a process that measures PyTorch's memor
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from _bench.rounds import wall_clock
 
 LR = 1e-4
 VARIANTS = {"eager": "PyTorch", "channels_last": "PyTorch channels_last", "compile": "torch.compile"}
@@ -225,11 +226,3 @@ def as_host(y: torch.Tensor) -> np.ndarray:
     """In tinydiff's layout: channels last."""
     y = y.detach().cpu()
     return (y.permute(0, 2, 3, 1) if y.ndim == 4 else y).numpy()
-
-
-def wall_clock(step: Callable[[], Any], n: int) -> float:
-    """Seconds a step, over n of them."""
-    began = time.perf_counter()
-    for _ in range(n):
-        step()
-    return (time.perf_counter() - began) / n
