@@ -1,7 +1,6 @@
 """The benchmark without torch: what it says of times, memory, layers and errors is what it measured."""
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -12,11 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scripts import DEMOS, demo, run
 
 import tinydiff as td
 from tinydiff.kernels import _threads
 
-DEMOS = Path(__file__).resolve().parents[1] / "demos"
 VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUPY_TF32")
 
 
@@ -36,22 +35,8 @@ def as_a_program(monkeypatch):
         _threads._blas[1](before)
 
 
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", DEMOS / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def refused(argv, capsys):
-    with pytest.raises(SystemExit) as end:
-        benchmark().main(argv)
-    assert end.value.code == 2
-    return capsys.readouterr().err
-
-
 def test_without_torch_it_measures_tinydiff_alone(tmp_path, capsys, monkeypatch):
-    module = benchmark()
+    module = demo("benchmark")
     monkeypatch.setattr(module, "has_torch", lambda: False)
     file = tmp_path / "found.json"
     flags = ["--quick", "--threads", "1", "--configs", "mnist", "toy", "--json", str(file)]
@@ -77,7 +62,7 @@ def test_without_torch_it_measures_tinydiff_alone(tmp_path, capsys, monkeypatch)
 
 
 def test_growth_without_torch(tmp_path, monkeypatch):
-    module = benchmark()
+    module = demo("benchmark")
     monkeypatch.setattr(module, "has_torch", lambda: False)
     file = tmp_path / "found.json"
     flags = ["--quick", "--rounds", "1", "--no-memory", "--growth", "--configs", "toy", "--json", str(file)]
@@ -246,7 +231,7 @@ def test_on_a_gpu_the_sides_are_those_of_tinydiff_by_default_and_what_it_is_besi
     from _bench import ours
     from _bench.networks import CONFIGS
 
-    module, chosen = benchmark(), []
+    module, chosen = demo("benchmark"), []
     monkeypatch.setattr(module, "has_torch", lambda: False)
     monkeypatch.setattr(td, "get_backend", lambda name=None: np)
     monkeypatch.setattr(ours, "use_on_gpu", chosen.append)
@@ -254,8 +239,8 @@ def test_on_a_gpu_the_sides_are_those_of_tinydiff_by_default_and_what_it_is_besi
     args = module.parse(["--backend", "cupy", "--definitions", "--quick", "--configs", "toy"])
     args.threads = 1
     device = SimpleNamespace(about=dict, ours=lambda: ("cupy", None))
-    run, config = module.Benchmark(args, device), CONFIGS["toy"].quick()
-    sides = run.sides(config)
+    config = CONFIGS["toy"].quick()
+    sides = module.Benchmark(args, device).sides(config)
     assert [(side.name, side.kernels, side.recorded) for side in sides.values()] == [
         ("tinydiff", None, True),
         ("tinydiff, unrecorded", "cupy", False),
@@ -275,7 +260,7 @@ def test_on_a_gpu_the_sides_are_those_of_tinydiff_by_default_and_what_it_is_besi
 
 def test_help_is_enough(capsys):
     with pytest.raises(SystemExit) as end:
-        benchmark().main(["--help"])
+        demo("benchmark").main(["--help"])
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     flags = "configs work rounds threads workers quick no-compile no-memory profile growth json backend tf32"
@@ -316,13 +301,13 @@ def test_workers_share_the_points():
     ],
 )
 def test_a_wrong_flag(argv, words, capsys):
-    said = refused(argv, capsys).splitlines()[-1]
+    said = run("benchmark", *argv, capsys=capsys, expect=2).err.splitlines()[-1]
     assert all(word in said for word in words)
 
 
 def test_cupy_missing_is_said_in_one_sentence(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    said = refused(["--backend", "cupy"], capsys)
+    said = run("benchmark", "--backend", "cupy", capsys=capsys, expect=2).err
     assert len(said.splitlines()) == 1 and "CuPy" in said and "pip install" in said
 
 
@@ -334,7 +319,7 @@ def test_torch_missing_beside_cupy_is_said_in_one_sentence(missing, capsys, monk
         monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
     else:
         monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace())
-    said = refused(["--backend", "cupy"], capsys)
+    said = run("benchmark", "--backend", "cupy", capsys=capsys, expect=2).err
     assert len(said.splitlines()) == 1 and f"{missing} is not installed" in said and "pip install" in said
 
 
@@ -348,5 +333,5 @@ def test_what_is_asked_of_it_on_a_gpu_is_there():
     asked = [[*row, *more] for row in rows for more in flags]
     assert len(asked) == 6
     for argv in asked:
-        args = benchmark().parse(["--backend", "cupy", *argv])
+        args = demo("benchmark").parse(["--backend", "cupy", *argv])
         assert all(getattr(networks.CONFIGS[name], work) for name in args.configs for work in args.work)

@@ -1,23 +1,21 @@
 """The demos leave what they promise, go on where they were interrupted, and end mistakes in one sentence."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 from namespaces import OnDevice, assert_there, space
 from PIL import Image
+from scripts import DEMOS, demo, run
 
 import tinydiff as td
 from tinydiff.checkpoint import load_arrays
 
-DEMOS = Path(__file__).resolve().parents[1] / "demos"
 PICTURES = ["forward.png", "reverse.png", "samples.png", "training.png"]
 FILES = ["checkpoint.safetensors", "metrics.json", "metrics.jsonl", "model.safetensors", "samples.npy"]
 
@@ -32,25 +30,6 @@ def demos_on_the_path():
         patch.syspath_prepend(DEMOS)
         patch.delenv("TINYDIFF_BACKEND", raising=False)
         yield
-
-
-def demo(name):
-    spec = importlib.util.spec_from_file_location(name, DEMOS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(name, *argv, capsys=None, expect=0):
-    """Run a demo in this process; return what it wrote on stdout and stderr."""
-    module = demo(name) if isinstance(name, str) else name
-    if expect:
-        with pytest.raises(SystemExit) as end:
-            module.main([str(arg) for arg in argv])
-        assert end.value.code == expect
-    else:
-        module.main([str(arg) for arg in argv])
-    return capsys.readouterr() if capsys else None
 
 
 @pytest.fixture

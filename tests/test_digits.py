@@ -1,6 +1,5 @@
 """The judges of digits: the shipped classifier's accuracy, and that each number moves with what it is for."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.spatial.distance import cdist
+from scripts import ROOT, script
 
 from tinydiff.checkpoint import load_arrays
 from tinydiff.datasets import mnist
@@ -26,8 +26,6 @@ from tinydiff.metrics import (
     frechet_distance,
     nearest_distances,
 )
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +88,7 @@ def test_features_do_not_depend_on_the_batch(subset, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "train_digit_classifier.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "tools" / "train_digit_classifier.py")
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """The benchmark with PyTorch beside it: both sides compute the same, and what is measured is told of both."""
 
-import importlib.util
 import json
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scripts import DEMOS, demo
 
 import tinydiff as td
 from tinydiff.kernels import _threads
@@ -17,8 +16,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.oracle
-
-DEMOS = Path(__file__).resolve().parents[1] / "demos"
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +31,10 @@ def as_a_program(monkeypatch):
         _threads._blas[1](before[1])
 
 
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", DEMOS / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def both(name, dtype="float32", exact_time=True):
     from _bench.networks import CONFIGS
 
-    module = benchmark()
+    module = demo("benchmark")
     args = module.parse(["--quick", "--no-compile", "--threads", "1"])
     args.threads = 1
     run = module.Benchmark(args)
@@ -86,7 +76,7 @@ def test_both_sides_walk_the_same_way_from_noise():
 def test_channels_last_lies_so_in_memory_and_computes_the_same():
     from _bench.networks import CONFIGS
 
-    module = benchmark()
+    module = demo("benchmark")
     args = module.parse(["--quick", "--threads", "1"])
     run = module.Benchmark(args)
     config = CONFIGS["mnist"].quick()
@@ -129,7 +119,7 @@ def test_compiled_on_a_gpu_it_is_pytorchs_cuda_graphs(monkeypatch):
 def test_a_quick_run_tells_of_both_sides(tmp_path, capsys):
     file = tmp_path / "found.json"
     flags = ["--quick", "--no-compile", "--threads", "1", "--configs", "mnist", "toy", "--json", str(file)]
-    benchmark().main(flags)
+    demo("benchmark").main(flags)
     said = capsys.readouterr().out
     assert "ratio of errors" in said and "tinydiff / it" in said and "by layer" not in said
     found = json.loads(file.read_text())
@@ -155,7 +145,7 @@ def test_a_side_that_computes_something_else_is_not_timed(capsys, monkeypatch):
     monkeypatch.setattr(ours, "in_torch_layout", wrong)
     monkeypatch.setattr(ours.Tinydiff, "output_and_gradients", _with_layout(ours, layout))
     with pytest.raises(SystemExit) as end:
-        benchmark().main(["--quick", "--no-compile", "--threads", "1", "--configs", "toy"])
+        demo("benchmark").main(["--quick", "--no-compile", "--threads", "1", "--configs", "toy"])
     assert end.value.code == 1
     said = capsys.readouterr()
     assert "do not agree in float64" in said.err and "median of" not in said.out
@@ -210,7 +200,7 @@ def test_the_run_of_a_gpu_with_the_host_in_its_place(tmp_path, capsys, monkeypat
     monkeypatch.setattr(gpu, "Gpu", OnTheHost)
     file = tmp_path / "found.json"
     flags = ["--backend", "cupy", "--quick", "--no-compile", "--no-memory", "--threads", "1"]
-    benchmark().main([*flags, "--configs", "cifar128", "sampling", "--json", str(file)])
+    demo("benchmark").main([*flags, "--configs", "cifar128", "sampling", "--json", str(file)])
     found = json.loads(file.read_text())
     works = [(t["config"], t["work"]) for t in found["times"]]
     assert works == [

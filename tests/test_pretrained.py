@@ -1,7 +1,8 @@
 """A saved model says which process it was trained for, and sample_mnist.py draws from it."""
 
 import argparse
-import importlib.util
+import functools
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import DEMOS, run, script
 
 import tinydiff as td
 from tinydiff import pretrained
 
-DEMOS = Path(__file__).resolve().parents[1] / "demos"
 ABOUT = {"schedule": "cosine", "T": 12, "prediction": "v"}
 
 
@@ -37,20 +38,7 @@ def demo(monkeypatch, capsys):
     """Run sample_mnist.py in this process; return what it said."""
     monkeypatch.syspath_prepend(DEMOS)
     monkeypatch.setattr(sys, "argv", ["sample_mnist.py"])
-    spec = importlib.util.spec_from_file_location("sample_mnist", DEMOS / "sample_mnist.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*argv, expect=0):
-        if expect:
-            with pytest.raises(SystemExit) as end:
-                module.main([str(arg) for arg in argv])
-            assert end.value.code == expect
-        else:
-            module.main([str(arg) for arg in argv])
-        return capsys.readouterr()
-
-    return run
+    return functools.partial(run, script(DEMOS / "sample_mnist.py"), capsys=capsys)
 
 
 # The process from the metadata
