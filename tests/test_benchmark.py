@@ -1,6 +1,5 @@
 """The benchmark without torch: what it says of times, memory, layers and errors is what it measured."""
 
-import functools
 import json
 import os
 import re
@@ -11,28 +10,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scripts import DEMOS, demo, run
+from scripts import DEMOS, benchmark_in_brief, demo, run
 
 import tinydiff as td
-from tinydiff.kernels import _threads
-
-VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUPY_TF32")
 
 
 @pytest.fixture(autouse=True)
-def as_a_program(monkeypatch):
-    """Demos on the path, the machine measured briefly; the number of threads is afterwards what it was."""
-    monkeypatch.syspath_prepend(DEMOS)
-    from _bench import layers, machine
-
-    monkeypatch.setattr(layers, "product_gflops", lambda: machine.product_gflops(256))
-    monkeypatch.setattr(machine, "share_given", functools.partial(machine.share_given, seconds=0.02))
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "1")
-    before = _threads._blas[0]() if _threads._blas else None
-    yield
-    if before:
-        _threads._blas[1](before)
+def in_brief():
+    with benchmark_in_brief():
+        yield
 
 
 def test_without_torch_it_measures_tinydiff_alone(tmp_path, capsys, monkeypatch):
