@@ -264,16 +264,6 @@ def test_refuses_steps_without_noise():
 # --- the terms
 
 
-class Term(nn.Module):
-    """A term as a layer of its output, gamma and slope: data and noise are held fixed."""
-
-    def __init__(self, term):
-        self.term = term
-
-    def __call__(self, *inputs):
-        return self.term(*inputs)
-
-
 @settings(max_examples=20)
 @given(seeds, st.sampled_from(PREDICTIONS), st.sampled_from(["density", "8bit"]))
 def test_gradients_of_the_terms(seed, prediction, decoder):
@@ -284,13 +274,13 @@ def test_gradients_of_the_terms(seed, prediction, decoder):
     v = np.sqrt(sigmoid(-gamma))[:, None, None] * noise - np.sqrt(sigmoid(gamma))[:, None, None] * x0
     target = {"eps": noise, "x0": x0, "v": v}[prediction]
     output = target + 0.3 * rng.standard_normal(x0.shape)
-    case = Case(Term(lambda o, g, s: integral_term(o, x0, noise, g, s, prediction)), [output, gamma, slope])
+    case = Case(lambda o, g, s: integral_term(o, x0, noise, g, s, prediction), [output, gamma, slope])
     assert_central_differences_agree(case, rng)
 
     x0 = LEVELS[rng.choice([0, 1, 100, 254, 255], x0.shape)] if decoder == "8bit" else x0
-    case = Case(Term(lambda o, g: reconstruction_term(o, x0, noise, g, prediction, decoder)), [output, gamma])
+    case = Case(lambda o, g: reconstruction_term(o, x0, noise, g, prediction, decoder), [output, gamma])
     assert_central_differences_agree(case, rng)
-    assert_central_differences_agree(Case(Term(lambda g: diffuse(x0, noise, g)), [gamma]), rng)
+    assert_central_differences_agree(Case(lambda g: diffuse(x0, noise, g), [gamma]), rng)
 
     g = float(gamma[0])
     up, down = (np.sum(prior_term(x0, g + h)[0]) for h in (1e-5, -1e-5))
@@ -441,7 +431,6 @@ def test_even_times_leave_no_stretch_out(seed, n):
     u = np.sort(draw_times(n, np.random.default_rng(seed)))
     assert np.all((u >= 0) & (u < 1))
     assert len(set(np.floor(u * n - u[0] * n + 0.5).astype(int))) == n
-    assert np.all(np.histogram(u, np.linspace(0, 1, n + 1))[0] >= 1 - (n > 1)) and np.ptp(u) < 1
     independent = draw_times(n, np.random.default_rng(seed), even=False)
     np.testing.assert_array_equal(independent, np.random.default_rng(seed).random(n))
 
