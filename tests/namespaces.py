@@ -133,19 +133,8 @@ FUNCTIONS = {
 }
 
 # What would leave the device. CuPy waits for all work to be done before it answers any of these.
-CROSSINGS = [
-    *(
-        "__array__",
-        "__buffer__",
-        "__dlpack__",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__complex__",
-        "__index__",
-    ),
-    "to_device",
-]
+CROSSINGS = ["__array__", "__buffer__", "__dlpack__", "__bool__", "__int__", "__float__", "__complex__"]
+CROSSINGS += ["__index__", "to_device"]
 
 
 @contextmanager

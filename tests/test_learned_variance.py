@@ -47,9 +47,9 @@ def test_extremes_are_the_fixed_variances(prediction, schedule):
     x_t = np.random.default_rng(0).standard_normal((schedule.T, 3, 2))
     first = np.random.default_rng(1).standard_normal(x_t.shape)
     t = np.arange(schedule.T)
-    for v, variance in [(-1.0, "fixed_small"), (1.0, "fixed_large")]:
+    for nu, variance in [(-1.0, "fixed_small"), (1.0, "fixed_large")]:
         fixed = GaussianDiffusion(schedule, prediction, variance)
-        output = np.concat([first, np.full_like(first, v)], axis=-1)
+        output = np.concat([first, np.full_like(first, nu)], axis=-1)
         mean, learned_variance = learned.p_mean_variance(x_t, t, output)
         expected_mean, expected = fixed.p_mean_variance(x_t, t, first)
         assert_array_equal(mean, expected_mean)
@@ -57,7 +57,7 @@ def test_extremes_are_the_fixed_variances(prediction, schedule):
         expected = np.broadcast_to(expected, x_t.shape)
         assert_allclose(learned_variance[1:], expected[1:], rtol=1e-13)
         assert_allclose(
-            learned_variance[0], schedule.posterior_variance[1] if v < 0 else expected[0], rtol=1e-13
+            learned_variance[0], schedule.posterior_variance[1] if nu < 0 else expected[0], rtol=1e-13
         )
         assert_allclose(
             learned.model_log_variance(x_t, t, output),
@@ -74,16 +74,16 @@ def test_between_the_extremes_it_is_their_geometric_mean(schedule):
     t = np.arange(1, schedule.T)
     small, large = schedule.posterior_variance[t], schedule.betas[t]
     zero = np.zeros((t.size, 1))
-    for v in (-1.5, -0.5, 0.0, 0.3, 2.0):
-        _, variance = learned.p_mean_variance(zero, t, np.concat([zero, zero + v], axis=1))
-        assert_allclose(variance[:, 0], large ** ((1 + v) / 2) * small ** ((1 - v) / 2), rtol=1e-12)
+    for nu in (-1.5, -0.5, 0.0, 0.3, 2.0):
+        _, variance = learned.p_mean_variance(zero, t, np.concat([zero, zero + nu], axis=1))
+        assert_allclose(variance[:, 0], large ** ((1 + nu) / 2) * small ** ((1 - nu) / 2), rtol=1e-12)
 
 
 def test_each_element_has_its_own_variance():
     diffusion = GaussianDiffusion(linear_schedule(5), "x0", "learned_range")
     output, _, t, _, x_t = batch(diffusion, (3, 2, 2))
     _, variance = diffusion.p_mean_variance(x_t, t, output)
-    output[1, 0, 3] += 1  # v of sample 1, pixel 0, channel 1
+    output[1, 0, 3] += 1  # nu of sample 1, pixel 0, channel 1
     _, moved = diffusion.p_mean_variance(x_t, t, output)
     assert_array_equal(np.argwhere(moved != variance), [[1, 0, 1]])
 
@@ -115,7 +115,7 @@ def test_a_single_step_has_one_variance():
 def test_samplers_take_both_halves(sampler, steps):
     mixture = GaussianMixture([1, 1], [[-1.0, 0], [1, 0]], 0.1)
     diffusion = GaussianDiffusion(linear_schedule(20), "eps", "learned_range")
-    # A denoiser of 20 steps; on 7, v is only a choice in the wider range of the longer steps.
+    # A denoiser of 20 steps; on 7, nu is only a choice in the wider range of the longer steps.
     x = sample(
         mixture.denoiser(diffusion),
         diffusion,
@@ -200,7 +200,7 @@ def test_hybrid_loss_stops_the_mean(prediction, seed):
     # On the prediction nothing but L_simple, though L_vlb would have something to say;
     assert_array_equal(gradient[:, :3], simple_gradient[:, :3])
     assert np.max(abs(vlb_gradient[:, :3])) > 1e-3
-    # on v the derivative of the whole, by differences.
+    # on nu the derivative of the whole, by differences.
     h = 1e-5
     for index in np.ndindex(4, 3):
         step = np.zeros_like(output)
@@ -228,7 +228,7 @@ def test_hybrid_loss_needs_a_variance_to_learn():
 
 
 def test_the_best_variance_is_where_the_gradient_vanishes():
-    """Averaged over the data, L_vlb's gradient with respect to v is 0 at the exact denoiser's v (5 sigma)."""
+    """Averaged over the data, L_vlb's gradient with respect to nu is 0 at the exact denoiser's (5 sigma)."""
     mixture = GaussianMixture([0.3, 0.7], [[-1.2], [0.5]], [0.1, 0.3])
     diffusion = GaussianDiffusion(linear_schedule(10), "eps", "learned_range")
     rng, n = np.random.default_rng(0), 20_000
