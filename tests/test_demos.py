@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from namespaces import OnDevice, assert_there, space
 from PIL import Image
+from runs import raising
 from scripts import DEMOS, demo, run
 
 import tinydiff as td
@@ -565,17 +566,11 @@ def test_what_was_compared_is_not_made_again(compared, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("owner", "name", "at"), [(td.training, "training_loss", 6), (td, "sample", 3)])
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_comparison_continues(owner, name, at, compared, tmp_path, capsys, monkeypatch):
-    original, calls = getattr(owner, name), iter(range(10**9))
-
-    def interrupted(*args, **kwargs):
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
     flags = [*COMPARE, "--out", tmp_path, "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, interrupted)
+        patch.setattr(owner, name, raising(getattr(owner, name), at))
         said = run("compare_schedules", *flags, capsys=capsys, expect=130)
     assert len(said.err.splitlines()) == 1 and "same command continues" in said.err
     run("compare_schedules", *flags)

@@ -12,6 +12,7 @@ import pytest
 from gradients import Case, assert_central_differences_agree, normal, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import raising
 
 import tinydiff as td
 from tinydiff import nn, schedule_training
@@ -746,16 +747,10 @@ def test_the_loop_is_a_function_of_its_seed():
 def test_an_interrupted_and_resumed_run_is_the_same_run(at, tmp_path, monkeypatch):
     """Network and schedule, their averages and moments; whatever was under way."""
     _, whole = small(run_dir=tmp_path / "whole", checkpoint_every=2, log_every=2)
-    calls, original = iter(range(100)), td.schedule_training.learned_schedule_loss
-
-    def interrupted(*args, **kwargs):
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
+    loss = raising(schedule_training.learned_schedule_loss, at)
     files = dict(run_dir=tmp_path / "parts", checkpoint_every=2, log_every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(td.schedule_training, "learned_schedule_loss", interrupted)
+        patch.setattr(schedule_training, "learned_schedule_loss", loss)
         with pytest.raises(KeyboardInterrupt):
             small(**files)
     _, parts = small(**files, resume=True)

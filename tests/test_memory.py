@@ -9,10 +9,10 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 from namespaces import space
+from runs import assert_same_weights, weights_of
 
 import tinydiff as td
 from tinydiff import memory, training
-from tinydiff.backend import to_numpy
 
 PROCESS = td.GaussianDiffusion(td.linear_schedule(10))
 POINTS = np.zeros((100, 2), np.float32)
@@ -54,10 +54,6 @@ def tight(room, error=OutOfMemoryError, after=0, where=None):
     return model if where is None else where.module(model, "float32")
 
 
-def weights(model):
-    return [to_numpy(p.value).copy() for p in model.named_parameters().values()]
-
-
 # Training
 
 
@@ -66,7 +62,7 @@ def weights(model):
 @pytest.mark.parametrize(("batch_size", "fits"), [(64, 8), (40, 10), (11, 5)])
 def test_out_of_memory_names_a_batch_that_fits(name, error, batch_size, fits):
     model = tight(10, error, where=space(name))
-    before = weights(model)
+    before = weights_of(model)
     with pytest.raises(MemoryError) as caught:
         td.train(model, PROCESS, POINTS, batch_size=batch_size, **SETTINGS)
     message = str(caught.value)
@@ -75,8 +71,7 @@ def test_out_of_memory_names_a_batch_that_fits(name, error, batch_size, fits):
     assert "\n" not in message and ".)" not in message
     assert caught.value.__cause__ is None and caught.value.__context__ is None  # nothing holds the arrays
     assert all(p._grad is None for p in model.named_parameters().values())
-    for one, other in zip(before, weights(model)):
-        np.testing.assert_array_equal(one, other)
+    assert_same_weights(model, before)
     td.train(model, PROCESS, POINTS, batch_size=fits, **SETTINGS)
 
 
@@ -156,13 +151,12 @@ def test_sampling_names_a_batch_that_fits(name, sampler):
 )
 def test_on_a_device_the_batch_is_doubled_until_it_does_not_fit(room, most, found, error):
     model = tight(room, error, where=space("strict"))
-    before = weights(model)
+    before = weights_of(model)
     assert td.find_batch_size(model, PROCESS, POINTS, most=most) == found
     assert model.shown[:4] == [1, 2, 5, 10][: len(model.shown)]
     assert max(model.shown) <= 2.5 * found
     assert all(p._grad is None for p in model.named_parameters().values())
-    for one, other in zip(before, weights(model)):
-        np.testing.assert_array_equal(one, other)
+    assert_same_weights(model, before)
 
 
 @pytest.mark.parametrize("most", [0, -1, 2.5])

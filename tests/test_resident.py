@@ -4,19 +4,17 @@ Counted under array-api-strict, whose arrays stand on a device that is not the h
 a value could leave it is counted (`namespaces.transfers`).
 """
 
-import json
-
 import numpy as np
 import pytest
 from namespaces import assert_there, named, space, training_step, transfers
 from numpy.testing import assert_allclose, assert_array_equal
+from runs import POINTS, Interrupted, assert_same_weights, drawn, failing, lines, weights_of
 
 import tinydiff as td
 from tinydiff import _run
 from tinydiff.backend import clip_to_unit, to_numpy
 from tinydiff.checkpoint import load_arrays
 
-POINTS = np.random.default_rng(5).standard_normal((10, 2)).astype(np.float32)
 PROCESS = td.GaussianDiffusion(td.cosine_schedule(20), "v")
 LEARNED = td.GaussianDiffusion(td.cosine_schedule(20), "eps", "learned_range")
 STEPS = 12
@@ -31,17 +29,6 @@ def mlp(where=None, out=2):
 def unet(where):
     model = td.UNet(block_channels=(4, 8), attention=(False, True), norm_groups=2, head_dim=4, dropout=0.3)
     return where.module(model, "float32")
-
-
-def weights(model):
-    return {name: to_numpy(p.value).copy() for name, p in model.named_parameters().items()}
-
-
-def assert_same_weights(a, b):
-    a, b = (x if isinstance(x, dict) else weights(x) for x in (a, b))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert_array_equal(a[name], b[name], err_msg=name)
 
 
 # The counter itself
@@ -89,13 +76,13 @@ def test_a_step_sends_nothing_back(make, diffusion, how):
     model = make(where)
     x0 = where.array(np.full((6, 8, 8, 1) if make is unet else (6, 2), 0.5, np.float32))
     step, rng = training_step(model, diffusion, x0, **how), np.random.default_rng(0)
-    before = weights(model)
+    before = weights_of(model)
     with transfers() as seen:
         for _ in range(3):
             loss = step(rng)
     assert seen == []
     assert_there(loss, where, "float32", "the loss")
-    assert any(np.any(before[name] != value) for name, value in weights(model).items())
+    assert any(np.any(before[name] != value) for name, value in weights_of(model).items())
 
 
 @pytest.mark.parametrize("sampler", td.samplers.SAMPLERS)
@@ -215,43 +202,23 @@ def test_data_may_be_there_already_or_drawn_anywhere(name):
 # The run survives as it does on the host
 
 
-def lines(directory):
-    parsed = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in ("step", "loss", "grad_norm", "lr")} for line in parsed]
-
-
-def drawn(at=-1, error=None):
-    calls = iter(range(10**9))
-
-    def draw(batch_size, rng):
-        if next(calls) == at:
-            raise error
-        return POINTS[rng.integers(10, size=batch_size)]
-
-    return draw
-
-
 @named
 @pytest.mark.parametrize("at", [1, 5, 7, 11])
 def test_interrupted_and_resumed_is_the_same_run(name, at, tmp_path):
     where = space(name)
     files = dict(checkpoint_every=4)
     whole = mlp(where)
-    result = td.train(whole, PROCESS, drawn(), **SETTINGS, **files, run_dir=tmp_path / "whole")
+    result = td.train(whole, PROCESS, drawn, **SETTINGS, **files, run_dir=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        data = drawn(at, KeyboardInterrupt())
+        data = failing(POINTS, at, KeyboardInterrupt())
         td.train(mlp(where), PROCESS, data, **SETTINGS, **files, run_dir=tmp_path / "parts")
     assert load_arrays(tmp_path / "parts" / "checkpoint.safetensors")[1]["step"] == at
     model = mlp(where)
-    again = td.train(model, PROCESS, drawn(), **SETTINGS, **files, run_dir=tmp_path / "parts", resume=True)
+    again = td.train(model, PROCESS, drawn, **SETTINGS, **files, run_dir=tmp_path / "parts", resume=True)
     assert_same_weights(model, whole)
     assert_same_weights(again.model, result.model)
     assert_array_equal(again.losses, result.losses)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
-
-
-class Stop(Exception):
-    pass
 
 
 OVERFLOWS = 1e30  # squared it is infinite: data that is not finite itself would be refused
@@ -259,7 +226,7 @@ OVERFLOWS = 1e30  # squared it is infinite: data that is not finite itself would
 
 def poisoned(at):
     calls = iter(range(10**9))
-    return lambda n, rng: POINTS[rng.integers(10, size=n)] * np.float32(OVERFLOWS if next(calls) == at else 1)
+    return lambda n, rng: drawn(n, rng) * np.float32(OVERFLOWS if next(calls) == at else 1)
 
 
 @named
@@ -280,8 +247,8 @@ def test_where_numbers_stop_being_finite(name, at, tmp_path):
     checkpoint = tmp_path / "checkpoint.safetensors"
     assert (load_arrays(checkpoint)[1]["step"] if checkpoint.exists() else 0) == at // 4 * 4
     expected = mlp(where)
-    with pytest.raises(Stop):
-        td.train(expected, PROCESS, drawn(sound, Stop()), **SETTINGS)
+    with pytest.raises(Interrupted):
+        td.train(expected, PROCESS, failing(POINTS, sound, Interrupted()), **SETTINGS)
     assert_same_weights(model, expected)
 
 

@@ -1,13 +1,12 @@
 """The training loop: the same run whatever interrupts it, and a run that learns what it is shown."""
 
 import contextlib
-import json
 import math
 import re
 import signal
 import sys
 import warnings
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import array_api_strict as strict
@@ -16,17 +15,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from runs import (
+    POINTS,
+    Interrupted,
+    assert_same_weights,
+    drawn,
+    failing,
+    lines,
+    raising,
+    weights_of,
+)
 
 import tinydiff as td
 from tinydiff import _loop, _run, training
-from tinydiff.backend import to_numpy
 from tinydiff.bound import step_term
 from tinydiff.checkpoint import load_arrays, save_arrays
 from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.mixture import GaussianMixture
 
 DIFFUSION = td.GaussianDiffusion(td.linear_schedule(T=20))
-POINTS = np.random.default_rng(5).standard_normal((10, 2)).astype(np.float32)
 STEPS = 12
 SETTINGS = dict(
     steps=STEPS, batch_size=4, seed=3, lr=0.01, warmup=2, checkpoint_every=5, log_every=3, progress=False
@@ -47,24 +54,6 @@ def small_unet():
     return td.UNet(block_channels=(4, 8), attention=(False, True), norm_groups=2, head_dim=4, dropout=0.3)
 
 
-def values(model):
-    return {name: to_numpy(p.value).copy() for name, p in model.named_parameters().items()}
-
-
-def assert_same_weights(a, b):
-    a, b = values(a), values(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def lines(directory):
-    """The metrics, without the wall clock."""
-    parsed = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert all(earlier["seconds"] <= later["seconds"] for earlier, later in pairwise(parsed))
-    return [{key: line[key] for key in ("step", "loss", "grad_norm", "lr")} for line in parsed]
-
-
 def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -72,26 +61,6 @@ def contents(directory):
 def steps_saved(directory):
     path = directory / "checkpoint.safetensors"
     return load_arrays(path)[1]["step"] if path.exists() else 0
-
-
-class Interrupted(Exception):
-    pass
-
-
-def failing(data, at, error):
-    """`data` as a callable that raises at its call number `at`, counted from 0."""
-    calls = iter(range(10**9))
-
-    def draw(batch_size, rng):
-        if next(calls) == at:
-            raise error
-        return data[rng.integers(len(data), size=batch_size)]
-
-    return draw
-
-
-def drawn(batch_size, rng):
-    return failing(POINTS, -1, None)(batch_size, rng)
 
 
 # Learned variances of few steps: ten terms at each t are soon there, and the draw stops being uniform.
@@ -263,7 +232,7 @@ def test_under_array_api_strict():
     losses = td.train(numpy_model, DIFFUSION, POINTS, **few).losses
     strict_result = td.train(strict_model, DIFFUSION, strict.asarray(POINTS), **few)
     assert_allclose(strict_result.losses, losses, rtol=1e-5)
-    for name, value in values(strict_result.model).items():
+    for name, value in weights_of(strict_result.model).items():
         assert value.dtype == np.float32, name
 
 
@@ -333,19 +302,8 @@ def test_an_interrupted_and_resumed_run_is_the_same_run(tmp_path, tmp_path_facto
 def test_ctrl_c_anywhere_leaves_a_run_that_resumes_to_the_same(
     tmp_path, tmp_path_factory, monkeypatch, owner, name, at, when
 ):
-    original, calls = getattr(owner, name), iter(range(10**9))
-
-    def interrupted(*args, **kwargs):
-        now = next(calls) == at
-        if now and when == "before":
-            raise KeyboardInterrupt
-        result = original(*args, **kwargs)
-        if now:
-            raise KeyboardInterrupt
-        return result
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, interrupted)
+        patch.setattr(owner, name, raising(getattr(owner, name), at, when=when))
         with pytest.raises(KeyboardInterrupt):
             td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
     resume_and_compare(small_mlp, POINTS, "points", tmp_path, tmp_path_factory)
@@ -400,19 +358,8 @@ def test_the_history_of_importance_sampling_resumes_too(tmp_path, monkeypatch, o
     settings = {**SETTINGS, "steps": 24, **IMPORTANCE}
     whole = learned_mlp()
     expected = td.train(whole, LEARNED, POINTS, **settings, run_dir=tmp_path / "whole")
-    original, calls = getattr(owner, name), iter(range(10**9))
-
-    def interrupted(*args, **kwargs):
-        now = next(calls) == at
-        if now and when == "before":
-            raise error
-        result = original(*args, **kwargs)
-        if now:
-            raise error
-        return result
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, interrupted)
+        patch.setattr(owner, name, raising(getattr(owner, name), at, error, when))
         with pytest.raises(type(error)):
             td.train(learned_mlp(), LEARNED, POINTS, **settings, run_dir=tmp_path / "cut")
     assert 10 <= steps_saved(tmp_path / "cut") < 24
@@ -645,14 +592,13 @@ def test_resuming_with_other_settings_is_refused_by_name(tmp_path, name):
     arguments = dict(
         model=small_mlp(), diffusion=DIFFUSION, data=drawn, **SETTINGS, run_dir=tmp_path, resume=True
     )
-    weights = values(arguments["model"])
+    weights = weights_of(arguments["model"])
     with pytest.raises(ValueError, match=rf"other settings \(.*{name} was .*, is ") as caught:
         td.train(**{**arguments, **OTHER[name]})
     named = re.findall(r"(\w+) was", str(caught.value))
     assert named == (["model", "config"] if name == "model" else [name])
     assert contents(tmp_path) == before
-    for key, value in values(arguments["model"]).items():
-        assert_array_equal(value, weights[key])
+    assert_same_weights(arguments["model"], weights)
 
 
 @pytest.mark.parametrize("name", ["loss", "variance", "decoder", "importance_sampling"])
@@ -723,7 +669,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     ):
         td.train(model, DIFFUSION, draw, **SETTINGS, run_dir=tmp_path)
     assert steps_saved(tmp_path) == 5
-    assert all(np.all(np.isfinite(value)) for value in values(model).values())
+    assert all(np.all(np.isfinite(value)) for value in weights_of(model).values())
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(tmp_path, monkeypatch):
@@ -745,7 +691,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(tmp_path, monk
     ):
         td.train(model, DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
     assert steps_saved(tmp_path) == 0
-    assert all(np.all(np.isfinite(value)) for value in values(model).values())
+    assert all(np.all(np.isfinite(value)) for value in weights_of(model).values())
 
 
 # The order of the data
