@@ -1,6 +1,5 @@
 """The loss: its value by an independent formula, its gradient by central differences."""
 
-import array_api_strict as strict
 import numpy as np
 import pytest
 from hypothesis import given
@@ -70,17 +69,6 @@ def test_the_output_decides_the_dtype(target_dtype):
         td.GaussianDiffusion(td.linear_schedule(T=50), "v"), output.astype(np.float32), x0, t, noise
     )
     assert value.dtype == gradient.dtype == np.float32
-
-
-def test_under_array_api_strict():
-    diffusion = td.GaussianDiffusion(td.linear_schedule(T=50), "v")
-    output, x0, t, noise = batch((4, 3, 2), 1)
-    value, gradient = simple_loss(diffusion, output, x0, t, noise)
-    strict_value, strict_gradient = simple_loss(
-        diffusion, *map(strict.asarray, (output, x0)), t, strict.asarray(noise)
-    )
-    assert_allclose(float(strict_value), value, rtol=1e-14)
-    assert_allclose(np.asarray(strict_gradient), gradient, rtol=1e-14)
 
 
 def test_what_does_not_fit_is_named():

@@ -330,30 +330,6 @@ def test_a_model_is_asked_by_predict_and_lives_beside_its_weights():
         assert_array_equal(x, by_callable)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_under_array_api_strict(sampler):
-    diffusion = td.GaussianDiffusion(td.linear_schedule(T=10), "v", "fixed_large")
-    start = np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)
-    numpy_x, strict_x = (
-        td.sample(
-            lambda x, t: 0.5 * x,
-            diffusion,
-            (5, 2),
-            sampler,
-            6,
-            rng=np.random.default_rng(1),
-            eta=0.5,
-            clip=True,
-            x_T=xp.asarray(start),
-            batch_size=2,
-            progress=False,
-        )
-        for xp in (np, strict)
-    )
-    assert strict_x.dtype == strict.float32
-    assert_allclose(to_numpy(strict_x), numpy_x, rtol=1e-6)
-
-
 def test_a_chain_that_ends_in_pure_noise_needs_x0_or_v():
     schedule = td.cosine_schedule(T=10, max_beta=1.0)
     for prediction in ("x0", "v"):

@@ -225,17 +225,6 @@ def test_training_loss_is_the_loss_of_its_own_draw(prediction):
         assert_allclose(gradient[index], (up - down) / (2 * h), rtol=1e-6, atol=1e-9)
 
 
-def test_under_array_api_strict():
-    numpy_model, strict_model = small_mlp(), small_mlp()
-    strict_model.to(strict)
-    few = {**SETTINGS, "steps": 4}
-    losses = td.train(numpy_model, DIFFUSION, POINTS, **few).losses
-    strict_result = td.train(strict_model, DIFFUSION, strict.asarray(POINTS), **few)
-    assert_allclose(strict_result.losses, losses, rtol=1e-5)
-    for name, value in weights_of(strict_result.model).items():
-        assert value.dtype == np.float32, name
-
-
 def test_importance_sampling_under_array_api_strict():
     strict_model = learned_mlp()
     strict_model.to(strict)
