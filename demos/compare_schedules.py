@@ -27,11 +27,13 @@ from _common import (
     choose_device,
     count_from,
     explained_errors,
+    learned_variance,
     loss_options,
     schedules,
     write_metrics,
 )
-from train_mnist import LAYERS_PER_BLOCK, digits
+from tqdm import tqdm
+from train_mnist import add_channels, digits, unet
 
 import tinydiff as td
 from tinydiff import plotting
@@ -41,6 +43,7 @@ from tinydiff.checkpoint import replace_file
 from tinydiff.diffusion import Variance
 from tinydiff.kernels import many_steps
 from tinydiff.metrics import digit_features, frechet_distance
+from tinydiff.nn.module import weight_of
 from tinydiff.parallel import shared_out
 from tinydiff.samplers import respaced
 
@@ -82,7 +85,7 @@ class Configuration(NamedTuple):
 
         (The bound that a learned schedule is trained by is that of beta in a chain of endless length.)
         """
-        if self.loss in ("hybrid", "vlb"):
+        if learned_variance(self.loss):
             return ["learned_range"]
         return ["fixed_large", "fixed_small"]
 
@@ -108,13 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="10,000 digits that come with the package, or all 60,000, from the folder TINYDIFF_DATA or "
         f"downloaded; {HELD_OUT:,} of them are held out (default: %(default)s)",
     )
-    parser.training.add_argument(
-        "--channels",
-        type=count_from(1),
-        nargs="+",
-        metavar="C",
-        help="of the U-Net at each of its levels, in multiples of 8 (default: 16 32 64)",
-    )
+    add_channels(parser)
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(
         "--samples",
@@ -174,9 +171,16 @@ def run(args: argparse.Namespace) -> None:
             for K in args.sampling_steps:
                 what = f"distance, {K} steps, {args.samples} samples"
                 distances[str(K)] = once(what, distance, model, diffusion, K, reference, args)
-            row = dict(schedule=about.schedule, loss=about.loss, variance=variance)
-            rows.append({**row, "final_loss": float(plotting.smooth(losses)[-1])})
-            rows[-1] |= {"bound": bounds, "frechet_distance": distances}
+            rows.append(
+                dict(
+                    schedule=about.schedule,
+                    loss=about.loss,
+                    variance=variance,
+                    final_loss=float(plotting.smooth(losses)[-1]),
+                    bound=bounds,
+                    frechet_distance=distances,
+                )
+            )
     table = table_of(rows, floor, args)
     replace_file(args.out / "table.md", table.encode())
     plotting.save(picture(rows, floor, args), args.out / "compare.png")
@@ -210,14 +214,7 @@ def trained(
     configuration: Configuration, args: argparse.Namespace, data: np.ndarray, folder: Path
 ) -> tuple[td.UNet, td.NoiseSchedule, np.ndarray]:
     """The network, its schedule and its losses: made, continued, or taken up from `folder`."""
-    model = td.UNet(
-        out_channels=2 if "learned_range" in configuration.variances else 1,
-        block_channels=args.channels,
-        layers_per_block=LAYERS_PER_BLOCK,
-        attention=[False] * (len(args.channels) - 1) + [True],
-        rng=np.random.default_rng(args.seed),
-        backend=args.backend,
-    )
+    model = unet(args, learned_variance(configuration.loss), np.random.default_rng(args.seed))
     how = dict(
         steps=args.steps,
         batch_size=args.batch,
@@ -307,10 +304,11 @@ def bound(
     draws = max(2, math.ceil(args.draws / steps))
     t = np.repeat(np.arange(steps), draws)
     chosen = rng.integers(len(digits), size=t.size)
-    like = next(iter(model.named_parameters().values())).value
+    like = weight_of(model)
     terms = np.zeros(t.size)
     with shared_out(model, AT_A_TIME, args.workers) as shared:
-        for start in progress(range(0, t.size, AT_A_TIME), "bound", args):
+        batches = range(0, t.size, AT_A_TIME)
+        for start in tqdm(batches, desc="bound", unit="batch", disable=args.quiet, leave=False):
             part = slice(start, start + AT_A_TIME)
             x0 = asarray_like(digits[chosen[part]], like)
             x_t = walk.q_sample(x0, t[part], standard_normal(rng, x0.shape, x0))
@@ -327,12 +325,6 @@ def bound(
         variance=float(steps * np.sum(second) - np.sum(mean) ** 2),
         variance_without_L_0=float((steps - 1) * np.sum(second[1:]) - np.sum(mean[1:]) ** 2),
     )
-
-
-def progress(batches: range, what: str, args: argparse.Namespace) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(batches, desc=what, unit="batch", disable=args.quiet, leave=False)
 
 
 # Showing

@@ -14,6 +14,7 @@ import numpy as np
 from _common import (
     LOSSES,
     Parser,
+    Plain,
     choose_device,
     count_from,
     explained_errors,
@@ -78,13 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="10,000 digits that come with the package, or all 60,000, from the folder TINYDIFF_DATA or "
         "downloaded (default: %(default)s)",
     )
-    parser.training.add_argument(
-        "--channels",
-        type=count_from(1),
-        nargs="+",
-        metavar="C",
-        help="of the U-Net at each of its levels, in multiples of 8 (default: 16 32 64)",
-    )
+    add_channels(parser)
     parser.training.add_argument(
         "--checkpoint-every",
         type=count_from(1),
@@ -96,6 +91,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def add_channels(parser: Plain) -> None:
+    parser.training.add_argument(
+        "--channels",
+        type=count_from(1),
+        nargs="+",
+        metavar="C",
+        help="of the U-Net at each of its levels, in multiples of 8 (default: 16 32 64)",
+    )
+
+
+def unet(args: argparse.Namespace, learned: bool, rng: np.random.Generator) -> td.UNet:
+    """The network of --channels, with attention at the last level; with a second output if `learned`."""
+    return td.UNet(
+        out_channels=2 if learned else 1,
+        block_channels=args.channels,
+        layers_per_block=LAYERS_PER_BLOCK,
+        attention=[False] * (len(args.channels) - 1) + [True],
+        rng=rng,
+        backend=args.backend,
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     choose_device(args)
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
@@ -103,14 +120,7 @@ def run(args: argparse.Namespace) -> None:
     learned = learned_variance(args.loss)
     variance: Variance = "learned_range" if learned else "fixed_small"
     diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, variance)
-    model = td.UNet(
-        out_channels=2 if learned else 1,
-        block_channels=args.channels,
-        layers_per_block=LAYERS_PER_BLOCK,
-        attention=[False] * (len(args.channels) - 1) + [True],
-        rng=model_rng,
-        backend=args.backend,
-    )
+    model = unet(args, learned, model_rng)
     data = data_rng.permutation(digits(args))
     forward = plotting.forward_process(data[:DIGITS], both, data_rng)
     settle_batch(args, model, diffusion, data, "8bit")
