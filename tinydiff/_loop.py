@@ -250,9 +250,9 @@ def _joint(norms: list[Array]) -> Array:
 
 
 def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Callable[[int], None]:
-    """step(n): forward and backward of a batch of n, whose gradients are thrown away; to be recorded, thrice.
+    """step(n): forward and backward of a batch of n, whose gradients are thrown away.
 
-    What has been recorded goes, too.
+    A loss that records is asked as often as it takes to; what it has recorded goes, too.
     """
     xp = array_namespace(like)
     shape = (data(1, np.random.default_rng(0)) if callable(data) else data).shape[1:]

@@ -355,6 +355,15 @@ def standard_normal(rng: np.random.Generator, shape: tuple[int, ...], like: Arra
         Shape of the result.
     like : array
         Decides library, device and dtype of the result.
+
+    Returns
+    -------
+    array of shape `shape`
+
+    Raises
+    ------
+    TypeError
+        If `rng` is neither of the two.
     """
     check_rng(rng)
     dtype = np.float32 if "float32" in str(like.dtype) else np.float64

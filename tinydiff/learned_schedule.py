@@ -87,11 +87,7 @@ class Rise(Module):
         m_slope = 1 + xp.sum(w * v * P, axis=1)
         m_curvature = xp.sum(w * v * v * dP, axis=1)
         delta = m[1] - m[0]
-        eta, eta_slope, eta_curvature = (
-            (m[2:] - m[0]) / delta,
-            m_slope[2:] / delta,
-            m_curvature[2:] / delta,
-        )
+        eta, eta_slope, eta_curvature = (m[2:] - m[0]) / delta, m_slope[2:] / delta, m_curvature[2:] / delta
 
         @once
         def backward(deta: Array, dslope: Array) -> Array:

@@ -198,6 +198,10 @@ class GaussianMixture:
         nodes : int
             Of quadrature, along each axis of the narrowest component; of wider ones more.
 
+        Returns
+        -------
+        float
+
         Raises
         ------
         ValueError
@@ -221,6 +225,15 @@ class GaussianMixture:
             The forward process.
         t : int
             0 … T-1.
+
+        Returns
+        -------
+        GaussianMixture
+
+        Raises
+        ------
+        ValueError
+            If `t` is out of range.
         """
         mean, variance = diffusion.q_mean_variance(np.ones((1, 1)), t)
         a, s2 = float(mean[0, 0]), float(variance[0, 0])

@@ -134,7 +134,7 @@ class DataParallel(Module):
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
-            return self.predict(x, t), once(lambda dy: dy)
+            return self.predict(x, t), once(lambda dy: dy)  # in inference one that refuses
         edges = self._edges(x, t)
         self._calls += 1
         key = self._calls

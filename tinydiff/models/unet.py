@@ -35,8 +35,6 @@ from tinydiff.nn import (
 
 __all__ = ["UNet"]
 
-Rng = np.random.Generator
-
 
 class DownBlock(Module):
     """Residual blocks, each perhaps with attention, then a halving of the pixels unless it is the last level.
@@ -52,7 +50,7 @@ class DownBlock(Module):
         self.downsamplers = downsamplers
 
     def __call__(
-        self, h: Array, emb: Array, rng: Rng | None
+        self, h: Array, emb: Array, rng: np.random.Generator | None
     ) -> tuple[list[Array], Callable[[Array, list[Array]], tuple[Array, Array]]]:
         """h (N, H, W, C)  ->  the results in order, the last of which goes on to the next level."""
         results = []
@@ -93,7 +91,7 @@ class MidBlock(Module):
         self.resnets = resnets
 
     def __call__(
-        self, h: Array, emb: Array, rng: Rng | None
+        self, h: Array, emb: Array, rng: np.random.Generator | None
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
         """h (N, H, W, C)  ->  (N, H, W, C)."""
         h, backward_0 = self.resnets[0](h, emb, rng)
@@ -122,7 +120,7 @@ class UpBlock(Module):
         self.upsamplers = upsamplers
 
     def __call__(
-        self, h: Array, skips: list[Array], emb: Array, rng: Rng | None
+        self, h: Array, skips: list[Array], emb: Array, rng: np.random.Generator | None
     ) -> tuple[Array, Callable[[Array], tuple[Array, list[Array], Array]]]:
         """h (N, H, W, C) and skips, popped from the end  ->  (N, 2H, 2W, D)."""
         backwards = []
