@@ -83,9 +83,14 @@ class LossSecondMomentSampler:
             0 … T-1.
         weights : ndarray of float64, shape (n,)
             1 / (T p_t): the mean of weight * L_t is an unbiased estimate of the mean of L_t over all t.
+
+        Raises
+        ------
+        TypeError
+            If `rng` is not a generator.
         """
-        p = self.probabilities()
         check_rng(rng)
+        p = self.probabilities()
         t = rng.choice(self.T, size=n, p=p)
         return t, 1 / (self.T * p[t])
 

@@ -137,6 +137,13 @@ class GaussianMixture:
         Returns
         -------
         ndarray of float64, shape (n, D)
+
+        Raises
+        ------
+        ValueError
+            If `n` is not a count.
+        TypeError
+            If `rng` is not a generator.
         """
         check_counts(n=n)
         check_rng(rng)
