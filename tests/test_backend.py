@@ -100,8 +100,6 @@ def machine(monkeypatch):
 
 def importable_as_cupy_namespace(monkeypatch, cupy):
     """Stands in for array-api-compat's wrapper, whose import needs more of CuPy than the fake has."""
-    import array_api_compat
-
     wrapper = types.ModuleType("array_api_compat.cupy")
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "array_api_compat.cupy", wrapper)

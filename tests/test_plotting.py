@@ -35,19 +35,21 @@ def walk(start, steps=12):
         yield SamplerState(left, 4 * left - 1, part, -part)
 
 
-def every_figure(x):
-    """One of each, of points or images, with as much text as there may be."""
-    rng = np.random.default_rng(2)
-    losses = np.exp(rng.standard_normal(200))
-    return {
-        "forward": plotting.forward_process(x, SCHEDULES, rng),
-        "training": plotting.training_curve(losses),
-        "samples": plotting.samples_beside_data(x, x, "sliced Wasserstein 0.1234, sampling floor 0.1234"),
-        "reverse": plotting.reverse_process(walk(x)),
-        "forward of one step": plotting.forward_process(x, {"short": td.linear_schedule(1)}, rng),
-        "reverse of one step": plotting.reverse_process(walk(x, 1)),
-        "much to say": plotting.samples_beside_data(x, x, "as much as anyone would like to say " * 4),
-    }
+def forward(x, schedules):
+    return plotting.forward_process(x, schedules, np.random.default_rng(2))
+
+
+# One of each, of points or images, with as much text as there may be.
+FIGURES = {
+    "forward": lambda x: forward(x, SCHEDULES),
+    "training": lambda x: plotting.training_curve(np.exp(np.random.default_rng(2).standard_normal(200))),
+    "samples": lambda x: plotting.samples_beside_data(x, x, "sliced Wasserstein 0.1234, floor 0.1234"),
+    "reverse": lambda x: plotting.reverse_process(walk(x)),
+    "forward of one step": lambda x: forward(x, {"short": td.linear_schedule(1)}),
+    "reverse of one step": lambda x: plotting.reverse_process(walk(x, 1)),
+    "much to say": lambda x: plotting.samples_beside_data(x, x, "as much as anyone would like to say " * 4),
+}
+every_figure = pytest.mark.parametrize("name", FIGURES)
 
 
 def offsets(ax):
@@ -255,24 +257,25 @@ def test_training_curve_of_odd_losses_is_drawn(losses, tmp_path):
 # All of them
 
 
+@every_figure
 @pytest.mark.parametrize("kind", ["points", "images"])
-def test_no_text_is_cut_off_or_overlaps_another(kind, request):
-    for name, fig in every_figure(request.getfixturevalue(kind)).items():
-        fig.draw_without_rendering()
-        labels = [t for ax in fig.axes for t in [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]]
-        boxes = {t: t.get_window_extent() for t in [*fig.texts, *labels] if t.get_text()}
-        page = fig.bbox
-        for text, box in boxes.items():
-            inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-            assert inside, f"{name}: {text.get_text()!r} leaves the page"
-            for other, another in boxes.items():
-                apart = other is text or not box.overlaps(another)
-                assert apart, f"{name}: {text.get_text()!r} lies on {other.get_text()!r}"
+def test_no_text_is_cut_off_or_overlaps_another(kind, name, request):
+    fig = FIGURES[name](request.getfixturevalue(kind))
+    fig.draw_without_rendering()
+    labels = [t for ax in fig.axes for t in [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]]
+    boxes = {t: t.get_window_extent() for t in [*fig.texts, *labels] if t.get_text()}
+    page = fig.bbox
+    for text, box in boxes.items():
+        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        assert inside, f"{text.get_text()!r} leaves the page"
+        for other, another in boxes.items():
+            apart = other is text or not box.overlaps(another)
+            assert apart, f"{text.get_text()!r} lies on {other.get_text()!r}"
 
 
 @pytest.mark.parametrize("name", ["forward", "samples", "reverse"])
 def test_panels_are_square_and_share_their_limits(points, name):
-    axes = every_figure(points)[name].axes
+    axes = FIGURES[name](points).axes
     assert len({ax.get_xlim() for ax in axes} | {ax.get_ylim() for ax in axes}) == 1
     for ax in axes:
         box = ax.get_window_extent()
@@ -281,7 +284,7 @@ def test_panels_are_square_and_share_their_limits(points, name):
 
 
 def test_points_keep_their_colours_on_the_way(points):
-    fig = every_figure(points)["forward"]
+    fig = FIGURES["forward"](points)
     first, *others = [ax.collections[0].get_facecolors() for ax in fig.axes]
     assert len(np.unique(first, axis=0)) > 50
     for colours in others:
@@ -290,20 +293,27 @@ def test_points_keep_their_colours_on_the_way(points):
     assert np.all(np.diff(light) > -0.05) and light[-1] > light[0] + 0.5  # from left to right
 
 
-def test_save_writes_the_same_small_png_each_time(points, tmp_path):
-    for name, fig in every_figure(points).items():
-        plotting.save(fig, tmp_path / "new" / f"{name}.png")
-        plotting.save(fig, tmp_path / "again.png")
-        assert (tmp_path / "new" / f"{name}.png").read_bytes() == (tmp_path / "again.png").read_bytes()
-        with Image.open(tmp_path / "again.png") as image:
-            assert image.format == "PNG"
-            width, height = fig.get_size_inches() * fig.dpi
-            assert image.size == (int(width), int(height))
-            rgb = np.asarray(image.convert("RGB"), int)
-        assert (rgb[[0, -1]] == 255).all() and (rgb[:, [0, -1]] == 255).all(), "white margins"
-        fig.canvas.draw()
-        exact = np.asarray(fig.canvas.buffer_rgba(), int)[..., :3]
-        assert np.abs(rgb - exact).mean() < 1, "the palette shows"
+@every_figure
+def test_save_writes_a_small_png(name, points, tmp_path):
+    fig = FIGURES[name](points)
+    plotting.save(fig, tmp_path / "new" / "figure.png")
+    with Image.open(tmp_path / "new" / "figure.png") as image:
+        assert image.format == "PNG"
+        width, height = fig.get_size_inches() * fig.dpi
+        assert image.size == (int(width), int(height))
+        rgb = np.asarray(image.convert("RGB"), int)
+    assert (rgb[[0, -1]] == 255).all() and (rgb[:, [0, -1]] == 255).all(), "white margins"
+    exact = np.asarray(fig.canvas.buffer_rgba(), int)[..., :3]
+    assert np.abs(rgb - exact).mean() < 1, "the palette shows"
+
+
+def test_the_same_figure_is_the_same_file(points, tmp_path):
+    fig, again = (FIGURES["samples"](points) for _ in range(2))
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for each, file in zip((fig, fig, again), files):
+        plotting.save(each, file)
+    first, *others = (file.read_bytes() for file in files)
+    assert others == [first, first]
 
 
 def test_arrays_that_are_not_numpys_are_drawn(points):
