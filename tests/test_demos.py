@@ -15,6 +15,7 @@ from runs import raising
 from scripts import DEMOS, demo, run
 
 import tinydiff as td
+from tinydiff import plotting
 from tinydiff.checkpoint import load_arrays
 
 PICTURES = ["forward.png", "reverse.png", "samples.png", "training.png"]
@@ -36,7 +37,7 @@ def demos_on_the_path():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Most of a short demo's time, where something else is looked at."""
-    monkeypatch.setattr(td.plotting, "save", lambda figure, path: None)
+    monkeypatch.setattr(plotting, "save", lambda figure, path: None)
 
 
 @pytest.fixture(scope="module")
