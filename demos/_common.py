@@ -166,7 +166,7 @@ class Parser(Plain):
             "the variance of the reverse steps (default: %(default)s)",
         )
         self.process.add_argument(
-            "--schedule", choices=["linear", "cosine"], help="of the noise (default: %(default)s)"
+            "--schedule", choices=td.pretrained.SCHEDULES, help="of the noise (default: %(default)s)"
         )
         self.add_sampling()
 
@@ -225,8 +225,8 @@ def positive(text: str) -> float:
 
 
 def schedules(T: int) -> dict[str, td.NoiseSchedule]:
-    """The choices of --schedule."""
-    return {"linear": td.linear_schedule(T), "cosine": td.cosine_schedule(T)}
+    """The choices of --schedule: those that `td.pretrained.load` makes again from the model's file."""
+    return {name: schedule(T) for name, schedule in td.pretrained.SCHEDULES.items()}
 
 
 def learned_variance(loss: str) -> bool:

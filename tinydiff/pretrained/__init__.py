@@ -19,7 +19,7 @@ from tinydiff.schedules import cosine_schedule, linear_schedule
 __all__ = ["MNIST", "diffusion_from", "load", "mnist"]
 
 MNIST = Path(__file__).parent / "mnist_unet.safetensors"
-SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}  # by their names in metadata
 
 
 def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
