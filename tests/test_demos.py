@@ -523,11 +523,8 @@ def test_the_comparison_leaves_a_table_a_picture_and_the_numbers(compared):
     [
         ("train_toy2d", TOY, 2),  # training, sampling
         ("train_mnist", MNIST, 2),
-        (
-            "compare_schedules",
-            [*COMPARE, "--only", "learned"],
-            11,
-        ),  # training, and for each of two variances five measurements
+        # Training, and for each of two variances five measurements.
+        ("compare_schedules", [*COMPARE, "--only", "learned"], 11),
     ],
 )
 @pytest.mark.usefixtures("no_pictures")

@@ -166,9 +166,7 @@ def test_a_recorded_training_is_the_training(cupy, name, clip_norm):
     assert len(set(losses)) == len(losses)
     for plain, recorded in ((weights, weights_r), (averages, averages_r)):
         for key in plain:
-            if key.endswith(
-                "to_k.bias"
-            ):  # softmax does not feel it: its gradient is rounding, which Adam scales up
+            if key.endswith("to_k.bias"):  # no softmax feels it: its gradient is rounding, which Adam scales
                 continue
             assert_allclose(recorded[key], plain[key], rtol=1e-3, atol=1e-5, err_msg=key)
 

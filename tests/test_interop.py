@@ -193,9 +193,8 @@ def test_former_names_of_attention(directory):
         for new, old in FORMER.items():
             name = name.replace(f".{new}.", f".{old}.")
         former[name] = value
-    assert (
-        sum(name not in state for name in former) == 4 * 4 * 2
-    )  # four attentions, four layers, weight and bias
+    # Of four attentions four layers, each with weight and bias.
+    assert sum(name not in state for name in former) == 4 * 4 * 2
     model = unet_from_diffusers(CONFIG, former)
     for name, value in load_diffusers(directory).state_dict().items():
         assert_array_equal(model.state_dict()[name], value)

@@ -250,9 +250,8 @@ def test_two_calls_before_either_backward(name, data, last_first):
     for i in (1, 0) if last_first else (0, 1):
         dxs[i] = as_tuple(calls[i][1](expected[i][1]))
     for i in range(2):
-        assert_array_equal(
-            calls[i][0], expected[i][0]
-        )  # not overwritten by the other call, nor the backwards
+        # Not overwritten by the other call, nor by the backwards.
+        assert_array_equal(calls[i][0], expected[i][0])
         for j, dx in enumerate(dxs[i]):
             assert_array_equal(dx, expected[i][2][f"x{j}"])
     for key, p in case.parameters.items():

@@ -86,9 +86,8 @@ def exact_flow(schedule, x_T):
         ("edm", "linear", 1.95, 2.05),
     ],
 )
-def test_error_falls_at_the_order_of_the_method(
-    sampler, kind, low, high, prediction
-):  # docs: R.10, R.11, R.12
+def test_error_falls_at_the_order_of_the_method(sampler, kind, low, high, prediction):
+    """docs: R.10, R.11, R.12"""
     schedule = {**SCHEDULES, "log_snr": log_snr_schedule}[kind](4097)
     diffusion = td.GaussianDiffusion(schedule, prediction)
     x_T = np.linspace(-2, 2, 9)[:, None]

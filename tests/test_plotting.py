@@ -151,9 +151,8 @@ def test_samples_and_data_keep_their_sides_and_share_limits(points):
     np.testing.assert_array_equal(offsets(left), points)
     np.testing.assert_array_equal(offsets(right), far)
     assert left.get_xlim() == right.get_xlim() == left.get_ylim() == right.get_ylim()
-    assert max(left.get_xlim()) == pytest.approx(
-        1.1 * np.abs(points).max()
-    )  # of the data, whatever was drawn
+    of_the_data = 1.1 * np.abs(points).max()  # whatever was drawn
+    assert max(left.get_xlim()) == pytest.approx(of_the_data)
     assert "how far" in [text.get_text() for text in fig.texts]
 
 

@@ -144,9 +144,7 @@ def test_training_steps(name, make, dtype, prediction):
     assert float(expected["norm 0"]) > 0.5, "nothing was clipped: the test says less than it should"
     for key, value in expected.items():
         scale = 0.5 if key.startswith("grad of") else None  # relative to all of them, whose norm is now 0.5
-        if (
-            "to_k.bias" in key and scale is None
-        ):  # its gradient is rounding alone, and Adam divides by its size
+        if "to_k.bias" in key and scale is None:  # its gradient is rounding, and Adam divides by its size
             continue
         assert_same(ours[key], value, where, dtype, key, scale=scale)
 
