@@ -287,6 +287,21 @@ def test_pages_cite_identifiers_that_exist(page):
     assert unknown(mentioned) == []
 
 
+# --- papers
+
+
+def test_the_reading_map_refers_to_the_papers_that_it_names():
+    """By first author and year: chapter 9's headings and tables name its references, and no others."""
+    page = (DOCS / "09-reading-map.md").read_text(encoding="utf-8")
+    body, references = page.split("\n## References\n")
+    headings = re.findall(r"^### (.+):", body, re.M)
+    rows = re.findall(r"^\| ([^|]+) \|", body.split("\n### Others\n")[1].split("\n## ")[0], re.M)
+    paper = re.compile(r"([A-Z][\w-]+)(?:(?:,| &| et al)[^\d]*)? (\d{4})")
+    named = {found for text in [*headings, *rows] for found in paper.findall(text)}
+    assert named == {paper.match(entry).groups() for entry in references.split("\n- ")[1:]}
+    assert len(named) > 30
+
+
 # --- links
 
 
