@@ -9,7 +9,8 @@ Where the conventions differ, and what is done about it here:
 - diffusers' linear betas do not scale with T: they are compared for explicit beta_start and beta_end.
 - diffusers clips x0 unless told not to, and clamps fixed_small to 1e-20 (at t = 0, where it adds no noise).
 - diffusers spaces fewer steps "leading" by default; any spacing is a choice of timesteps, and respacing takes
-  it. DDIMScheduler's previous timestep is always t - T // steps, which is right for "leading" only.
+  it. DDIMScheduler's previous timestep is always t - T // steps, which is right for "leading", and for
+  "trailing" where steps divides T.
 """
 
 import numpy as np

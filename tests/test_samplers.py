@@ -526,7 +526,7 @@ def test_ancestral_is_diffusers_with_linspace(kind, prediction, variance, steps,
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 9, 100])
 def test_ddim_is_diffusers_on_the_respaced_chain(prediction, eta, steps, clip):
-    # Its DDIMScheduler takes t - T // steps for the time before t, right for "leading" and "trailing" only.
+    # Its DDIMScheduler takes t - T // steps for the time before t, which is wrong for these (docs: E.16).
     # So it is given the respaced chain and walks all of it.
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     diffusion = td.GaussianDiffusion(td.cosine_schedule(T=100), prediction)
@@ -569,6 +569,24 @@ def test_where_diffusers_ddim_arrives_with_linspace():
     best, x_T = exact_denoiser(diffusion, m=-0.8, s=0.5), np.array([[0.0], [1.0]])
     ends = walk_of_diffusers(torch, scheduler, best, x_T, scheduler.timesteps.tolist())
     assert_allclose([ends[0, 0], ends[1, 0] - ends[0, 0]], [-0.758, 0.419], atol=5e-4)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("spacing", "steps", "agree"),
+    [("leading", 13, True), ("trailing", 10, True), ("trailing", 13, False), ("linspace", 10, False)],
+)
+def test_whether_diffusers_ddim_goes_to_the_time_that_it_shows_next(spacing, steps, agree):
+    """docs: E.16"""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    if tuple(map(int, diffusers.__version__.split(".")[:3])) > (0, 42, 1):
+        pytest.skip("chapter 9 speaks of diffusers 0.42.1")
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    abar, zero, one = scheduler.alphas_cumprod, torch.zeros(1), torch.ones(1)
+    # Of a state without noise a step leaves a'/a.
+    reached = [abar[t] * scheduler.step(zero, t, one).prev_sample[0] ** 2 for t in scheduler.timesteps[:-1]]
+    assert torch.allclose(torch.stack(reached), abar[scheduler.timesteps[1:]], rtol=3e-5, atol=0) == agree
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
