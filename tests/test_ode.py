@@ -7,6 +7,8 @@ anew.
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import array_api_strict as strict
 import numpy as np
@@ -69,6 +71,14 @@ def exact_flow(schedule, x_T):
 # Orders. docs: R.12
 
 
+def errors_of_the_page():
+    """Chapter 6's table: by schedule and sampler, the errors and the fitted order."""
+    page = (Path(__file__).parents[1] / "docs" / "06-sampling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (linear|cosine|even).* \| `(.+)` \| [12] \| (0\..+) \|$", page, re.M)
+    name = {"linear": "linear", "cosine": "cosine", "even": "log_snr"}
+    return {(name[kind], sampler): [float(x) for x in row.split("|")] for kind, sampler, row in rows}
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     ("sampler", "kind", "low", "high"),
@@ -84,6 +94,7 @@ def exact_flow(schedule, x_T):
         ("heun", "cosine", 1.95, 2.05),
         ("edm", "log_snr", 1.95, 2.1),
         ("edm", "linear", 1.95, 2.05),
+        ("edm", "cosine", 2.95, 3.05),  # not yet where its order shows
     ],
 )
 def test_error_falls_at_the_order_of_the_method(sampler, kind, low, high, prediction):
@@ -94,7 +105,10 @@ def test_error_falls_at_the_order_of_the_method(sampler, kind, low, high, predic
     truth = exact_flow(schedule, x_T)
     denoise = GAUSSIAN.denoiser(diffusion)
     errors = [rms(at_first_time(denoise, diffusion, sampler, taus(4097, n), x_T) - truth) for n in COUNTS]
-    assert low < order(errors) < high
+    *stated, fitted = errors_of_the_page()[kind, sampler]
+    assert_array_equal([float(f"{error:.2g}") for error in errors], stated)
+    assert abs(order(errors) - fitted) < 0.006
+    assert low < fitted < high
     assert errors[-1] < (1e-2 if sampler == "ddim" else 3e-3)
 
 
