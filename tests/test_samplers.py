@@ -344,14 +344,14 @@ def test_a_chain_that_ends_in_pure_noise_needs_x0_or_v():
                 progress=False,
             )
             assert np.all(np.isfinite(x))
-    with pytest.raises(ValueError, match="alphas_cumprod is 0"):
-        td.sample(
-            lambda x, t: x,
-            td.GaussianDiffusion(schedule),
-            (3, 2),
-            rng=np.random.default_rng(0),
-            progress=False,
-        )
+    eps, x = td.GaussianDiffusion(schedule), np.ones((3, 2))
+    for steps in (None, 4):  # the time is named at the call, as the caller counts it
+        for asks in (
+            lambda n: td.iterate_samples(lambda x, t: x, eps, x.shape, steps=n, rng=np.random.default_rng(0)),
+            lambda n: td.ode_log_likelihood(lambda x, t: (x, lambda dy: dy), eps, x, n, progress=False),
+        ):
+            with pytest.raises(ValueError, match="says nothing of x0 at t = 9, where alphas_cumprod is 0"):
+                asks(steps)
 
 
 # What is refused

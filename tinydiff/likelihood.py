@@ -42,7 +42,7 @@ from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module
-from tinydiff.samplers import angles, respaced
+from tinydiff.samplers import angles, check_signal, respaced
 
 __all__ = ["ode_log_likelihood"]
 
@@ -113,6 +113,7 @@ def ode_log_likelihood(
         check_rng(rng)
     check_like_model(model, x=x)
     walk, timesteps = respaced(diffusion, steps)
+    check_signal(walk, timesteps)
     phi = np.concat([[0.0], angles(walk)])
     directions = list(_signs(x, probes, rng)) if probes is not None else None
     v, trace = 0.0 * x, np.zeros(x.shape[0])

@@ -62,7 +62,16 @@ from tinydiff.nn.module import Module, weight_of
 from tinydiff.parallel import shared_out
 from tinydiff.schedules import evenly_spaced_timesteps
 
-__all__ = ["SAMPLERS", "SamplerState", "angles", "invert", "iterate_samples", "respaced", "sample"]
+__all__ = [
+    "SAMPLERS",
+    "SamplerState",
+    "angles",
+    "check_signal",
+    "invert",
+    "iterate_samples",
+    "respaced",
+    "sample",
+]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "heun", "edm")
 
@@ -120,6 +129,7 @@ def iterate_samples(
             f"sampler is 'edm', whose clock s/a is infinite at t = {timesteps[-1]}, where alphas_cumprod is "
             "0; expected one of the others ('heun' has a clock that is finite there)."
         )
+    check_signal(walk, timesteps)
     x = standard_normal(rng, shape, _like(denoise)) if x_T is None else x_T
     return _states(_estimator(denoise, walk, timesteps, clip), walk, timesteps, x, sampler, rng, eta)
 
@@ -206,6 +216,15 @@ def respaced(
         timesteps = evenly_spaced_timesteps(diffusion.T, timesteps)
     schedule = diffusion.schedule.respace(timesteps)
     return GaussianDiffusion(schedule, diffusion.prediction, diffusion.variance), np.asarray(timesteps)
+
+
+def check_signal(walk: GaussianDiffusion, timesteps: np.ndarray) -> None:
+    """ValueError if the walk meets pure noise and the network says eps: nothing of x0.  (docs: F.7)"""
+    if walk.prediction == "eps" and walk.schedule.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            f"diffusion has prediction 'eps', which says nothing of x0 at t = {timesteps[-1]}, where "
+            "alphas_cumprod is 0; expected 'x0' or 'v', or steps that end before."
+        )
 
 
 def _estimator(
