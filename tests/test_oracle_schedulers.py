@@ -106,6 +106,15 @@ def test_ancestral_step(kind, prediction, variance, clip):
             assert_allclose(diffusion.predict_x0(x_t, t, output), x0, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 999, 1000])
+def test_evenly_spaced_is_linspace_but_for_a_single_step(steps):
+    scheduler = diffusers.DDPMScheduler(timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    ours = evenly_spaced_timesteps(1000, steps).tolist()
+    assert scheduler.timesteps.tolist() == ([0] if steps == 1 else ours[::-1])
+    assert ours[-1] == 999
+
+
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("prediction", PREDICTION_TYPE)

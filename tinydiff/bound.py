@@ -301,8 +301,9 @@ def step_term(
     Raises
     ------
     ValueError
-        If an argument does not fit; the message names it. Also if the output is eps at a t where abar_t is
-        exactly 0, or if the decoder is ``"8bit"`` and `x0` at t = 0 is not 8-bit data.
+        If an argument does not fit; the message names it. Also if the output is eps at a t where that says
+        nothing of x_0 (`GaussianDiffusion.predict_x0`), or if the decoder is ``"8bit"`` and `x0` at t = 0 is
+        not 8-bit data.
     """
     check_decoder(decoder)
     xp = array_namespace(x0)

@@ -279,7 +279,8 @@ class GaussianDiffusion:
         Raises
         ------
         ValueError
-            Besides the usual, if `output` is eps where abar_t is exactly 0: nothing of x_0 is in x_t then.
+            Besides the usual, if `output` is eps where a is 0, or too small for the dtype to divide by:
+            nothing of x_0 is in x_t then.
         """
         x_t, output, given = self._prediction_of(x_t, output, given)
         a, s = self._rates(x_t, t)
@@ -343,7 +344,8 @@ class GaussianDiffusion:
         Raises
         ------
         ValueError
-            Besides the usual, if `output` is eps where abar_t is exactly 0: v is -x_0 then.
+            Besides the usual, if `output` is eps where a is 0, or too small for the dtype to divide by: v is
+            -x_0 then.
         """
         x_t, output, given = self._prediction_of(x_t, output, given)
         a, s = self._rates(x_t, t)
@@ -386,7 +388,7 @@ class GaussianDiffusion:
         Raises
         ------
         ValueError
-            Besides the usual, if `output` is eps where abar_t is exactly 0 (see `predict_x0`).
+            Besides the usual, if `output` is eps where that says nothing of x_0 (see `predict_x0`).
         """
         x0 = self.predict_x0(x_t, t, output)
         if clip:

@@ -243,9 +243,9 @@ def evenly_spaced_timesteps(T: int, steps: int) -> np.ndarray:
 
     Notes
     -----
-    diffusers calls this ``timestep_spacing="linspace"``. Its default for DDPM and DDIM is ``"leading"``,
-    0, r, 2r, ... with r = T // steps, which leaves out T-1: sampling then starts from pure noise at a
-    timestep where the network expects some signal.
+    diffusers calls this ``timestep_spacing="linspace"``, but takes 0 for a single step. Its default for DDPM
+    and DDIM is ``"leading"``, 0, r, 2r, ... with r = T // steps, which leaves out T-1: sampling then starts
+    from pure noise at a timestep where the network expects some signal.
     """
     T = _checked_count("T", T)
     steps = _checked_count("steps", steps)
