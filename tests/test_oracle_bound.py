@@ -83,7 +83,7 @@ def test_elementwise_terms(seed, broadcast):
             assert_close(ours_gradient, gradient)
 
 
-def term(diffusion, output, x0, x_t, t, decoder, stop_mean=False):
+def term(diffusion, output, x0, x_t, t, decoder, clip=False, stop_mean=False):
     """One sample's term, from Ho et al. (2020) and Nichol & Dhariwal (2021), in torch."""
     beta = torch.tensor(diffusion.schedule.betas)
     abar = torch.cumprod(1 - beta, 0)
@@ -96,6 +96,7 @@ def term(diffusion, output, x0, x_t, t, decoder, stop_mean=False):
     guess = {"eps": (x_t - s * prediction) / a, "x0": prediction, "v": a * x_t - s * prediction}[
         diffusion.prediction
     ]
+    guess = guess.clamp(-1, 1) if clip else guess
     if stop_mean:
         guess = guess.detach()
     if diffusion.variance == "learned_range":
@@ -127,32 +128,38 @@ def test_terms_and_losses(prediction, variance, decoder, seed):
     diffusion = GaussianDiffusion(NoiseSchedule([0.05, 0.1, 0.2, 0.4]), prediction, variance)
     output, x0, t, noise, x_t = batch(diffusion, decoder, seed)
 
-    def terms(o, stop_mean=False):
+    def terms(o, **how):
         rows = [
-            term(diffusion, o[n], torch.tensor(x0[n]), torch.tensor(x_t[n]), int(t[n]), decoder, stop_mean)
+            term(diffusion, o[n], torch.tensor(x0[n]), torch.tensor(x_t[n]), int(t[n]), decoder, **how)
             for n in range(5)
         ]
         return torch.stack(rows)
 
-    value, (gradient,), dy = with_gradients(terms, output)
-    own, backward = step_term(diffusion, output, x0, x_t, t, decoder)
-    assert_close(own, value)
-    assert_close(backward(dy), gradient)
+    for clip in (False, True):
+        value, (gradient,), dy = with_gradients(lambda o, clip=clip: terms(o, clip=clip), output)
+        own, backward = step_term(diffusion, output, x0, x_t, t, decoder, clip)
+        assert_close(own, value)
+        assert_close(backward(dy), gradient)
 
     scale = 4 / (8 * math.log(2))  # T / (D log 2)
-    value, (gradient,), _ = with_gradients(lambda o: scale * terms(o).mean(), output)
-    own, own_gradient = vlb_loss(diffusion, output, x0, t, noise, decoder=decoder)
+    weights = np.array([0.5, 2.0, 0.0, 1.0, 3.0])
+    value, (gradient,), _ = with_gradients(
+        lambda o: scale * (torch.tensor(weights) * terms(o)).mean(), output
+    )
+    own, own_gradient = vlb_loss(diffusion, output, x0, t, noise, decoder=decoder, weights=weights)
     assert_close(own, value)
     assert_close(own_gradient, gradient)
 
     if variance == "learned_range":
         target = torch.tensor(diffusion.training_target(x0, t, noise))
 
-        def hybrid(o):
-            simple = torch.nn.functional.mse_loss(o[..., :2], target)
-            return simple + 0.3 * scale * terms(o, stop_mean=True).mean()
+        def hybrid(o):  # the weights are those of L_simple
+            simple = torch.tensor(weights) * ((o[..., :2] - target) ** 2).mean(dim=(1, 2, 3))
+            return simple.mean() + 0.3 * scale * terms(o, stop_mean=True).mean()
 
         value, (gradient,), _ = with_gradients(hybrid, output)
-        own, own_gradient = hybrid_loss(diffusion, output, x0, t, noise, vlb_weight=0.3, decoder=decoder)
+        own, own_gradient = hybrid_loss(
+            diffusion, output, x0, t, noise, vlb_weight=0.3, decoder=decoder, weights=weights
+        )
         assert_close(own, value)
         assert_close(own_gradient, gradient)
