@@ -67,7 +67,8 @@ class GaussianDiffusion:
         The variance of the reverse steps (Ho et al. 2020, section 3.2): the posterior's beta~_t, right if the
         data is a single point, or beta_t, right if the data is standard normal. Or learned (Nichol & Dhariwal
         2021, eq. 15): the network's output has twice the data's size on the last axis. The first half is the
-        prediction; the second is nu, -1 to 1, which moves each element's log-variance between those two.
+        prediction; the second is nu, which takes each element's log-variance from the one of those two, at
+        -1, to the other, at 1, and is not clipped: beyond, the variance lies outside.
 
     Attributes
     ----------
@@ -382,8 +383,9 @@ class GaussianDiffusion:
         mean : array, shape of `x_t`
             At t = 0 the estimate of x_0 itself.
         variance : array, shape (N, 1, ..., 1), or of `x_t` if learned
-            beta~_t or beta_t, by ``self.variance``, or in between, element by element. At t = 0 the first is
-            0 and the second is beta_0, but a sampler adds no noise after the last step.
+            beta~_t or beta_t, by ``self.variance``, or what nu makes of the two, element by element
+            (`model_log_variance`). At t = 0 the first is 0 and the second is beta_0, but a sampler adds no
+            noise after the last step.
 
         Raises
         ------
