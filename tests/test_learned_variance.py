@@ -187,15 +187,23 @@ def test_vlb_loss_is_the_bound_in_bits_per_dimension(prediction, variance, seed)
     assert_central_differences_agree(Case(loss, [frozen(output)]), np.random.default_rng(seed))
 
 
+@pytest.mark.parametrize("decoder", ["density", "8bit"])
 @every_prediction
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(seed=seeds)
-def test_hybrid_loss_stops_the_mean(prediction, seed):
+def test_hybrid_loss_stops_the_mean(prediction, decoder, seed):
     diffusion = GaussianDiffusion(linear_schedule(6), prediction, "learned_range")
     output, x0, t, noise, _ = batch(diffusion, (4, 3), seed)
-    value, gradient = hybrid_loss(diffusion, output, x0, t, noise, vlb_weight=0.5)
-    simple, simple_gradient = simple_loss(diffusion, output, x0, t, noise)
-    vlb, vlb_gradient = vlb_loss(diffusion, output, x0, t, noise)
+    x0 = 2 * np.round(np.clip(x0, -1, 1) * 127.5 + 127.5) / 255 - 1  # 8-bit levels
+    weights = np.random.default_rng(seed).uniform(0.1, 2, 4)  # of L_simple only
+
+    def hybrid(output):
+        how = dict(vlb_weight=0.5, decoder=decoder, weights=weights)
+        return hybrid_loss(diffusion, output, x0, t, noise, **how)
+
+    value, gradient = hybrid(output)
+    simple, simple_gradient = simple_loss(diffusion, output, x0, t, noise, weights)
+    vlb, vlb_gradient = vlb_loss(diffusion, output, x0, t, noise, decoder=decoder)
     assert_allclose(value, simple + 0.5 * vlb, rtol=1e-12)
     # On the prediction nothing but L_simple, though L_vlb would have something to say;
     assert_array_equal(gradient[:, :3], simple_gradient[:, :3])
@@ -205,8 +213,7 @@ def test_hybrid_loss_stops_the_mean(prediction, seed):
     for index in np.ndindex(4, 3):
         step = np.zeros_like(output)
         step[index[0], 3 + index[1]] = h
-        up, _ = hybrid_loss(diffusion, output + step, x0, t, noise, vlb_weight=0.5)
-        down, _ = hybrid_loss(diffusion, output - step, x0, t, noise, vlb_weight=0.5)
+        up, down = hybrid(output + step)[0], hybrid(output - step)[0]
         assert_allclose(
             gradient[index[0], 3 + index[1]], (up - down) / (2 * h), rtol=1e-6, atol=1e-6 * abs(value)
         )
