@@ -367,6 +367,21 @@ def test_log_likelihood_at_second_order_in_the_number_of_steps():
     assert errors[-1] < 2e-4
 
 
+def test_a_density_of_grey_levels_is_told_in_bits():
+    """Noise of a level's width, and D log(127.5) to minus the log-density: the code length of the level."""
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(100), "v")
+    levels = 2 * np.array([[200, 230], [180, 215], [217, 255]]) / 255 - 1
+    width = (np.linspace(-1, 1, 5)[:-1] + 0.25) / 255  # of a smooth density four points tell the mean
+    noisy = levels + np.stack(np.meshgrid(width, width), axis=-1).reshape(-1, 1, 2)
+    data = GaussianMixture([1.0], [[M, M]], S**2)
+    found = ode_log_likelihood(
+        with_backward(data, diffusion), diffusion, noisy.reshape(-1, 2), progress=False
+    )
+    nats = 2 * math.log(127.5) - np.mean(found.reshape(-1, 3), axis=0)
+    interval = stats.norm(M, S).cdf(levels + 1 / 255) - stats.norm(M, S).cdf(levels - 1 / 255)
+    assert_allclose(nats, -np.sum(np.log(interval), axis=1), atol=1e-3)
+
+
 class AllSigns:
     """Draws every one of the 2^D sign vectors in turn, where a numpy.random.Generator is expected."""
 
