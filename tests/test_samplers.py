@@ -120,6 +120,94 @@ def test_every_walk_is_the_closed_recursion(choice, prediction, kind, T, data, s
     assert_array_equal(x_T, start)  # the caller's array is left alone
 
 
+def walk_of_the_papers(network, abar, times, x, prediction, variance, sampler, eta, clip, rng):
+    """Each sampler as it stands in its paper, of a network that is not linear; the notation is theirs.
+
+    Ho et al. 2020, eq. 7 and algorithm 2; Nichol & Dhariwal 2021, eq. 15; Song, Meng & Ermon 2021, eq. 12 and
+    16; Lu et al. 2022, algorithm 2; Karras et al. 2022, algorithm 1.
+    """
+
+    def seen(x, t):
+        output = network(x, np.full(len(x), t))
+        y, a, s = output[:, :2], np.sqrt(abar[t]), np.sqrt(1 - abar[t])
+        x0 = {"eps": (x - s * y) / a, "x0": y, "v": a * x - s * y}[prediction]
+        x0 = np.clip(x0, -1, 1) if clip else x0
+        return x0, (x - a * x0) / s, output[:, 2:]
+
+    before = None  # lambda and the data of the step before
+    for t, u in zip(times[::-1], times[-2::-1]):
+        (x0, eps, nu), z = seen(x, t), rng.standard_normal(x.shape) if sampler == "ddpm" or eta else 0
+        beta = 1 - abar[t] / abar[u]
+        small = beta * (1 - abar[u]) / (1 - abar[t])
+        (alpha, sigma), (alpha_u, sigma_u) = (np.sqrt([abar[i], 1 - abar[i]]) for i in (t, u))
+        if sampler == "ddpm":
+            v = {"fixed_small": 0, "fixed_large": 1}.get(variance, (nu + 1) / 2)
+            mean = alpha_u * beta / (1 - abar[t]) * x0 + np.sqrt(1 - beta) * sigma_u**2 / (1 - abar[t]) * x
+            x = mean + np.exp((v * np.log(beta) + (1 - v) * np.log(small)) / 2) * z
+        elif sampler == "ddim":
+            x = alpha_u * x0 + np.sqrt(1 - abar[u] - eta**2 * small) * eps + eta * np.sqrt(small) * z
+        elif sampler == "dpm++":
+            lam, h = np.log(alpha / sigma), np.log(alpha_u / sigma_u) - np.log(alpha / sigma)
+            D = x0
+            if before is not None:
+                r = (lam - before[0]) / h
+                D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before[1]
+            before = lam, x0
+            x = sigma_u / sigma * x - alpha_u * np.expm1(-h) * D
+        else:
+            x0_u, eps_u, _ = seen(alpha_u * x0 + sigma_u * eps, u)
+            if sampler == "edm":
+                x = alpha_u * (x / alpha + (sigma_u / alpha_u - sigma / alpha) * (eps + eps_u) / 2)
+            else:
+                v, v_u = alpha * eps - sigma * x0, alpha_u * eps_u - sigma_u * x0_u
+                x = x + (np.arctan2(sigma_u, alpha_u) - np.arctan2(sigma, alpha)) * (v + v_u) / 2
+    return seen(x, times[0])[0]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("sampler", "eta", "variance"),
+    [
+        *(("ddpm", 0.0, variance) for variance in ("fixed_small", "fixed_large", "learned_range")),
+        *(("ddim", eta, "learned_range") for eta in (0.0, 0.4, 1.0)),
+        *((sampler, 0.0, "learned_range") for sampler in ("dpm++", "heun", "edm")),
+    ],
+)
+def test_every_step_is_that_of_its_paper(sampler, eta, variance, prediction):
+    """Of any network, with and without clipping, at times as uneven as one likes."""
+    rng = np.random.default_rng(0)
+    W, M = rng.standard_normal((2, 2)), rng.standard_normal((2, 4 if variance == "learned_range" else 2))
+    network = lambda x, t: np.tanh(x @ W + np.sin(0.37 * t)[:, None]) @ M  # noqa: E731
+    x_T = rng.standard_normal((5, 2))
+    for kind, T, times in [("linear", 1, [0]), ("cosine", 2, [0, 1]), ("linear", 1000, [2, 3, 40, 700, 999])]:
+        diffusion = td.GaussianDiffusion(SCHEDULES[kind](T), prediction, variance)
+        for clip in (False, True):
+            states = td.iterate_samples(
+                network,
+                diffusion,
+                (5, 2),
+                sampler,
+                times,
+                rng=np.random.default_rng(1),
+                eta=eta,
+                clip=clip,
+                x_T=x_T,
+            )
+            expected = walk_of_the_papers(
+                network,
+                diffusion.schedule.alphas_cumprod,
+                times,
+                x_T,
+                prediction,
+                variance,
+                sampler,
+                eta,
+                clip,
+                np.random.default_rng(1),
+            )
+            assert_allclose(list(states)[-1].x, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("sampler", "eta", "variance"), CHOICES)
 def test_samples_have_the_mean_and_variance_of_the_recursion(sampler, eta, variance, prediction):

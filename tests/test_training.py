@@ -148,6 +148,7 @@ def test_the_loop_is_algorithm_1_written_out():
         ("simple", {"min_snr_gamma": 0.7}),
         ("hybrid", {}),
         ("hybrid", {"min_snr_gamma": 0.7}),
+        ("hybrid", {"decoder": "8bit"}),
         ("vlb", {}),
         ("vlb", {"decoder": "8bit"}),
         ("vlb", {"t_sampler": ...}),
@@ -170,15 +171,14 @@ def test_training_loss_draws_and_weighs_as_its_options_say(loss, options):
     backward()
     output, _ = model(LEARNED.q_sample(levels, t, noise), t)
     given = (LEARNED, output, levels, t, noise)
+    decoder = options.get("decoder", "density")
     if loss == "vlb":
-        decoder = options.get("decoder", "density")
         expected, gradient = td.vlb_loss(*given, decoder=decoder, weights=weights)
     else:
         gamma = options.get("min_snr_gamma")
         weights = None if gamma is None else td.min_snr_weight(LEARNED, t, gamma)
-        expected, gradient = {"simple": td.simple_loss, "hybrid": td.hybrid_loss}[loss](
-            *given, weights=weights
-        )
+        how = dict(weights=weights) | (dict(decoder=decoder) if loss == "hybrid" else {})
+        expected, gradient = {"simple": td.simple_loss, "hybrid": td.hybrid_loss}[loss](*given, **how)
     assert value == expected
     assert_allclose(model.linear_out.bias.grad, gradient.sum(axis=0), rtol=1e-12)
 
