@@ -115,6 +115,22 @@ def test_evenly_spaced_is_linspace_but_for_a_single_step(steps):
     assert ours[-1] == 999
 
 
+@pytest.mark.parametrize(
+    ("cls", "times"),
+    [
+        ("DDPMScheduler", [0, 200, 400, 600, 800]),
+        ("DDIMScheduler", [0, 200, 400, 600, 800]),
+        ("DPMSolverMultistepScheduler", [200, 400, 599, 799, 999]),
+        ("EulerDiscreteScheduler", [0, 249.75, 499.5, 749.25, 999]),
+    ],
+)
+def test_which_end_is_left_out_by_default(cls, times):
+    scheduler = getattr(diffusers, cls)()
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps.tolist() == times[::-1]
+    assert evenly_spaced_timesteps(1000, 5).tolist() == [0, 250, 500, 749, 999]
+
+
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("prediction", PREDICTION_TYPE)

@@ -337,10 +337,10 @@ def sample(
     batch of one shape, and replayed from then on. The recordings of the last two shapes stay with the model,
     and each holds the memory that one pass takes. ``TINYDIFF_RECORD=0``: nothing is recorded.
 
-    Two differences from diffusers' schedulers. They space their times differently by default ("leading");
-    here both ends of the schedule are always walked through, as in Nichol & Dhariwal (2021, section 4). And
-    with `clip`, DDIM's eps is taken from the clipped x0, so that the two belong together; there only with
-    ``use_clipped_model_output=True``.
+    Two differences from diffusers' schedulers. By default DDPM's and DDIM's leave out the last of the times
+    ("leading"), and DPM-Solver's the first, 0; here both ends of the schedule are always walked through, as
+    in Nichol & Dhariwal (2021, section 4). And with `clip`, DDIM's eps is taken from the clipped x0, so that
+    the two belong together; there only with ``use_clipped_model_output=True``.
     """
     from tqdm import tqdm
 
