@@ -132,6 +132,22 @@ def test_gradient_of_the_discretised_decoder_where_probabilities_underflow():
     assert_allclose(dlog_variance, [-mills * near / 2], rtol=1e-9)
 
 
+@pytest.mark.parametrize(("mean", "sigma"), [(0.0, 0.01), (0.0, 0.0074), (0.3, 0.1), (-1.0, 0.01)])
+def test_the_papers_decoder_is_this_one_near_the_mean_and_has_a_floor(mean, sigma):
+    """Ho et al.'s code takes a tanh for Phi, and log of at least 1e-12; what chapter 13 says of it."""
+
+    def cdf(x):
+        z = (x - mean) / sigma
+        return (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2
+
+    upper = np.where(LEVELS == 1, 1, cdf(LEVELS + 1 / 255))
+    lower = np.where(LEVELS == -1, 0, cdf(LEVELS - 1 / 255))
+    theirs = -np.log(np.maximum(upper - lower, 1e-12))
+    ours, _ = discretized_gaussian_nll(LEVELS, np.full(256, mean), np.full(256, 2 * math.log(sigma)))
+    assert np.max(np.abs(ours - theirs)[np.abs(LEVELS - mean) < 2 * sigma]) < 0.01
+    assert abs(np.max(theirs) - 27.6) < 0.05 and np.max(ours) > 3 * np.max(theirs)
+
+
 def test_only_levels_are_decoded():
     ones = np.ones(2)
     for x in ([0.0, 0.5], [1.1, 1.0], [np.nan, 1.0], [-1 - 2 / 255, -1.0], [1 + 2 / 255, 1.0], [np.inf, 1.0]):
