@@ -677,6 +677,20 @@ def test_whether_diffusers_ddim_goes_to_the_time_that_it_shows_next(spacing, ste
     assert torch.allclose(torch.stack(reached), abar[scheduler.timesteps[1:]], rtol=3e-5, atol=0) == agree
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize(("variance", "levels"), [("fixed_small", 0.0), ("fixed_large", 41.0)])
+def test_the_grain_that_diffusers_leaves_with_trailing_times(variance, levels):
+    """docs: E.9"""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    if tuple(map(int, diffusers.__version__.split(".")[:3])) > (0, 42, 1):
+        pytest.skip("chapter 9 speaks of diffusers 0.42.1")
+    scheduler = diffusers.DDPMScheduler(timestep_spacing="trailing", variance_type=variance)
+    scheduler.set_timesteps(10)
+    grey = torch.zeros(1, 100_000)
+    last = scheduler.step(grey, scheduler.timesteps[-1], grey, generator=torch.Generator().manual_seed(0))
+    assert abs(float(torch.std(last.prev_sample - last.pred_original_sample)) * 127.5 - levels) < 0.5
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_a_variance_that_rounds_to_more_than_the_noise_there_is(sampler):
     """beta~_1 is 1 - abar_0 but for 1e-20 of it; here it is rounded up, and nothing is left for eps."""
