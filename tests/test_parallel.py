@@ -434,6 +434,20 @@ def test_sampling_is_the_same_shared_or_not():
     assert_close(draw(2), draw(1), "the samples", 1e-9)
 
 
+def test_to_predict_moves_no_weights():
+    """Or another thread that trains the model loses the step which it makes meanwhile."""
+    model = unet()
+    before = [p.value for p in model.named_parameters().values()]
+    with shared_out(model, 4, 2, to_predict=True) as shared:
+        shared.predict(*batch(4, np.random.default_rng(0)))
+        assert all(p.value is value for p, value in zip(model.named_parameters().values(), before))
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(2), prediction="v")
+    how = dict(rng=np.random.default_rng(0), workers=2, progress=False)
+    x = td.sample(model, diffusion, (4, 6, 6, 1), **how)
+    td.variational_bound(model, diffusion, x, **how)
+    assert all(p.value is value for p, value in zip(model.named_parameters().values(), before))
+
+
 def test_training_is_the_same_shared_or_not():
     """To rounding; and bit for bit with the same number of processes."""
     diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")

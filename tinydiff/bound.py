@@ -455,7 +455,7 @@ def variational_bound(
     sums, counts = np.zeros(T), np.zeros(T, dtype=np.int64)
     with (
         many_steps(),
-        shared_out(denoise, min(n, batch_size), workers) as shared,
+        shared_out(denoise, min(n, batch_size), workers, to_predict=True) as shared,
         tqdm(total=n * draws, desc="bound", unit="term", disable=not progress, leave=False) as bar,
     ):
         predict: Any = shared.predict if isinstance(denoise, Module) else shared

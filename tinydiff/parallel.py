@@ -310,7 +310,9 @@ def _in_shared_memory(parameters: list[Parameter]) -> list[np.ndarray]:
 
 
 @contextmanager
-def shared_out(model: Any, batch_size: int, workers: int | None = None) -> Iterator[Any]:
+def shared_out(
+    model: Any, batch_size: int, workers: int | None = None, *, to_predict: bool = False
+) -> Iterator[Any]:
     """`model`, or a `DataParallel` of it where that is worth it and can be done.
 
     Parameters
@@ -323,6 +325,8 @@ def shared_out(model: Any, batch_size: int, workers: int | None = None) -> Itera
     workers : int, optional
         Number of processes. Default: on Linux as many as BLAS would use threads, each with at least four
         images, or with so many points that there are 2**23 multiplications for it in a pass; 1 elsewhere.
+    to_predict : bool
+        The weights stay as they are, and where they are: another thread may train the model meanwhile.
     """
     if workers is None:
         workers = _reasonable(model, batch_size)
@@ -331,8 +335,16 @@ def shared_out(model: Any, batch_size: int, workers: int | None = None) -> Itera
     if workers == 1 or isinstance(model, DataParallel):
         yield model
         return
-    with DataParallel(model, workers) as crew:
+    with DataParallel(_apart(model) if to_predict else model, workers) as crew:
         yield crew
+
+
+def _apart(model: Any) -> Any:
+    """A copy whose parameters are its own, and hold the same arrays until they are given others."""
+    values = [parameter.value for parameter in model.named_parameters().values()]
+    copied = copy.deepcopy(model, {id(value): value for value in values})
+    copied.zero_grad()
+    return copied
 
 
 def _reasonable(model: Any, batch_size: int) -> int:

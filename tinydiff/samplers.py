@@ -376,7 +376,7 @@ def sample(
     state: Any = None
     try:
         with (
-            shared_out(denoise, min(size, total), workers) as shared,
+            shared_out(denoise, min(size, total), workers, to_predict=True) as shared,
             tqdm(total=steps_in_all, desc="sampling", unit="step", disable=not progress, leave=False) as bar,
         ):
             for start in starts:
