@@ -401,6 +401,9 @@ def test_what_cannot_be_shared_is_refused():
     for workers in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="workers"):
             DataParallel(model, workers)
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(2))
+    with pytest.raises(TypeError, match="model is a function; expected a UNet"):
+        td.sample(lambda x, t: x, diffusion, (4, 2), rng=np.random.default_rng(0), workers=2)
     strict = pytest.importorskip("array_api_strict")
     model.to(strict, strict.float64)
     with pytest.raises(ValueError, match="NumPy"):

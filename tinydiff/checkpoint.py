@@ -153,8 +153,9 @@ def save_model(
     IsADirectoryError
         If `path` is a directory.
     """
-    if type(model).__name__ not in MODELS:
-        raise TypeError(f"model is a {type(model).__name__}; expected one of {', '.join(MODELS)}.")
+    if type(model) not in MODELS.values():
+        expected = f"one of {', '.join(MODELS)}, of tinydiff's own"
+        raise TypeError(f"model is a {type(model).__name__}; expected {expected}.")
     about = {"model": type(model).__name__, "config": model.config}  # type: ignore[attr-defined]
     save_arrays(path, model.state_dict(), {**(metadata or {}), **about})
 

@@ -39,6 +39,7 @@ from tinydiff._together import cut, groups
 from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import alone, threads_in_reach
 from tinydiff.models import MLP, UNet
+from tinydiff.models._checks import check_model
 from tinydiff.nn.module import Module, Parameter, derivative_of, keeping, once
 
 __all__ = ["DataParallel", "WorkerError", "shared_out"]
@@ -335,6 +336,7 @@ def shared_out(
     if workers == 1 or isinstance(model, DataParallel):
         yield model
         return
+    check_model(model)
     with DataParallel(_apart(model) if to_predict else model, workers) as crew:
         yield crew
 
