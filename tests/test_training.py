@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import sys
+import tracemalloc
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -830,6 +831,21 @@ def test_pictures_that_were_not_scaled_are_noticed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         td.train(small_mlp(), DIFFUSION, data / 127.5 - 1, **SETTINGS)
+
+
+def test_data_mapped_from_a_file_is_looked_at_part_by_part(tmp_path):
+    """It may be larger than memory, and so may what is as long as it is."""
+    data = np.memmap(tmp_path / "data", np.float32, "w+", shape=(2**14, 256))
+    model = td.MLP(256, hidden=4, blocks=1, time_features=4)
+    tracemalloc.start()
+    try:
+        td.train(model, DIFFUSION, data, steps=1, batch_size=4, progress=False)
+        assert tracemalloc.get_traced_memory()[1] < data.nbytes / 8  # a byte for each number is a quarter
+    finally:
+        tracemalloc.stop()
+    data[-1, -1] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        td.train(model, DIFFUSION, data, steps=1, batch_size=4, progress=False)
 
 
 LATE = {

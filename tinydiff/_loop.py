@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -345,8 +345,13 @@ def _check_values(name: str, values: Array) -> None:
         raise ValueError(
             f"{name} has dtype {values.dtype}; expected a real floating one (of 8-bit images, x / 127.5 - 1)."
         )
-    if is_numpy_array(values) and not np.isfinite(values).all():
+    if is_numpy_array(values) and not all(np.isfinite(part).all() for part in _parts(values)):
         raise ValueError(f"{name} holds numbers that are not finite.")
+
+
+def _parts(values: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
+    """A file mapped into memory may be larger than it: what is asked of all of it is asked part by part."""
+    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def beside(data: Data, like: Array) -> Data:
