@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,16 @@ def test_until_the_new_file_is_whole_the_old_one_stands(path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_threads_that_write_the_same_file_do_not_meet(path, monkeypatch):
+    both_are_writing = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: both_are_writing.wait())
+    contents = [b"one" * 1000, b"the other"]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda content: replace_file(path, content), contents))
+    assert path.read_bytes() in contents
+    assert os.listdir(path.parent) == [path.name]
+
+
 def test_permissions_are_those_of_any_new_file(path):
     before = os.umask(0o027)
     try:
