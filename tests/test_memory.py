@@ -312,6 +312,20 @@ def test_available_memory_is_the_least_of_system_and_group(tmp_path, limit, used
     assert memory.available_memory(tmp_path) == expected
 
 
+@pytest.mark.parametrize("limited", ["slurm/job_1/step", "slurm/job_1", "slurm", "."])
+def test_a_limit_on_any_group_around_this_process_counts(tmp_path, limited):
+    """A job of a cluster, or what systemd-run starts, is in a group below the mounted one."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:    2048 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n0::/slurm/job_1/step\n")
+    for group in ("slurm/job_1/step", "slurm/job_1", "slurm", "."):
+        folder = tmp_path / "sys/fs/cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text("1000000\n" if group == limited else "max\n")
+        (folder / "memory.current").write_text("250000\n")
+    assert memory.available_memory(tmp_path) == 750000
+
+
 def test_available_memory_here():
     free = memory.available_memory()
     assert free is None or free >= 0

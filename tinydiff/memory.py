@@ -151,7 +151,8 @@ def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes of host memory that this process may still take, or None where the system does not say.
 
     On Linux what the kernel estimates to be free without swapping, or what is left of the limit of this
-    process' control group (that of a container), if that is less.
+    process' control group (that of a container, or of a job of a cluster), or of one around it, if that is
+    less.
     """
     found = []
     try:
@@ -161,8 +162,18 @@ def available_memory(root: Path = Path("/")) -> int | None:
     except OSError:
         if sys.platform != "win32" and "SC_AVPHYS_PAGES" in os.sysconf_names:
             found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = root / "sys/fs/cgroup"
-    with suppress(OSError, ValueError):  # there is no such group, or its limit is "max"
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        found.append(int(limit) - int(used))
+    for group in _control_groups(root):
+        with suppress(OSError, ValueError):  # there is no such group, or its limit is "max"
+            limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+            found.append(int(limit) - int(used))
     return max(0, min(found)) if found else None
+
+
+def _control_groups(root: Path) -> list[Path]:
+    """The folders of this process' control group (of version 2) and of those around it."""
+    own = Path()  # a container sees its own as the outermost
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                own = Path(line.removeprefix("0::/"))
+    return [root / "sys/fs/cgroup" / group for group in (own, *own.parents)]
