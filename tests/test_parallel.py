@@ -4,6 +4,8 @@ import copy
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -250,6 +252,34 @@ def test_an_error_leaves_blas_as_it_was():
         with pytest.raises(ZeroDivisionError), held():
             1 / 0  # noqa: B018
         assert _threads._blas[0]() == before == _threads.threads_in_reach()
+
+
+def test_a_thread_goes_on_where_the_program_has_come_to_its_end():
+    """From there on it has no threads to share work out to, and computes the same by itself."""
+    program = """
+import threading, time
+import numpy as np
+import tinydiff as td
+
+def trained():
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(4))
+    model = td.UNet(block_channels=(16, 16), attention=(False, False), rng=np.random.default_rng(0))
+    data = np.random.default_rng(1).standard_normal((8, 8, 8, 1))
+    return td.train(model, diffusion, data, steps=4, batch_size=8, workers=1, progress=False).losses
+
+expected = trained()
+
+def at_the_end():
+    threading.main_thread().join()
+    time.sleep(0.1)
+    assert np.array_equal(trained(), expected)
+    print("the same")
+
+threading.Thread(target=at_the_end).start()
+"""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("the same\n"), done.stderr
 
 
 def test_scratch_of_one_name_is_one_memory():

@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -136,6 +136,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _begin(work: Callable[[int, int], T], start: int, stop: int) -> Future[T]:
+    """``work(start, stop)`` in a thread; or here, where the program is at its end and starts no more."""
+    try:
+        return _threads().submit(work, start, stop)
+    except RuntimeError as error:
+        if "shutdown" not in str(error):
+            raise
+    done: Future[T] = Future()
+    try:
+        done.set_result(work(start, stop))
+    except Exception as error:
+        done.set_exception(error)
+    return done
+
+
 def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) -> list[T]:
     """Call ``work(start, stop)`` for consecutive shares of ``range(n)``, at once; results in order.
 
@@ -149,7 +164,7 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
             return [work(0, n)]
         edges = [n * i // shares for i in range(shares + 1)]
         with blas_on_one_thread():
-            others = [_threads().submit(work, *edges[i : i + 2]) for i in range(1, shares)]
+            others = [_begin(work, *edges[i : i + 2]) for i in range(1, shares)]
             try:
                 first = work(*edges[:2])
             finally:  # nobody may still be writing when an error leaves this function
