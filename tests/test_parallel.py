@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinydiff as td
+from tinydiff import kernels
 from tinydiff.kernels import _threads, kernels_for
 from tinydiff.parallel import DataParallel, shared_out
 
@@ -280,6 +282,38 @@ threading.Thread(target=at_the_end).start()
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("the same\n"), done.stderr
+
+
+def test_no_fork_waits_for_a_thread_that_it_has_not(monkeypatch):
+    """The kernels are imported before, and no other thread is compiling any."""
+    monkeypatch.setattr(kernels, "_twin", None)
+    with DataParallel(unet(), 2):
+        assert kernels._twin is not None
+    pytest.importorskip("numba")
+    from numba.core.compiler_lock import global_compiler_lock
+
+    import tinydiff.kernels.numba  # noqa: F401
+
+    compiling = threading.Event()
+
+    def compile_something():
+        with global_compiler_lock:
+            compiling.set()
+            time.sleep(0.2)
+
+    def compile_too():
+        with global_compiler_lock:
+            pass
+
+    other = threading.Thread(target=compile_something)
+    other.start()
+    compiling.wait()
+    child = multiprocessing.get_context("fork").Process(target=compile_too)
+    child.start()
+    child.join(timeout=30)
+    child.kill()
+    other.join()
+    assert child.exitcode == 0
 
 
 def test_scratch_of_one_name_is_one_memory():

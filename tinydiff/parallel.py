@@ -37,7 +37,7 @@ from tinydiff._checks import check_counts
 from tinydiff._messages import Line
 from tinydiff._together import cut, groups
 from tinydiff.backend import Array, is_numpy_array
-from tinydiff.kernels import alone, threads_in_reach
+from tinydiff.kernels import alone, kernels_for, threads_in_reach
 from tinydiff.models import MLP, UNet
 from tinydiff.models._checks import check_model
 from tinydiff.nn.module import Module, Parameter, derivative_of, keeping, once
@@ -224,6 +224,7 @@ class DataParallel(Module):
             return
         if "fork" not in multiprocessing.get_all_start_methods():
             raise RuntimeError("this system cannot fork processes; expected Linux, or workers=1.")
+        kernels_for(np.empty(0))  # imported now: for what another thread is importing a fork waits in vain
         context = multiprocessing.get_context("fork")
         lines = [Line.ends() for _ in self._grads]
         for grads, (ours, theirs) in zip(self._grads, lines, strict=True):
