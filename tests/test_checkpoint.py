@@ -129,7 +129,6 @@ def test_until_the_new_file_is_whole_the_old_one_stands(path, monkeypatch):
     assert seen == [(b"old", b"new", path.parent)]  # the same directory: the same file system
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 def test_threads_that_write_the_same_file_do_not_meet(path, monkeypatch):
     both_are_writing = threading.Barrier(2, timeout=60)
     monkeypatch.setattr(os, "fsync", lambda descriptor: both_are_writing.wait())
@@ -140,6 +139,7 @@ def test_threads_that_write_the_same_file_do_not_meet(path, monkeypatch):
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 def test_permissions_are_those_of_any_new_file(path):
     before = os.umask(0o027)
     try:
