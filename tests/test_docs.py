@@ -72,6 +72,7 @@ EXEMPT = {
     "optim.warmup_cosine": "a choice, not a result",
     "bound.check_decoder": "checks an argument",
     "diffusion.check_diffusion": "checks an argument",
+    "diffusion.matching": "checks arguments",
     "diffusion.GaussianDiffusion.T": "a length",
     "mixture.GaussianMixture.K": "a count",
     "mixture.GaussianMixture.D": "a length",

@@ -655,6 +655,7 @@ def test_the_loss_refuses(options, message):
         (dict(batch_size=0), "batch_size is 0"),
         (dict(data=np.zeros(3)), r"data has shape \(3,\)"),
         (dict(data=np.zeros((0, 2))), r"data has shape \(0, 2\)"),
+        (dict(data=np.zeros((3, 2), np.uint8)), "x0 has dtype uint8"),
     ],
 )
 def test_the_bound_refuses(options, message):
@@ -663,6 +664,33 @@ def test_the_bound_refuses(options, message):
         td.continuous_bound(
             lambda x, t: x, LearnedSchedule(), rng=np.random.default_rng(0), progress=False, **options
         )
+
+
+@pytest.mark.parametrize("D, width", [(2, 1), (1, 2), (2, 4)])
+def test_no_output_is_broadcast_against_the_data(D, width):
+    """A network of another width, or with a learned variance, has no bound rather than a wrong one."""
+    rng = np.random.default_rng(0)
+    model, x0 = td.MLP(D, width, hidden=8, blocks=1, rng=rng), rng.random((8, D), np.float32)
+    message = rf"output has shape \(8, {width}\); expected \(8, {D}\)"
+    with pytest.raises(ValueError, match=message):
+        learned_schedule_loss(model, LearnedSchedule(), x0, rng)
+    with pytest.raises(ValueError, match=message):
+        td.continuous_bound(model, LearnedSchedule(), x0, rng=rng, progress=False)
+
+
+@predictions
+def test_the_terms_refuse_what_does_not_match(prediction):
+    x0, gamma = np.zeros((4, 2)), np.full(4, -3.0)
+    for spoil in (lambda x: x[:, :1], lambda x: x.astype(int)):
+        with pytest.raises(ValueError, match="noise has"):
+            diffuse(x0, spoil(x0), gamma)
+        for noise, output, name in [(spoil(x0), x0, "noise"), (x0, spoil(x0), "output")]:
+            with pytest.raises(ValueError, match=f"{name} has"):
+                integral_term(output, x0, noise, gamma, -gamma, prediction)
+            with pytest.raises(ValueError, match=f"{name} has"):
+                reconstruction_term(output, x0, noise, gamma, prediction)
+    with pytest.raises(ValueError, match="x0 has dtype"):
+        prior_term(x0.astype(int), 5.0)
 
 
 # --- under array-api-strict

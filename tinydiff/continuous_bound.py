@@ -44,7 +44,7 @@ from tinydiff.backend import (
     to_float64,
 )
 from tinydiff.bound import Decoder, check_decoder, discretized_gaussian_nll, gaussian_nll
-from tinydiff.diffusion import Prediction
+from tinydiff.diffusion import Prediction, matching
 from tinydiff.learned_schedule import LearnedSchedule
 from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module, once, weight_of
@@ -107,7 +107,13 @@ def diffuse(x0: Array, noise: Array, gamma: Array) -> tuple[Array, Callable[[Arr
     z : array of shape (N, ...)
     backward : callable
         From dL/dz to dL/dgamma (N,), float64 on the host.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `x0` and `noise` are not floating arrays of one library and shape.
     """
+    x0, noise = matching(x0=x0, noise=noise)
     a, s = _rates(gamma)
     a_, s_ = column_like(a, x0), column_like(s, x0)
 
@@ -147,9 +153,10 @@ def integral_term(
 
     Raises
     ------
-    ValueError
-        If `prediction` is none of these.
+    TypeError, ValueError
+        If the arrays do not match, as in `diffuse`; or if `prediction` is none of these.
     """
+    x0, noise, output = matching(x0=x0, noise=noise, output=output)
     gamma, slope = to_float64(gamma), to_float64(slope)
     a, s = _rates(gamma)
     a_, s_ = column_like(a, x0), column_like(s, x0)
@@ -215,9 +222,11 @@ def reconstruction_term(
 
     Raises
     ------
-    ValueError
-        If `prediction` or `decoder` is none of these; or, with ``"8bit"``, if `x0` is not 8-bit data.
+    TypeError, ValueError
+        If the arrays do not match, as in `diffuse`; if `prediction` or `decoder` is none of these; or, with
+        ``"8bit"``, if `x0` is not 8-bit data.
     """
+    x0, noise, output = matching(x0=x0, noise=noise, output=output)
     check_decoder(decoder)
     gamma = to_float64(gamma)
     a, s = _rates(gamma)
@@ -265,7 +274,13 @@ def prior_term(x0: Array, gamma_1: float) -> tuple[Array, Callable[[Array], floa
     value : array of shape (N,)
     backward : callable
         From dL/dvalue (N,) to dL/dgamma_1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `x0` is not a floating array.
     """
+    (x0,) = matching(x0=x0)
     a2, s2, log_s2 = (float(f) for f in _squares(np.asarray(gamma_1, dtype=np.float64)))
     squares = sum_samples(x0 * x0)
     D = math.prod(x0.shape[1:])

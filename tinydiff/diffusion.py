@@ -47,7 +47,7 @@ from tinydiff._checks import check_choice
 from tinydiff.backend import Array, array_namespace, clip_to_unit, column_like, library_of, to_numpy
 from tinydiff.schedules import NoiseSchedule
 
-__all__ = ["GaussianDiffusion", "Prediction", "Variance", "check_diffusion"]
+__all__ = ["GaussianDiffusion", "Prediction", "Variance", "check_diffusion", "matching"]
 
 Prediction: TypeAlias = Literal["eps", "x0", "v"]
 Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -150,7 +150,7 @@ class GaussianDiffusion:
         array, shape of `x_prev`
             sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise.
         """
-        x_prev, noise = _matching(x_prev=x_prev, noise=noise)
+        x_prev, noise = matching(x_prev=x_prev, noise=noise)
         t = self._on_host(t, x_prev)
         alpha, beta = self.schedule.alphas[t], self.schedule.betas[t]
         return column_like(np.sqrt(alpha), x_prev) * x_prev + column_like(np.sqrt(beta), x_prev) * noise
@@ -172,7 +172,7 @@ class GaussianDiffusion:
         array, shape of `x0`
             sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
         """
-        x0, noise = _matching(x0=x0, noise=noise)
+        x0, noise = matching(x0=x0, noise=noise)
         a, s = self._rates(x0, t)
         return a * x0 + s * noise
 
@@ -193,7 +193,7 @@ class GaussianDiffusion:
         variance : array, shape (N, 1, ..., 1)
             1 - abar_t.
         """
-        (x0,) = _matching(x0=x0)
+        (x0,) = matching(x0=x0)
         t = self._on_host(t, x0)
         abar, one_minus_abar = self.schedule.alphas_cumprod[t], self.schedule.one_minus_alphas_cumprod[t]
         return column_like(np.sqrt(abar), x0) * x0, column_like(one_minus_abar, x0)
@@ -219,7 +219,7 @@ class GaussianDiffusion:
         variance : array, shape (N, 1, ..., 1)
             beta~_t; at t = 0 it is 0.
         """
-        x0, x_t = _matching(x0=x0, x_t=x_t)
+        x0, x_t = matching(x0=x0, x_t=x_t)
         t = self._on_host(t, x0)
         alpha, beta = self.schedule.alphas[t], self.schedule.betas[t]
         abar_prev = self.schedule.alphas_cumprod_prev[t]
@@ -250,7 +250,7 @@ class GaussianDiffusion:
             By ``self.prediction``: `noise` (the target in Ho et al. 2020, eq. 12 and 14), `x0`, or
             v = a eps - s x0 (Salimans & Ho 2022).
         """
-        x0, noise = _matching(x0=x0, noise=noise)
+        x0, noise = matching(x0=x0, noise=noise)
         if self.prediction != "v":
             self._on_host(t, x0)  # refuses a wrong t; the rates are not needed
             return noise if self.prediction == "eps" else x0
@@ -425,7 +425,7 @@ class GaussianDiffusion:
         t = self._on_host(t, x_t)
         if nu is None:
             return column_like((log_small if self.variance == "fixed_small" else log_large)[t], x_t)
-        x_t, nu = _matching(x_t=x_t, nu=nu)
+        x_t, nu = matching(x_t=x_t, nu=nu)
         middle, half = (log_large + log_small) / 2, (log_large - log_small) / 2
         return column_like(middle[t], x_t) + nu * column_like(half[t], x_t)
 
@@ -447,9 +447,9 @@ class GaussianDiffusion:
             If the shapes do not fit.
         """
         if self.variance != "learned_range":
-            _matching(x_t=x_t, output=output)
+            matching(x_t=x_t, output=output)
             return output, None
-        (x_t,), _ = _matching(x_t=x_t), _matching(output=output)
+        (x_t,), _ = matching(x_t=x_t), matching(output=output)
         C = x_t.shape[-1]
         if x_t.ndim < 2 or output.shape != (*x_t.shape[:-1], 2 * C):
             raise ValueError(
@@ -498,7 +498,7 @@ class GaussianDiffusion:
         if given is None:
             output, _ = self.split_output(x_t, output)
             given = self.prediction
-        x_t, output = _matching(x_t=x_t, output=output)
+        x_t, output = matching(x_t=x_t, output=output)
         return x_t, output, check_choice("given", given, get_args(Prediction))
 
 
@@ -508,7 +508,7 @@ def check_diffusion(diffusion: Any) -> None:
         raise TypeError(f"diffusion is a {type(diffusion).__name__}; expected a GaussianDiffusion.")
 
 
-def _matching(**arrays: Array) -> tuple[Array, ...]:
+def matching(**arrays: Array) -> tuple[Array, ...]:
     """The named arrays, checked to be floating, of the first one's library and shape; cast to its dtype."""
     first, x = next(iter(arrays.items()))
     checked = []
