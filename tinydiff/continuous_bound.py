@@ -309,8 +309,9 @@ def learned_schedule_loss(
 ) -> tuple[Array, Callable[[], None]]:
     """The bound of a batch in bits per dimension, and what it teaches network and schedule.  (docs: S.13)
 
-    An unbiased estimate: of every sample the integral's term at one random time, and of some of them the
-    reconstruction. (Kingma et al. 2021, appendix I.)
+    An estimate: of every sample the integral's term at one random time, and of the first of them the
+    reconstruction. (Kingma et al. 2021, appendix I.) It is unbiased if their order says nothing about them,
+    as that of independent draws or of shuffled data.
 
     Parameters
     ----------
@@ -331,7 +332,7 @@ def learned_schedule_loss(
     even : bool
         Times evenly spaced, as in `draw_times`.
     reconstructions : int, optional
-        Of how many samples the reconstruction is estimated, 1 … N. Default: a quarter of them.
+        Of how many samples, the first ones, the reconstruction is estimated, 1 … N. Default: a quarter.
 
     Returns
     -------
