@@ -145,9 +145,14 @@ def test_reverse_needs_a_step(points):
 
 def test_samples_and_data_keep_their_sides_and_share_limits(points):
     far = 1.9 * points
+    far[7] = np.nan
     fig = plotting.samples_beside_data(far, points, "how far")
     left, right = fig.axes
-    assert (left.get_title(), right.get_title()) == ("data", "samples")
+    unseen = sum(not max(abs(x), abs(y)) <= 1.1 * np.abs(points).max() for x, y in far)
+    assert 1 < unseen < 300  # no sample is left out unsaid
+    assert (left.get_title(), right.get_title()) == ("data", f"samples, {unseen} of 300 outside")
+    inside = plotting.samples_beside_data(points[:99], points)
+    assert [ax.get_title() for ax in inside.axes] == ["data", "samples"]
     np.testing.assert_array_equal(offsets(left), points)
     np.testing.assert_array_equal(offsets(right), far)
     assert left.get_xlim() == right.get_xlim() == left.get_ylim() == right.get_ylim()

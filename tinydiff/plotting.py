@@ -179,7 +179,9 @@ def training_curve(losses: Array, label: str = "mean squared error") -> Figure:
 
 @_style()
 def samples_beside_data(samples: Array, data: Array, title: str = "") -> Figure:
-    """Draw samples and data in two panels with the same limits.
+    """Draw samples and data in two panels with the same limits, a little beyond the data.
+
+    Of points outside them, and of such as are not finite, the panel's title says how many there are.
 
     Parameters
     ----------
@@ -205,7 +207,8 @@ def samples_beside_data(samples: Array, data: Array, title: str = "") -> Figure:
     limit = 1.1 * float(np.abs(data).max())
     for ax, x, name, colour in zip(axes[0], [data, samples], ["data", "samples"], [INK, BLUE], strict=True):
         _show(ax, x, colour, limit)
-        ax.set_title(name, fontsize=9, pad=5)
+        unseen = int(np.sum(~np.all(np.abs(x) <= limit, axis=1))) if x.ndim == 2 else 0
+        ax.set_title(f"{name}, {unseen} of {len(x)} outside" if unseen else name, fontsize=9, pad=5)
     return fig
 
 
