@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -43,16 +44,36 @@ def corrupted(images, level, seed=0):
 # --- The classifier that travels with the package --------------------------------------------------------
 
 
-def test_the_classifier_is_right_about_the_test_digits(monkeypatch):
+@pytest.fixture
+def full(monkeypatch):
+    """Loads MNIST's own splits, where they are."""
     folder = Path(os.environ.get("TINYDIFF_DATA") or ROOT.parent / "shared" / "data" / "mnist")
     if not any((folder / f"t10k-images-idx3-ubyte{suffix}").is_file() for suffix in ("", ".gz")):
         pytest.skip(f"MNIST's test digits are not in {folder}; set TINYDIFF_DATA to their folder")
     monkeypatch.setenv("TINYDIFF_DATA", str(folder))
-    images, labels = mnist.load("test")
+    return mnist.load
+
+
+def test_the_classifier_is_right_about_the_test_digits(full):
+    images, labels = full("test")
     predicted = np.argmax(digit_probabilities(mnist.to_model_range(images)), axis=1)
     accuracy = np.mean(predicted == labels)
     assert accuracy >= 0.985
     assert accuracy == pytest.approx(load_arrays(digits.WEIGHTS)[1]["test_accuracy"], abs=2e-4)  # other BLAS
+
+
+@pytest.mark.slow
+def test_the_distance_of_real_digits_strays_as_the_card_of_the_weights_says(full):
+    """Of 1000 test digits from all training digits, drawn 200 times."""
+    of_data, of_test = (digit_features(mnist.to_model_range(full(split)[0])) for split in ("train", "test"))
+    rng = np.random.default_rng(0)
+    draws = [frechet_distance(rng.permutation(of_test)[:1000], of_data) for _ in range(200)]
+    card = (ROOT / "tinydiff" / "pretrained" / "mnist_unet.md").read_text()
+    (card,) = re.findall(r"it is (.*?)\. The first row", card.replace("\n", " "))
+    numbers = re.findall(r"\d\.\d+", card)
+    found = [np.mean(draws), np.std(draws), *np.quantile(draws, [0.05, 0.95])]
+    assert_allclose(np.array(numbers, float), found, atol=6e-4)
+    assert " ± ".join(numbers[:2]) in (ROOT / "README.md").read_text()
 
 
 def test_the_classifier_is_right_about_the_shipped_digits(subset):
