@@ -175,6 +175,13 @@ def test_large_logits_neither_overflow_nor_lose_the_loss():
     assert value.dtype == gradient.dtype == np.float32
 
 
+def test_a_class_that_cannot_be_costs_the_others_nothing():
+    value, gradient = cross_entropy(np.array([[0.0, -np.inf, 0.0]]), np.array([2]))
+    assert_allclose(value, np.log(2), rtol=1e-15)
+    assert_array_equal(gradient, [[0.5, 0.0, -0.5]])
+    assert cross_entropy(np.array([[0.0, -np.inf]]), np.array([1]))[0] == np.inf
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 def test_any_integers_are_labels_and_strict_arrays_pass(dtype):
     rng = np.random.default_rng(0)

@@ -277,7 +277,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     Parameters
     ----------
     logits : array of shape (N, K)
-        Unnormalised log-probabilities of K classes.
+        Unnormalised log-probabilities of K classes; -inf is a class that cannot be.
     labels : integer array of shape (N,)
         The true classes, 0 … K-1.
 
@@ -308,10 +308,11 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     xp = array_namespace(logits)
     labels = asarray_like(host, logits, xp.int64)
     classes = asarray_like(range(shape[1]), logits, xp.int64)
-    onehot = xp.astype(xp.expand_dims(labels, axis=1) == classes, logits.dtype)
+    labelled = xp.expand_dims(labels, axis=1) == classes
+    onehot = xp.astype(labelled, logits.dtype)
     z = logits - xp.max(logits, axis=1, keepdims=True)
     exp = xp.exp(z)
     total = xp.sum(exp, axis=1, keepdims=True)
     log_p = z - xp.log(total)
-    value = -xp.sum(onehot * log_p) / shape[0]
+    value = -xp.sum(xp.where(labelled, log_p, xp.zeros_like(log_p))) / shape[0]  # 0 log_p: NaN of log 0
     return value, (exp / total - onehot) / shape[0]
