@@ -566,6 +566,21 @@ def test_the_rates_of_adam_are_rounded_once(twin):
     np.testing.assert_allclose(v, 0.001 * grad.astype(np.float64) ** 2, rtol=3e-7)
 
 
+@pytest.mark.parametrize("twin", ["portable", *ON_THE_CPU])
+@pytest.mark.parametrize("beta1, beta2", [(0.0, 0.0), (0.0, 0.999), (0.9, 0.0), (1e-9, 0.3)])
+def test_adam_forgets_a_large_gradient_as_fast_as_it_is_told(twin, beta1, beta2):
+    """v + (g^2 - v) is 0 for v = 1, g = 1e-4 in float32: the step, m / eps, was 10,000 times too long."""
+    w, m, v = (np.zeros(3, np.float32) for _ in range(3))
+    m64, v64 = 0.0, 0.0
+    for grad in (1.0, 1e-4, 1e-4, 3e2, 1e-3):
+        w, m, v = module(twin).adam_step(
+            w, np.full(3, grad, np.float32), m, v, 1e-3, beta1, beta2, 1.0, 1e-8, 1.0
+        )
+        m64, v64 = beta1 * m64 + (1 - beta1) * grad, beta2 * v64 + (1 - beta2) * grad**2
+        np.testing.assert_allclose(m, m64, rtol=1e-5)
+        np.testing.assert_allclose(v, v64, rtol=1e-5)
+
+
 @given(
     shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
     dtype=st.sampled_from([np.float32, np.float64, np.int64]),

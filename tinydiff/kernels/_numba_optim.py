@@ -5,17 +5,23 @@ from __future__ import annotations
 import numpy as np
 
 from tinydiff.kernels import _optim
-from tinydiff.kernels._numba_jit import fits, jit
+from tinydiff.kernels._numba_jit import fits, inlined, jit
 
 __all__ = ["adam_step", "ema_step"]
 
 
+@inlined
+def _average(mean, new, beta, rate):  # type: ignore[no-untyped-def]
+    """As ``portable._average``, with rate = 1 - beta."""
+    return beta * mean + rate * new if beta < rate else mean + rate * (new - mean)
+
+
 @jit
-def _adam_step(value, grad, m, v, step_size, rate1, rate2, per_root, eps, decay):  # type: ignore[no-untyped-def]
+def _adam_step(value, grad, m, v, step_size, beta1, beta2, rate1, rate2, per_root, eps, decay):  # type: ignore[no-untyped-def]
     for i in range(value.size):
         g = grad[i]
-        m1 = m[i] + rate1 * (g - m[i])
-        v1 = v[i] + rate2 * (g * g - v[i])
+        m1 = _average(m[i], g, beta1, rate1)
+        v1 = _average(v[i], g * g, beta2, rate2)
         m[i], v[i] = m1, v1
         value[i] = decay * value[i] - step_size * (m1 / (np.sqrt(v1) * per_root + eps))
 
@@ -44,7 +50,8 @@ def adam_step(
         return _optim.adam_step(value, grad, m, v, step_size, beta1, beta2, root, eps, decay)
     value, m, v = (np.asarray(array, order="C") for array in (value, m, v))
     flat = (array.reshape(-1) for array in (value, np.ascontiguousarray(grad), m, v))
-    scalars = (step_size, 1.0 - beta1, 1.0 - beta2, 1.0 / root, eps, decay)  # computed in float64
+    rates = (beta1, beta2, 1.0 - beta1, 1.0 - beta2)  # computed in float64, as the root
+    scalars = (step_size, *rates, 1.0 / root, eps, decay)
     _adam_step(*flat, *map(value.dtype.type, scalars))
     return value, m, v
 

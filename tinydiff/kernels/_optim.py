@@ -22,6 +22,17 @@ def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         yield tuple(array[start : start + BLOCK] for array in flat)
 
 
+def _average(mean: np.ndarray, new: np.ndarray, beta: float, work: np.ndarray) -> None:
+    """As ``portable._average``, into `mean`; `work` may be `new`."""
+    if beta < 0.5:
+        np.multiply(new, 1.0 - beta, out=work)
+        mean *= beta
+    else:
+        np.subtract(new, mean, out=work)
+        work *= 1.0 - beta
+    mean += work
+
+
 def adam_step(
     value: np.ndarray,
     grad: np.ndarray,
@@ -40,13 +51,10 @@ def adam_step(
     """
     value, m, v = (np.asarray(array, order="C") for array in (value, m, v))
     for w, g, m1, v1 in _blocks(value, np.ascontiguousarray(grad), m, v):
-        a = g - m1
-        a *= 1.0 - beta1
-        m1 += a
+        a = np.empty_like(g)
+        _average(m1, g, beta1, a)
         np.multiply(g, g, out=a)
-        a -= v1
-        a *= 1.0 - beta2
-        v1 += a
+        _average(v1, a, beta2, a)
         np.sqrt(v1, out=a)
         a += eps * root
         np.divide(m1, a, out=a)

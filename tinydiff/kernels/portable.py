@@ -283,6 +283,15 @@ def attention_backward(saved: tuple[Any, ...], do: Array) -> tuple[Array, Array,
     return ds @ k, _transpose(ds) @ q, _transpose(p) @ do
 
 
+def _average(mean: Array, new: Array, beta: float) -> Array:
+    """beta mean + (1 - beta) new; from beta 1/2 on as a step away from `mean`.
+
+    So a beta near 1 is rounded once, and below 1/2 nothing is left of the digits that a large `mean` covers:
+    mean + (new - mean) is 0 for 1e8 and 1 in float32.
+    """
+    return beta * mean + (1.0 - beta) * new if beta < 0.5 else mean + (1.0 - beta) * (new - mean)
+
+
 def adam_step(
     value: Array,
     grad: Array,
@@ -301,8 +310,7 @@ def adam_step(
     value = decay value - step_size m / (sqrt(v)/root + eps)
     """
     xp = array_namespace(value)
-    m = m + (1.0 - beta1) * (grad - m)
-    v = v + (1.0 - beta2) * (grad * grad - v)
+    m, v = _average(m, grad, beta1), _average(v, grad * grad, beta2)
     return decay * value - step_size * m / (xp.sqrt(v) * (1.0 / root) + eps), m, v
 
 
