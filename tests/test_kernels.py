@@ -315,7 +315,7 @@ def check_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype,
         results += [y, *backward(saved, weight.astype(cast), dy.astype(cast))]
     x64 = x.astype(np.float64)
     _, (xhat, rstd) = portable.group_norm(x64, weight.astype(np.float64), bias, groups, eps)
-    xhat, rstd = xhat.reshape(x.shape), np.repeat(rstd[:, :, :, 0], per_group, axis=2)[:, :, None]
+    xhat, rstd = xhat.reshape(x.shape), np.repeat(rstd[..., 0], per_group, axis=3)
     magnitude = [
         xhat * weight,
         rstd * weight * dy,
@@ -326,6 +326,19 @@ def check_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype,
     lost = 1.0 + np.max(np.abs(x64) * rstd)  # xhat inherits the rounding of x, in units of the deviation
     for values in zip(actual, expected, magnitude):
         assert_close(*values, dtype, 10 * lost)
+
+
+@pytest.mark.parametrize("twin", ["portable", *ON_THE_CPU])
+@pytest.mark.parametrize("offset, allowed", [(0, 4e-6), (1e4, 1e-2)])
+def test_group_norm_of_a_large_image_far_from_zero(twin, offset, allowed):
+    """Numbers near 10,000 are 1e-3 apart; of one sum over all pixels the mean was wrong by 1."""
+    x = (np.random.default_rng(0).standard_normal((1, 512, 512, 16)) + offset).astype(np.float32)
+    weight, bias = np.ones(16, np.float32), np.zeros(16, np.float32)
+    y, _ = module(twin).group_norm(x, weight, bias, 8, 1e-5)
+    groups = x.astype(np.float64).reshape(-1, 8, 2)
+    centred = groups - groups.mean(axis=(0, 2), keepdims=True)
+    expected = centred / np.sqrt(np.mean(centred**2, axis=(0, 2), keepdims=True) + 1e-5)
+    assert np.max(np.abs(y - expected.reshape(x.shape))) < allowed
 
 
 @for_each_twin

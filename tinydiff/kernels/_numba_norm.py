@@ -22,6 +22,10 @@ from tinydiff.kernels._threads import in_parallel, sums
 
 __all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
 
+# Pixels that are added one after the other. Over all of a large image the rounding of the sums would show:
+# in 512 x 512 pixels with a mean of 10,000 deviations the mean came out wrong by one (docs: A.14).
+STRETCH = 256
+
 
 @inlined
 def _group_means(sums, groups, pixels, means):  # type: ignore[no-untyped-def]
@@ -41,39 +45,46 @@ def _forward(x, start, stop, pixels, groups, eps, weight, bias, with_silu, mean,
     channels = weight.size
     sums = np.empty_like(weight)
     one = sums.dtype.type(1)
+    stretch = STRETCH * channels
     for n in range(start, stop):
         image, end = n * pixels * channels, (n + 1) * pixels * channels
         for first in range(0, channels, LANES):
-            s0 = s1 = s2 = s3 = zeros(x)
-            i = image + first
-            while i + 3 * channels < end:
-                s0 += load(x, i)
-                s1 += load(x, i + channels)
-                s2 += load(x, i + 2 * channels)
-                s3 += load(x, i + 3 * channels)
-                i += 4 * channels
-            while i < end:
-                s0 += load(x, i)
-                i += channels
-            store(sums, first, (s0 + s1) + (s2 + s3))
+            total = zeros(x)
+            for i in range(image + first, end, stretch):
+                s0 = s1 = s2 = s3 = zeros(x)
+                stretch_end = min(i + stretch, end)
+                while i + 3 * channels < stretch_end:
+                    s0 += load(x, i)
+                    s1 += load(x, i + channels)
+                    s2 += load(x, i + 2 * channels)
+                    s3 += load(x, i + 3 * channels)
+                    i += 4 * channels
+                while i < stretch_end:
+                    s0 += load(x, i)
+                    i += channels
+                total += (s0 + s1) + (s2 + s3)
+            store(sums, first, total)
         _group_means(sums, groups, pixels, mean[n])
         for first in range(0, channels, LANES):
             m = load(mean[n], first)
-            s0 = s1 = s2 = s3 = zeros(x)
-            i = image + first
-            while i + 3 * channels < end:
-                d0, d1 = load(x, i) - m, load(x, i + channels) - m
-                d2, d3 = load(x, i + 2 * channels) - m, load(x, i + 3 * channels) - m
-                s0 += d0 * d0
-                s1 += d1 * d1
-                s2 += d2 * d2
-                s3 += d3 * d3
-                i += 4 * channels
-            while i < end:
-                d0 = load(x, i) - m
-                s0 += d0 * d0
-                i += channels
-            store(sums, first, (s0 + s1) + (s2 + s3))
+            total = zeros(x)
+            for i in range(image + first, end, stretch):
+                s0 = s1 = s2 = s3 = zeros(x)
+                stretch_end = min(i + stretch, end)
+                while i + 3 * channels < stretch_end:
+                    d0, d1 = load(x, i) - m, load(x, i + channels) - m
+                    d2, d3 = load(x, i + 2 * channels) - m, load(x, i + 3 * channels) - m
+                    s0 += d0 * d0
+                    s1 += d1 * d1
+                    s2 += d2 * d2
+                    s3 += d3 * d3
+                    i += 4 * channels
+                while i < stretch_end:
+                    d0 = load(x, i) - m
+                    s0 += d0 * d0
+                    i += channels
+                total += (s0 + s1) + (s2 + s3)
+            store(sums, first, total)
         _group_means(sums, groups, pixels, rstd[n])
         for c in range(channels):
             rstd[n, c] = one / np.sqrt(rstd[n, c] + eps)

@@ -120,20 +120,25 @@ def conv2d_backward(
     return dx, xp.reshape(dw, w.shape), xp.sum(dy_rows, axis=0)
 
 
+def _group_means(x: Array) -> Array:
+    """Mean over each group of x (N, H, W, G, C/G), rows first: shorter sums round less.  (docs: A.14)"""
+    xp = array_namespace(x)
+    return xp.mean(xp.mean(x, axis=(2, 4), keepdims=True), axis=1, keepdims=True)
+
+
 def group_norm(
     x: Array, weight: Array, bias: Array, groups: int, eps: float
 ) -> tuple[Array, tuple[Array, Array]]:
     """y = weight * xhat + bias,  xhat = (x - mean) / sqrt(var + eps) over each group.  (docs: B.10)
 
     x (N, H, W, C), weight and bias (C,)  ->  y (N, H, W, C), and what `group_norm_backward` needs:
-    xhat (N, H W, G, C/G) and rstd = 1/sqrt(var + eps) (N, 1, G, 1).
+    xhat (N, H, W, G, C/G) and rstd = 1/sqrt(var + eps) (N, 1, 1, G, 1).
     """
     xp = array_namespace(x)
     n, h, w, c = x.shape
-    g = xp.reshape(x, (n, h * w, groups, c // groups))
-    mean = xp.mean(g, axis=(1, 3), keepdims=True)
-    centred = g - mean
-    var = xp.mean(centred * centred, axis=(1, 3), keepdims=True)
+    g = xp.reshape(x, (n, h, w, groups, c // groups))
+    centred = g - _group_means(g)
+    var = _group_means(centred * centred)
     rstd = 1.0 / xp.sqrt(var + eps)
     xhat = centred * rstd
     return xp.reshape(xhat, x.shape) * weight + bias, (xhat, rstd)
@@ -146,14 +151,11 @@ def group_norm_backward(saved: tuple[Array, Array], weight: Array, dy: Array) ->
     """
     xp = array_namespace(dy)
     xhat, rstd = saved
-    axes = (1, 3)
     dy_grouped = xp.reshape(dy, xhat.shape)
     g = xp.reshape(dy * weight, xhat.shape)
-    dx = rstd * (
-        g - xp.mean(g, axis=axes, keepdims=True) - xhat * xp.mean(g * xhat, axis=axes, keepdims=True)
-    )
-    dweight = xp.reshape(xp.sum(dy_grouped * xhat, axis=(0, 1)), weight.shape)
-    dbias = xp.reshape(xp.sum(dy_grouped, axis=(0, 1)), weight.shape)
+    dx = rstd * (g - _group_means(g) - xhat * _group_means(g * xhat))
+    dweight = xp.reshape(xp.sum(dy_grouped * xhat, axis=(0, 1, 2)), weight.shape)
+    dbias = xp.reshape(xp.sum(dy_grouped, axis=(0, 1, 2)), weight.shape)
     return xp.reshape(dx, dy.shape), dweight, dbias
 
 
