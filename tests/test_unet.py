@@ -349,3 +349,11 @@ def test_inputs_that_do_not_fit(run, x, t, message):
 def test_mlp_inputs_that_do_not_fit(run, x, t, message):
     with pytest.raises((ValueError, TypeError), match=message):
         getattr(td.MLP(), run)(x, t)
+
+
+@pytest.mark.parametrize(("model", "x"), [(td.UNet(**SMALL), X), (td.MLP(), X[:, 0, 0])])
+def test_only_float32_and_float64_are_computed_in(model, x):
+    """In float16 the variance of a large image is infinite: pictures came out finite, and wrong."""
+    model = copy.deepcopy(model).to(np, np.float16)
+    with pytest.raises(ValueError, match=r"^the model's weights are of float16; expected float32 or float64"):
+        model.predict(x.astype(np.float16), T)

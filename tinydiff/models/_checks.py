@@ -27,7 +27,8 @@ def plain(**config: Any) -> dict[str, Any]:
 def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
     """TypeError unless x is an array, ValueError unless it is of the weights' library and dtype.
 
-    `name` is what it is called in the message.
+    That must be float32 or float64: in float16 a sum over the pixels of an image overflows, and what a group
+    normalisation makes of an infinite variance is finite and wrong. `name` is what x is called in messages.
     """
     check_array(**{name: x})
     if array_namespace(x) is not array_namespace(weight) or x.dtype != weight.dtype:
@@ -35,6 +36,8 @@ def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
             f"{name} is a {library_of(x)} array of {x.dtype}; the model's weights are {library_of(weight)} "
             f"arrays of {weight.dtype}."
         )
+    if array_namespace(weight).finfo(weight.dtype).bits not in (32, 64):
+        raise ValueError(f"the model's weights are of {weight.dtype}; expected float32 or float64.")
 
 
 def check_like_model(model: Any, **inputs: Any) -> None:

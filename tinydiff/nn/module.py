@@ -130,7 +130,10 @@ class Module:
             parameter.value = array_namespace(value).asarray(value, copy=True)
 
     def to(self, xp: Namespace, dtype: Any = None, device: Any = None) -> Any:
-        """Move every parameter to `xp` and, if given, to its `dtype` and its `device`; returns self."""
+        """Move every parameter to `xp` and, if given, to its `dtype` and its `device`; returns self.
+
+        In float16 weights can be kept, not computed with.
+        """
         for parameter in self.named_parameters().values():
             value = to_numpy(parameter.value)
             target = dtype if dtype is not None else getattr(xp, str(value.dtype))
