@@ -190,7 +190,8 @@ class EMA(Generic[M]):
         The model in training.
     decay : float
         In [0, 1). Update k = 1, 2, ... uses ``min(decay, (1 + k) / (10 + k))``, so that a short training
-        is not dominated by its first weights.
+        is not dominated by its first weights. In float32 the average stands still within 6e-8 / (1 - decay)
+        of a weight near 1, 6e-4 with 0.9999 and 0.06 with 0.999999 (docs: E.18).
 
     Attributes
     ----------
