@@ -17,6 +17,10 @@ key by query, because BLAS is up to twice as fast with factors that lie so (docs
 The shift must be known before the scores are. It need not be their maximum: |q| times the largest |k| is at
 least that. Where it is so much more that a column of e vanishes, the maximum itself is taken.
 
+Two limits, in float32. Of scores beyond 1e8 the rounding alone is more than exp can take, and NaN may come
+out where the definition picks the largest. And l may be as small as 1e-31, so that do / l overflows, and is
+NaN, if the product of |do| and |v| is beyond 1e6.
+
 Where exp2 is faster than exp (``_exponential.py``) exp(s) = 2^(s log2 e): a factor that q gets on the way.
 """
 
