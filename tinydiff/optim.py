@@ -33,7 +33,8 @@ class Adam:
     eps : float
         Added to the root of the second moment.
     weight_decay : float
-        Decoupled decay: each step first multiplies the weights by ``1 - lr * weight_decay``.
+        Decoupled decay: each step first multiplies the weights by ``1 - lr * weight_decay``. In float32 that
+        is 1, and nothing decays, while the product is below 3e-8.
 
     Raises
     ------
