@@ -579,7 +579,7 @@ def test_the_rates_of_adam_are_rounded_once(twin):
     np.testing.assert_allclose(v, 0.001 * grad.astype(np.float64) ** 2, rtol=3e-7)
 
 
-@pytest.mark.parametrize("twin", ["portable", *ON_THE_CPU])
+@pytest.mark.parametrize("twin", ["portable", *ON_THE_CPU, pytest.param("cupy", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("beta1, beta2", [(0.0, 0.0), (0.0, 0.999), (0.9, 0.0), (1e-9, 0.3)])
 def test_adam_forgets_a_large_gradient_as_fast_as_it_is_told(twin, beta1, beta2):
     """v + (g^2 - v) is 0 for v = 1, g = 1e-4 in float32: the step, m / eps, was 10,000 times too long."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import cupy
 
+from tinydiff.kernels import portable
+
 __all__ = ["adam_step", "ema_step", "silu", "silu_backward"]
 
 _silu = cupy.ElementwiseKernel("T x", "T y, T s", "s = T(1) / (T(1) + exp(-x)); y = x * s;", "tinydiff_silu")
@@ -47,7 +49,12 @@ def adam_step(
     eps: float,
     decay: float,
 ) -> tuple[Any, Any, Any]:
-    """Step `value`, `m` and `v` in place; see ``portable.adam_step``."""
+    """Step `value`, `m` and `v`, in place or, with a beta below 1/2, not; see ``portable.adam_step``.
+
+    There the kernel's v + (1 - beta) (g^2 - v) would lose a small g after a large one.
+    """
+    if min(beta1, beta2) < 0.5:
+        return portable.adam_step(value, grad, m, v, step_size, beta1, beta2, root, eps, decay)
     _adam(grad, step_size, 1.0 - beta1, 1.0 - beta2, root, eps, decay, value, m, v)
     return value, m, v
 
