@@ -349,9 +349,9 @@ def _check_values(name: str, values: Array) -> None:
         raise ValueError(f"{name} holds numbers that are not finite.")
 
 
-def _parts(values: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
+def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
     """A file mapped into memory may be larger than it: what is asked of all of it is asked part by part."""
-    return (values[start : start + size] for start in range(0, len(values), size))
+    return (values[start : start + 1024] for start in range(0, len(values), 1024))
 
 
 def beside(data: Data, like: Array) -> Data:
