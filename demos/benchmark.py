@@ -216,7 +216,8 @@ class Benchmark:
         from _bench import ours, theirs
 
         model = config.model()
-        twin = theirs.build(config.network.__name__, their_config(config), ours.in_torch_layout(model))
+        network = their_config(model, config.shape)
+        twin = theirs.build(config.network.__name__, network, ours.in_torch_layout(model))
         where, clock = ("cpu", None) if self.device is None else self.device.theirs()
         return theirs.PyTorch(twin, variant, where, dtype, exact_time, self.args.fused_adam, clock)
 
@@ -359,7 +360,7 @@ class Benchmark:
             from _bench import theirs
 
             sides |= {theirs.VARIANTS[variant]: variant for variant in self.variants_of(config)}
-        network = their_config(config)
+        network = their_config(config.model(), config.shape) if self.compare else {}
         print(f"  peak memory, {memory.STEPS} steps of {work}, batch {n} (of it, imports)")
         found = self.found["memory"][config.name] = {"work": work, "batch": n, "sides": {}}
         for name, side in sides.items():
@@ -415,14 +416,12 @@ class Benchmark:
                 print("\n".join(layers.table(measured, "layers", LEAST_SHARE)))
 
 
-def their_config(config: Any) -> dict[str, Any]:
+def their_config(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     """The network's configuration for PyTorch's side: a U-Net's as diffusers writes it."""
     from tinydiff.interop import unet_to_diffusers
+    from tinydiff.models import UNet
 
-    model = config.model()
-    if config.network.__name__ != "UNet":
-        return model.config
-    return unet_to_diffusers(model, config.shape[0])[0]
+    return unet_to_diffusers(model, shape[0])[0] if isinstance(model, UNet) else model.config
 
 
 def environment(args: argparse.Namespace, compare: bool) -> dict[str, Any]:
