@@ -15,20 +15,13 @@ class Interrupted(Exception):
     pass
 
 
+def drawn(batch_size, rng):
+    return POINTS[rng.integers(len(POINTS), size=batch_size)]
+
+
 def failing(data, at, error):
     """`data` as a callable that raises at its call number `at`, counted from 0."""
-    calls = iter(range(10**9))
-
-    def draw(batch_size, rng):
-        if next(calls) == at:
-            raise error
-        return data[rng.integers(len(data), size=batch_size)]
-
-    return draw
-
-
-def drawn(batch_size, rng):
-    return failing(POINTS, -1, None)(batch_size, rng)
+    return raising(lambda batch_size, rng: data[rng.integers(len(data), size=batch_size)], at, error)
 
 
 def raising(original, at, error=KeyboardInterrupt, when="before"):

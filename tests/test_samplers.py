@@ -120,12 +120,13 @@ def test_every_walk_is_the_closed_recursion(choice, prediction, kind, T, data, s
     assert_array_equal(x_T, start)  # the caller's array is left alone
 
 
-def walk_of_the_papers(network, abar, times, x, prediction, variance, sampler, eta, clip, rng):
+def walk_of_the_papers(network, diffusion, times, x, sampler, eta, clip, rng):
     """Each sampler as it stands in its paper, of a network that is not linear; the notation is theirs.
 
     Ho et al. 2020, eq. 7 and algorithm 2; Nichol & Dhariwal 2021, eq. 15; Song, Meng & Ermon 2021, eq. 12 and
     16; Lu et al. 2022, algorithm 2; Karras et al. 2022, algorithm 1.
     """
+    abar, prediction = diffusion.schedule.alphas_cumprod, diffusion.prediction
 
     def seen(x, t):
         output = network(x, np.full(len(x), t))
@@ -141,7 +142,7 @@ def walk_of_the_papers(network, abar, times, x, prediction, variance, sampler, e
         small = beta * (1 - abar[u]) / (1 - abar[t])
         (alpha, sigma), (alpha_u, sigma_u) = (np.sqrt([abar[i], 1 - abar[i]]) for i in (t, u))
         if sampler == "ddpm":
-            v = {"fixed_small": 0, "fixed_large": 1}.get(variance, (nu + 1) / 2)
+            v = {"fixed_small": 0, "fixed_large": 1}.get(diffusion.variance, (nu + 1) / 2)
             mean = alpha_u * beta / (1 - abar[t]) * x0 + np.sqrt(1 - beta) * sigma_u**2 / (1 - abar[t]) * x
             x = mean + np.exp((v * np.log(beta) + (1 - v) * np.log(small)) / 2) * z
         elif sampler == "ddim":
@@ -182,29 +183,10 @@ def test_every_step_is_that_of_its_paper(sampler, eta, variance, prediction):
     for kind, T, times in [("linear", 1, [0]), ("cosine", 2, [0, 1]), ("linear", 1000, [2, 3, 40, 700, 999])]:
         diffusion = td.GaussianDiffusion(SCHEDULES[kind](T), prediction, variance)
         for clip in (False, True):
-            states = td.iterate_samples(
-                network,
-                diffusion,
-                (5, 2),
-                sampler,
-                times,
-                rng=np.random.default_rng(1),
-                eta=eta,
-                clip=clip,
-                x_T=x_T,
-            )
-            expected = walk_of_the_papers(
-                network,
-                diffusion.schedule.alphas_cumprod,
-                times,
-                x_T,
-                prediction,
-                variance,
-                sampler,
-                eta,
-                clip,
-                np.random.default_rng(1),
-            )
+            one, again = (np.random.default_rng(1) for _ in range(2))
+            how = dict(eta=eta, clip=clip, x_T=x_T, rng=one)
+            states = td.iterate_samples(network, diffusion, (5, 2), sampler, times, **how)
+            expected = walk_of_the_papers(network, diffusion, times, x_T, sampler, eta, clip, again)
             assert_allclose(list(states)[-1].x, expected, rtol=1e-9, atol=1e-9)
 
 
