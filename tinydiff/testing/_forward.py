@@ -1,0 +1,206 @@
+"""Whether the forward process is what it should be, and what a network learns to say of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinydiff.backend import column_like
+from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
+from tinydiff.schedules import NoiseSchedule
+from tinydiff.testing._judge import SHAPE, Claim, Function, Given, check_shape, moved_in_time, times
+
+__all__ = ["assert_predict_x0", "assert_q_sample", "assert_training_target"]
+
+
+def assert_q_sample(
+    q_sample: Function,
+    schedule: NoiseSchedule,
+    *,
+    shape: tuple[int, ...] = SHAPE,
+    asarray: Function = np.asarray,
+    tolerance: float = 1e-5,
+) -> None:
+    """Raise unless ``q_sample(x0, t, noise)`` is x_t, at every t (docs: F.2).
+
+    Parameters
+    ----------
+    q_sample : callable
+        Takes x0 and noise of `shape` and t (N,), 0 … T-1, and returns x_t.
+    schedule : NoiseSchedule
+        Whose rates it should have; `assert_schedule` compares the schedule itself.
+    shape : tuple of int
+        (N, ...), the shape of a batch. Best with N equal to the last: rates that were not made a column then
+        spread without a word, and are seen.
+    asarray : callable
+        From a NumPy array, float64 or (t) int64, to what your function takes: ``torch.as_tensor``.
+    tolerance : float
+        The largest difference that is none, as a part of the largest right number of its sample.
+
+    Raises
+    ------
+    AssertionError
+        If it is something else. The message says how far off and at which t, and names the mistake that gives
+        just this, if it is one of those known here.
+    TypeError, ValueError
+        If `schedule`, `shape` or `tolerance` is not as said above.
+    """
+    process = GaussianDiffusion(schedule)
+    a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
+    with np.errstate(divide="ignore"):
+        s_over_a = s / a
+
+    def ours(x0: np.ndarray, t: np.ndarray, noise: np.ndarray) -> Given:
+        return {"": process.q_sample(x0, t, noise)}
+
+    def with_rates(a: Any, s: Any, spread: bool = False) -> Function:
+        def mistake(x0: np.ndarray, t: np.ndarray, noise: np.ndarray) -> Given:
+            of_x0, of_noise = (rate[t] if spread else column_like(rate[t], x0) for rate in (a, s))
+            return {"": of_x0 * x0 + of_noise * noise}
+
+        return mistake
+
+    mistakes = {
+        **moved_in_time(ours, schedule.T),
+        "both rates without their roots": with_rates(a**2, s**2),
+        "1 - abar_t in front of the noise, without its root": with_rates(a, s**2),
+        "abar_t in front of the data, without its root": with_rates(a**2, s),
+        "1 - sqrt(abar_t) in front of the noise": with_rates(a, 1 - a),
+        "the two rates exchanged": with_rates(s, a),
+        "the noise subtracted": with_rates(a, -s),
+        "data that is not scaled down": with_rates(np.ones_like(a), s),
+        "data that is not scaled down, noise times s/a, which is another convention, EDM's": with_rates(
+            np.ones_like(a), s_over_a
+        ),
+        "alpha_t of one step, for abar_t of all": with_rates(
+            np.sqrt(schedule.alphas), np.sqrt(schedule.betas)
+        ),
+    }
+    if len(shape) > 1 and shape[0] == shape[-1]:
+        mistakes["rates (N,) that spread along the last axis"] = with_rates(a, s, spread=True)
+    claim = Claim("q_sample", "sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (docs: F.2)", ours, mistakes)
+    claim.judge(q_sample, _pairs(schedule, shape), asarray, tolerance)
+
+
+def assert_training_target(
+    training_target: Function,
+    diffusion: GaussianDiffusion,
+    *,
+    shape: tuple[int, ...] = SHAPE,
+    asarray: Function = np.asarray,
+    tolerance: float = 1e-5,
+) -> None:
+    """Raise unless ``training_target(x0, t, noise)`` is what the network should say of x_t (docs: F.10).
+
+    Parameters
+    ----------
+    training_target : callable
+        Takes x0 and noise of `shape` and t (N,), 0 … T-1, and returns the target.
+    diffusion : GaussianDiffusion
+        Its ``prediction`` says which: eps, x0, or v = a eps - s x0.
+    shape, asarray, tolerance
+        As in `assert_q_sample`.
+
+    Raises
+    ------
+    AssertionError, TypeError, ValueError
+        As in `assert_q_sample`.
+    """
+    check_diffusion(diffusion)
+    schedule = diffusion.schedule
+
+    def of(prediction: Prediction) -> Function:
+        process = GaussianDiffusion(schedule, prediction)
+        return lambda x0, t, noise: {"": process.training_target(x0, t, noise)}
+
+    ours, v = of(diffusion.prediction), of("v")
+    mistakes = {
+        **moved_in_time(ours, schedule.T),
+        "the target is eps": of("eps"),
+        "the target is x_0": of("x0"),
+        "the target is v": v,
+        "the sign; -v is another convention, EDM's": lambda x0, t, noise: {"": -ours(x0, t, noise)[""]},
+        "the rates of v exchanged, s eps - a x_0": lambda x0, t, noise: {"": -v(noise, t, x0)[""]},
+        "the rates of v exchanged, a x_0 - s eps": lambda x0, t, noise: {"": v(noise, t, x0)[""]},
+        "the target is x_t": lambda x0, t, noise: {"": diffusion.q_sample(x0, t, noise)},
+        "the target is the noise as it was added, s eps": lambda x0, t, noise: {
+            "": diffusion.q_sample(0 * x0, t, noise)
+        },
+    }
+    formula = {"eps": "eps", "x0": "x_0", "v": "sqrt(abar_t) eps - sqrt(1 - abar_t) x_0"}[
+        diffusion.prediction
+    ]
+    claim = Claim("training_target", f"{formula} (docs: F.10)", ours, mistakes)
+    claim.judge(training_target, _pairs(schedule, shape), asarray, tolerance)
+
+
+def assert_predict_x0(
+    predict_x0: Function,
+    diffusion: GaussianDiffusion,
+    *,
+    shape: tuple[int, ...] = SHAPE,
+    asarray: Function = np.asarray,
+    tolerance: float = 1e-5,
+) -> None:
+    """Raise unless ``predict_x0(x_t, t, output)`` is the data that an output means (docs: F.7).
+
+    Parameters
+    ----------
+    predict_x0 : callable
+        Takes x_t and output of `shape` and t (N,), and returns an estimate of x0, not clipped.
+    diffusion : GaussianDiffusion
+        Its ``prediction`` says what the output is. Where that is eps, times are left out at which x_t is all
+        noise: it says nothing of x0 there.
+    shape, asarray, tolerance
+        As in `assert_q_sample`.
+
+    Raises
+    ------
+    AssertionError, TypeError, ValueError
+        As in `assert_q_sample`.
+    """
+    check_diffusion(diffusion)
+    schedule = diffusion.schedule
+    a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
+
+    def taken_as(given: Prediction) -> Function:
+        return lambda x_t, t, output: {"": diffusion.predict_x0(x_t, t, output, given=given)}
+
+    def linear(of_x_t: Any, of_output: Any) -> Function:
+        return lambda x_t, t, output: {
+            "": column_like(of_x_t[t], x_t) * x_t + column_like(of_output[t], x_t) * output
+        }
+
+    ours = taken_as(diffusion.prediction)
+    with np.errstate(divide="ignore"):
+        mistakes = {
+            **moved_in_time(ours, schedule.T),
+            "the output is taken for eps": linear(1 / a, -s / a),
+            "the output is taken for x_0": taken_as("x0"),
+            "the output is taken for v": taken_as("v"),
+            "the output is taken for -v": linear(a, s),
+            "nothing divides by sqrt(abar_t)": linear(np.ones_like(a), -s),
+            "abar_t divides, without its root": linear(1 / a**2, -s / a**2),
+            "1 - abar_t in front of eps, without its root": linear(1 / a, -(s**2) / a),
+            "eps is added": linear(1 / a, s / a),
+            "the output is subtracted as it is": linear(np.ones_like(a), -np.ones_like(a)),
+            "the rates of v exchanged, s x_t - a v": linear(s, -a),
+            "the output's eps, not its x_0": lambda x_t, t, output: {
+                "": diffusion.predict_eps(x_t, t, output, given=diffusion.prediction)
+            },
+        }
+    formula = {"eps": "(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)", "x0": "the output"}
+    expected = formula.get(diffusion.prediction, "sqrt(abar_t) x_t - sqrt(1 - abar_t) v")
+    claim = Claim("predict_x0", f"{expected} (docs: F.7)", ours, mistakes)
+    claim.judge(predict_x0, _pairs(schedule, shape, signal=diffusion.prediction == "eps"), asarray, tolerance)
+
+
+def _pairs(
+    schedule: NoiseSchedule, shape: tuple[int, ...], signal: bool = False
+) -> list[tuple[np.ndarray, ...]]:
+    """Batches of an array, t, and another array; with `signal` only of t at which there is any."""
+    check_shape(shape)
+    rng = np.random.default_rng(0)
+    T = int(np.count_nonzero(schedule.alphas_cumprod)) if signal else schedule.T
+    return [(rng.uniform(-1, 1, shape), t, rng.standard_normal(shape)) for t in times(T, shape[0], rng)]

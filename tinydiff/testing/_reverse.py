@@ -1,0 +1,222 @@
+"""Whether one step back is what it should be: the posterior, and the network's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinydiff.backend import column_like
+from tinydiff.diffusion import GaussianDiffusion, Prediction, Variance, check_diffusion
+from tinydiff.schedules import NoiseSchedule
+from tinydiff.testing._judge import SHAPE, Claim, Function, Given, check_shape, moved_in_time, times
+
+__all__ = ["assert_p_mean_variance", "assert_q_posterior", "log_variances"]
+
+
+def assert_q_posterior(
+    q_posterior: Function,
+    schedule: NoiseSchedule,
+    *,
+    shape: tuple[int, ...] = SHAPE,
+    asarray: Function = np.asarray,
+    tolerance: float = 1e-5,
+) -> None:
+    """Raise unless ``q_posterior(x0, x_t, t)`` is mean and variance of q(x_{t-1} | x_t, x_0) (docs: P.1).
+
+    Parameters
+    ----------
+    q_posterior : callable
+        Takes x0 and x_t of `shape` and t (N,), and returns the mean and the variance, that as (N,),
+        (N, 1, ..., 1) or of `shape`. At t = 0, where no noise is added, any variance will do.
+    schedule : NoiseSchedule
+        The chain's. For fewer steps that of the steps, ``schedule.respace(timesteps)``.
+    shape, asarray, tolerance
+        As in `assert_q_sample`.
+
+    Raises
+    ------
+    AssertionError, TypeError, ValueError
+        As in `assert_q_sample`.
+
+    Notes
+    -----
+    With tables in float32 what is right is off by up to 2e-4 at the first steps, more than the least of the
+    mistakes that are known: compare in float64.
+    """
+    check_shape(shape)
+    process = GaussianDiffusion(schedule)
+    alpha, beta, abar = schedule.alphas, schedule.betas, schedule.alphas_cumprod
+    before, rest = schedule.alphas_cumprod_prev, schedule.one_minus_alphas_cumprod
+
+    def ours(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray) -> Given:
+        return _step(t, *process.q_posterior_mean_variance(x0, x_t, t))
+
+    def linear(of_x0: Any, of_x_t: Any, variance: Any) -> Function:
+        def mistake(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray) -> Given:
+            of_x0_t, of_x_t_t, variance_t = (column_like(table[t], x0) for table in (of_x0, of_x_t, variance))
+            return _step(t, of_x0_t * x0 + of_x_t_t * x_t, variance_t)
+
+        return mistake
+
+    def with_previous(prev: Any) -> Function:
+        return linear(
+            np.sqrt(prev) * beta / rest, np.sqrt(alpha) * (1 - prev) / rest, beta * (1 - prev) / rest
+        )
+
+    of_x0, of_x_t = np.sqrt(before) * beta / rest, np.sqrt(alpha) * (1 - before) / rest
+    small = schedule.posterior_variance
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mistakes = {
+            **moved_in_time(ours, schedule.T),
+            "abar_{t-1} rolled, so that it begins with abar_T (E.7)": with_previous(np.roll(abar, 1)),
+            "abar_t in the place of abar_{t-1} (E.7)": with_previous(abar),
+            "sqrt(abar_t) for sqrt(abar_{t-1}) in front of x_0": linear(
+                np.sqrt(abar) * beta / rest, of_x_t, small
+            ),
+            "abar_{t-1} in front of x_0, without its root": linear(before * beta / rest, of_x_t, small),
+            "alpha_t in front of x_t, without its root": linear(of_x0, alpha * (1 - before) / rest, small),
+            "the two weights exchanged": linear(of_x_t, of_x0, small),
+            "1 - abar_{t-1} divides, not 1 - abar_t": linear(
+                of_x0 * rest / (1 - before), of_x_t * rest / (1 - before), small * rest / (1 - before)
+            ),
+            "the variance is beta_t": linear(of_x0, of_x_t, beta),
+            "the variance is a standard deviation (E.10)": linear(of_x0, of_x_t, np.sqrt(small)),
+            "the variance is its logarithm": linear(of_x0, of_x_t, np.log(small)),
+            "the mean is that of x_t given x_0": lambda x0, x_t, t: _step(
+                t, process.q_mean_variance(x0, t)[0], column_like(small[t], x0)
+            ),
+        }
+    rng = np.random.default_rng(0)
+    batches = [
+        (rng.uniform(-1, 1, shape), rng.standard_normal(shape), t) for t in times(schedule.T, shape[0], rng)
+    ]
+    Claim("q_posterior", "mu~_t and beta~_t (docs: P.1)", ours, mistakes).judge(
+        q_posterior, batches, asarray, tolerance
+    )
+
+
+def assert_p_mean_variance(
+    p_mean_variance: Function,
+    diffusion: GaussianDiffusion,
+    *,
+    clip: bool = False,
+    shape: tuple[int, ...] = SHAPE,
+    asarray: Function = np.asarray,
+    tolerance: float = 1e-5,
+) -> None:
+    """Raise unless ``p_mean_variance(x_t, t, output)`` is the step back, mean and variance (docs: P.5, V.1).
+
+    Parameters
+    ----------
+    p_mean_variance : callable
+        Takes x_t of `shape`, t (N,) and the network's output, and returns the mean and the variance of
+        p(x_{t-1} | x_t), as `assert_q_posterior` has it. The output of a learned variance is the prediction,
+        then nu in [-1, 1], on the last axis.
+    diffusion : GaussianDiffusion
+        Its ``prediction`` and ``variance`` say what the output is, and which variance to take.
+    clip : bool
+        Whether the estimate of x0 is to be clipped to [-1, 1].
+    shape, asarray, tolerance
+        As in `assert_q_sample`.
+
+    Raises
+    ------
+    AssertionError, TypeError, ValueError
+        As in `assert_q_sample`.
+    """
+    check_diffusion(diffusion)
+    check_shape(shape)
+    schedule, C = diffusion.schedule, shape[-1]
+    learned = diffusion.variance == "learned_range"
+    s = np.sqrt(schedule.one_minus_alphas_cumprod)
+
+    def step(
+        prediction: Prediction = diffusion.prediction,
+        variance: Variance = diffusion.variance,
+        clip: bool = clip,
+    ) -> Function:
+        process = GaussianDiffusion(schedule, prediction, variance)
+        return lambda x_t, t, output: _step(t, *process.p_mean_variance(x_t, t, output, clip=clip))
+
+    ours = step()
+
+    def with_variance(of: Function) -> Function:  # of x_t, t, output and the right variance
+        def mistake(x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> Given:
+            right = ours(x_t, t, output)
+            return {**right, "variance": of(x_t, t, output, right["variance"])}
+
+        return mistake
+
+    def subtracting(factor: Any) -> Function:  # Ho et al. 2020, eq. 11, with another factor
+        def mistake(x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> Given:
+            eps = diffusion.predict_eps(x_t, t, output)
+            mean = (x_t - column_like(factor[t], x_t) * eps) / column_like(np.sqrt(schedule.alphas[t]), x_t)
+            return {**ours(x_t, t, output), "mean": mean}
+
+        return mistake
+
+    mistakes = {
+        **moved_in_time(ours, schedule.T),
+        "the estimate of x_0 is clipped": step(clip=True),
+        "the estimate of x_0 is not clipped": step(clip=False),
+        "the output is taken for x_0": step("x0"),
+        "the output is taken for v": step("v"),
+        "beta_t in front of eps, not beta_t / sqrt(1 - abar_t) (E.11)": subtracting(schedule.betas),
+        "sqrt(1 - abar_t) in front of eps, not beta_t over it (E.11)": subtracting(s),
+        "the variance is a standard deviation (E.10)": with_variance(lambda *_: np.sqrt(_[-1])),
+        "the variance is its logarithm": with_variance(lambda *_: np.log(_[-1])),
+        **{
+            what: with_variance(lambda x_t, t, output, _, of=of: np.exp(of(x_t, t, output)))
+            for what, of in (log_variances(diffusion) if learned else {}).items()
+        },
+    }
+    if schedule.alphas_cumprod[-1] > 0:
+        mistakes["the output is taken for eps"] = step("eps")
+    if learned:
+        mistakes["nu comes first, the prediction after it"] = lambda x_t, t, output: ours(
+            x_t, t, np.concat([output[..., C:], output[..., :C]], axis=-1)
+        )
+    else:
+        mistakes["the variance is fixed_small, beta~_t"] = step(variance="fixed_small")
+        mistakes["the variance is fixed_large, beta_t"] = step(variance="fixed_large")
+    rng = np.random.default_rng(0)
+    T = int(np.count_nonzero(schedule.alphas_cumprod)) if diffusion.prediction == "eps" else schedule.T
+    batches = []
+    for t in times(T, shape[0], rng):
+        nu = [rng.uniform(-1, 1, shape)] if learned else []
+        batches.append((rng.standard_normal(shape), t, np.concat([rng.standard_normal(shape), *nu], axis=-1)))
+    expected = "mu~_t at the estimate of x_0" + ", clipped," * clip
+    expected += f" and the variance {diffusion.variance} (docs: P.5, V.1)"
+    Claim("p_mean_variance", expected, ours, mistakes).judge(p_mean_variance, batches, asarray, tolerance)
+
+
+def log_variances(diffusion: GaussianDiffusion) -> dict[str, Function]:
+    """What is taken for the logarithm of a learned variance: functions of (x_t, t, output)."""
+
+    def nu(output: np.ndarray) -> np.ndarray:
+        return output[..., output.shape[-1] // 2 :]
+
+    def between(f: Function, outside: bool = False) -> Function:
+        def log_variance(x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> np.ndarray:
+            small, large = (column_like(table[t], x_t) for table in diffusion.log_variance_range)
+            weight = f(nu(output))
+            if outside:
+                return np.log(weight * np.exp(large) + (1 - weight) * np.exp(small))
+            return weight * large + (1 - weight) * small
+
+        return log_variance
+
+    return {
+        "the variance interpolated outside the logarithm (E.12)": between(
+            lambda nu: (nu + 1) / 2, outside=True
+        ),
+        "nu taken for the fraction (nu + 1) / 2": between(lambda nu: nu),
+        "nu from beta_t at -1 to beta~_t at 1": between(lambda nu: (1 - nu) / 2),
+        "nu taken for the variance's logarithm": lambda x_t, t, output: nu(output),
+    }
+
+
+def _step(t: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> Given:
+    """Mean and variance by name; at t = 0 no variance is expected, for no noise is added."""
+    return {"mean": mean, "variance": np.where(column_like(t, mean) == 0, np.nan, variance)}
