@@ -1,0 +1,136 @@
+"""tinydiff.testing pointed at diffusers: what is right there passes, what is not is called by its name."""
+
+import pytest
+
+import tinydiff as td
+from tinydiff import testing
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.oracle
+
+KINDS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def scheduler_of(cls, kind="linear", exact=True, **config):
+    """diffusers' scheduler, with its alphas_cumprod in float64 if it is to be `exact`, and its schedule."""
+    scheduler = getattr(diffusers, cls)(beta_schedule=KINDS[kind], **{"clip_sample": False, **config})
+    if exact:
+        scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
+    return scheduler, td.NoiseSchedule(scheduler.betas)
+
+
+def walk_of(scheduler, monkeypatch, **options):
+    """A scheduler's loop as it is written everywhere, with the noise that it is handed."""
+
+    def sampler(denoise, x, timesteps, noise):
+        module = f"diffusers.schedulers.{type(scheduler).__module__.split('.')[-1]}"
+        monkeypatch.setattr(f"{module}.randn_tensor", lambda *args, **kwargs: noise())
+        for t in scheduler.timesteps:
+            x = scheduler.step(denoise(x, t), t, x, **options).prev_sample
+        return x
+
+    return sampler
+
+
+def assert_walk(scheduler, process, name, monkeypatch, steps=20, **options):
+    scheduler.set_timesteps(steps)
+    testing.assert_sampler(
+        walk_of(scheduler, monkeypatch, **options),
+        process,
+        name,
+        scheduler.timesteps.numpy()[::-1],
+        asarray=torch.as_tensor,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_and_forward_process_pass_as_they_come(kind):
+    scheduler, _ = scheduler_of("DDPMScheduler", kind, exact=False)
+    schedule = {"linear": td.linear_schedule, "cosine": td.cosine_schedule}[kind]()
+    testing.assert_schedule(scheduler.alphas_cumprod, schedule)
+    testing.assert_q_sample(
+        lambda x0, t, noise: scheduler.add_noise(x0, noise, t), schedule, asarray=torch.as_tensor
+    )
+    testing.assert_training_target(
+        lambda x0, t, noise: scheduler.get_velocity(x0, noise, t),
+        td.GaussianDiffusion(schedule, "v"),
+        asarray=torch.as_tensor,
+    )
+
+
+def test_a_tensor_may_have_a_gradient():
+    schedule = td.linear_schedule(20)
+    abar = torch.tensor(schedule.alphas_cumprod, requires_grad=True)
+
+    def q_sample(x0, t, noise):
+        a2 = abar[t].reshape(-1, 1, 1, 1)
+        return a2.sqrt() * x0 + (1 - a2).sqrt() * noise
+
+    testing.assert_schedule(abar, schedule)
+    testing.assert_q_sample(q_sample, schedule, asarray=torch.as_tensor)
+
+
+def test_short_chains_are_told_apart():
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=100)
+    with pytest.raises(AssertionError, match=r"whatever T is \(E.4\)"):
+        testing.assert_schedule(scheduler.alphas_cumprod, td.linear_schedule(100))
+
+
+@pytest.mark.parametrize("prediction", PREDICTION_TYPE)
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_ddpm_passes(spacing, variance, prediction, monkeypatch):
+    scheduler, schedule = scheduler_of(
+        "DDPMScheduler",
+        variance_type=variance,
+        prediction_type=PREDICTION_TYPE[prediction],
+        timestep_spacing=spacing,
+    )
+    assert_walk(scheduler, td.GaussianDiffusion(schedule, prediction, variance), "ddpm", monkeypatch)
+
+
+def test_the_grain_of_ddpm_is_named(monkeypatch):
+    scheduler, schedule = scheduler_of(
+        "DDPMScheduler", variance_type="fixed_large", timestep_spacing="trailing"
+    )
+    process = td.GaussianDiffusion(schedule, "eps", "fixed_large")
+    with pytest.raises(
+        AssertionError, match=r"the last step that differs.\nIt is .* at the last step \(E.9\).$"
+    ):
+        assert_walk(scheduler, process, "ddpm", monkeypatch, steps=10)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("prediction", PREDICTION_TYPE)
+def test_ddim_passes_by_default(prediction, eta, monkeypatch):
+    scheduler, schedule = scheduler_of("DDIMScheduler", prediction_type=PREDICTION_TYPE[prediction])
+    assert_walk(scheduler, td.GaussianDiffusion(schedule, prediction), "ddim", monkeypatch, eta=eta)
+
+
+def test_linspace_of_ddim_is_named(monkeypatch):
+    scheduler, schedule = scheduler_of("DDIMScheduler", timestep_spacing="linspace")
+    with pytest.raises(AssertionError, match=r"not looked up \(E.16\)"):
+        assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch)
+
+
+def test_dpm_solver_passes(monkeypatch):
+    scheduler = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
+    process = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas))
+    assert_walk(scheduler, process, "dpm++", monkeypatch)
+
+
+def test_eps_of_what_was_not_clipped_is_named(monkeypatch):
+    scheduler, schedule = scheduler_of("DDIMScheduler", clip_sample=True)
+    scheduler.set_timesteps(20)
+    with pytest.raises(AssertionError, match="eps of an x_0 that is not clipped"):
+        testing.assert_sampler(
+            walk_of(scheduler, monkeypatch),
+            td.GaussianDiffusion(schedule),
+            "ddim",
+            scheduler.timesteps.numpy()[::-1],
+            clip=True,
+            asarray=torch.as_tensor,
+        )
