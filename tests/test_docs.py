@@ -59,6 +59,7 @@ MATHEMATICS = {
     "mixture": "NLVR",
     "samplers": "R",
     "likelihood": "R",
+    "testing": "FSPLVR",
 }
 
 # Public, in those modules, and cites nothing.
@@ -213,6 +214,13 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
     for block in Page(ROOT / "README.md").blocks:
         if block.language == "python":
             exec(compile("\n" * block.line + block.text, "README.md", "exec", dont_inherit=True), namespace)
+    with pytest.raises(AssertionError) as error:
+        namespace["testing"].assert_q_sample(
+            lambda x0, t, noise: namespace["yours"](x0, t, noise * (1 - namespace["abar"][t]) ** 0.5),
+            tinydiff.linear_schedule(),
+        )
+    said = Page(ROOT / "README.md").path.read_text().replace("\n", " ")
+    assert f"AssertionError: {error.value}".replace("\n", " ") in said
     assert namespace["points"].shape == (1000, 2) and namespace["dx"].shape == (1000, 2)
     pictures = namespace["pictures"]
     assert pictures.shape == (16, 32, 32, 3) and -1 <= np.min(pictures) < np.max(pictures) <= 1

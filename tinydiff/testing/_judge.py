@@ -95,6 +95,7 @@ class Claim:
             [argument for batch in batches for argument in batch if argument.dtype.kind == "i"]
         )
         worst_t, where, T = t[np.argmax(wrong[key])], np.unique(t[wrong[key] > tolerance]), len(np.unique(t))
+        at = f"all {T} t" if len(where) == T else f"{len(where)} of {T} t, {where[0]} to {where[-1]}"
         distances = {}
         for what, mistake in self.mistakes.items():
             with np.errstate(all="ignore"):
@@ -102,8 +103,7 @@ class Claim:
             distances[what] = max(float(np.max(_distances(came[k], given[k], right[k]))) for k in right)
         raise AssertionError(
             f"{self._called(key)} is off by {worst:.3g} of its largest number at t = {worst_t}, and by more "
-            f"than {tolerance:.3g} at {len(where)} of {T} t, {where[0]} to {where[-1]}. Expected "
-            f"{self.expected}.\n{named(distances, worst)}"
+            f"than {tolerance:.3g} at {at}. Expected {self.expected}.\n{named(distances, worst)}"
             + (FLOAT32 if worst < 1e-3 and worst_t < T / 10 else "")
         )
 
