@@ -15,6 +15,10 @@ from tinydiff.testing._wrong_steps import walked, wrong_steps
 LINEAR, COSINE = td.linear_schedule(200), td.cosine_schedule(50)
 TO_NOISE = td.cosine_schedule(40, max_beta=1.0)  # nothing of the data is left at its end
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE, "to noise": TO_NOISE}
+ABAR, BETAS = LINEAR.alphas_cumprod, LINEAR.betas
+EPS, V = td.GaussianDiffusion(LINEAR), td.GaussianDiffusion(LINEAR, "v")
+LARGE = td.GaussianDiffusion(LINEAR, "eps", "fixed_large")
+LEARNED = td.GaussianDiffusion(COSINE, "v", "learned_range")
 PREDICTIONS, VARIANCES = ("eps", "x0", "v"), ("fixed_small", "fixed_large", "learned_range")
 
 
@@ -150,13 +154,69 @@ def test_what_is_right_in_float32_passes_or_is_told_from_a_mistake():
     assert "1 - abar_t in front of the noise" in refusal(testing.assert_q_sample, rootless, schedule)
 
 
+@pytest.mark.parametrize("t_wrong", [0, 1, 100, 199])
+def test_one_wrong_t_is_enough_and_the_tolerance_is_what_it_says(t_wrong):
+    def but_for_one(by):
+        return lambda x0, t, noise: EPS.q_sample(x0, t, noise) * (1 + by * column(t == t_wrong))
+
+    testing.assert_q_sample(but_for_one(0.99e-5), LINEAR)
+    said = refusal(testing.assert_q_sample, but_for_one(1.01e-5), LINEAR)
+    assert f"at t = {t_wrong}, and by more than 1e-05 at 1 of 200 t, {t_wrong} to {t_wrong}." in said
+    testing.assert_q_sample(but_for_one(1.01e-5), LINEAR, tolerance=2e-5)
+
+
+def test_functions_may_write_into_what_they_are_given():
+    def q_sample(x0, t, noise, power=0.5):
+        x0 *= column(np.sqrt(ABAR[t]))
+        noise *= column(1 - ABAR[t]) ** power
+        x0 += noise
+        return x0
+
+    testing.assert_q_sample(q_sample, LINEAR)
+    said = refusal(testing.assert_q_sample, lambda *given: q_sample(*given, power=1), LINEAR)
+    assert "1 - abar_t in front of the noise" in said
+
+    def sampler(denoise, x, tau, noise, last=1.0):
+        for i in reversed(range(len(tau))):
+            eps = denoise(x, tau[i])
+            after = ABAR[tau[i - 1]] if i else last
+            x -= np.sqrt(1 - ABAR[tau[i]]) * eps
+            x *= np.sqrt(after / ABAR[tau[i]])
+            x += np.sqrt(1 - after) * eps
+        return x
+
+    testing.assert_sampler(sampler, EPS, "ddim", 7)
+    said = refusal(testing.assert_sampler, lambda *given: sampler(*given, last=ABAR[0]), EPS, "ddim", 7)
+    assert "it is the last step" in said and "not to 1, the data" in said
+
+
+def test_what_no_noise_depends_on_does_not_matter():
+    """Variances at t = 0, and a term of the bound that has one of them in it."""
+
+    def step(*given):
+        mean, variance = LARGE.p_mean_variance(*given)
+        return mean, np.where(column(given[1]) == 0, 7.0, variance)
+
+    def terms(x0, x_t, t, output):
+        return np.where(t == 0, 7.0, terms_of(LARGE)(x0, x_t, t, output))
+
+    testing.assert_p_mean_variance(step, LARGE)
+    testing.assert_bound_terms(terms, LARGE)
+    refusal(testing.assert_bound_terms, terms, EPS)
+
+
+def test_what_a_network_of_a_learned_variance_says_is_in_its_range():
+    process, said = td.GaussianDiffusion(LINEAR, "eps", "learned_range"), []
+
+    def listening(denoise, x, tau, noise):
+        said.append(denoise(x, tau[0])[..., x.shape[-1] :])
+        return x
+
+    refusal(testing.assert_sampler, listening, process, steps=5)
+    assert said[0].shape == (4, 3, 4, 4) and np.max(np.abs(said[0])) <= 1
+
+
 # A mistake is called by its name
-
-
-ABAR, BETAS = LINEAR.alphas_cumprod, LINEAR.betas
-EPS, V = td.GaussianDiffusion(LINEAR), td.GaussianDiffusion(LINEAR, "v")
-LARGE = td.GaussianDiffusion(LINEAR, "eps", "fixed_large")
-LEARNED = td.GaussianDiffusion(COSINE, "v", "learned_range")
 
 
 def rates(t, mistake=""):
@@ -325,7 +385,8 @@ def ancestral(mistake=""):
         beta = 1 - abar / np.append(1.0, abar[:-1])
         for i in reversed(range(len(tau))):
             eps = denoise(x, int(tau[i]) + (mistake == "shown 1 … T"))
-            x = (x - beta[i] / np.sqrt(1 - abar[i]) * eps) / np.sqrt(1 - beta[i])
+            wrong = {"E.11": beta[i], "E.11 too": np.sqrt(1 - abar[i])}
+            x = (x - wrong.get(mistake, beta[i] / np.sqrt(1 - abar[i])) * eps) / np.sqrt(1 - beta[i])
             variance = BETAS[tau[i]] if mistake == "long" else beta[i]
             if i > 0 or mistake == "at the end":
                 x = x + (variance if mistake == "no root" else np.sqrt(variance)) * noise()
@@ -367,6 +428,8 @@ WALKS = {
     "noise at the last step (E.9)": (ancestral("at the end"), LARGE, "ddpm", {}),
     "as a standard deviation (E.10)": (ancestral("no root"), LARGE, "ddpm", {}),
     "the variance of the long chain (E.8)": (ancestral("long"), LARGE, "ddpm", {}),
+    "beta_t in front of eps": (ancestral("E.11"), LARGE, "ddpm", {}),
+    "sqrt(1 - abar_t) in front of eps": (ancestral("E.11 too"), LARGE, "ddpm", {}),
     "the variance fixed_large": (ancestral(), EPS, "ddpm", {}),
     "leave out the last, T - 1 (E.3)": (ddim("leading"), EPS, "ddim", {}),
     "not looked up (E.16)": (ddim("computed"), EPS, "ddim", {}),
@@ -421,6 +484,8 @@ def test_where_a_sampler_first_goes_astray_is_said():
     assert "Call 2 of the network, at t = 140, is the first with another state" in said
     said = refusal(testing.assert_sampler, ddim("leading"), EPS, "ddim", tau)
     assert "Call 1 of the network is at t = 160; expected 199" in said
+    each = refusal(testing.assert_sampler, lambda denoise, x, *_: denoise(x, np.arange(4)), EPS, "ddim", tau)
+    assert "shows the network t = [0 1 2 3]; expected an integer or (N,) equal ones" in each
     said = refusal(testing.assert_sampler, ddim(), V, "ddim", tau)  # eps, where the network says v
     assert "Call 2" in said and "None of the" in said
 

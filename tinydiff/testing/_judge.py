@@ -81,7 +81,7 @@ class Claim:
         check_tolerance(tolerance)
         ours = [self.ours(*batch) for batch in batches]
         came = _gathered(
-            self._fitted(yours(*map(asarray, batch)), right, len(batch[0]))
+            self._fitted(yours(*(asarray(x.copy()) for x in batch)), right, len(batch[0]))  # yours may write
             for batch, right in zip(batches, ours, strict=True)
         )
         right = _gathered(ours)

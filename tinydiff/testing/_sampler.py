@@ -67,7 +67,9 @@ def assert_sampler(
         return sample(network, diffusion, shape, name, rng=rng, x_T=x_T, workers=1, progress=False, **options)
 
     right = ours(expected)
-    result = sampler(asked, asarray(x_T), timesteps.copy(), lambda: asarray(noises.standard_normal(shape)))
+    result = sampler(
+        asked, asarray(x_T.copy()), timesteps.copy(), lambda: asarray(noises.standard_normal(shape))
+    )
     came = on_host("sampler's result", result)
     if came.shape != shape:
         raise AssertionError(f"sampler's result has shape {came.shape}; expected {shape}.")
