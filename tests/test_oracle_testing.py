@@ -98,7 +98,7 @@ def test_the_grain_of_ddpm_is_named(monkeypatch):
     )
     process = td.GaussianDiffusion(schedule, "eps", "fixed_large")
     with pytest.raises(
-        AssertionError, match=r"the last step that differs.\nIt is .* at the last step \(E.9\).$"
+        AssertionError, match=r"10 times; expected 9.\nIt is .* at the last step \(E.9\).$"
     ):
         assert_walk(scheduler, process, "ddpm", monkeypatch, steps=10)
 

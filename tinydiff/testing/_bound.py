@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tinydiff.backend import column_like, sum_samples
+from tinydiff.backend import clip_to_unit, column_like, sum_samples
 from tinydiff.bound import (
     Decoder,
     check_decoder,
@@ -16,7 +16,8 @@ from tinydiff.bound import (
     step_term,
 )
 from tinydiff.diffusion import GaussianDiffusion, Variance, check_diffusion
-from tinydiff.testing._judge import SHAPE, Claim, Function, Given, check_shape, moved_in_time, times
+from tinydiff.testing._asked import SHAPE, Function, check_shape, halves_on, times
+from tinydiff.testing._judge import Claim, Given, moved_in_time
 from tinydiff.testing._reverse import log_variances
 
 __all__ = ["assert_bound_terms"]
@@ -27,6 +28,7 @@ def assert_bound_terms(
     diffusion: GaussianDiffusion,
     *,
     decoder: Decoder = "density",
+    axis: int = -1,
     shape: tuple[int, ...] = SHAPE,
     asarray: Function = np.asarray,
     tolerance: float = 1e-5,
@@ -45,9 +47,10 @@ def assert_bound_terms(
         t = 0, where code differs in the variance that it takes.
     decoder : {"density", "8bit"}
         As in `tinydiff.bound.step_term`.
+    axis : int
+        As in `assert_p_mean_variance`.
     shape, asarray, tolerance
-        As in `assert_q_sample`. With the decoder ``"8bit"`` a term at t = 0 may be off by 0.01 nats for each
-        number where code takes a tanh for the normal distribution.
+        As in `assert_q_sample`.
 
     Raises
     ------
@@ -55,7 +58,7 @@ def assert_bound_terms(
         As in `assert_q_sample`.
     """
     check_diffusion(diffusion)
-    check_shape(shape)
+    check_shape(shape, axis)
     check_decoder(decoder)
     learned, schedule, D = diffusion.variance == "learned_range", diffusion.schedule, math.prod(shape[1:])
 
@@ -63,12 +66,12 @@ def assert_bound_terms(
         process = GaussianDiffusion(schedule, diffusion.prediction, variance)
 
         def terms(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> Given:
-            value, _ = step_term(process, output, x0, x_t, t, decoder)
-            return {"": np.where((t == 0) & (diffusion.variance == "fixed_large"), np.nan, value)}
+            return {"": step_term(process, output, x0, x_t, t, decoder)[0]}
 
         return terms
 
     ours = of()
+    small_at_0 = diffusion.log_variance_range[0][0]
     likelihood = gaussian_nll if decoder == "density" else discretized_gaussian_nll
 
     def scaled(factor: float) -> Function:
@@ -76,22 +79,20 @@ def assert_bound_terms(
 
     def built(
         log_variance: Function = diffusion.model_log_variance,
-        turned: bool = False,
-        divergence_at_0: bool = False,
+        divergence: Function = gaussian_kl,
+        likelihood: Function = likelihood,
+        estimate: Function = diffusion.predict_x0,
     ) -> Function:
-        """The terms from divergences and likelihoods, with another variance, or with one of them wrong."""
+        """The terms from their parts, one of which may be wrong."""
 
         def mistake(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> Given:
-            guess = diffusion.predict_x0(x_t, t, output)
+            guess = estimate(x_t, t, output)
             posterior, _ = diffusion.q_posterior_mean_variance(x0, x_t, t)
             mean, _ = diffusion.q_posterior_mean_variance(guess, x_t, t)
-            q, p = (
-                (posterior, column_like(diffusion.log_variance_range[0][t], x0)),
-                (mean, log_variance(x_t, t, output)),
-            )
-            kl, _ = gaussian_kl(*p, *q) if turned else gaussian_kl(*q, *p)
-            at_0 = kl if divergence_at_0 else likelihood(x0, guess, p[1])[0]
-            return {"": sum_samples(np.where(column_like(t, x0) == 0, at_0, kl))}
+            small, of_step = column_like(diffusion.log_variance_range[0][t], x0), log_variance(x_t, t, output)
+            kl, _ = divergence(posterior, small, mean, of_step)
+            nll, _ = likelihood(x0, guess, of_step)
+            return {"": sum_samples(np.where(column_like(t, x0) == 0, nll, kl))}
 
         return mistake
 
@@ -100,11 +101,26 @@ def assert_bound_terms(
         "a mean over the numbers of a sample, not a sum": scaled(1 / D),
         "bits, not nats": scaled(1 / math.log(2)),
         "bits for each number, not nats": scaled(1 / D / math.log(2)),
+        "the sign": scaled(-1.0),
         "half of each term": scaled(0.5),
         "twice each term": scaled(2.0),
         "T times each term": scaled(schedule.T),
-        "a divergence at t = 0, not a likelihood": built(divergence_at_0=True),
-        "the divergence of the posterior from the step, p || q": built(turned=True),
+        "T - 1 times each term": scaled(schedule.T - 1),
+        "a divergence at t = 0, not a likelihood": built(
+            likelihood=lambda x0, guess, log_p: gaussian_kl(x0, small_at_0, guess, log_p)
+        ),
+        "the divergence of the posterior from the step, p || q": built(
+            divergence=lambda mean_q, log_q, mean_p, log_p: gaussian_kl(mean_p, log_p, mean_q, log_q)
+        ),
+        "the squares alone, of the divergence": built(
+            divergence=lambda mean_q, log_q, mean_p, log_p: ((mean_q - mean_p) ** 2 / np.exp(log_p) / 2, None)
+        ),
+        "the estimate of x_0 is clipped": built(
+            estimate=lambda *given: clip_to_unit(diffusion.predict_x0(*given))
+        ),
+        "the normal distribution by a tanh, at least 1e-12, which is what the papers' code takes": built(
+            likelihood=_by_tanh
+        ),
         **{
             what: built(log_variance)
             for what, log_variance in (log_variances(diffusion) if learned else {}).items()
@@ -121,5 +137,25 @@ def assert_bound_terms(
         x_t = diffusion.q_sample(x0, t, rng.standard_normal(shape))
         output = rng.uniform(-1, 1, (*shape[:-1], (1 + learned) * shape[-1]))
         batches.append((x0, x_t, t, output))
-    claim = Claim("bound_terms", "L_{t-1}, and L_0 at t = 0 (docs: L.5, V.3)", ours, mistakes)
+    claim = Claim(
+        "bound_terms",
+        "x0, x_t, t, output",
+        "L_{t-1}, and L_0 at t = 0 (docs: L.5, V.3)",
+        ours,
+        mistakes,
+        free_at_0=("",) if diffusion.variance == "fixed_large" else (),
+        shown=lambda x0, x_t, t, output: (x0, x_t, t, halves_on(axis, output) if learned else output),
+    )
     claim.judge(bound_terms, batches, asarray, tolerance)
+
+
+def _by_tanh(x0: np.ndarray, mean: np.ndarray, log_variance: np.ndarray) -> tuple[np.ndarray, None]:
+    """-log P of an 8-bit level, as in the code of Ho et al. 2020 and of Nichol & Dhariwal 2021."""
+
+    def Phi(edge: np.ndarray) -> np.ndarray:
+        z = (edge - mean) / np.exp(log_variance / 2)
+        return (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2
+
+    high, low = Phi(x0 + 1 / 255), Phi(x0 - 1 / 255)
+    P = np.where(x0 < -0.999, high, np.where(x0 > 0.999, 1 - low, high - low))
+    return -np.log(np.maximum(P, 1e-12)), None

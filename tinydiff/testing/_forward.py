@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import column_like
+from tinydiff.backend import clip_to_unit, column_like
 from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.testing._judge import SHAPE, Claim, Function, Given, check_shape, moved_in_time, times
+from tinydiff.testing._asked import SHAPE, Function, check_shape, times
+from tinydiff.testing._judge import Claim, Given, moved_in_time
 
 __all__ = ["assert_predict_x0", "assert_q_sample", "assert_training_target"]
 
@@ -48,6 +49,8 @@ def assert_q_sample(
     """
     process = GaussianDiffusion(schedule)
     a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
+    alpha, beta = np.sqrt(schedule.alphas), np.sqrt(schedule.betas)
+    before = schedule.one_minus_alphas_cumprod_prev
     with np.errstate(divide="ignore"):
         s_over_a = s / a
 
@@ -63,23 +66,25 @@ def assert_q_sample(
 
     mistakes = {
         **moved_in_time(ours, schedule.T),
+        "abar_{t-1} in the place of abar_t": with_rates(np.sqrt(1 - before), np.sqrt(before)),
         "both rates without their roots": with_rates(a**2, s**2),
         "1 - abar_t in front of the noise, without its root": with_rates(a, s**2),
         "abar_t in front of the data, without its root": with_rates(a**2, s),
         "1 - sqrt(abar_t) in front of the noise": with_rates(a, 1 - a),
-        "the two rates exchanged": with_rates(s, a),
+        "the two rates, or the arguments x0 and noise, exchanged": with_rates(s, a),
         "the noise subtracted": with_rates(a, -s),
         "data that is not scaled down": with_rates(np.ones_like(a), s),
         "data that is not scaled down, noise times s/a, which is another convention, EDM's": with_rates(
             np.ones_like(a), s_over_a
         ),
-        "alpha_t of one step, for abar_t of all": with_rates(
-            np.sqrt(schedule.alphas), np.sqrt(schedule.betas)
-        ),
+        "alpha_t of one step in the place of abar_t of all": with_rates(alpha, beta),
+        "alpha_t in the place of abar_t in front of the data": with_rates(alpha, s),
+        "beta_t in the place of 1 - abar_t in front of the noise": with_rates(a, beta),
     }
     if len(shape) > 1 and shape[0] == shape[-1]:
         mistakes["rates (N,) that spread along the last axis"] = with_rates(a, s, spread=True)
-    claim = Claim("q_sample", "sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (docs: F.2)", ours, mistakes)
+    expected = "sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (docs: F.2)"
+    claim = Claim("q_sample", "x0, t, noise", expected, ours, mistakes)
     claim.judge(q_sample, _pairs(schedule, shape), asarray, tolerance)
 
 
@@ -117,12 +122,14 @@ def assert_training_target(
     ours, v = of(diffusion.prediction), of("v")
     mistakes = {
         **moved_in_time(ours, schedule.T),
-        "the target is eps": of("eps"),
-        "the target is x_0": of("x0"),
+        "the target is eps, or the arguments x0 and noise are exchanged": of("eps"),
+        "the target is x_0, or the arguments x0 and noise are exchanged": of("x0"),
         "the target is v": v,
         "the sign; -v is another convention, EDM's": lambda x0, t, noise: {"": -ours(x0, t, noise)[""]},
         "the rates of v exchanged, s eps - a x_0": lambda x0, t, noise: {"": -v(noise, t, x0)[""]},
-        "the rates of v exchanged, a x_0 - s eps": lambda x0, t, noise: {"": v(noise, t, x0)[""]},
+        "the rates of v, or the arguments x0 and noise, exchanged: a x_0 - s eps": lambda x0, t, noise: {
+            "": v(noise, t, x0)[""]
+        },
         "the target is x_t": lambda x0, t, noise: {"": diffusion.q_sample(x0, t, noise)},
         "the target is the noise as it was added, s eps": lambda x0, t, noise: {
             "": diffusion.q_sample(0 * x0, t, noise)
@@ -131,7 +138,7 @@ def assert_training_target(
     formula = {"eps": "eps", "x0": "x_0", "v": "sqrt(abar_t) eps - sqrt(1 - abar_t) x_0"}[
         diffusion.prediction
     ]
-    claim = Claim("training_target", f"{formula} (docs: F.10)", ours, mistakes)
+    claim = Claim("training_target", "x0, t, noise", f"{formula} (docs: F.10)", ours, mistakes)
     claim.judge(training_target, _pairs(schedule, shape), asarray, tolerance)
 
 
@@ -163,6 +170,7 @@ def assert_predict_x0(
     check_diffusion(diffusion)
     schedule = diffusion.schedule
     a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
+    alpha = np.sqrt(schedule.alphas)
 
     def taken_as(given: Prediction) -> Function:
         return lambda x_t, t, output: {"": diffusion.predict_x0(x_t, t, output, given=given)}
@@ -180,6 +188,12 @@ def assert_predict_x0(
             "the output is taken for x_0": taken_as("x0"),
             "the output is taken for v": taken_as("v"),
             "the output is taken for -v": linear(a, s),
+            "the estimate is clipped": lambda x_t, t, output: {"": clip_to_unit(ours(x_t, t, output)[""])},
+            "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": linear(1 / alpha, -s / alpha),
+            "sqrt(abar_t) multiplies": linear(a, -s * a),
+            "sqrt(abar_t) divides x_t alone": linear(1 / a, -s),
+            "sqrt(abar_t) divides eps alone": linear(np.ones_like(a), -s / a),
+            "1 - sqrt(abar_t) in front of eps": linear(1 / a, -(1 - a) / a),
             "nothing divides by sqrt(abar_t)": linear(np.ones_like(a), -s),
             "abar_t divides, without its root": linear(1 / a**2, -s / a**2),
             "1 - abar_t in front of eps, without its root": linear(1 / a, -(s**2) / a),
@@ -192,7 +206,7 @@ def assert_predict_x0(
         }
     formula = {"eps": "(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)", "x0": "the output"}
     expected = formula.get(diffusion.prediction, "sqrt(abar_t) x_t - sqrt(1 - abar_t) v")
-    claim = Claim("predict_x0", f"{expected} (docs: F.7)", ours, mistakes)
+    claim = Claim("predict_x0", "x_t, t, output", f"{expected} (docs: F.7)", ours, mistakes)
     claim.judge(predict_x0, _pairs(schedule, shape, signal=diffusion.prediction == "eps"), asarray, tolerance)
 
 

@@ -2,44 +2,27 @@
 
 Yours, ours, and ours with each mistake planted are functions of the same arguments, and are asked the same
 batches. That yours is wrong is its distance from ours; what is wrong with it is the mistake from which it has
-none. So a mistake is named only where every number is the one that it gives.
+none. A mistake is named only if it gives every number of every sample, to a thousandth at the worst: float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinydiff.backend import to_numpy
+from tinydiff.testing._asked import Function, called, check_tolerance, on_host
 
-__all__ = [
-    "SHAPE",
-    "Claim",
-    "Function",
-    "Given",
-    "check_shape",
-    "check_tolerance",
-    "moved_in_time",
-    "named",
-    "on_host",
-    "times",
-]
+__all__ = ["Claim", "Given", "distance", "moved_in_time", "named"]
 
-Function: TypeAlias = Callable[..., Any]
 Given: TypeAlias = dict[str, np.ndarray]
 
-# As many samples as a row has pixels: numbers (N,) that were not made a column then spread along the row
-# without a word, and are seen.
-SHAPE = (8, 3, 4, 8)
-
-# A mistake is named if yours is this much nearer to it than to what is right: either may be in float32.
-NEARER = 20.0
-
-UNKNOWN = "None of the {} mistakes known here gives it, each alone."
-FLOAT32 = " Right tables in float32 can be off by as much at the first t (E.6): compare in float64."
+FLOAT32 = (
+    " In float32 what is right can be off by as much, at the first t above all (E.6): compare in float64, or "
+    "with tolerance=1e-3."
+)
 
 
 @dataclass(frozen=True)
@@ -48,18 +31,25 @@ class Claim:
 
     Attributes
     ----------
-    name, expected : str
-        What to call the function; the formula, with its identifier.
+    name, arguments, expected : str
+        What to call the function, what it takes, and the formula, with its identifier.
     ours : callable
-        Of NumPy arrays; returns arrays by name. Where one is NaN nothing is expected.
+        Of NumPy arrays; returns arrays by name.
     mistakes : dict of callables
         By what each does wrong, the same as `ours`.
+    free_at_0 : tuple of str
+        The names of those of which anything will do at t = 0.
+    shown : callable, optional
+        From the arguments of `ours` to those of the function.
     """
 
     name: str
+    arguments: str
     expected: str
     ours: Function
     mistakes: dict[str, Function]
+    free_at_0: tuple[str, ...] = ()
+    shown: Function = lambda *given: given
 
     def judge(
         self, yours: Function, batches: Sequence[tuple[np.ndarray, ...]], asarray: Function, tolerance: float
@@ -76,54 +66,70 @@ class Claim:
         asarray : callable
             From a NumPy array to what `yours` takes.
         tolerance : float
-            The largest difference that is none, as a part of the largest right number of its sample.
+            The largest difference that is none, as a part of the largest number of its sample.
+
+        Raises
+        ------
+        ValueError
+            If `tolerance` is not a positive number, or nothing is left to compare.
         """
         check_tolerance(tolerance)
-        ours = [self.ours(*batch) for batch in batches]
-        came = _gathered(
-            self._fitted(yours(*(asarray(x.copy()) for x in batch)), right, len(batch[0]))  # yours may write
-            for batch, right in zip(batches, ours, strict=True)
-        )
-        right = _gathered(ours)
-        wrong = {key: _distances(came[key], right[key], right[key]) for key in right}
-        worst_of = {key: float(np.max(wrong[key])) for key in wrong}
-        key = max(worst_of, key=worst_of.__getitem__)
-        worst = worst_of[key]
+        t = np.concatenate([x for batch in batches for x in batch if x.dtype.kind == "i"])
+        answers = [self.ours(*batch) for batch in batches]
+        came = _end_to_end(self._asked(yours, *pair, asarray) for pair in zip(batches, answers, strict=True))
+        right = _end_to_end(answers)
+        expected = {key: (t > 0) | (key not in self.free_at_0) for key in right}
+        if not np.any([*expected.values()]):
+            raise ValueError(f"{self.name} has nothing to compare: at t = 0, the only one, anything will do.")
+
+        def apart(other: Given) -> dict[str, np.ndarray]:
+            return {
+                key: np.where(expected[key], distance(came[key], other[key], right[key]), 0.0)
+                for key in right
+            }
+
+        wrong = apart(right)
+        key = max(wrong, key=lambda key: float(np.max(wrong[key])))
+        worst = float(np.max(wrong[key]))
         if worst <= tolerance:
             return
-        t = np.concatenate(
-            [argument for batch in batches for argument in batch if argument.dtype.kind == "i"]
-        )
-        worst_t, where, T = t[np.argmax(wrong[key])], np.unique(t[wrong[key] > tolerance]), len(np.unique(t))
-        at = f"all {T} t" if len(where) == T else f"{len(where)} of {T} t, {where[0]} to {where[-1]}"
         distances = {}
         for what, mistake in self.mistakes.items():
             with np.errstate(all="ignore"):
-                given = _gathered(mistake(*batch) for batch in batches)
-            distances[what] = max(float(np.max(_distances(came[k], given[k], right[k]))) for k in right)
+                given = _end_to_end(mistake(*batch) for batch in batches)
+            distances[what] = max(float(np.max(part)) for part in apart(given).values())
+        at, T = np.unique(t[wrong[key] > tolerance]), len(np.unique(t))
+        where = f"all {T} t" if len(at) == T else f"{len(at)} of {T} t, {at[0]} to {at[-1]}"
+        size = f"off by {worst:.3g} of its largest number" if np.isfinite(worst) else "not finite"
+        unknown = FLOAT32 if worst < 1e-3 and 2 * len(at) < T else ""
         raise AssertionError(
-            f"{self._called(key)} is off by {worst:.3g} of its largest number at t = {worst_t}, and by more "
-            f"than {tolerance:.3g} at {at}. Expected {self.expected}.\n{named(distances, worst)}"
-            + (FLOAT32 if worst < 1e-3 and worst_t < T / 10 else "")
+            f"{self._called(key)} is {size} at t = {t[np.argmax(wrong[key])]}; off by more than "
+            f"{tolerance:.3g} at {where}. Expected {self.expected}.\n"
+            f"{named(distances, worst, tolerance, unknown)}"
         )
 
     def _called(self, key: str) -> str:
         return self.name if key == "" else f"the {key} of {self.name}"
 
-    def _fitted(self, result: Any, right: Given, N: int) -> Given:
-        """A batch of yours by the names of ours, each checked to have its shape."""
-        parts = result if isinstance(result, (tuple, list)) else (result,)
+    def _asked(
+        self, yours: Function, batch: tuple[np.ndarray, ...], right: Given, asarray: Function
+    ) -> Given:
+        """What yours gives of a batch, by the names of ours, each checked to have its shape."""
+        shown = [asarray(x.copy()) for x in self.shown(*batch)]  # a copy: yours may write into it
+        result = called(yours, f"{self.name}({self.arguments})", *shown)
+        several = isinstance(result, tuple) or (isinstance(result, list) and len(right) > 1)
+        parts = result if several else (result,)
         if len(parts) != len(right):
-            raise AssertionError(f"{self.name} returned {len(parts)} arrays; expected {len(right)}.")
-        fitted = {}
+            names = f", {' and '.join(right)}" if len(right) > 1 else ""
+            raise AssertionError(f"{self.name} returned {len(parts)} arrays; expected {len(right)}{names}.")
+        N, fitted = len(batch[0]), {}
         for (key, expected), part in zip(right.items(), parts, strict=True):
             part = on_host(self._called(key), part)
             column = expected.ndim > 1 and expected.size == N
             if column and part.shape == (N,):
                 part = part.reshape(expected.shape)
-            if part.shape != expected.shape and not (
-                column and part.shape[:1] == (N,) and part.ndim == expected.ndim
-            ):
+            of_each_number = column and part.ndim == expected.ndim and part.shape[0] == N
+            if part.shape != expected.shape and not of_each_number:
                 raise AssertionError(
                     f"{self._called(key)} has shape {part.shape}; expected {expected.shape}."
                 )
@@ -131,66 +137,45 @@ class Claim:
         return fitted
 
 
-def named(distances: dict[str, float], worst: float) -> str:
+def named(distances: dict[str, float], worst: float, tolerance: float, unknown: str = "") -> str:
     """A sentence that names the mistakes from which yours has no distance, or says that there is none."""
-    nearest = min(distances.values())
-    if not nearest < worst / NEARER:
-        return UNKNOWN.format(len(distances))
-    found = [
-        what for what, distance in distances.items() if distance <= max(2 * nearest, 1e-9 * min(worst, 1.0))
-    ]
-    return f"It is what comes of this: {'; or of this: '.join(found)}."
-
-
-def times(T: int, N: int, rng: np.random.Generator) -> np.ndarray:
-    """All of 0 … T-1 in mixed order, as batches (., N), and some of them again to fill the last one."""
-    return rng.permutation(np.resize(np.arange(T), -(-T // N) * N)).reshape(-1, N)
+    near = max(tolerance, min(1e-3, worst / 20))
+    found = sorted((far, what) for what, far in distances.items() if far <= near and far < worst)
+    if not found:
+        return f"None of the {len(distances)} mistakes known here gives it, each alone.{unknown}"
+    same = [what for far, what in found if far <= max(2 * found[0][0], 1e-9)]
+    return f"It is what comes of this: {'; or of this: '.join(same)}."
 
 
 def moved_in_time(ours: Function, T: int) -> dict[str, Function]:
-    """Ours at the wrong t: a step early, and a step late."""
+    """Ours at a wrong t."""
 
-    def moved(by: int) -> Function:
-        return lambda *given: ours(*(np.clip(x + by, 0, T - 1) if x.dtype.kind == "i" else x for x in given))
+    def shown(times: np.ndarray) -> Function:
+        return lambda *given: ours(*(times[x] if x.dtype.kind == "i" else x for x in given))
 
-    return {"t a step early, t - 1": moved(-1), "t a step late, t + 1 (E.13)": moved(1)}
-
-
-def on_host(name: str, array: Any) -> np.ndarray:
-    """`array`, of whatever library, as NumPy's and without the graph of its gradients."""
-    for leave in ("detach", "cpu"):  # PyTorch's
-        if hasattr(array, leave):
-            array = getattr(array, leave)()
-    array = to_numpy(array)
-    if array.dtype.kind not in "fiu":
-        raise AssertionError(f"{name} has dtype {array.dtype}; expected real numbers.")
-    return array
+    every = np.arange(T)
+    return {
+        "t - 1 in the place of t": shown(np.maximum(every - 1, 0)),
+        "t - 1 in the place of t, and T - 1 in that of 0": shown(np.roll(every, 1)),
+        "t + 1 in the place of t (E.13)": shown(np.minimum(every + 1, T - 1)),
+    }
 
 
-def check_tolerance(tolerance: Any) -> None:
-    """ValueError unless `tolerance` is a positive number."""
-    if not (isinstance(tolerance, (int, float)) and 0 < tolerance < np.inf):
-        raise ValueError(f"tolerance is {tolerance!r}; expected a positive number.")
-
-
-def check_shape(shape: Any) -> None:
-    """ValueError unless `shape` is that of a batch of data."""
-    sizes = shape if isinstance(shape, tuple) else ()
-    if len(sizes) < 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
-        raise ValueError(f"shape is {shape!r}; expected (N, ...), two integers of at least 1 or more.")
-
-
-def _gathered(parts: Iterable[Given]) -> Given:
-    """The batches' arrays, end to end."""
-    batches = list(parts)
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-
-
-def _distances(yours: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Of each sample the largest difference of `yours` and `other`, as a part of its largest right number."""
-    same = np.isnan(right) | (yours == other) | (np.isnan(yours) & np.isnan(other))
+def distance(yours: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Of each sample the largest difference of `yours` and `other`, as a part of its largest number."""
+    same = (yours == other) | (np.isnan(yours) & np.isnan(other))
     with np.errstate(all="ignore"):
         difference = np.where(same, 0.0, np.abs(yours - other))
-    difference = np.where(np.isnan(difference), np.inf, difference)
-    largest = np.max(np.abs(np.nan_to_num(right)), axis=tuple(range(1, right.ndim)))
-    return np.max(difference, axis=tuple(range(1, difference.ndim))) / np.where(largest > 0, largest, 1.0)
+        sizes = np.maximum(_largest(right), _largest(other))
+        return _largest(np.where(np.isnan(difference), np.inf, difference)) / np.where(sizes > 0, sizes, 1.0)
+
+
+def _largest(array: np.ndarray) -> np.ndarray:
+    """Of each sample the largest size; of what is no number, none."""
+    return np.max(np.abs(np.nan_to_num(array, nan=0.0, posinf=np.inf)), axis=tuple(range(1, array.ndim)))
+
+
+def _end_to_end(parts: Iterable[Any]) -> Given:
+    """The batches' arrays by name."""
+    batches = list(parts)
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.backend import column_like
+from tinydiff.backend import clip_to_unit, column_like
 from tinydiff.diffusion import GaussianDiffusion, Prediction, Variance, check_diffusion
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.testing._judge import SHAPE, Claim, Function, Given, check_shape, moved_in_time, times
+from tinydiff.testing._asked import SHAPE, Function, check_shape, halves_on, times
+from tinydiff.testing._judge import Claim, Given, moved_in_time
 
-__all__ = ["assert_p_mean_variance", "assert_q_posterior", "log_variances"]
+__all__ = ["assert_p_mean_variance", "assert_q_posterior", "log_variances", "means"]
 
 
 def assert_q_posterior(
@@ -50,12 +51,12 @@ def assert_q_posterior(
     before, rest = schedule.alphas_cumprod_prev, schedule.one_minus_alphas_cumprod
 
     def ours(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray) -> Given:
-        return _step(t, *process.q_posterior_mean_variance(x0, x_t, t))
+        return _step(*process.q_posterior_mean_variance(x0, x_t, t))
 
     def linear(of_x0: Any, of_x_t: Any, variance: Any) -> Function:
         def mistake(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray) -> Given:
             of_x0_t, of_x_t_t, variance_t = (column_like(table[t], x0) for table in (of_x0, of_x_t, variance))
-            return _step(t, of_x0_t * x0 + of_x_t_t * x_t, variance_t)
+            return _step(of_x0_t * x0 + of_x_t_t * x_t, variance_t)
 
         return mistake
 
@@ -70,30 +71,34 @@ def assert_q_posterior(
         mistakes = {
             **moved_in_time(ours, schedule.T),
             "abar_{t-1} rolled, so that it begins with abar_T (E.7)": with_previous(np.roll(abar, 1)),
+            "abar_{t-1} padded with 0, not 1 (E.7)": with_previous(np.append(0.0, abar[:-1])),
             "abar_t in the place of abar_{t-1} (E.7)": with_previous(abar),
             "sqrt(abar_t) for sqrt(abar_{t-1}) in front of x_0": linear(
                 np.sqrt(abar) * beta / rest, of_x_t, small
             ),
             "abar_{t-1} in front of x_0, without its root": linear(before * beta / rest, of_x_t, small),
             "alpha_t in front of x_t, without its root": linear(of_x0, alpha * (1 - before) / rest, small),
-            "the two weights exchanged": linear(of_x_t, of_x0, small),
+            "sqrt(abar_t) for sqrt(alpha_t) in front of x_t": linear(
+                of_x0, np.sqrt(abar) * (1 - before) / rest, small
+            ),
+            "the two weights, or the arguments x0 and x_t, exchanged": linear(of_x_t, of_x0, small),
+            "x_t subtracted": linear(of_x0, -of_x_t, small),
             "1 - abar_{t-1} divides, not 1 - abar_t": linear(
                 of_x0 * rest / (1 - before), of_x_t * rest / (1 - before), small * rest / (1 - before)
             ),
             "the variance is beta_t": linear(of_x0, of_x_t, beta),
             "the variance is a standard deviation (E.10)": linear(of_x0, of_x_t, np.sqrt(small)),
             "the variance is its logarithm": linear(of_x0, of_x_t, np.log(small)),
-            "the mean is that of x_t given x_0": lambda x0, x_t, t: _step(
-                t, process.q_mean_variance(x0, t)[0], column_like(small[t], x0)
-            ),
+            "the mean is x_0": linear(np.ones_like(beta), 0 * beta, small),
+            "the mean is that of x_t given x_0": linear(np.sqrt(abar), 0 * beta, small),
         }
     rng = np.random.default_rng(0)
     batches = [
         (rng.uniform(-1, 1, shape), rng.standard_normal(shape), t) for t in times(schedule.T, shape[0], rng)
     ]
-    Claim("q_posterior", "mu~_t and beta~_t (docs: P.1)", ours, mistakes).judge(
-        q_posterior, batches, asarray, tolerance
-    )
+    expected = "mu~_t and beta~_t (docs: P.1)"
+    claim = Claim("q_posterior", "x0, x_t, t", expected, ours, mistakes, free_at_0=("variance",))
+    claim.judge(q_posterior, batches, asarray, tolerance)
 
 
 def assert_p_mean_variance(
@@ -101,6 +106,7 @@ def assert_p_mean_variance(
     diffusion: GaussianDiffusion,
     *,
     clip: bool = False,
+    axis: int = -1,
     shape: tuple[int, ...] = SHAPE,
     asarray: Function = np.asarray,
     tolerance: float = 1e-5,
@@ -112,11 +118,13 @@ def assert_p_mean_variance(
     p_mean_variance : callable
         Takes x_t of `shape`, t (N,) and the network's output, and returns the mean and the variance of
         p(x_{t-1} | x_t), as `assert_q_posterior` has it. The output of a learned variance is the prediction,
-        then nu in [-1, 1], on the last axis.
+        then nu in [-1, 1].
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what the output is, and which variance to take.
     clip : bool
         Whether the estimate of x0 is to be clipped to [-1, 1].
+    axis : int
+        On which your output of a learned variance has its two halves: 1 for (N, C, H, W).
     shape, asarray, tolerance
         As in `assert_q_sample`.
 
@@ -126,10 +134,8 @@ def assert_p_mean_variance(
         As in `assert_q_sample`.
     """
     check_diffusion(diffusion)
-    check_shape(shape)
-    schedule, C = diffusion.schedule, shape[-1]
-    learned = diffusion.variance == "learned_range"
-    s = np.sqrt(schedule.one_minus_alphas_cumprod)
+    check_shape(shape, axis)
+    schedule, learned = diffusion.schedule, diffusion.variance == "learned_range"
 
     def step(
         prediction: Prediction = diffusion.prediction,
@@ -137,24 +143,18 @@ def assert_p_mean_variance(
         clip: bool = clip,
     ) -> Function:
         process = GaussianDiffusion(schedule, prediction, variance)
-        return lambda x_t, t, output: _step(t, *process.p_mean_variance(x_t, t, output, clip=clip))
+        return lambda x_t, t, output: _step(*process.p_mean_variance(x_t, t, output, clip=clip))
 
     ours = step()
 
-    def with_variance(of: Function) -> Function:  # of x_t, t, output and the right variance
-        def mistake(x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> Given:
-            right = ours(x_t, t, output)
-            return {**right, "variance": of(x_t, t, output, right["variance"])}
+    def with_variance(of: Function) -> Function:
+        return lambda *given: ours(*given) | {"variance": of(ours(*given)["variance"])}
 
-        return mistake
+    def with_log_variance(of: Function) -> Function:
+        return lambda *given: ours(*given) | {"variance": np.exp(of(*given))}
 
-    def subtracting(factor: Any) -> Function:  # Ho et al. 2020, eq. 11, with another factor
-        def mistake(x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> Given:
-            eps = diffusion.predict_eps(x_t, t, output)
-            mean = (x_t - column_like(factor[t], x_t) * eps) / column_like(np.sqrt(schedule.alphas[t]), x_t)
-            return {**ours(x_t, t, output), "mean": mean}
-
-        return mistake
+    def with_mean(of: Function) -> Function:
+        return lambda *given: ours(*given) | {"mean": of(*given)}
 
     mistakes = {
         **moved_in_time(ours, schedule.T),
@@ -162,20 +162,16 @@ def assert_p_mean_variance(
         "the estimate of x_0 is not clipped": step(clip=False),
         "the output is taken for x_0": step("x0"),
         "the output is taken for v": step("v"),
-        "beta_t in front of eps, not beta_t / sqrt(1 - abar_t) (E.11)": subtracting(schedule.betas),
-        "sqrt(1 - abar_t) in front of eps, not beta_t over it (E.11)": subtracting(s),
-        "the variance is a standard deviation (E.10)": with_variance(lambda *_: np.sqrt(_[-1])),
-        "the variance is its logarithm": with_variance(lambda *_: np.log(_[-1])),
-        **{
-            what: with_variance(lambda x_t, t, output, _, of=of: np.exp(of(x_t, t, output)))
-            for what, of in (log_variances(diffusion) if learned else {}).items()
-        },
+        "the variance is a standard deviation (E.10)": with_variance(np.sqrt),
+        "the variance is its logarithm": with_variance(np.log),
+        **{what: with_mean(of) for what, of in means(diffusion).items()},
     }
     if schedule.alphas_cumprod[-1] > 0:
         mistakes["the output is taken for eps"] = step("eps")
     if learned:
+        mistakes |= {what: with_log_variance(of) for what, of in log_variances(diffusion).items()}
         mistakes["nu comes first, the prediction after it"] = lambda x_t, t, output: ours(
-            x_t, t, np.concat([output[..., C:], output[..., :C]], axis=-1)
+            x_t, t, np.roll(output, x_t.shape[-1], axis=-1)
         )
     else:
         mistakes["the variance is fixed_small, beta~_t"] = step(variance="fixed_small")
@@ -186,9 +182,47 @@ def assert_p_mean_variance(
     for t in times(T, shape[0], rng):
         nu = [rng.uniform(-1, 1, shape)] if learned else []
         batches.append((rng.standard_normal(shape), t, np.concat([rng.standard_normal(shape), *nu], axis=-1)))
-    expected = "mu~_t at the estimate of x_0" + ", clipped," * clip
-    expected += f" and the variance {diffusion.variance} (docs: P.5, V.1)"
-    Claim("p_mean_variance", expected, ours, mistakes).judge(p_mean_variance, batches, asarray, tolerance)
+    claim = Claim(
+        "p_mean_variance",
+        "x_t, t, output",
+        f"mu~_t of the {'clipped ' * clip}estimate of x_0, variance {diffusion.variance} (docs: P.5, V.1)",
+        ours,
+        mistakes,
+        free_at_0=("variance",),
+        shown=lambda x_t, t, output: (x_t, t, halves_on(axis, output) if learned else output),
+    )
+    claim.judge(p_mean_variance, batches, asarray, tolerance)
+
+
+def means(diffusion: GaussianDiffusion) -> dict[str, Function]:
+    """What is taken for the mean of the step back (Ho et al. 2020, eq. 11): functions of (x_t, t, output)."""
+    schedule = diffusion.schedule
+    alpha, beta, abar = schedule.alphas, schedule.betas, schedule.alphas_cumprod
+    rest = schedule.one_minus_alphas_cumprod
+
+    def eq_11(front: Any, of_eps: Any) -> Function:
+        def mean(x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> np.ndarray:
+            eps = diffusion.predict_eps(x_t, t, output)
+            return column_like(front[t], x_t) * (x_t - column_like(of_eps[t], x_t) * eps)
+
+        return mean
+
+    with np.errstate(divide="ignore"):
+        front, of_eps = 1 / np.sqrt(alpha), beta / np.sqrt(rest)
+        return {
+            "beta_t in front of eps, not beta_t / sqrt(1 - abar_t) (E.11)": eq_11(front, beta),
+            "sqrt(1 - abar_t) in front of eps, not beta_t over it (E.11)": eq_11(front, np.sqrt(rest)),
+            "beta_t / (1 - abar_t) in front of eps, without the root": eq_11(front, beta / rest),
+            "sqrt(beta_t / (1 - abar_t)) in front of eps": eq_11(front, np.sqrt(beta / rest)),
+            "eps added": eq_11(front, -of_eps),
+            "1 / alpha_t in front, without the root": eq_11(1 / alpha, of_eps),
+            "1 / sqrt(abar_t) in front, not 1 / sqrt(alpha_t)": eq_11(1 / np.sqrt(abar), of_eps),
+            "sqrt(alpha_t) in front, not 1 over it": eq_11(np.sqrt(alpha), of_eps),
+            "nothing divides by sqrt(alpha_t)": eq_11(np.ones_like(alpha), of_eps),
+            "sqrt(alpha_t) divides x_t alone": eq_11(front, of_eps * np.sqrt(alpha)),
+            "the mean is x_0": diffusion.predict_x0,
+            "the mean is the clipped x_0": lambda *given: clip_to_unit(diffusion.predict_x0(*given)),
+        }
 
 
 def log_variances(diffusion: GaussianDiffusion) -> dict[str, Function]:
@@ -212,11 +246,12 @@ def log_variances(diffusion: GaussianDiffusion) -> dict[str, Function]:
             lambda nu: (nu + 1) / 2, outside=True
         ),
         "nu taken for the fraction (nu + 1) / 2": between(lambda nu: nu),
+        "nu clipped to [0, 1] for the fraction": between(lambda nu: np.clip(nu, 0, 1)),
+        "a sigmoid of nu for the fraction": between(lambda nu: 1 / (1 + np.exp(-nu))),
         "nu from beta_t at -1 to beta~_t at 1": between(lambda nu: (1 - nu) / 2),
         "nu taken for the variance's logarithm": lambda x_t, t, output: nu(output),
     }
 
 
-def _step(t: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> Given:
-    """Mean and variance by name; at t = 0 no variance is expected, for no noise is added."""
-    return {"mean": mean, "variance": np.where(column_like(t, mean) == 0, np.nan, variance)}
+def _step(mean: np.ndarray, variance: np.ndarray) -> Given:
+    return {"mean": mean, "variance": variance}

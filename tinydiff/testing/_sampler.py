@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.diffusion import GaussianDiffusion, check_diffusion
+from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.mixture import GaussianMixture
-from tinydiff.samplers import SAMPLERS, respaced, sample
-from tinydiff.testing._judge import Function, check_shape, check_tolerance, named, on_host
+from tinydiff.samplers import SAMPLERS, iterate_samples, respaced
+from tinydiff.testing._asked import Function, called, check_shape, check_tolerance, halves_on, on_host
+from tinydiff.testing._judge import named
 from tinydiff.testing._wrong_steps import Step, walked, wrong_steps
 
 __all__ = ["assert_sampler"]
+
+FLOAT32 = " In float32 what is right can be off by as much: compare in float64, or with a larger tolerance."
 
 
 def assert_sampler(
@@ -24,6 +27,7 @@ def assert_sampler(
     *,
     eta: float = 0.0,
     clip: bool = False,
+    axis: int = -1,
     shape: tuple[int, ...] = (4, 3, 4, 4),
     asarray: Function = np.asarray,
     tolerance: float = 1e-5,
@@ -37,13 +41,15 @@ def assert_sampler(
     sampler : callable
         Takes ``denoise(x, t)``, with t an integer or (N,); x_T of `shape`; the times to walk through, an
         increasing array of int64, in NumPy; and ``noise()``, which returns the next standard normal numbers
-        of `shape`. Returns the samples.
+        of `shape`. Returns the samples. Further arguments of ``denoise`` and ``noise`` are ignored.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what `denoise` returns.
     name, steps, eta, clip
         The sampler to compare with, as in `tinydiff.sample`.
+    axis : int
+        As in `assert_p_mean_variance`.
     shape, asarray, tolerance
-        As in `assert_q_sample`.
+        As in `assert_q_sample`; the largest number is that of all samples.
 
     Raises
     ------
@@ -54,58 +60,91 @@ def assert_sampler(
         If an argument is not as said above.
     """
     check_diffusion(diffusion)
-    check_shape(shape)
+    check_shape(shape, axis)
     check_tolerance(tolerance)
     walk, timesteps = respaced(diffusion, steps)
     x_T = np.random.default_rng(0).standard_normal(shape)
-    noises = np.random.default_rng(1)
-    asked, expected = _Network(diffusion, asarray), _Network(diffusion)
 
-    def ours(network: Function, name: str = name, **changed: Any) -> np.ndarray:
-        options: dict[str, Any] = dict(steps=timesteps, eta=eta, clip=clip) | changed
-        rng = np.random.default_rng(1)
-        return sample(network, diffusion, shape, name, rng=rng, x_T=x_T, workers=1, progress=False, **options)
+    def ours(
+        network: Function,
+        rng: Any = None,
+        name: str = name,
+        prediction: Prediction = diffusion.prediction,
+        leave_out: int = 0,
+        **changed: Any,
+    ) -> np.ndarray:
+        """Our samples; or the states `leave_out` steps before them."""
+        process = GaussianDiffusion(diffusion.schedule, prediction, diffusion.variance)
+        options: dict[str, Any] = dict(steps=timesteps, eta=eta, clip=clip, rng=rng or _Noise()) | changed
+        states = iterate_samples(network, process, shape, name, x_T=x_T, **options)
+        return next(state.x for state in states if state.steps_left == leave_out)
 
-    right = ours(expected)
-    result = sampler(
-        asked, asarray(x_T.copy()), timesteps.copy(), lambda: asarray(noises.standard_normal(shape))
+    expected, asked = _Network(diffusion), _Network(diffusion)
+    our_noise, your_noise = _Noise(), _Noise()
+    right = ours(expected, our_noise)
+    result = called(
+        sampler,
+        "sampler(denoise, x_T, timesteps, noise)",
+        lambda x, t, *_, **__: asarray(asked.in_layout(x, t, axis)),
+        asarray(x_T.copy()),
+        timesteps.copy(),
+        lambda *_, **__: asarray(your_noise.standard_normal(shape)),
     )
-    came = on_host("sampler's result", result)
+    came = on_host("what sampler returned", result)
     if came.shape != shape:
-        raise AssertionError(f"sampler's result has shape {came.shape}; expected {shape}.")
+        raise AssertionError(f"what sampler returned has shape {came.shape}; expected {shape}.")
 
     def off(other: np.ndarray) -> float:
         with np.errstate(all="ignore"):
-            difference = np.abs(came - other)
-        return float(np.max(np.where(np.isnan(difference), np.inf, difference)) / np.max(np.abs(right)))
+            difference = np.max(np.abs(came - other)) / np.max(np.abs(right))
+        return float(difference) if np.isfinite(difference) else np.inf
 
     worst = off(right)
     if worst <= tolerance:
         return
 
-    def shown(by: int) -> Function:
-        return lambda network: ours(lambda x, t: network(x, np.clip(t + by, 0, diffusion.T - 1)))
-
     def changed(**to: Any) -> Function:
         return lambda network: ours(network, **to)
 
-    def stepping(step: Step) -> Function:
-        return lambda network: walked(step, network, x_T, timesteps, np.random.default_rng(1))
+    def shown(times: np.ndarray) -> Function:
+        """The network is shown, at t, times[t]."""
+        return lambda network: ours(lambda x, t: network(x, times[t]))
 
+    def stepping(step: Step) -> Function:
+        return lambda network: walked(step, network, x_T, timesteps, _Noise())
+
+    every, gap = np.arange(diffusion.T), diffusion.T // walk.T
     mistakes = {
-        "the network is shown t + 1 (E.13)": shown(1),
-        "the network is shown t - 1": shown(-1),
+        "the network is shown t + 1 (E.13)": shown(np.minimum(every + 1, diffusion.T - 1)),
+        "the network is shown t - 1": shown(np.maximum(every - 1, 0)),
+        "the network is shown T - 1 - t": shown(every[::-1]),
+        "the network is shown the number of the step, not its t": shown(np.searchsorted(timesteps, every)),
         "the estimate of x_0 is clipped": changed(clip=True),
         "the estimate of x_0 is not clipped": changed(clip=False),
-        "steps that leave out the last, T - 1 (E.3)": changed(
-            steps=np.arange(walk.T) * (diffusion.T // walk.T)
+        "the output is taken for eps": changed(prediction="eps"),
+        "the output is taken for x_0": changed(prediction="x0"),
+        "the output is taken for v": changed(prediction="v"),
+        "steps 0, r, 2 r, ... that leave out the last, T - 1 (E.3)": changed(steps=np.arange(walk.T) * gap),
+        "steps ..., T - 1 - r, T - 1 that leave out the first, 0": changed(
+            steps=diffusion.T - 1 - gap * np.arange(walk.T)[::-1]
         ),
+        "the first step is left out": changed(steps=timesteps[:-1]),
+        "the last step is left out, or leads to abar of the first time": changed(leave_out=1),
+        "the same noise in every step": changed(rng=_Noise(again=True)),
         **{f"the sampler is {other}": changed(name=other) for other in SAMPLERS},
         **{
             what: stepping(step)
             for what, step in wrong_steps(diffusion, walk, timesteps, name, eta, clip).items()
         },
     }
+    if diffusion.variance == "learned_range":
+        mistakes["nu comes first, the prediction after it"] = lambda network: ours(
+            lambda x, t: np.roll(network(x, t), x.shape[-1], axis=-1)
+        )
+    if name in ("heun", "edm"):
+        mistakes["the second call of a step is shown the time of the first"] = lambda network: ours(
+            _first_of_two(network)
+        )
     distances = {}
     for what, mistake in mistakes.items():
         try:
@@ -113,35 +152,74 @@ def assert_sampler(
                 distances[what] = off(mistake(_Network(diffusion)))
         except ValueError:  # there is no such walk: another sampler cannot begin at pure noise, say
             continue
+    where = f"{worst:.3g} of the largest number from" if np.isfinite(worst) else "at no finite numbers, not"
+    calls = _first_difference(asked.calls, expected.calls, tolerance)
+    if your_noise.drawn != our_noise.drawn:
+        calls += f" noise() is called {your_noise.drawn} times; expected {our_noise.drawn}."
     raise AssertionError(
-        f"sampler arrives {worst:.3g} of the largest number away from where {name} does (docs: R.4). "
-        f"{_first_difference(asked.calls, expected.calls, tolerance)}\n{named(distances, worst)}"
+        f"sampler arrives {where} where {name} does (docs: R.4). {calls}\n"
+        f"{named(distances, worst, tolerance, FLOAT32 if worst < 1e-2 else '')}"
     )
 
 
 class _Network:
     """The best network of data whose numbers are each of one mixture; it remembers what it was asked."""
 
-    def __init__(self, diffusion: GaussianDiffusion, asarray: Function = np.asarray) -> None:
+    def __init__(self, diffusion: GaussianDiffusion) -> None:
         self.calls: list[tuple[int, np.ndarray]] = []
-        self._diffusion, self._asarray = diffusion, asarray
-        self._denoise = GaussianMixture([0.3, 0.7], [[-1.2], [0.8]], [0.05, 0.1]).denoiser(diffusion)
+        self._diffusion = diffusion
+        self._denoise = GaussianMixture([0.4, 0.6], [[-1.0], [0.8]], [0.05, 0.1]).denoiser(diffusion)
 
-    def __call__(self, x: Any, t: Any) -> Any:
-        x, t = on_host("the network's x", x), on_host("the network's t", t)
-        if t.shape not in ((), (len(x),)) or np.any(t != t.flat[0]) or t.flat[0] % 1:
+    def __call__(self, x: Any, t: Any) -> np.ndarray:
+        x, t = on_host("the x that the network is shown", x), on_host("the t that the network is shown", t)
+        if x.ndim == 0 or t.shape not in ((), (len(x),)):
             raise AssertionError(
-                f"the sampler shows the network t = {t}; expected an integer or (N,) equal ones."
+                f"the network is shown x of shape {x.shape} and t of shape {t.shape}; expected (N, ...), and "
+                "() or (N,)."
             )
-        if not 0 <= t.flat[0] < self._diffusion.T:
+        now, T = t.flat[0], self._diffusion.T
+        if np.any(t != now):
+            raise AssertionError(f"the network is shown t = {t}; expected one time for all of a batch.")
+        if now % 1 or not 0 <= now < T:
             raise AssertionError(
-                f"the sampler shows the network t = {t.flat[0]}; expected 0 … {self._diffusion.T - 1} (E.13)."
+                f"the network is shown t = {now}; expected a whole number, 0 … {T - 1} (E.13)."
             )
-        now = int(t.flat[0])
-        self.calls.append((now, x.copy()))
-        said = self._denoise(x.astype(np.float64).reshape(-1, 1), np.full(x.size, now))
+        if not (self.calls and self.calls[-1][0] == now and np.array_equal(self.calls[-1][1], x)):
+            self.calls.append((int(now), x))  # once, if it is asked twice, for guidance
+        said = self._denoise(x.astype(np.float64).reshape(-1, 1), np.full(x.size, int(now)))
         said[:, 1:] = np.clip(said[:, 1:], -1, 1)  # nu: the best one for all steps is beyond, for fewer
-        return self._asarray(np.concat([part.reshape(x.shape) for part in said.T], axis=-1))
+        return np.concat([part.reshape(x.shape) for part in said.T], axis=-1)
+
+    def in_layout(self, x: Any, t: Any, axis: int) -> np.ndarray:
+        """The same, with the halves of a learned variance on `axis`."""
+        output = self(x, t)
+        return halves_on(axis, output) if self._diffusion.variance == "learned_range" else output
+
+
+class _Noise:
+    """The noise of a walk, in the place of a generator; it counts how often it is asked."""
+
+    def __init__(self, again: bool = False) -> None:
+        self.drawn, self._again = 0, again
+        self._rng = np.random.default_rng(1)
+
+    def standard_normal(self, shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
+        self.drawn += 1
+        rng = np.random.default_rng(1) if self._again else self._rng
+        return rng.standard_normal(shape)
+
+
+def _first_of_two(network: Function) -> Function:
+    """The network, shown in every second call the time of the call before."""
+    before: list[Any] = []
+
+    def asked(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        if before:
+            return network(x, before.pop())
+        before.append(t)
+        return network(x, t)
+
+    return asked
 
 
 def _first_difference(
@@ -152,8 +230,10 @@ def _first_difference(
         if t != right_t:
             return f"Call {k} of the network is at t = {t}; expected {right_t}."
         if x.shape != right_x.shape or not np.max(np.abs(x - right_x)) <= tolerance * np.max(np.abs(right_x)):
-            before = f"after the step from t = {asked[k - 2][0]}" if k > 1 else "x_T"
-            return f"Call {k} of the network, at t = {t}, is the first with another state, {before}."
+            if k == 1:
+                return f"The first call of the network, at t = {t}, has another state than x_T."
+            step = f"after the step from t = {asked[k - 2][0]}"
+            return f"Call {k} of the network, at t = {t}, is the first with another state, {step}."
     if len(asked) != len(expected):
         return f"The network is called {len(asked)} times; expected {len(expected)}."
     return "The network is asked all that it should be: it is the last step that differs."

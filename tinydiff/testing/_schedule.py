@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
-from tinydiff.testing._judge import check_tolerance, named, on_host
+from tinydiff.testing._asked import check_tolerance, on_host
+from tinydiff.testing._judge import named
 
 __all__ = ["assert_schedule"]
+
+# An abar_t at which nothing of the data is left, by whatever rounding.
+NOTHING = 1e-16
 
 
 def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: float = 0.01) -> None:
@@ -49,58 +52,63 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
     worst = float(np.max(wrong))
     if worst <= tolerance:
         return
-    given = {what: make() for what, make in _mistakes(schedule).items()}
+    with np.errstate(all="ignore"):
+        distances = {
+            what: float(np.max(_apart(table, abar, 1 - abar))) for what, abar in _mistakes(schedule).items()
+        }
     raise AssertionError(
-        f"alphas_cumprod has a log-SNR that is off by {worst:.3g}, at t = {np.argmax(wrong)}; by more than "
+        f"alphas_cumprod has a log-SNR that is off by {worst:.3g} at t = {np.argmax(wrong)}; by more than "
         f"{tolerance:.3g} at {np.sum(wrong > tolerance)} of {T} t. Expected that of {schedule!r} "
-        "(docs: F.4, S.1).\n"
-        + named({what: float(np.max(_apart(table, abar, 1 - abar))) for what, abar in given.items()}, worst)
+        f"(docs: F.4, S.1).\n{named(distances, worst, tolerance)}"
     )
 
 
 def _apart(table: np.ndarray, abar: np.ndarray, one_minus_abar: np.ndarray) -> np.ndarray:
     """How far apart two tables are in log-SNR, at each t; what is no part of a variance is infinitely far."""
+    table, abar = (np.where(x >= 0, np.maximum(x, NOTHING), np.nan) for x in (table, abar))
     with np.errstate(all="ignore"):
         difference = np.log(table) - np.log1p(-table) - np.log(abar) + np.log(one_minus_abar)
     return np.where(table == abar, 0.0, np.where(np.isnan(difference), np.inf, np.abs(difference)))
 
 
-def _mistakes(schedule: NoiseSchedule) -> dict[str, Callable[[], np.ndarray]]:
+def _mistakes(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
     """Tables that are taken for that of `schedule`, or for those of the two that have a name."""
-    T, abar = schedule.T, schedule.alphas_cumprod
-    u = np.arange(T + 1) / T
+    T, betas, abar = schedule.T, schedule.betas, schedule.alphas_cumprod
 
-    def cosine(power: int = 2, s: float = 0.008, cap: float = 0.999) -> np.ndarray:
-        f = np.cos((u + s) / (1 + s) * np.pi / 2) ** power
-        return np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], cap))
+    def of_betas(betas: np.ndarray) -> np.ndarray:
+        return np.cumprod(1 - betas)
 
-    def at_T_points() -> np.ndarray:
-        f = np.cos((np.linspace(0, 1, T) + 0.008) / 1.008 * np.pi / 2) ** 2
-        return f / f[0]
+    def cosine(points: int = T + 1, power: int = 2, s: float = 0.008) -> np.ndarray:
+        return np.cos((np.linspace(0, 1, points) + s) / (1 + s) * np.pi / 2) ** power
 
-    def of_betas(start: float, end: float, power: int = 1) -> np.ndarray:
-        return np.cumprod(1 - np.linspace(start ** (1 / power), end ** (1 / power), T) ** power)
+    def capped(f: np.ndarray, least: float = 0.0, cap: float = 0.999) -> np.ndarray:
+        return of_betas(np.clip(1 - f[1:] / f[:-1], least, cap))
 
+    f, r = cosine(), np.sqrt(abar)
     return {
-        "the cosine schedule without its square (E.1)": lambda: cosine(power=1),
-        "the cosine schedule without its offset s": lambda: cosine(s=0.0),
-        "the cosine schedule with betas up to 0.9999": lambda: cosine(cap=0.9999),
-        "the cosine schedule without a cap on its betas": lambda: cosine(cap=1.0),
-        "the cosine at T points for T + 1 (E.2)": at_T_points,
-        "the cosine at T points for T + 1, not divided by the first (E.2)": lambda: (
-            at_T_points() * np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+        "the cosine schedule without its square (E.1)": capped(cosine(power=1)),
+        "the cosine schedule without its offset s": capped(cosine(s=0.0)),
+        "the cosine schedule with betas up to 0.9999": capped(f, cap=0.9999),
+        "the cosine schedule with betas from 1e-4 to 0.9999": capped(f, 1e-4, 0.9999),
+        "the cosine schedule without a cap on its betas": f[1:] / f[0],
+        "the cosine at T points for T + 1 (E.2)": cosine(T) / cosine(T)[0],
+        "the cosine at T points for T + 1, not divided by the first (E.2)": cosine(T),
+        "the cosine schedule": cosine_schedule(T).alphas_cumprod,
+        "the linear schedule, its betas times 1000 / T": linear_schedule(T).alphas_cumprod,
+        "linear betas from 1e-4 to 0.02, whatever T is (E.4)": of_betas(np.linspace(1e-4, 0.02, T)),
+        "linear betas from 8.5e-4 to 0.012": of_betas(np.linspace(8.5e-4, 0.012, T)),
+        "betas even in their root, 8.5e-4 to 0.012 ('scaled_linear')": of_betas(
+            np.linspace(8.5e-4**0.5, 0.012**0.5, T) ** 2
         ),
-        "the cosine schedule": lambda: cosine_schedule(T).alphas_cumprod,
-        "the linear schedule, its betas times 1000 / T": lambda: linear_schedule(T).alphas_cumprod,
-        "linear betas from 1e-4 to 0.02, whatever T is (E.4)": lambda: of_betas(1e-4, 0.02),
-        "betas even in their root, 8.5e-4 to 0.012 ('scaled_linear')": lambda: of_betas(
-            8.5e-4, 0.012, power=2
-        ),
-        "alphas_cumprod a step late, from 1 on": lambda: schedule.alphas_cumprod_prev,
-        "alphas_cumprod from its end to its beginning": lambda: abar[::-1],
-        "the root of alphas_cumprod, a rate": lambda: np.sqrt(abar),
-        "the square of alphas_cumprod": lambda: abar**2,
-        "1 - alphas_cumprod": lambda: schedule.one_minus_alphas_cumprod,
-        "alphas, not multiplied up": lambda: schedule.alphas,
-        "betas": lambda: schedule.betas,
+        "rescaled to end in noise (Lin et al. 2023)": ((r - r[-1]) * r[0] / (r[0] - r[-1])) ** 2,
+        "betas from the last to the first": of_betas(betas[::-1]),
+        "1 minus the sum of the betas": 1 - np.cumsum(betas),
+        "the betas multiplied up, not the alphas": np.cumprod(betas),
+        "alphas_cumprod a step late, from 1 on": schedule.alphas_cumprod_prev,
+        "alphas_cumprod from its end to its beginning": abar[::-1],
+        "the root of alphas_cumprod, a rate": r,
+        "the square of alphas_cumprod": abar**2,
+        "1 - alphas_cumprod": schedule.one_minus_alphas_cumprod,
+        "alphas, not multiplied up": schedule.alphas,
+        "betas": betas,
     }

@@ -1,4 +1,4 @@
-"""Steps of the two samplers that add noise, each with one mistake."""
+"""Steps of samplers, each with one mistake."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 
 from tinydiff.backend import clip_to_unit
 from tinydiff.diffusion import GaussianDiffusion
-from tinydiff.testing._reverse import log_variances
+from tinydiff.samplers import _extrapolation
+from tinydiff.testing._asked import Function
+from tinydiff.testing._reverse import log_variances, means
 
 __all__ = ["Step", "walked", "wrong_steps"]
 
@@ -19,13 +21,7 @@ Step: TypeAlias = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray
 Part: TypeAlias = Callable[[int, np.ndarray, np.ndarray], Any]
 
 
-def walked(
-    step: Step,
-    network: Callable[..., np.ndarray],
-    x: np.ndarray,
-    timesteps: np.ndarray,
-    rng: np.random.Generator,
-) -> np.ndarray:
+def walked(step: Step, network: Function, x: np.ndarray, timesteps: np.ndarray, rng: Any) -> np.ndarray:
     """The samples of a sampler that makes this step at each of the times."""
     for i in reversed(range(len(timesteps))):
         output = network(x, np.full(len(x), timesteps[i]))
@@ -37,28 +33,26 @@ def wrong_steps(
     long: GaussianDiffusion, walk: GaussianDiffusion, timesteps: np.ndarray, name: str, eta: float, clip: bool
 ) -> dict[str, Step]:
     """By what each does wrong, steps of the sampler called `name`; `walk` is `long` on the times alone."""
-    if name == "ddpm":
-        return _ancestral(long, walk, timesteps, clip)
-    return _ddim(long, walk, timesteps, eta, clip) if name == "ddim" else {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if name == "ddpm":
+            return _ancestral(long, walk, timesteps, clip)
+        if name == "ddim":
+            return _ddim(long, walk, timesteps, eta, clip)
+        return _multistep(walk, clip) if name == "dpm++" else {}
 
 
 def _ancestral(
     long: GaussianDiffusion, walk: GaussianDiffusion, timesteps: np.ndarray, clip: bool
 ) -> dict[str, Step]:
-    betas, alphas, rest = walk.schedule.betas, walk.schedule.alphas, walk.schedule.one_minus_alphas_cumprod
-
     def of(process: GaussianDiffusion, which: int, times: np.ndarray | None = None) -> Part:
         """The mean (0) or the variance (1) of a process's step."""
         return lambda i, x, output: process.p_mean_variance(
             x, i if times is None else int(times[i]), output, clip
         )[which]
 
-    def subtracting(factor: np.ndarray) -> Part:
-        """Ho et al. 2020, eq. 11, with another factor in front of eps."""
-        return lambda i, x, output: (x - factor[i] * walk.predict_eps(x, i, output)) / np.sqrt(alphas[i])
-
-    def exponential_of(log_variance: Callable[..., np.ndarray]) -> Part:
-        return lambda i, x, output: np.exp(log_variance(x, np.full(len(x), i), output))
+    def at(function: Function) -> Part:
+        """A function of (x_t, t, output) at step i."""
+        return lambda i, x, output: function(x, np.full(len(x), i), output)
 
     right_mean, right_variance = of(walk, 0), of(walk, 1)
 
@@ -69,18 +63,20 @@ def _ancestral(
             mean(i, x, output) + (variance(i, x, output) ** power * z if i or at_the_end else 0.0)
         )
 
+    right = step()
     steps = {
         "noise at the last step (E.9)": step(at_the_end=True),
         "the variance as a standard deviation (E.10)": step(power=1.0),
+        "the fourth root of the variance as a standard deviation": step(power=0.25),
         "no noise": step(variance=lambda *_: np.zeros(())),
         "the variance of the long chain (E.8)": step(variance=of(long, 1, timesteps)),
         "the whole step of the long chain (E.8)": step(of(long, 0, timesteps), of(long, 1, timesteps)),
-        "beta_t in front of eps, not beta_t / sqrt(1 - abar_t) (E.11)": step(subtracting(betas)),
-        "sqrt(1 - abar_t) in front of eps, not beta_t over it (E.11)": step(subtracting(np.sqrt(rest))),
+        "the state clipped after each step": lambda *given: clip_to_unit(right(*given)),
+        **{what: step(at(mean)) for what, mean in means(walk).items()},
     }
     if walk.variance == "learned_range":
         for what, log_variance in log_variances(walk).items():
-            steps[what] = step(variance=exponential_of(log_variance))
+            steps[what] = step(variance=at(lambda *given, of=log_variance: np.exp(of(*given))))
         return steps
     for variance in ("fixed_small", "fixed_large"):
         other = GaussianDiffusion(walk.schedule, walk.prediction, variance)
@@ -91,34 +87,78 @@ def _ancestral(
 def _ddim(
     long: GaussianDiffusion, walk: GaussianDiffusion, timesteps: np.ndarray, eta: float, clip: bool
 ) -> dict[str, Step]:
+    now, after = walk.schedule.one_minus_alphas_cumprod, walk.schedule.one_minus_alphas_cumprod_prev
     small, small_of_long = walk.schedule.posterior_variance, long.schedule.posterior_variance[timesteps]
-    after = walk.schedule.one_minus_alphas_cumprod_prev
-    computed = timesteps - long.T // walk.T  # the times after those, if they were so far apart
-    rest_computed = np.where(computed < 0, 0.0, long.schedule.one_minus_alphas_cumprod[computed])
-    rest_to_the_first = np.append(walk.schedule.one_minus_alphas_cumprod[0], after[1:])
 
     def step(
-        variance: np.ndarray = eta**2 * small,
         rest: np.ndarray = after,  # 1 - abar of the next state
-        reduced: bool = True,
+        variance: np.ndarray | None = None,
+        of_x0: np.ndarray | None = None,
+        of_eps: np.ndarray | None = None,
         eps_unclipped: bool = False,
     ) -> Step:
+        if variance is None:
+            variance = eta**2 * rest / now * (1 - (1 - now) / (1 - rest))
+        of_x0 = np.sqrt(1 - rest) if of_x0 is None else of_x0
+        of_eps = np.sqrt(np.maximum(rest - variance, 0)) if of_eps is None else of_eps
+
         def ddim(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray) -> np.ndarray:
             x0 = walk.predict_x0(x, i, output)
             D = clip_to_unit(x0) if clip else x0
             eps = walk.predict_eps(x, i, x0 if eps_unclipped else D, given="x0")
-            of_eps = np.sqrt(np.maximum(rest[i] - variance[i] * reduced, 0))
-            return np.sqrt(1 - rest[i]) * D + of_eps * eps + np.sqrt(variance[i]) * z
+            return of_x0[i] * D + of_eps[i] * eps + np.sqrt(variance[i]) * z
 
         return ddim
 
+    def towards(times: np.ndarray) -> Step:
+        """The step that leads to these times of the long chain, the data where they are below 0."""
+        return step(np.where(times < 0, 0.0, long.schedule.one_minus_alphas_cumprod[times]))
+
+    sigma = eta * np.sqrt(small)
     return {
-        "the next time computed, t - T / S, and not looked up (E.16)": step(rest=rest_computed),
-        "the last step leads to abar of the first time, not to 1, the data": step(rest=rest_to_the_first),
+        "the next time computed, t - T / S, and not looked up (E.16)": towards(timesteps - long.T // walk.T),
+        "the next state is that of t - 1": towards(timesteps - 1),
+        "the last step leads to abar of t = 0, not to 1, the data": step(
+            np.append(long.schedule.betas[0], after[1:]), variance=eta**2 * small
+        ),
         "sigma_t^2 of the long chain (E.8)": step(variance=eta**2 * small_of_long),
         "eta for eta^2 in sigma_t^2": step(variance=eta * small),
-        "sigma_t^2 not taken out of what stands in front of eps": step(reduced=False),
+        "sigma_t^2 not taken out of what stands in front of eps": step(of_eps=np.sqrt(after)),
+        "sigma_t, not its square, taken out under the root": step(
+            of_eps=np.sqrt(np.maximum(after - sigma, 0))
+        ),
+        "sigma_t taken out beside the root": step(of_eps=np.sqrt(after) - sigma),
         "sigma_t is 0": step(variance=0 * small),
         "eta is 1": step(variance=small),
+        "1 - abar of now, not of the next state, in front of eps": step(
+            of_eps=np.sqrt(np.maximum(now - sigma**2, 0))
+        ),
+        "1 - abar in front of eps, without its root": step(of_eps=after - sigma**2),
+        "1 - sqrt(abar) in front of eps": step(of_eps=1 - np.sqrt(1 - after)),
+        "sqrt(abar) of now, not of the next state, in front of x_0": step(of_x0=np.sqrt(1 - now)),
+        "abar in front of x_0, without its root": step(of_x0=1 - after),
         "eps of an x_0 that is not clipped": step(eps_unclipped=True),
+    }
+
+
+def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
+    """DPM-Solver++ 2M, whose correction has another weight than h / (2 h_before)."""
+    rest, weight = walk.schedule.one_minus_alphas_cumprod_prev, _extrapolation(walk)
+
+    def step(weight: np.ndarray) -> Step:
+        before: dict[int, np.ndarray] = {}
+
+        def multistep(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray) -> np.ndarray:
+            x0 = walk.predict_x0(x, i, output)
+            before[i] = x0 = clip_to_unit(x0) if clip else x0
+            D = x0 + weight[i] * (x0 - before[i + 1]) if weight[i] else x0
+            return np.sqrt(1 - rest[i]) * D + np.sqrt(rest[i]) * walk.predict_eps(x, i, D, given="x0")
+
+        return multistep
+
+    return {
+        "h_before / h in the correction, not h / h_before": step(np.where(weight, 1 / weight / 4, 0.0)),
+        "the correction without its half": step(2 * weight),
+        "the correction as if all steps were equal": step(np.where(weight, 0.5, 0.0)),
+        "the correction's sign": step(-weight),
     }

@@ -1,0 +1,71 @@
+"""What a function is asked, and what comes back of it, whatever its framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tinydiff._checks import check_number
+from tinydiff.backend import to_numpy
+
+__all__ = ["SHAPE", "Function", "called", "check_shape", "check_tolerance", "halves_on", "on_host", "times"]
+
+Function: TypeAlias = Callable[..., Any]
+
+# As many samples as a row has pixels: numbers (N,) that were not made a column then spread along the row
+# without a word, and are seen.
+SHAPE = (8, 3, 4, 8)
+
+
+def times(T: int, N: int, rng: np.random.Generator) -> np.ndarray:
+    """All of 0 … T-1 in mixed order, as batches (., N), and some of them again to fill the last one."""
+    return rng.permutation(np.resize(np.arange(T), -(-T // N) * N)).reshape(-1, N)
+
+
+def called(function: Function, signature: str, *given: Any) -> Any:
+    """What `function` returns; an error of its own gets a note of how it was called."""
+    try:
+        return function(*given)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"tinydiff.testing called it as {signature}.")
+        raise
+
+
+def on_host(name: str, result: Any) -> np.ndarray:
+    """A copy of `result` as a NumPy array, without its gradients' graph; AssertionError if it is none."""
+    array = result
+    try:
+        if hasattr(array, "detach"):  # PyTorch's, whose bfloat16 NumPy does not know
+            array = array.detach().cpu()
+            array = array.float() if "bfloat16" in str(array.dtype) else array
+        array = np.array(to_numpy(array))
+    except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise AssertionError(f"{name} is a {type(result).__name__} ({reason}); expected an array.") from None
+    if array.dtype.kind == "O":
+        raise AssertionError(f"{name} is a {type(result).__name__}; expected an array.")
+    if array.dtype.kind not in "fiu":
+        raise AssertionError(f"{name} has dtype {array.dtype}; expected real numbers.")
+    return array
+
+
+def halves_on(axis: int, output: np.ndarray) -> np.ndarray:
+    """The output of a learned variance with its two halves on `axis`, and not on the last."""
+    return np.concat(np.split(output, 2, axis=-1), axis=axis)
+
+
+def check_tolerance(tolerance: Any) -> None:
+    """ValueError unless `tolerance` is a positive number."""
+    check_number("tolerance", tolerance, lambda value: 0 < value < np.inf, "a positive number")
+
+
+def check_shape(shape: Any, axis: int = -1) -> None:
+    """ValueError unless `shape` is that of a batch of data, and has that axis."""
+    sizes = shape if isinstance(shape, tuple) else ()
+    if len(sizes) < 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
+        raise ValueError(f"shape is {shape!r}; expected (N, ...), two integers of at least 1 or more.")
+    if axis not in (*range(1, len(shape)), -1):
+        raise ValueError(f"axis is {axis!r}; expected one of the data, 1 … {len(shape) - 1} or -1.")
