@@ -97,9 +97,7 @@ def test_the_grain_of_ddpm_is_named(monkeypatch):
         "DDPMScheduler", variance_type="fixed_large", timestep_spacing="trailing"
     )
     process = td.GaussianDiffusion(schedule, "eps", "fixed_large")
-    with pytest.raises(
-        AssertionError, match=r"10 times; expected 9.\nIt is .* at the last step \(E.9\).$"
-    ):
+    with pytest.raises(AssertionError, match=r"10 times; expected 9.\nIt is .* at the last step \(E.9\).$"):
         assert_walk(scheduler, process, "ddpm", monkeypatch, steps=10)
 
 
