@@ -73,6 +73,20 @@ def test_a_tensor_may_have_a_gradient():
     testing.assert_q_sample(q_sample, schedule, asarray=torch.as_tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tensor_may_be_of_half_precision(dtype):
+    schedule = td.linear_schedule(20)
+    process = td.GaussianDiffusion(schedule)
+    testing.assert_q_sample(
+        lambda *given: torch.as_tensor(process.q_sample(*given)).to(dtype), schedule, tolerance=0.01
+    )
+
+
+def test_a_tensor_of_no_numbers_is_said():
+    with pytest.raises(AssertionError, match=r"q_sample is a Tensor (.*); expected an array"):
+        testing.assert_q_sample(lambda x0, *_: torch.empty(x0.shape, device="meta"), td.linear_schedule(20))
+
+
 def test_short_chains_are_told_apart():
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=100)
     with pytest.raises(AssertionError, match=r"whatever T is \(E.4\)"):
@@ -108,9 +122,16 @@ def test_ddim_passes_by_default(prediction, eta, monkeypatch):
     assert_walk(scheduler, td.GaussianDiffusion(schedule, prediction), "ddim", monkeypatch, eta=eta)
 
 
-def test_linspace_of_ddim_is_named(monkeypatch):
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_linspace_of_ddim_is_named(eta, monkeypatch):
     scheduler, schedule = scheduler_of("DDIMScheduler", timestep_spacing="linspace")
-    with pytest.raises(AssertionError, match=r"not looked up \(E.16\)"):
+    with pytest.raises(AssertionError, match=r"of this: the next time computed, .* not looked up \(E.16\).$"):
+        assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch, eta=eta)
+
+
+def test_the_end_of_ddim_in_stable_diffusion_is_named(monkeypatch):
+    scheduler, schedule = scheduler_of("DDIMScheduler", set_alpha_to_one=False, steps_offset=1)
+    with pytest.raises(AssertionError, match="of this: the last step leads to abar of t = 0, not to 1"):
         assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch)
 
 

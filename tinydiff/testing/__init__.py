@@ -2,8 +2,8 @@
 
 Each function takes yours, in whatever framework, asks it at every t what it gives, and raises an
 AssertionError unless that is what the identity says. The message says how far off it is and at which t. If
-every number is the one that a mistake of its list gives, it names that mistake; those with an E are in
-chapter 9 of the docs.
+all numbers, at every t, are to a thousandth those that a mistake of its list gives, it names that mistake;
+those with an E are in chapter 9 of the docs.
 
 >>> import torch
 >>> from tinydiff import linear_schedule, testing

@@ -162,11 +162,14 @@ def moved_in_time(ours: Function, T: int) -> dict[str, Function]:
 
 
 def distance(yours: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Of each sample the largest difference of `yours` and `other`, as a part of its largest number."""
+    """Of each sample the largest difference of `yours` and `other`, as a part of `other`'s largest number.
+
+    Next to nothing beside the largest of `right` it may be: then it is rounding, and a part of that.
+    """
     same = (yours == other) | (np.isnan(yours) & np.isnan(other))
     with np.errstate(all="ignore"):
         difference = np.where(same, 0.0, np.abs(yours - other))
-        sizes = np.maximum(_largest(right), _largest(other))
+        sizes = np.maximum(_largest(other), 1e-6 * _largest(right))
         return _largest(np.where(np.isnan(difference), np.inf, difference)) / np.where(sizes > 0, sizes, 1.0)
 
 
