@@ -140,7 +140,7 @@ class Claim:
 def named(distances: dict[str, float], worst: float, tolerance: float, unknown: str = "") -> str:
     """A sentence that names the mistakes from which yours has no distance, or says that there is none."""
     near = max(tolerance, min(1e-3, worst / 20))
-    found = sorted((far, what) for what, far in distances.items() if far <= near and far < worst)
+    found = sorted((far, what) for what, far in distances.items() if far <= near)
     if not found:
         return f"None of the {len(distances)} mistakes known here gives it, each alone.{unknown}"
     same = [what for far, what in found if far <= max(2 * found[0][0], 1e-9)]
@@ -164,18 +164,19 @@ def moved_in_time(ours: Function, T: int) -> dict[str, Function]:
 def distance(yours: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Of each sample the largest difference of `yours` and `other`, as a part of `other`'s largest number.
 
-    Next to nothing beside the largest of `right` it may be: then it is rounding, and a part of that.
+    Where that is next to nothing beside the largest of `right`, it is rounding, and a part of that is taken.
+    Where both are no finite numbers they agree: 1 / 0 gives inf or nan, by the order of the factors.
     """
-    same = (yours == other) | (np.isnan(yours) & np.isnan(other))
+    agree = (yours == other) | ~(np.isfinite(yours) | np.isfinite(other))
     with np.errstate(all="ignore"):
-        difference = np.where(same, 0.0, np.abs(yours - other))
-        sizes = np.maximum(_largest(other), 1e-6 * _largest(right))
+        difference = np.where(agree, 0.0, np.abs(yours - other))
+        sizes = np.maximum(_largest(np.where(np.isfinite(other), other, 0.0)), 1e-6 * _largest(right))
         return _largest(np.where(np.isnan(difference), np.inf, difference)) / np.where(sizes > 0, sizes, 1.0)
 
 
 def _largest(array: np.ndarray) -> np.ndarray:
-    """Of each sample the largest size; of what is no number, none."""
-    return np.max(np.abs(np.nan_to_num(array, nan=0.0, posinf=np.inf)), axis=tuple(range(1, array.ndim)))
+    """Of each sample the largest size."""
+    return np.max(np.abs(array), axis=tuple(range(1, array.ndim)))
 
 
 def _end_to_end(parts: Iterable[Any]) -> Given:

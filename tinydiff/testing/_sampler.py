@@ -191,7 +191,8 @@ class _Network:
         if not (self.calls and self.calls[-1][0] == now and np.array_equal(self.calls[-1][1], x)):
             self.calls.append((int(now), x))  # once, if it is asked twice, for guidance
         x = x.astype(np.float64)
-        prediction = self._denoise(x.reshape(-1, 1), np.full(x.size, int(now)))[:, 0].reshape(x.shape)
+        with np.errstate(all="ignore"):  # yours may have gone where numbers overflow
+            prediction = self._denoise(x.reshape(-1, 1), np.full(x.size, int(now)))[:, 0].reshape(x.shape)
         # The best nu for all steps is not that for fewer, where it is beyond its range.
         return np.concat([prediction, np.sin(2 * x)], axis=-1) if self._learned else prediction
 
