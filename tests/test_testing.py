@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import ndtr
 
 import tinydiff as td
 from tinydiff import testing
 from tinydiff.bound import step_term
 from tinydiff.samplers import SAMPLERS
-from tinydiff.testing import _sampler
+from tinydiff.testing import _sampler, _schedule
 from tinydiff.testing._judge import Claim, distance, named
 
 LINEAR, COSINE = td.linear_schedule(200), td.cosine_schedule(50)
@@ -230,6 +231,38 @@ def test_distance_of_a_sample(yours, other, right, apart):
     assert distance(*np.array([[yours], [other], [right]])) == pytest.approx(apart, rel=1e-12)
 
 
+def test_the_tolerance_of_a_table_and_of_a_sampler_is_what_it_says():
+    def table(by):  # in log-SNR
+        return 1 / (1 + np.exp(by) * (1 - ABAR) / ABAR)
+
+    testing.assert_schedule(table(0.0099), LINEAR)
+    refusal(testing.assert_schedule, table(0.0101), LINEAR)
+
+    def samples(by):
+        return lambda *given: ours("ddim", V)(*given) * (1 + by)
+
+    testing.assert_sampler(samples(0.99e-5), V, "ddim", 5)
+    assert "In float32" in refusal(testing.assert_sampler, samples(1.01e-5), V, "ddim", 5)
+    assert "In float32" not in refusal(testing.assert_sampler, samples(0.011), V, "ddim", 5)
+
+
+@pytest.mark.parametrize(("prediction", "last"), [("eps", 38), ("x0", 39), ("v", 39)])
+def test_pure_noise_is_asked_about_if_the_output_says_something_there(prediction, last):
+    process, asked = td.GaussianDiffusion(TO_NOISE, prediction), []
+
+    def listening(function):
+        return lambda *given: asked.extend(given[-2]) or function(*given)
+
+    for check, function in [
+        (testing.assert_predict_x0, process.predict_x0),
+        (testing.assert_p_mean_variance, process.p_mean_variance),
+        (testing.assert_bound_terms, terms_of(process)),
+    ]:
+        asked.clear()
+        check(listening(function), process)
+        assert set(asked) == set(range(last + 1))
+
+
 def test_functions_may_write_into_what_they_are_given():
     def q_sample(x0, t, noise, power=0.5):
         x0 *= column(np.sqrt(ABAR[t]))
@@ -248,6 +281,7 @@ def test_functions_may_write_into_what_they_are_given():
             x -= np.sqrt(1 - ABAR[tau[i]]) * eps
             x *= np.sqrt(after / ABAR[tau[i]])
             x += np.sqrt(1 - after) * eps
+        tau[:] = 0
         return x
 
     testing.assert_sampler(sampler, EPS, "ddim", 7)
@@ -465,17 +499,20 @@ def bound_terms(kl=kl, nll=nll, variance=BETAS, clip=False, learned=None):
     return terms
 
 
-def nll_of_levels(x, mean, p):
-    """`discretized_gaussian_log_likelihood` of the papers' code."""
+def by_tanh(z):
+    return 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
 
-    def cdf(z):
-        return 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
+
+def nll_of_levels(x, mean, p, cdf=by_tanh, closed=None):
+    """`discretized_gaussian_log_likelihood` of the papers' code."""
 
     def log(P):
         return np.log(np.maximum(P, 1e-12))
 
     high, low = cdf((x - mean + 1 / 255) / np.sqrt(p)), cdf((x - mean - 1 / 255) / np.sqrt(p))
-    return -np.where(x < -0.999, log(high), np.where(x > 0.999, log(1 - low), log(high - low)))
+    outer = np.where(np.abs(x) > 0.999, np.sign(x), 0)
+    outer = np.where(outer == closed, 0, outer)
+    return -np.where(outer < 0, log(high), np.where(outer > 0, log(1 - low), log(high - low)))
 
 
 def times_ours(factor):
@@ -722,6 +759,8 @@ def test_the_same_code_without_a_mistake_passes():
     testing.assert_p_mean_variance(learned_step(), LEARNED_EPS)
     testing.assert_bound_terms(bound_terms(), LARGE)
     testing.assert_bound_terms(bound_terms(variance=LOW), EPS)
+    exact = bound_terms(nll=lambda *given: nll_of_levels(*given, ndtr), variance=LOW)
+    testing.assert_bound_terms(exact, EPS, decoder="8bit")
     testing.assert_bound_terms(bound_terms(learned=right_variance), LEARNED_EPS)
 
 
@@ -729,35 +768,91 @@ def of_betas(betas):
     return np.cumprod(1 - betas)
 
 
+def squared_cosine(u, power=2, s=0.008):
+    """Nichol & Dhariwal 2021, eq. 17."""
+    return np.cos((u + s) / (1 + s) * np.pi / 2) ** power
+
+
 def cosine_betas(T, power=2, s=0.008, cap=0.999):
-    f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** power
-    return np.minimum(1 - f[1:] / f[:-1], cap)
+    """`betas_for_alpha_bar` of the papers' code."""
+    f = [squared_cosine(i / T, power, s) for i in range(T + 1)]
+    return np.array([min(1 - f[i + 1] / f[i], cap) for i in range(T)])
 
 
-TABLES = {
-    "without its square (E.1)": (of_betas(cosine_betas(50, power=1)), COSINE),
-    "without its offset": (of_betas(cosine_betas(50, s=0.0)), COSINE),
-    "up to 0.9999": (of_betas(cosine_betas(1000, cap=0.9999)), td.cosine_schedule(1000)),
-    "not divided by the first (E.2)": (
-        np.cos((np.linspace(0, 1, 50) + 0.008) / 1.008 * np.pi / 2) ** 2,
+def rescaled(schedule):
+    """Lin et al. 2023, algorithm 1."""
+    r = np.sqrt(schedule.alphas_cumprod)
+    return ((r - r[-1]) * r[0] / (r[0] - r[-1])) ** 2
+
+
+LONG_COSINE = td.cosine_schedule(1000)
+TABLES = [
+    (
         COSINE,
+        {
+            "the cosine schedule without its square (E.1)": of_betas(cosine_betas(50, power=1)),
+            "the cosine schedule without its offset s": of_betas(cosine_betas(50, s=0.0)),
+            "the cosine at T points for T + 1 (E.2)": (
+                squared_cosine(np.linspace(0, 1, 50)) / squared_cosine(0.0)
+            ),
+            "the cosine at T points for T + 1, not divided by the first (E.2)": squared_cosine(
+                np.linspace(0, 1, 50)
+            ),
+            "the linear schedule, its betas times 1000 / T": of_betas(np.linspace(0.002, 0.4, 50)),
+            "alphas_cumprod a step late, from 1 on": np.append(1.0, COSINE.alphas_cumprod[:-1]),
+            "alphas_cumprod from its end to its beginning": COSINE.alphas_cumprod[::-1],
+        },
     ),
-    "linear betas from 1e-4 to 0.02, whatever T is (E.4)": (
-        of_betas(np.linspace(1e-4, 0.02, 50, dtype=np.float32)),
-        td.linear_schedule(50),
+    (
+        LONG_COSINE,
+        {
+            "the cosine schedule with betas up to 0.9999": of_betas(cosine_betas(1000, cap=0.9999)),
+            "the cosine schedule with betas from 1e-4 to 0.9999": of_betas(
+                np.maximum(cosine_betas(1000, cap=0.9999), 1e-4)
+            ),
+            "the cosine schedule without a cap on its betas": (
+                squared_cosine(np.arange(1, 1001) / 1000) / squared_cosine(0.0)
+            ),
+        },
     ),
-    "'scaled_linear'": (of_betas(np.linspace(0.00085**0.5, 0.012**0.5, LINEAR.T) ** 2), LINEAR),
-    "a step late": (np.append(1.0, COSINE.alphas_cumprod[:-1]), COSINE),
-    "its end to its beginning": (COSINE.alphas_cumprod[::-1], COSINE),
-    "the root of": (np.sqrt(ABAR), LINEAR),
-    "betas": (BETAS, LINEAR),
-}
+    (
+        LINEAR,
+        {
+            "the cosine schedule": of_betas(cosine_betas(200)),
+            "linear betas from 1e-4 to 0.02, whatever T is (E.4)": of_betas(
+                np.linspace(1e-4, 0.02, 200, dtype=np.float32)
+            ),
+            "linear betas from 8.5e-4 to 0.012": of_betas(np.linspace(0.00085, 0.012, 200)),
+            "betas even in their root, 8.5e-4 to 0.012 ('scaled_linear')": of_betas(
+                np.linspace(0.00085**0.5, 0.012**0.5, 200) ** 2
+            ),
+            "rescaled to end in noise (Lin et al. 2023)": rescaled(LINEAR),
+            "betas from the last to the first": of_betas(BETAS[::-1]),
+            "the betas multiplied up, not the alphas": np.cumprod(BETAS),
+            "the root of alphas_cumprod, a rate": A,
+            "the square of alphas_cumprod": ABAR * ABAR,
+            "1 - alphas_cumprod": 1 - ABAR,
+            "alphas, not multiplied up": 1 - BETAS,
+            "betas": BETAS,
+        },
+    ),
+    (
+        td.linear_schedule(50, 1e-4, 0.02),
+        {"1 minus the sum of the betas": 1 - np.cumsum(np.linspace(1e-4, 0.02, 50))},
+    ),
+]
 
 
-@pytest.mark.parametrize(("what", "planted"), TABLES.items(), ids=TABLES)
-def test_a_table_of_another_schedule_is_named(what, planted):
-    said = refusal(testing.assert_schedule, *planted)
-    assert what in said and "; or of this: " not in said, said
+@pytest.mark.parametrize(
+    ("schedule", "what", "table"), [(schedule, *row) for schedule, rows in TABLES for row in rows.items()]
+)
+def test_a_table_of_another_schedule_is_named(schedule, what, table):
+    said = refusal(testing.assert_schedule, table, schedule)
+    assert said.endswith(f"It is what comes of this: {what}."), said
+
+
+def test_every_mistake_of_tables_is_planted():
+    assert _schedule._mistakes(LINEAR).keys() == {what for _, rows in TABLES for what in rows}
 
 
 def two_of_posterior(x0, x_t, t):
@@ -769,11 +864,6 @@ def two_of_posterior(x0, x_t, t):
 def right_at_0_alone(x0, x_t, t):
     mean, variance = posterior_with(np.roll(ABAR, 1))(x0, x_t, t)
     return mean * column(t == 0), variance
-
-
-def rescaled(schedule):
-    r = np.sqrt(schedule.alphas_cumprod)
-    return ((r - r[-1]) * r[0] / (r[0] - r[-1])) ** 2
 
 
 ALMOST = {
@@ -806,7 +896,15 @@ ALMOST = {
         COSINE,
         None,
     ),
-    "rescaled": (testing.assert_schedule, rescaled(LINEAR), LINEAR, "rescaled to end in noise"),
+    **{
+        f"a level's open end {end}": (
+            partial(testing.assert_bound_terms, decoder="8bit"),
+            bound_terms(nll=lambda x, mean, p, end=end: nll_of_levels(x, mean, p, ndtr, end), variance=LOW),
+            EPS,
+            None,
+        )
+        for end in (-1, 1)
+    },
     "arguments": (
         testing.assert_q_posterior,
         lambda x_t, x0, t: posterior()(x0, x_t, t),
@@ -1073,7 +1171,7 @@ STEPS = [(*asked, *row) for *asked, rows in WALKS for row in rows.items()]
 
 @pytest.mark.parametrize(("process", "name", "options", "what", "yours"), STEPS)
 def test_a_mistake_in_a_sampler_from_the_papers_is_named(process, name, options, what, yours):
-    said = refusal(testing.assert_sampler, yours, process, name, **{"steps": 7, **options})
+    said = refusal(testing.assert_sampler, yours, process, name, **({"steps": 7} | options))
     assert said.endswith(f"It is what comes of this: {what}."), said
 
 
@@ -1081,9 +1179,8 @@ def test_every_mistake_of_samplers_is_planted(monkeypatch):
     listed = set()
     monkeypatch.setattr(_sampler, "named", lambda distances, *_: str(listed.update(distances)))
     for process, name, options, _ in WALKS:
-        refusal(
-            testing.assert_sampler, lambda denoise, x, *_: 0 * x, process, name, **{"steps": 7, **options}
-        )
+        options = {"steps": 3} | options
+        refusal(testing.assert_sampler, lambda denoise, x, *_: 0 * x, process, name, **options)
     assert listed == {what for *_, rows in WALKS for what in rows}
 
 
@@ -1096,9 +1193,16 @@ def test_where_a_sampler_first_goes_astray_is_said():
         testing.assert_sampler, ancestral(mistake="at the end"), LARGE, "ddpm", tau
     )
     said = refusal(testing.assert_sampler, ancestral(deviation=lambda beta, small: beta), LARGE, "ddpm", tau)
-    assert "Call 2 of the network, at t = 140, is the first with another state" in said
+    where = "Call 2 of the network, at t = 140, is the first with another state, after the step from t = 199."
+    assert where in said
+    said = refusal(
+        testing.assert_sampler, lambda denoise, x, *_: ddim()(denoise, 2 * x, *_), EPS, "ddim", tau
+    )
+    assert "The first call of the network, at t = 199, has another state than x_T." in said
     said = refusal(testing.assert_sampler, ddim("leading"), EPS, "ddim", tau)
     assert "Call 1 of the network is at t = 160; expected 199" in said
+    said = refusal(testing.assert_sampler, ancestral(), LARGE, "ddim", tau)
+    assert "noise() is called 4 times; expected 0." in said
     each = refusal(testing.assert_sampler, lambda denoise, x, *_: denoise(x, np.arange(4)), EPS, "ddim", tau)
     assert "shown t = [0 1 2 3]; expected one time for all of a batch" in each
     said = refusal(testing.assert_sampler, ddim(), V, "ddim", tau)  # eps, where the network says v
@@ -1162,6 +1266,7 @@ def test_an_error_of_ones_own_says_how_it_was_called():
     [
         (lambda denoise, x: denoise(x, 0.5), "shown t = 0.5; expected a whole number, 0 … 199"),
         (lambda denoise, x: denoise(x, np.zeros(3)), "x of shape (4, 3, 4, 4) and t of shape (3,)"),
+        (lambda denoise, x: denoise(x, np.zeros(1)), "x of shape (4, 3, 4, 4) and t of shape (1,)"),
         (lambda denoise, x: denoise(x, None), "the t that the network is shown is a NoneType"),
         (lambda denoise, x: denoise(x, 0) * np.nan, "arrives at no finite numbers, not where ddpm does"),
         (
@@ -1175,6 +1280,15 @@ def test_an_error_of_ones_own_says_how_it_was_called():
 )
 def test_what_is_no_walk_is_said(ask, said):
     assert said in refusal(testing.assert_sampler, lambda denoise, x, *_: ask(denoise, x), EPS, steps=5)
+
+
+def test_mistakes_that_cannot_be_made_are_left_out():
+    """EDM's clock does not begin at pure noise, nor does an eps say anything there."""
+    process = td.GaussianDiffusion(TO_NOISE, "v")
+    said = refusal(testing.assert_sampler, lambda denoise, x, *_: 0 * x, process, "ddim", 4)
+    assert "None of the" in said
+    other = refusal(testing.assert_sampler, lambda denoise, x, *_: 0 * x, V, "ddim", 4)
+    assert int(said.split("None of the ")[1].split()[0]) < int(other.split("None of the ")[1].split()[0])
 
 
 def test_a_network_may_be_asked_twice():
@@ -1201,7 +1315,14 @@ def test_tables_that_are_none():
         testing.assert_schedule, np.append(1.0, COSINE.alphas_cumprod), COSINE
     )
     assert "shape (49,); expected (50,)" in refusal(testing.assert_schedule, COSINE.betas[:-1], COSINE)
-    assert "off by inf" in refusal(testing.assert_schedule, 2 + COSINE.betas, COSINE)
+    for none in (2 + COSINE.betas, -COSINE.alphas_cumprod):
+        assert "off by inf" in refusal(testing.assert_schedule, none, COSINE)
+
+
+def test_nothing_is_left_of_the_data_by_whatever_rounding():
+    f = np.cos((np.arange(41) / 40 + 0.008) / 1.008 * np.pi / 2) ** 2
+    assert f[-1] > TO_NOISE.alphas_cumprod[-1] == 0
+    testing.assert_schedule(f[1:] / f[0], TO_NOISE)
 
 
 @pytest.mark.parametrize(

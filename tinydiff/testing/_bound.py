@@ -133,7 +133,8 @@ def assert_bound_terms(
     T = int(np.count_nonzero(schedule.alphas_cumprod)) if diffusion.prediction == "eps" else schedule.T
     batches = []
     for t in times(T, shape[0], rng):
-        x0 = 2 * rng.integers(0, 256, shape) / 255 - 1 if decoder == "8bit" else rng.uniform(-1, 1, shape)
+        levels = np.clip(rng.integers(-64, 320, shape), 0, 255)  # the outer ones, which are others, often
+        x0 = 2 * levels / 255 - 1 if decoder == "8bit" else rng.uniform(-1, 1, shape)
         x_t = diffusion.q_sample(x0, t, rng.standard_normal(shape))
         output = rng.uniform(-1, 1, (*shape[:-1], (1 + learned) * shape[-1]))
         batches.append((x0, x_t, t, output))
