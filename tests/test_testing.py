@@ -568,7 +568,7 @@ PLANTED = [
             "the target is x_0, or the arguments x0 and noise are exchanged": lambda x0, t, noise: x0,
             "the sign; -v is another convention, EDM's": linear(S, -A),
             "the rates of v exchanged, s eps - a x_0": linear(-A, S),
-            "the rates of v, or the arguments x0 and noise, exchanged: a x_0 - s eps": linear(A, -S),
+            "the arguments x0 and noise of v exchanged, a x_0 - s eps": linear(A, -S),
             "the target is x_t": linear(A, S),
             "the target is the noise as it was added, s eps": linear(0 * A, S),
         },
@@ -1311,7 +1311,7 @@ def test_a_network_may_be_asked_twice():
 
 
 def test_tables_that_are_none():
-    assert "51 entries, the first is 1" in refusal(
+    assert "51 entries, the first is 1, the data itself; expected the other 50" in refusal(
         testing.assert_schedule, np.append(1.0, COSINE.alphas_cumprod), COSINE
     )
     assert "shape (49,); expected (50,)" in refusal(testing.assert_schedule, COSINE.betas[:-1], COSINE)
@@ -1331,7 +1331,12 @@ def test_nothing_is_left_of_the_data_by_whatever_rounding():
         (testing.assert_schedule, (ABAR, BETAS), {}, "schedule is a ndarray; expected a NoiseSchedule"),
         (testing.assert_q_sample, (EPS.q_sample, EPS), {}, "schedule is a GaussianDiffusion"),
         (testing.assert_predict_x0, (EPS.predict_x0, LINEAR), {}, "diffusion is a NoiseSchedule"),
-        (testing.assert_q_sample, (EPS.q_sample, LINEAR), dict(shape=(4,)), "shape is (4,); expected"),
+        (
+            testing.assert_q_sample,
+            (EPS.q_sample, LINEAR),
+            dict(shape=(4,)),
+            "(4,); expected (N, ...), two or more",
+        ),
         (testing.assert_q_sample, (EPS.q_sample, LINEAR), dict(shape=(0, 3)), "shape is (0, 3); expected"),
         (testing.assert_q_sample, (EPS.q_sample, LINEAR), dict(tolerance=0), "tolerance is 0; expected"),
         (

@@ -66,6 +66,6 @@ def check_shape(shape: Any, axis: int = -1) -> None:
     """ValueError unless `shape` is that of a batch of data, and has that axis."""
     sizes = shape if isinstance(shape, tuple) else ()
     if len(sizes) < 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
-        raise ValueError(f"shape is {shape!r}; expected (N, ...), two integers of at least 1 or more.")
+        raise ValueError(f"shape is {shape!r}; expected (N, ...), two or more integers of at least 1.")
     if axis not in (*range(1, len(shape)), -1):
         raise ValueError(f"axis is {axis!r}; expected one of the data, 1 … {len(shape) - 1} or -1.")

@@ -47,6 +47,7 @@ def assert_q_sample(
     TypeError, ValueError
         If `schedule`, `shape` or `tolerance` is not as said above.
     """
+    check_shape(shape)
     process = GaussianDiffusion(schedule)
     a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
     alpha, beta = np.sqrt(schedule.alphas), np.sqrt(schedule.betas)
@@ -81,7 +82,7 @@ def assert_q_sample(
         "alpha_t in the place of abar_t in front of the data": with_rates(alpha, s),
         "beta_t in the place of 1 - abar_t in front of the noise": with_rates(a, beta),
     }
-    if len(shape) > 1 and shape[0] == shape[-1]:
+    if shape[0] == shape[-1]:
         mistakes["rates (N,) that spread along the last axis"] = with_rates(a, s, spread=True)
     expected = "sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (docs: F.2)"
     claim = Claim("q_sample", "x0, t, noise", expected, ours, mistakes)
@@ -113,6 +114,7 @@ def assert_training_target(
         As in `assert_q_sample`.
     """
     check_diffusion(diffusion)
+    check_shape(shape)
     schedule = diffusion.schedule
 
     def of(prediction: Prediction) -> Function:
@@ -127,9 +129,7 @@ def assert_training_target(
         "the target is v": v,
         "the sign; -v is another convention, EDM's": lambda x0, t, noise: {"": -ours(x0, t, noise)[""]},
         "the rates of v exchanged, s eps - a x_0": lambda x0, t, noise: {"": -v(noise, t, x0)[""]},
-        "the rates of v, or the arguments x0 and noise, exchanged: a x_0 - s eps": lambda x0, t, noise: {
-            "": v(noise, t, x0)[""]
-        },
+        "the arguments x0 and noise of v exchanged, a x_0 - s eps": lambda x0, t, noise: v(noise, t, x0),
         "the target is x_t": lambda x0, t, noise: {"": diffusion.q_sample(x0, t, noise)},
         "the target is the noise as it was added, s eps": lambda x0, t, noise: {
             "": diffusion.q_sample(0 * x0, t, noise)
@@ -168,6 +168,7 @@ def assert_predict_x0(
         As in `assert_q_sample`.
     """
     check_diffusion(diffusion)
+    check_shape(shape)
     schedule = diffusion.schedule
     a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
     alpha = np.sqrt(schedule.alphas)
@@ -214,7 +215,6 @@ def _pairs(
     schedule: NoiseSchedule, shape: tuple[int, ...], signal: bool = False
 ) -> list[tuple[np.ndarray, ...]]:
     """Batches of an array, t, and another array; with `signal` only of t at which there is any."""
-    check_shape(shape)
     rng = np.random.default_rng(0)
     T = int(np.count_nonzero(schedule.alphas_cumprod)) if signal else schedule.T
     return [(rng.uniform(-1, 1, shape), t, rng.standard_normal(shape)) for t in times(T, shape[0], rng)]

@@ -172,7 +172,8 @@ class _Network:
         self.calls: list[tuple[int, np.ndarray]] = []
         self._diffusion, self._learned = diffusion, diffusion.variance == "learned_range"
         # Means outside [-1, 1], and data on both sides: clipping, and what of, is seen in the samples.
-        self._denoise = GaussianMixture([0.4, 0.6], [[-1.2], [1.1]], [0.1, 0.2]).denoiser(diffusion)
+        mixture = GaussianMixture([0.4, 0.6], [[-1.2], [1.1]], [0.1, 0.2])
+        self._denoise = mixture.denoiser(GaussianDiffusion(diffusion.schedule, diffusion.prediction))
 
     def __call__(self, x: Any, t: Any) -> np.ndarray:
         x, t = on_host("the x that the network is shown", x), on_host("the t that the network is shown", t)
@@ -192,7 +193,7 @@ class _Network:
             self.calls.append((int(now), x))  # once, if it is asked twice, for guidance
         x = x.astype(np.float64)
         with np.errstate(all="ignore"):  # yours may have gone where numbers overflow
-            prediction = self._denoise(x.reshape(-1, 1), np.full(x.size, int(now)))[:, 0].reshape(x.shape)
+            prediction = self._denoise(x.reshape(-1, 1), np.full(x.size, int(now))).reshape(x.shape)
         # The best nu for all steps is not that for fewer, where it is beyond its range.
         return np.concat([prediction, np.sin(2 * x)], axis=-1) if self._learned else prediction
 

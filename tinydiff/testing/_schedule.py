@@ -44,7 +44,7 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
     table = on_host("alphas_cumprod", alphas_cumprod).astype(np.float64)
     if table.shape == (T + 1,) and table[0] == 1:
         raise AssertionError(
-            f"alphas_cumprod has {T + 1} entries, the first is 1, the data itself; expected the others."
+            f"alphas_cumprod has {T + 1} entries, the first is 1, the data itself; expected the other {T}."
         )
     if table.shape != (T,):
         raise AssertionError(f"alphas_cumprod has shape {table.shape}; expected ({T},).")
@@ -64,7 +64,7 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
 
 
 def _apart(table: np.ndarray, abar: np.ndarray, one_minus_abar: np.ndarray) -> np.ndarray:
-    """How far apart two tables are in log-SNR, at each t; what is no part of a variance is infinitely far."""
+    """How far apart two tables are in log-SNR, at each t; what is not in [0, 1] is infinitely far."""
     table, abar = (np.where(x >= 0, np.maximum(x, NOTHING), np.nan) for x in (table, abar))
     with np.errstate(all="ignore"):
         difference = np.log(table) - np.log1p(-table) - np.log(abar) + np.log(one_minus_abar)
