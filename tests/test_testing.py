@@ -867,23 +867,11 @@ def right_at_0_alone(x0, x_t, t):
 
 
 ALMOST = {
-    "divided by alpha": (
-        testing.assert_predict_x0,
-        lambda x, t, o: (x - column(np.sqrt(1 - ABAR[t])) * o) / column(np.sqrt(1 - BETAS[t])),
-        EPS,
-        "sqrt(alpha_t) of one step divides",
-    ),
     "no root anywhere": (
         testing.assert_predict_x0,
         lambda x, t, o: (x - column(1 - ABAR[t]) * o) / column(ABAR[t]),
         EPS,
         None,
-    ),
-    "alpha for the data alone": (
-        testing.assert_q_sample,
-        lambda x0, t, noise: column(np.sqrt(1 - BETAS[t])) * x0 + column(np.sqrt(1 - ABAR[t])) * noise,
-        LINEAR,
-        "alpha_t in the place of abar_t in front of the data",
     ),
     "two at once": (testing.assert_q_posterior, two_of_posterior, LINEAR, None),
     "as rolled at t = 0": (testing.assert_q_posterior, right_at_0_alone, LINEAR, None),
@@ -905,12 +893,6 @@ ALMOST = {
         )
         for end in (-1, 1)
     },
-    "arguments": (
-        testing.assert_q_posterior,
-        lambda x_t, x0, t: posterior()(x0, x_t, t),
-        LINEAR,
-        "or the arguments x0 and x_t, exchanged",
-    ),
 }
 
 

@@ -9,14 +9,31 @@ import numpy as np
 
 from tinydiff._checks import check_number
 from tinydiff.backend import to_numpy
+from tinydiff.diffusion import GaussianDiffusion
 
-__all__ = ["SHAPE", "Function", "called", "check_shape", "check_tolerance", "halves_on", "on_host", "times"]
+__all__ = [
+    "SHAPE",
+    "Function",
+    "asked_up_to",
+    "called",
+    "check_shape",
+    "check_tolerance",
+    "halves_on",
+    "on_host",
+    "times",
+]
 
 Function: TypeAlias = Callable[..., Any]
 
 # As many samples as a row has pixels: numbers (N,) that were not made a column then spread along the row
 # without a word, and are seen.
 SHAPE = (8, 3, 4, 8)
+
+
+def asked_up_to(diffusion: GaussianDiffusion) -> int:
+    """T; or fewer times if the network says eps, which says nothing of x_0 where x_t is all noise."""
+    eps = diffusion.prediction == "eps"
+    return int(np.count_nonzero(diffusion.schedule.alphas_cumprod)) if eps else diffusion.T
 
 
 def times(T: int, N: int, rng: np.random.Generator) -> np.ndarray:

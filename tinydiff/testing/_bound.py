@@ -16,7 +16,7 @@ from tinydiff.bound import (
     step_term,
 )
 from tinydiff.diffusion import GaussianDiffusion, Variance, check_diffusion
-from tinydiff.testing._asked import SHAPE, Function, check_shape, halves_on, times
+from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, halves_on, times
 from tinydiff.testing._judge import Claim, Given, moved_in_time
 from tinydiff.testing._reverse import log_variances
 
@@ -130,9 +130,8 @@ def assert_bound_terms(
         mistakes["the variance is fixed_small, beta~_t"] = of("fixed_small")
         mistakes["the variance is fixed_large, beta_t"] = of("fixed_large")
     rng = np.random.default_rng(0)
-    T = int(np.count_nonzero(schedule.alphas_cumprod)) if diffusion.prediction == "eps" else schedule.T
     batches = []
-    for t in times(T, shape[0], rng):
+    for t in times(asked_up_to(diffusion), shape[0], rng):
         levels = np.clip(rng.integers(-64, 320, shape), 0, 255)  # the outer ones, which are others, often
         x0 = 2 * levels / 255 - 1 if decoder == "8bit" else rng.uniform(-1, 1, shape)
         x_t = diffusion.q_sample(x0, t, rng.standard_normal(shape))

@@ -9,7 +9,7 @@ import numpy as np
 from tinydiff.backend import clip_to_unit, column_like
 from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.testing._asked import SHAPE, Function, check_shape, times
+from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, times
 from tinydiff.testing._judge import Claim, Given, moved_in_time
 
 __all__ = ["assert_predict_x0", "assert_q_sample", "assert_training_target"]
@@ -86,7 +86,7 @@ def assert_q_sample(
         mistakes["rates (N,) that spread along the last axis"] = with_rates(a, s, spread=True)
     expected = "sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (docs: F.2)"
     claim = Claim("q_sample", "x0, t, noise", expected, ours, mistakes)
-    claim.judge(q_sample, _pairs(schedule, shape), asarray, tolerance)
+    claim.judge(q_sample, _pairs(schedule.T, shape), asarray, tolerance)
 
 
 def assert_training_target(
@@ -139,7 +139,7 @@ def assert_training_target(
         diffusion.prediction
     ]
     claim = Claim("training_target", "x0, t, noise", f"{formula} (docs: F.10)", ours, mistakes)
-    claim.judge(training_target, _pairs(schedule, shape), asarray, tolerance)
+    claim.judge(training_target, _pairs(schedule.T, shape), asarray, tolerance)
 
 
 def assert_predict_x0(
@@ -208,13 +208,10 @@ def assert_predict_x0(
     formula = {"eps": "(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)", "x0": "the output"}
     expected = formula.get(diffusion.prediction, "sqrt(abar_t) x_t - sqrt(1 - abar_t) v")
     claim = Claim("predict_x0", "x_t, t, output", f"{expected} (docs: F.7)", ours, mistakes)
-    claim.judge(predict_x0, _pairs(schedule, shape, signal=diffusion.prediction == "eps"), asarray, tolerance)
+    claim.judge(predict_x0, _pairs(asked_up_to(diffusion), shape), asarray, tolerance)
 
 
-def _pairs(
-    schedule: NoiseSchedule, shape: tuple[int, ...], signal: bool = False
-) -> list[tuple[np.ndarray, ...]]:
-    """Batches of an array, t, and another array; with `signal` only of t at which there is any."""
+def _pairs(T: int, shape: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
+    """Batches of an array, t and another array, at all of 0 … T-1."""
     rng = np.random.default_rng(0)
-    T = int(np.count_nonzero(schedule.alphas_cumprod)) if signal else schedule.T
     return [(rng.uniform(-1, 1, shape), t, rng.standard_normal(shape)) for t in times(T, shape[0], rng)]

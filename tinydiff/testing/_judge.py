@@ -78,13 +78,13 @@ class Claim:
         answers = [self.ours(*batch) for batch in batches]
         came = _end_to_end(self._asked(yours, *pair, asarray) for pair in zip(batches, answers, strict=True))
         right = _end_to_end(answers)
-        expected = {key: (t > 0) | (key not in self.free_at_0) for key in right}
-        if not np.any([*expected.values()]):
+        compared = {key: (t > 0) | (key not in self.free_at_0) for key in right}
+        if not np.any([*compared.values()]):
             raise ValueError(f"{self.name} has nothing to compare: at t = 0, the only one, anything will do.")
 
         def apart(other: Given) -> dict[str, np.ndarray]:
             return {
-                key: np.where(expected[key], distance(came[key], other[key], right[key]), 0.0)
+                key: np.where(compared[key], distance(came[key], other[key], right[key]), 0.0)
                 for key in right
             }
 

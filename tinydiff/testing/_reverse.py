@@ -9,7 +9,7 @@ import numpy as np
 from tinydiff.backend import clip_to_unit, column_like
 from tinydiff.diffusion import GaussianDiffusion, Prediction, Variance, check_diffusion
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.testing._asked import SHAPE, Function, check_shape, halves_on, times
+from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, halves_on, times
 from tinydiff.testing._judge import Claim, Given, moved_in_time
 
 __all__ = ["assert_p_mean_variance", "assert_q_posterior", "log_variances", "means"]
@@ -177,9 +177,8 @@ def assert_p_mean_variance(
         mistakes["the variance is fixed_small, beta~_t"] = step(variance="fixed_small")
         mistakes["the variance is fixed_large, beta_t"] = step(variance="fixed_large")
     rng = np.random.default_rng(0)
-    T = int(np.count_nonzero(schedule.alphas_cumprod)) if diffusion.prediction == "eps" else schedule.T
     batches = []
-    for t in times(T, shape[0], rng):
+    for t in times(asked_up_to(diffusion), shape[0], rng):
         nu = [rng.uniform(-1, 1, shape)] if learned else []
         batches.append((rng.standard_normal(shape), t, np.concat([rng.standard_normal(shape), *nu], axis=-1)))
     claim = Claim(
