@@ -393,6 +393,13 @@ def divided_by_the_one_before(x0, x_t, t):
     return linear(of_x0, of_x_t)(x0, t, x_t), BETAS[t]
 
 
+of_eps = linear(1 / A, -S / A)  # the estimate of x_0, Ho et al. 2020, eq. 15
+
+
+def clipped(x_t, t, eps):
+    return np.clip(of_eps(x_t, t, eps), -1, 1)
+
+
 def step_to(estimate, variance=SMALL):
     """The posterior of an estimate of x_0, a function of (x_t, t, output)."""
     return lambda x_t, t, output: posterior(variance=variance)(estimate(x_t, t, output), x_t, t)
@@ -483,14 +490,13 @@ def nll(x, mean, p):
     return (np.log(2 * np.pi * p) + (x - mean) ** 2 / p) / 2
 
 
-def bound_terms(kl=kl, nll=nll, variance=BETAS, clip=False, learned=None):
+def bound_terms(kl=kl, nll=nll, variance=BETAS, estimate=of_eps, learned=None):
     """Ho et al. 2020, eq. 5; beta~_1 stands for beta~_0, which is 0."""
 
     def terms(x0, x_t, t, output):
         eps, nu = np.split(output, 2, axis=-1) if learned else (output, None)
         p = learned_variance(learned, t, nu) if learned else column(variance[t])
-        guess = (x_t - column(S[t]) * eps) / column(A[t])
-        guess = np.clip(guess, -1, 1) if clip else guess
+        guess = estimate(x_t, t, eps)
         each = np.where(
             column(t) > 0, kl(column(OF_X0[t]) * (x0 - guess), column(LOW[t]), p), nll(x0, guess, p)
         )
@@ -584,7 +590,7 @@ PLANTED = [
                 x, np.minimum(t + 1, 199), eps
             ),
             "the output is taken for v": linear(A, -S),
-            "the estimate is clipped": lambda x, t, eps: np.clip(linear(1 / A, -S / A)(x, t, eps), -1, 1),
+            "the estimate is clipped": clipped,
             "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": lambda x, t, eps: (
                 linear(ONE, -S)(x, t, eps) / column(np.sqrt(1 - BETAS[t]))
             ),
@@ -650,9 +656,7 @@ PLANTED = [
             "t + 1 in the place of t (E.13)": lambda x, t, eps: reverse_step()(
                 x, np.minimum(t + 1, 199), eps
             ),
-            "the estimate of x_0 is clipped": step_to(
-                lambda x, t, eps: np.clip(linear(1 / A, -S / A)(x, t, eps), -1, 1), BETAS
-            ),
+            "the estimate of x_0 is clipped": step_to(clipped, BETAS),
             "the output is taken for x_0": step_to(lambda x, t, eps: eps, BETAS),
             "the output is taken for v": step_to(linear(A, -S), BETAS),
             "the variance is a standard deviation (E.10)": reverse_step(variance=np.sqrt(BETAS)),
@@ -664,7 +668,7 @@ PLANTED = [
         testing.assert_p_mean_variance,
         V,
         {
-            "the output is taken for eps": step_to(linear(1 / A, -S / A)),
+            "the output is taken for eps": step_to(of_eps),
             "the variance is fixed_large, beta_t": step_to(linear(A, -S), BETAS),
         },
     ),
@@ -716,7 +720,7 @@ PLANTED = [
             "a divergence at t = 0, not a likelihood": bound_terms(
                 nll=lambda x, mean, p: kl(x - mean, SMALL[1], p), variance=LOW
             ),
-            "the estimate of x_0 is clipped": bound_terms(variance=LOW, clip=True),
+            "the estimate of x_0 is clipped": bound_terms(variance=LOW, estimate=clipped),
             "the variance is fixed_large, beta_t": bound_terms(),
         },
     ),
@@ -729,6 +733,11 @@ PLANTED = [
         partial(testing.assert_bound_terms, decoder="8bit"),
         EPS,
         {BY_TANH: bound_terms(nll=nll_of_levels, variance=LOW)},
+    ),
+    (
+        partial(testing.assert_bound_terms, decoder="8bit"),
+        X0,  # whose estimate is anywhere, and most levels less likely than 1e-12
+        {BY_TANH: bound_terms(nll=nll_of_levels, variance=LOW, estimate=lambda x_t, t, x0: x0)},
     ),
 ]
 ROWS = [(*asked, *row) for *asked, rows in PLANTED for row in rows.items()]
@@ -752,7 +761,7 @@ def test_every_mistake_of_the_lists_is_planted(monkeypatch):
 def test_the_same_code_without_a_mistake_passes():
     testing.assert_q_sample(linear(A, S), LINEAR)
     testing.assert_training_target(linear(-S, A), V)
-    testing.assert_predict_x0(linear(1 / A, -S / A), EPS)
+    testing.assert_predict_x0(of_eps, EPS)
     testing.assert_predict_x0(linear(A, -S), V)
     testing.assert_q_posterior(posterior(), LINEAR)
     testing.assert_p_mean_variance(reverse_step(), LARGE)
