@@ -29,18 +29,6 @@ def terms_of(process, decoder="density"):
     return lambda x0, x_t, t, output: step_term(process, output, x0, x_t, t, decoder)[0]
 
 
-def checks_of(process):
-    """Everything that can be asked of a process's functions, each with the function of ours."""
-    schedule = process.schedule
-    return [
-        (testing.assert_q_sample, process.q_sample, schedule),
-        (testing.assert_training_target, process.training_target, process),
-        (testing.assert_q_posterior, process.q_posterior_mean_variance, schedule),
-        (testing.assert_p_mean_variance, process.p_mean_variance, process),
-        (testing.assert_bound_terms, terms_of(process), process),
-    ]
-
-
 def column(numbers):
     return numbers.reshape(-1, 1, 1, 1)
 
@@ -91,8 +79,11 @@ def every_second_call():
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_our_own_functions_pass(schedule, prediction, variance):
     process = td.GaussianDiffusion(schedule, prediction, variance)
-    for check, function, against in checks_of(process):
-        check(function, against)
+    testing.assert_q_sample(process.q_sample, schedule)
+    testing.assert_training_target(process.training_target, process)
+    testing.assert_q_posterior(process.q_posterior_mean_variance, schedule)
+    testing.assert_p_mean_variance(process.p_mean_variance, process)
+    testing.assert_bound_terms(terms_of(process), process)
     testing.assert_p_mean_variance(
         lambda *given: process.p_mean_variance(*given, clip=True), process, clip=True, shape=(3, 5)
     )
@@ -525,6 +516,19 @@ def times_ours(factor):
     return lambda *given: factor * terms_of(EPS)(*given)
 
 
+def moved(function, place):
+    """The function with its t, the argument at `place`, moved."""
+
+    def asked_at(t_of):
+        return lambda *given: function(*given[:place], t_of(given[place]), *given[place + 1 :])
+
+    return {
+        "t - 1 in the place of t": asked_at(lambda t: np.where(t > 0, t - 1, 0)),
+        "t - 1 in the place of t, and T - 1 in that of 0": asked_at(lambda t: (t - 1) % 200),
+        "t + 1 in the place of t (E.13)": asked_at(lambda t: np.where(t < 199, t + 1, 199)),
+    }
+
+
 X0 = td.GaussianDiffusion(LINEAR, "x0")
 LEARNED_EPS, LEARNED_V = (
     td.GaussianDiffusion(LINEAR, prediction, "learned_range") for prediction in ("eps", "v")
@@ -535,11 +539,7 @@ PLANTED = [
         testing.assert_q_sample,
         LINEAR,
         {
-            "t - 1 in the place of t": lambda *given: linear(A, S)(
-                given[0], np.maximum(given[1] - 1, 0), given[2]
-            ),
-            "t - 1 in the place of t, and T - 1 in that of 0": linear(np.roll(A, 1), np.roll(S, 1)),
-            "t + 1 in the place of t (E.13)": linear(np.append(A[1:], A[-1]), np.append(S[1:], S[-1])),
+            **moved(linear(A, S), 1),
             "abar_{t-1} in the place of abar_t": linear(np.sqrt(BEFORE), np.sqrt(1 - BEFORE)),
             "both rates without their roots": linear(ABAR, 1 - ABAR),
             "1 - abar_t in front of the noise, without its root": linear(A, 1 - ABAR),
@@ -563,13 +563,7 @@ PLANTED = [
         testing.assert_training_target,
         V,
         {
-            "t - 1 in the place of t": lambda x0, t, noise: V.training_target(
-                x0, np.maximum(t - 1, 0), noise
-            ),
-            "t - 1 in the place of t, and T - 1 in that of 0": linear(-np.roll(S, 1), np.roll(A, 1)),
-            "t + 1 in the place of t (E.13)": lambda x0, t, noise: V.training_target(
-                x0, np.minimum(t + 1, 199), noise
-            ),
+            **moved(linear(-S, A), 1),
             "the target is eps, or the arguments x0 and noise are exchanged": lambda x0, t, noise: noise,
             "the target is x_0, or the arguments x0 and noise are exchanged": lambda x0, t, noise: x0,
             "the sign; -v is another convention, EDM's": linear(S, -A),
@@ -584,11 +578,7 @@ PLANTED = [
         testing.assert_predict_x0,
         EPS,
         {
-            "t - 1 in the place of t": lambda x, t, eps: EPS.predict_x0(x, np.maximum(t - 1, 0), eps),
-            "t - 1 in the place of t, and T - 1 in that of 0": linear(np.roll(1 / A, 1), np.roll(-S / A, 1)),
-            "t + 1 in the place of t (E.13)": lambda x, t, eps: EPS.predict_x0(
-                x, np.minimum(t + 1, 199), eps
-            ),
+            **moved(of_eps, 1),
             "the output is taken for v": linear(A, -S),
             "the estimate is clipped": clipped,
             "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": lambda x, t, eps: (
@@ -620,9 +610,7 @@ PLANTED = [
         testing.assert_q_posterior,
         LINEAR,
         {
-            "t - 1 in the place of t": lambda x0, x_t, t: posterior()(x0, x_t, np.maximum(t - 1, 0)),
-            "t - 1 in the place of t, and T - 1 in that of 0": lambda x0, x_t, t: posterior()(x0, x_t, t - 1),
-            "t + 1 in the place of t (E.13)": lambda x0, x_t, t: posterior()(x0, x_t, np.minimum(t + 1, 199)),
+            **moved(posterior(), 2),
             "abar_{t-1} rolled, so that it begins with abar_T (E.7)": posterior_with(np.roll(ABAR, 1)),
             "abar_{t-1} padded with 0, not 1 (E.7)": posterior_with(np.pad(ABAR[:-1], (1, 0))),
             "abar_t in the place of abar_{t-1} (E.7)": posterior_with(ABAR),
@@ -649,13 +637,7 @@ PLANTED = [
         LARGE,
         {
             **{what: reverse_step(mean) for what, mean in MEANS.items()},
-            "t - 1 in the place of t": lambda x, t, eps: reverse_step()(x, np.maximum(t - 1, 0), eps),
-            "t - 1 in the place of t, and T - 1 in that of 0": lambda x, t, eps: reverse_step()(
-                x, t - 1, eps
-            ),
-            "t + 1 in the place of t (E.13)": lambda x, t, eps: reverse_step()(
-                x, np.minimum(t + 1, 199), eps
-            ),
+            **moved(reverse_step(), 1),
             "the estimate of x_0 is clipped": step_to(clipped, BETAS),
             "the output is taken for x_0": step_to(lambda x, t, eps: eps, BETAS),
             "the output is taken for v": step_to(linear(A, -S), BETAS),
@@ -700,15 +682,7 @@ PLANTED = [
         testing.assert_bound_terms,
         EPS,
         {
-            "t - 1 in the place of t": lambda x0, x, t, eps: bound_terms(variance=LOW)(
-                x0, x, np.maximum(t - 1, 0), eps
-            ),
-            "t - 1 in the place of t, and T - 1 in that of 0": lambda x0, x, t, eps: bound_terms(
-                variance=LOW
-            )(x0, x, (t - 1) % 200, eps),
-            "t + 1 in the place of t (E.13)": lambda x0, x, t, eps: bound_terms(variance=LOW)(
-                x0, x, np.minimum(t + 1, 199), eps
-            ),
+            **moved(bound_terms(variance=LOW), 2),
             "a mean over the numbers of a sample, not a sum": times_ours(1 / 20),
             "bits, not nats": times_ours(1 / np.log(2)),
             "bits for each number, not nats": times_ours(1 / np.log(2) / 20),
