@@ -6,69 +6,58 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistakes import (
+    ABAR,
+    BETAS,
+    COSINE,
+    EPS,
+    LARGE,
+    LEARNED_EPS,
+    LINEAR,
+    LOW,
+    PLANTED,
+    TABLES,
+    WALKS,
+    A,
+    S,
+    V,
+    ancestral,
+    bound_terms,
+    column,
+    ddim,
+    dpm_solver,
+    learned_step,
+    linear,
+    nll_of_levels,
+    of_eps,
+    ours,
+    posterior,
+    posterior_with,
+    reverse_step,
+    right_variance,
+    terms_of,
+    times_ours,
+)
 from scipy.special import ndtr
 
 import tinydiff as td
 from tinydiff import testing
-from tinydiff.bound import step_term
 from tinydiff.samplers import SAMPLERS
 from tinydiff.testing import _sampler, _schedule
 from tinydiff.testing._judge import Claim, distance, named
 
-LINEAR, COSINE = td.linear_schedule(200), td.cosine_schedule(50)
 TO_NOISE = td.cosine_schedule(40, max_beta=1.0)  # nothing of the data is left at its end
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE, "to noise": TO_NOISE}
-ABAR, BETAS = LINEAR.alphas_cumprod, LINEAR.betas
-EPS, V = td.GaussianDiffusion(LINEAR), td.GaussianDiffusion(LINEAR, "v")
-LARGE = td.GaussianDiffusion(LINEAR, "eps", "fixed_large")
 LEARNED = td.GaussianDiffusion(COSINE, "v", "learned_range")
 PREDICTIONS, VARIANCES = ("eps", "x0", "v"), ("fixed_small", "fixed_large", "learned_range")
-
-
-def terms_of(process, decoder="density"):
-    return lambda x0, x_t, t, output: step_term(process, output, x0, x_t, t, decoder)[0]
-
-
-def column(numbers):
-    return numbers.reshape(-1, 1, 1, 1)
+ROWS = [(*asked, *row) for *asked, rows in PLANTED for row in rows.items()]
+STEPS = [(*asked, *row) for *asked, rows in WALKS for row in rows.items()]
 
 
 def refusal(check, *args, **options):
     with pytest.raises(AssertionError) as caught:
         check(*args, **options)
     return str(caught.value)
-
-
-class Noise:
-    """What is drawn, in the place of a generator."""
-
-    def __init__(self, draw):
-        self.standard_normal = lambda shape, dtype=None: draw()
-
-
-def ours(name, process, shown=lambda t, tau: t, **options):
-    """tinydiff's sampler, as a checker would hand over theirs; `shown` may show the network another time."""
-
-    def sampler(denoise, x_T, tau, noise):
-        return td.sample(
-            lambda x, t: denoise(x, shown(t, tau)),
-            process,
-            x_T.shape,
-            name,
-            **{"steps": tau, "rng": Noise(noise), "x_T": x_T, "progress": False, **options},
-        )
-
-    return sampler
-
-
-def every_second_call():
-    calls = []
-
-    def shown(t, tau):
-        calls.append(t)
-        return t if len(calls) % 2 else calls[-2]
-
-    return shown
 
 
 # What is right passes
@@ -351,373 +340,10 @@ def test_what_a_network_of_a_learned_variance_says_is_in_its_range():
     assert said[0].shape == (4, 3, 4, 4) and np.max(np.abs(said[0])) <= 1
 
 
-# A mistake is called by its name. Each of the lists is written here a second time, from the papers.
-
-A, S = np.sqrt(ABAR), np.sqrt(1 - ABAR)
-BEFORE = np.append(1.0, ABAR[:-1])
-SMALL = BETAS * (1 - BEFORE) / (1 - ABAR)
-LOW = np.append(SMALL[1], SMALL[1:])  # in a bound and a learned variance
-OF_X0, OF_X_T = np.sqrt(BEFORE) * BETAS / (1 - ABAR), np.sqrt(1 - BETAS) * (1 - BEFORE) / (1 - ABAR)
-ONE = np.ones(LINEAR.T)
+# A mistake is called by its name
 
 
-def linear(of_first, of_second):
-    return lambda first, t, second: column(of_first[t]) * first + column(of_second[t]) * second
-
-
-def posterior(of_x0=OF_X0, of_x_t=OF_X_T, variance=SMALL):
-    """Ho et al. 2020, eq. 6 and 7."""
-    return lambda x0, x_t, t: (linear(of_x0, of_x_t)(x0, t, x_t), variance[t])
-
-
-def posterior_with(before):
-    """The same, with another abar_{t-1}."""
-    rest = 1 - ABAR
-    return posterior(
-        np.sqrt(before) * BETAS / rest, np.sqrt(1 - BETAS) * (1 - before) / rest, BETAS * (1 - before) / rest
-    )
-
-
-def divided_by_the_one_before(x0, x_t, t):
-    with np.errstate(divide="ignore"):
-        of_x0, of_x_t = np.sqrt(BEFORE) * BETAS / (1 - BEFORE), np.sqrt(1 - BETAS)  # at t = 0 inf, not nan
-    return linear(of_x0, of_x_t)(x0, t, x_t), BETAS[t]
-
-
-of_eps = linear(1 / A, -S / A)  # the estimate of x_0, Ho et al. 2020, eq. 15
-
-
-def clipped(x_t, t, eps):
-    return np.clip(of_eps(x_t, t, eps), -1, 1)
-
-
-def step_to(estimate, variance=SMALL):
-    """The posterior of an estimate of x_0, a function of (x_t, t, output)."""
-    return lambda x_t, t, output: posterior(variance=variance)(estimate(x_t, t, output), x_t, t)
-
-
-def eq_11(x_t, eps, beta, abar):
-    """Ho et al. 2020, eq. 11."""
-    return (x_t - beta / np.sqrt(1 - abar) * eps) / np.sqrt(1 - beta)
-
-
-MEANS = {
-    "beta_t in front of eps, not beta_t / sqrt(1 - abar_t) (E.11)": lambda x, eps, beta, abar: (
-        (x - beta * eps) / np.sqrt(1 - beta)
-    ),
-    "sqrt(1 - abar_t) in front of eps, not beta_t over it (E.11)": lambda x, eps, beta, abar: (
-        (x - np.sqrt(1 - abar) * eps) / np.sqrt(1 - beta)
-    ),
-    "beta_t / (1 - abar_t) in front of eps, without the root": lambda x, eps, beta, abar: (
-        (x - beta / (1 - abar) * eps) / np.sqrt(1 - beta)
-    ),
-    "sqrt(beta_t / (1 - abar_t)) in front of eps": lambda x, eps, beta, abar: (
-        (x - np.sqrt(beta / (1 - abar)) * eps) / np.sqrt(1 - beta)
-    ),
-    "eps added": lambda x, eps, beta, abar: eq_11(x, -eps, beta, abar),
-    "1 / alpha_t in front, without the root": lambda x, eps, beta, abar: (
-        (x - beta / np.sqrt(1 - abar) * eps) / (1 - beta)
-    ),
-    "1 / sqrt(abar_t) in front, not 1 / sqrt(alpha_t)": lambda x, eps, beta, abar: (
-        (x - beta / np.sqrt(1 - abar) * eps) / np.sqrt(abar)
-    ),
-    "sqrt(alpha_t) in front, not 1 over it": lambda x, eps, beta, abar: (
-        np.sqrt(1 - beta) * (x - beta / np.sqrt(1 - abar) * eps)
-    ),
-    "nothing divides by sqrt(alpha_t)": lambda x, eps, beta, abar: x - beta / np.sqrt(1 - abar) * eps,
-    "sqrt(alpha_t) divides x_t alone": lambda x, eps, beta, abar: (
-        x / np.sqrt(1 - beta) - beta / np.sqrt(1 - abar) * eps
-    ),
-    "the mean is x_0": lambda x, eps, beta, abar: (x - np.sqrt(1 - abar) * eps) / np.sqrt(abar),
-    "the mean is the clipped x_0": lambda x, eps, beta, abar: np.clip(
-        (x - np.sqrt(1 - abar) * eps) / np.sqrt(abar), -1, 1
-    ),
-}
-
-
-def reverse_step(mean=eq_11, variance=BETAS):
-    return lambda x_t, t, eps: (mean(x_t, eps, column(BETAS[t]), column(ABAR[t])), variance[t])
-
-
-def right_variance(nu, low, high):
-    """Nichol & Dhariwal 2021, eq. 15."""
-    return np.exp((nu + 1) / 2 * np.log(high) + (1 - nu) / 2 * np.log(low))
-
-
-LEARNED_VARIANCES = {
-    "the variance interpolated outside the logarithm (E.12)": lambda nu, low, high: (
-        (nu + 1) / 2 * high + (1 - nu) / 2 * low
-    ),
-    "nu taken for the fraction (nu + 1) / 2": lambda nu, low, high: high**nu * low ** (1 - nu),
-    "nu clipped to [0, 1] for the fraction": lambda nu, low, high: np.where(
-        nu > 0, high**nu * low ** (1 - nu), low
-    ),
-    "a sigmoid of nu for the fraction": lambda nu, low, high: (
-        high ** (0.5 + np.tanh(nu / 2) / 2) * low ** (0.5 - np.tanh(nu / 2) / 2)
-    ),
-    "nu from beta_t at -1 to beta~_t at 1": lambda nu, low, high: right_variance(nu, high, low),
-    "nu taken for the variance's logarithm": lambda nu, low, high: np.exp(nu),
-}
-
-
-def learned_variance(variance, t, nu):
-    return variance(nu, column(LOW[t]), column(BETAS[t]))
-
-
-def learned_step(variance=right_variance):
-    def step(x_t, t, output):
-        eps, nu = np.split(output, 2, axis=-1)
-        return eq_11(x_t, eps, column(BETAS[t]), column(ABAR[t])), learned_variance(variance, t, nu)
-
-    return step
-
-
-def kl(d, q, p):
-    """Between normals of variances q and p, whose means are d apart."""
-    return (np.log(p / q) - 1 + q / p + d**2 / p) / 2
-
-
-def nll(x, mean, p):
-    return (np.log(2 * np.pi * p) + (x - mean) ** 2 / p) / 2
-
-
-def bound_terms(kl=kl, nll=nll, variance=BETAS, estimate=of_eps, learned=None):
-    """Ho et al. 2020, eq. 5; beta~_1 stands for beta~_0, which is 0."""
-
-    def terms(x0, x_t, t, output):
-        eps, nu = np.split(output, 2, axis=-1) if learned else (output, None)
-        p = learned_variance(learned, t, nu) if learned else column(variance[t])
-        guess = estimate(x_t, t, eps)
-        each = np.where(
-            column(t) > 0, kl(column(OF_X0[t]) * (x0 - guess), column(LOW[t]), p), nll(x0, guess, p)
-        )
-        return np.sum(each, axis=(1, 2, 3))
-
-    return terms
-
-
-def by_tanh(z):
-    return 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
-
-
-def nll_of_levels(x, mean, p, cdf=by_tanh, closed=None):
-    """`discretized_gaussian_log_likelihood` of the papers' code."""
-
-    def log(P):
-        return np.log(np.maximum(P, 1e-12))
-
-    high, low = cdf((x - mean + 1 / 255) / np.sqrt(p)), cdf((x - mean - 1 / 255) / np.sqrt(p))
-    outer = np.where(np.abs(x) > 0.999, np.sign(x), 0)
-    outer = np.where(outer == closed, 0, outer)
-    return -np.where(outer < 0, log(high), np.where(outer > 0, log(1 - low), log(high - low)))
-
-
-def times_ours(factor):
-    return lambda *given: factor * terms_of(EPS)(*given)
-
-
-def moved(function, place):
-    """The function with its t, the argument at `place`, moved."""
-
-    def asked_at(t_of):
-        return lambda *given: function(*given[:place], t_of(given[place]), *given[place + 1 :])
-
-    return {
-        "t - 1 in the place of t": asked_at(lambda t: np.where(t > 0, t - 1, 0)),
-        "t - 1 in the place of t, and T - 1 in that of 0": asked_at(lambda t: (t - 1) % 200),
-        "t + 1 in the place of t (E.13)": asked_at(lambda t: np.where(t < 199, t + 1, 199)),
-    }
-
-
-X0 = td.GaussianDiffusion(LINEAR, "x0")
-LEARNED_EPS, LEARNED_V = (
-    td.GaussianDiffusion(LINEAR, prediction, "learned_range") for prediction in ("eps", "v")
-)
-BY_TANH = "the normal distribution by a tanh, at least 1e-12, which is what the papers' code takes"
-PLANTED = [
-    (
-        testing.assert_q_sample,
-        LINEAR,
-        {
-            **moved(linear(A, S), 1),
-            "abar_{t-1} in the place of abar_t": linear(np.sqrt(BEFORE), np.sqrt(1 - BEFORE)),
-            "both rates without their roots": linear(ABAR, 1 - ABAR),
-            "1 - abar_t in front of the noise, without its root": linear(A, 1 - ABAR),
-            "abar_t in front of the data, without its root": linear(ABAR, S),
-            "1 - sqrt(abar_t) in front of the noise": linear(A, 1 - A),
-            "the two rates, or the arguments x0 and noise, exchanged": lambda x0, t, noise: EPS.q_sample(
-                noise, t, x0
-            ),
-            "the noise subtracted": linear(A, -S),
-            "data that is not scaled down": linear(ONE, S),
-            "data that is not scaled down, noise times s/a, which is another convention, EDM's": linear(
-                ONE, np.sqrt(1 / ABAR - 1)
-            ),
-            "alpha_t of one step in the place of abar_t of all": EPS.q_step,
-            "alpha_t in the place of abar_t in front of the data": linear(np.sqrt(1 - BETAS), S),
-            "beta_t in the place of 1 - abar_t in front of the noise": linear(A, np.sqrt(BETAS)),
-            "rates (N,) that spread along the last axis": lambda x0, t, noise: A[t] * x0 + S[t] * noise,
-        },
-    ),
-    (
-        testing.assert_training_target,
-        V,
-        {
-            **moved(linear(-S, A), 1),
-            "the target is eps, or the arguments x0 and noise are exchanged": lambda x0, t, noise: noise,
-            "the target is x_0, or the arguments x0 and noise are exchanged": lambda x0, t, noise: x0,
-            "the sign; -v is another convention, EDM's": linear(S, -A),
-            "the rates of v exchanged, s eps - a x_0": linear(-A, S),
-            "the arguments x0 and noise of v exchanged, a x_0 - s eps": linear(A, -S),
-            "the target is x_t": linear(A, S),
-            "the target is the noise as it was added, s eps": linear(0 * A, S),
-        },
-    ),
-    (testing.assert_training_target, EPS, {"the target is v": linear(-S, A)}),
-    (
-        testing.assert_predict_x0,
-        EPS,
-        {
-            **moved(of_eps, 1),
-            "the output is taken for v": linear(A, -S),
-            "the estimate is clipped": clipped,
-            "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": lambda x, t, eps: (
-                linear(ONE, -S)(x, t, eps) / column(np.sqrt(1 - BETAS[t]))
-            ),
-            "sqrt(abar_t) multiplies": lambda x, t, eps: column(A[t]) * linear(ONE, -S)(x, t, eps),
-            "sqrt(abar_t) divides x_t alone": linear(1 / A, -S),
-            "sqrt(abar_t) divides eps alone": linear(ONE, -S / A),
-            "1 - sqrt(abar_t) in front of eps": linear(1 / A, 1 - 1 / A),
-            "nothing divides by sqrt(abar_t)": linear(ONE, -S),
-            "abar_t divides, without its root": linear(1 / ABAR, -S / ABAR),
-            "1 - abar_t in front of eps, without its root": linear(1 / A, A - 1 / A),
-            "eps is added": linear(1 / A, S / A),
-            "the output is subtracted as it is": lambda x, t, eps: x - eps,
-        },
-    ),
-    (
-        testing.assert_predict_x0,
-        V,
-        {
-            "the output is taken for eps": lambda x, t, v: linear(ONE, -S)(x, t, v) / column(A[t]),
-            "the output is taken for x_0": lambda x, t, v: v,
-            "the output is taken for -v": linear(A, S),
-            "the rates of v exchanged, s x_t - a v": linear(S, -A),
-            "the output's eps, not its x_0": linear(S, A),
-        },
-    ),
-    (
-        testing.assert_q_posterior,
-        LINEAR,
-        {
-            **moved(posterior(), 2),
-            "abar_{t-1} rolled, so that it begins with abar_T (E.7)": posterior_with(np.roll(ABAR, 1)),
-            "abar_{t-1} padded with 0, not 1 (E.7)": posterior_with(np.pad(ABAR[:-1], (1, 0))),
-            "abar_t in the place of abar_{t-1} (E.7)": posterior_with(ABAR),
-            "sqrt(abar_t) for sqrt(abar_{t-1}) in front of x_0": posterior(A * BETAS / (1 - ABAR)),
-            "abar_{t-1} in front of x_0, without its root": posterior(BEFORE * BETAS / (1 - ABAR)),
-            "alpha_t in front of x_t, without its root": posterior(
-                of_x_t=(1 - BETAS) * (1 - BEFORE) / (1 - ABAR)
-            ),
-            "sqrt(abar_t) for sqrt(alpha_t) in front of x_t": posterior(of_x_t=A * (1 - BEFORE) / (1 - ABAR)),
-            "the two weights, or the arguments x0 and x_t, exchanged": lambda x0, x_t, t: posterior()(
-                x_t, x0, t
-            ),
-            "x_t subtracted": posterior(of_x_t=-OF_X_T),
-            "1 - abar_{t-1} divides, not 1 - abar_t": divided_by_the_one_before,
-            "the variance is beta_t": posterior(variance=BETAS),
-            "the variance is a standard deviation (E.10)": posterior(variance=np.sqrt(SMALL)),
-            "the variance is its logarithm": posterior(variance=np.log(np.maximum(SMALL, 1e-20))),
-            "the mean is x_0": posterior(ONE, 0 * ONE),
-            "the mean is that of x_t given x_0": posterior(A, 0 * ONE),
-        },
-    ),
-    (
-        testing.assert_p_mean_variance,
-        LARGE,
-        {
-            **{what: reverse_step(mean) for what, mean in MEANS.items()},
-            **moved(reverse_step(), 1),
-            "the estimate of x_0 is clipped": step_to(clipped, BETAS),
-            "the output is taken for x_0": step_to(lambda x, t, eps: eps, BETAS),
-            "the output is taken for v": step_to(linear(A, -S), BETAS),
-            "the variance is a standard deviation (E.10)": reverse_step(variance=np.sqrt(BETAS)),
-            "the variance is its logarithm": reverse_step(variance=np.log(BETAS)),
-            "the variance is fixed_small, beta~_t": reverse_step(variance=SMALL),
-        },
-    ),
-    (
-        testing.assert_p_mean_variance,
-        V,
-        {
-            "the output is taken for eps": step_to(of_eps),
-            "the variance is fixed_large, beta_t": step_to(linear(A, -S), BETAS),
-        },
-    ),
-    (
-        testing.assert_p_mean_variance,
-        LEARNED_EPS,
-        {
-            **{what: learned_step(variance) for what, variance in LEARNED_VARIANCES.items()},
-            "nu comes first, the prediction after it": lambda x, t, output: learned_step()(
-                x, t, np.concat(np.split(output, 2, axis=-1)[::-1], axis=-1)
-            ),
-        },
-    ),
-    (
-        partial(testing.assert_p_mean_variance, clip=True),
-        LARGE,
-        {"the estimate of x_0 is not clipped": reverse_step()},
-    ),
-    (
-        testing.assert_bound_terms,
-        LARGE,
-        {
-            "the divergence of the posterior from the step, p || q": bound_terms(lambda d, q, p: kl(d, p, q)),
-            "the squares alone, of the divergence": bound_terms(lambda d, q, p: d**2 / (2 * p)),
-            "the variance is fixed_small, beta~_t": bound_terms(variance=LOW),
-        },
-    ),
-    (
-        testing.assert_bound_terms,
-        EPS,
-        {
-            **moved(bound_terms(variance=LOW), 2),
-            "a mean over the numbers of a sample, not a sum": times_ours(1 / 20),
-            "bits, not nats": times_ours(1 / np.log(2)),
-            "bits for each number, not nats": times_ours(1 / np.log(2) / 20),
-            "the sign": times_ours(-1),
-            "half of each term": times_ours(1 / 2),
-            "twice each term": times_ours(2),
-            "T times each term": times_ours(200),
-            "T - 1 times each term": times_ours(199),
-            "a divergence at t = 0, not a likelihood": bound_terms(
-                nll=lambda x, mean, p: kl(x - mean, SMALL[1], p), variance=LOW
-            ),
-            "the estimate of x_0 is clipped": bound_terms(variance=LOW, estimate=clipped),
-            "the variance is fixed_large, beta_t": bound_terms(),
-        },
-    ),
-    (
-        testing.assert_bound_terms,
-        LEARNED_EPS,
-        {what: bound_terms(learned=variance) for what, variance in LEARNED_VARIANCES.items()},
-    ),
-    (
-        partial(testing.assert_bound_terms, decoder="8bit"),
-        EPS,
-        {BY_TANH: bound_terms(nll=nll_of_levels, variance=LOW)},
-    ),
-    (
-        partial(testing.assert_bound_terms, decoder="8bit"),
-        X0,  # whose estimate is anywhere, and most levels less likely than 1e-12
-        {BY_TANH: bound_terms(nll=nll_of_levels, variance=LOW, estimate=lambda x_t, t, x0: x0)},
-    ),
-]
-ROWS = [(*asked, *row) for *asked, rows in PLANTED for row in rows.items()]
-
-
-@pytest.mark.parametrize(("check", "against", "what", "yours"), ROWS)
+@pytest.mark.parametrize(("check", "against", "what", "yours"), ROWS, ids=[row[2] for row in ROWS])
 def test_a_mistake_in_code_from_the_papers_is_named(check, against, what, yours):
     said = refusal(check, yours, against, shape=(20, 1, 1, 20))
     assert said.endswith(f"It is what comes of this: {what}."), said
@@ -745,85 +371,6 @@ def test_the_same_code_without_a_mistake_passes():
     exact = bound_terms(nll=lambda *given: nll_of_levels(*given, ndtr), variance=LOW)
     testing.assert_bound_terms(exact, EPS, decoder="8bit")
     testing.assert_bound_terms(bound_terms(learned=right_variance), LEARNED_EPS)
-
-
-def of_betas(betas):
-    return np.cumprod(1 - betas)
-
-
-def squared_cosine(u, power=2, s=0.008):
-    """Nichol & Dhariwal 2021, eq. 17."""
-    return np.cos((u + s) / (1 + s) * np.pi / 2) ** power
-
-
-def cosine_betas(T, power=2, s=0.008, cap=0.999):
-    """`betas_for_alpha_bar` of the papers' code."""
-    f = [squared_cosine(i / T, power, s) for i in range(T + 1)]
-    return np.array([min(1 - f[i + 1] / f[i], cap) for i in range(T)])
-
-
-def rescaled(schedule):
-    """Lin et al. 2023, algorithm 1."""
-    r = np.sqrt(schedule.alphas_cumprod)
-    return ((r - r[-1]) * r[0] / (r[0] - r[-1])) ** 2
-
-
-LONG_COSINE = td.cosine_schedule(1000)
-TABLES = [
-    (
-        COSINE,
-        {
-            "the cosine schedule without its square (E.1)": of_betas(cosine_betas(50, power=1)),
-            "the cosine schedule without its offset s": of_betas(cosine_betas(50, s=0.0)),
-            "the cosine at T points for T + 1 (E.2)": (
-                squared_cosine(np.linspace(0, 1, 50)) / squared_cosine(0.0)
-            ),
-            "the cosine at T points for T + 1, not divided by the first (E.2)": squared_cosine(
-                np.linspace(0, 1, 50)
-            ),
-            "the linear schedule, its betas times 1000 / T": of_betas(np.linspace(0.002, 0.4, 50)),
-            "alphas_cumprod a step late, from 1 on": np.append(1.0, COSINE.alphas_cumprod[:-1]),
-            "alphas_cumprod from its end to its beginning": COSINE.alphas_cumprod[::-1],
-        },
-    ),
-    (
-        LONG_COSINE,
-        {
-            "the cosine schedule with betas up to 0.9999": of_betas(cosine_betas(1000, cap=0.9999)),
-            "the cosine schedule with betas from 1e-4 to 0.9999": of_betas(
-                np.maximum(cosine_betas(1000, cap=0.9999), 1e-4)
-            ),
-            "the cosine schedule without a cap on its betas": (
-                squared_cosine(np.arange(1, 1001) / 1000) / squared_cosine(0.0)
-            ),
-        },
-    ),
-    (
-        LINEAR,
-        {
-            "the cosine schedule": of_betas(cosine_betas(200)),
-            "linear betas from 1e-4 to 0.02, whatever T is (E.4)": of_betas(
-                np.linspace(1e-4, 0.02, 200, dtype=np.float32)
-            ),
-            "linear betas from 8.5e-4 to 0.012": of_betas(np.linspace(0.00085, 0.012, 200)),
-            "betas even in their root, 8.5e-4 to 0.012 ('scaled_linear')": of_betas(
-                np.linspace(0.00085**0.5, 0.012**0.5, 200) ** 2
-            ),
-            "rescaled to end in noise (Lin et al. 2023)": rescaled(LINEAR),
-            "betas from the last to the first": of_betas(BETAS[::-1]),
-            "the betas multiplied up, not the alphas": np.cumprod(BETAS),
-            "the root of alphas_cumprod, a rate": A,
-            "the square of alphas_cumprod": ABAR * ABAR,
-            "1 - alphas_cumprod": 1 - ABAR,
-            "alphas, not multiplied up": 1 - BETAS,
-            "betas": BETAS,
-        },
-    ),
-    (
-        td.linear_schedule(50, 1e-4, 0.02),
-        {"1 minus the sum of the betas": 1 - np.cumsum(np.linspace(1e-4, 0.02, 50))},
-    ),
-]
 
 
 @pytest.mark.parametrize(
@@ -890,69 +437,6 @@ def test_what_is_almost_a_mistake_of_the_list_is_not_called_so(check, yours, aga
 # Samplers
 
 
-def ancestral(mean=eq_11, deviation=lambda beta, small: np.sqrt(beta), learned=None, mistake=""):
-    """Ho et al. 2020, algorithm 2, with fixed_large; or with what a network says of the variance."""
-
-    def sampler(denoise, x, tau, noise):
-        abar, before = ABAR[tau], np.append(1.0, ABAR[tau[:-1]])
-        beta = 1 - abar / before
-        small = beta * (1 - before) / (1 - abar)
-        for i in reversed(range(len(tau))):
-            output = denoise(x, int(tau[i]) + (mistake == "shown 1 … T"))
-            eps, nu = np.split(output, 2, axis=-1) if learned else (output, None)
-            sd = deviation(BETAS[tau[i]] if mistake == "long" else beta[i], small[i])
-            sd = np.sqrt(learned(nu, small[max(i, 1)], beta[i])) if learned else sd
-            x = mean(x, eps, beta[i], abar[i])
-            x = x + (sd * noise() if i > 0 or mistake == "at the end" else 0.0)
-            x = np.clip(x, -1, 1) if mistake == "clipped" else x
-        return x
-
-    return sampler
-
-
-def ddim(mistake="", eta=0.0, sigma=None, of_x0=lambda a2, b2: np.sqrt(b2), of_eps=None):
-    """Song, Meng & Ermon 2021, eq. 12 and 16, from abar a2 to b2."""
-
-    def sampler(denoise, x, tau, noise):
-        if mistake == "leading":
-            tau = np.arange(len(tau)) * (LINEAR.T // len(tau))
-        for i in reversed(range(len(tau))):
-            eps = denoise(x, np.full(len(x), tau[i]))
-            after = tau[i - 1] if i else -1
-            after = {"computed": tau[i] - LINEAR.T // len(tau), "t - 1": tau[i] - 1}.get(mistake, after)
-            a2, b2 = ABAR[tau[i]], ABAR[after] if after >= 0 else 1.0
-            small = (1 - b2) / (1 - a2) * (1 - a2 / b2)
-            sd = sigma(small, tau[i]) if sigma else eta * np.sqrt(small)
-            x0 = (x - np.sqrt(1 - a2) * eps) / np.sqrt(a2)
-            x0 = np.clip(x0, -1, 1) if mistake == "clipped x_0" else x0
-            if i == 0 and mistake == "not to 1":
-                b2 = ABAR[0]
-            rest = of_eps(a2, b2, sd) if of_eps else np.sqrt(1 - b2 - sd**2)
-            x = of_x0(a2, b2) * x0 + rest * eps + (sd * noise() if sd else 0.0)
-        return x
-
-    return sampler
-
-
-def dpm_solver(weight=lambda h, h_before: h / h_before / 2):
-    """Lu et al. 2022, DPM-Solver++ 2M; its first step, and that to the data, are of first order."""
-
-    def sampler(denoise, x, tau, noise):
-        x0_before, h_before = None, None
-        for i in reversed(range(len(tau))):
-            a, s = np.sqrt(ABAR[tau[i]]), np.sqrt(1 - ABAR[tau[i]])
-            x0 = (x - s * denoise(x, tau[i])) / a
-            if i == 0:
-                return x0
-            a_after, s_after = np.sqrt(ABAR[tau[i - 1]]), np.sqrt(1 - ABAR[tau[i - 1]])
-            h = np.log(a_after / s_after) - np.log(a / s)
-            D = x0 + weight(h, h_before) * (x0 - x0_before) if h_before else x0
-            x = s_after / s * x - a_after * np.expm1(-h) * D
-            x0_before, h_before = x0, h
-
-    return sampler
-
-
 @pytest.mark.parametrize("steps", [1, 7, None])
 def test_samplers_from_the_papers_pass(steps):
     testing.assert_sampler(ancestral(), LARGE, "ddpm", steps)
@@ -961,180 +445,9 @@ def test_samplers_from_the_papers_pass(steps):
         testing.assert_sampler(ddim(eta=eta), EPS, "ddim", steps, eta=eta)
 
 
-def but_for_the_last_step(denoise, x, tau, noise):
-    states = td.iterate_samples(denoise, V, x.shape, "ddpm", tau, rng=Noise(noise), x_T=x)
-    return list(states)[-2].x
-
-
-def one_noise(denoise, x, tau, noise):
-    z = noise()
-    return ours("ddpm", V, rng=Noise(lambda: z))(denoise, x, tau, noise)
-
-
-def whole_step_of_the_long_chain(denoise, x, tau, noise):
-    for t in tau[::-1]:
-        mean, variance = reverse_step()(x, np.array([t]), denoise(x, t))
-        x = mean + (np.sqrt(variance) * noise() if t else 0.0)
-    return x
-
-
-def nu_first(denoise, x, tau, noise):
-    def network(x, t):
-        return np.concat(np.split(denoise(x, t), 2, axis=-1)[::-1], axis=-1)
-
-    return ours("ddpm", LEARNED_V)(network, x, tau, noise)
-
-
-HALF = dict(eta=0.5)
-WALKS = [
-    (
-        LARGE,
-        "ddpm",
-        {},
-        {
-            "noise at the last step (E.9)": ancestral(mistake="at the end"),
-            "the variance as a standard deviation (E.10)": ancestral(deviation=lambda beta, small: beta),
-            "the fourth root of the variance as a standard deviation": ancestral(
-                deviation=lambda beta, small: beta**0.25
-            ),
-            "no noise": ancestral(deviation=lambda beta, small: 0.0),
-            "the variance of the long chain (E.8)": ancestral(mistake="long"),
-            "the whole step of the long chain (E.8)": whole_step_of_the_long_chain,
-            "the state clipped after each step": ancestral(mistake="clipped"),
-            "the variance fixed_small": ancestral(deviation=lambda beta, small: np.sqrt(small)),
-            **{what: ancestral(mean) for what, mean in MEANS.items()},
-        },
-    ),
-    (
-        EPS,
-        "ddpm",
-        {},
-        {
-            "the variance fixed_large": ancestral(),
-        },
-    ),
-    (
-        LEARNED_EPS,
-        "ddpm",
-        {},
-        {
-            **{what: ancestral(learned=variance) for what, variance in LEARNED_VARIANCES.items()},
-        },
-    ),
-    (LEARNED_V, "ddpm", {}, {"nu comes first, the prediction after it": nu_first}),
-    (
-        V,
-        "ddpm",
-        {},
-        {
-            "the last step is left out, or leads to abar of the first time": but_for_the_last_step,
-            "the same noise in every step": one_noise,
-        },
-    ),
-    (
-        EPS,
-        "ddim",
-        HALF,
-        {
-            "sigma_t^2 of the long chain (E.8)": ddim(
-                sigma=lambda small, t: 0.5 * np.sqrt(SMALL[t]),
-                of_eps=lambda a2, b2, sd: np.sqrt(max(1 - b2 - sd**2, 0)),
-            ),
-            "eta for eta^2 in sigma_t^2": ddim(sigma=lambda small, t: np.sqrt(0.5 * small)),
-            "sigma_t^2 not taken out of what stands in front of eps": ddim(
-                **HALF, of_eps=lambda a2, b2, sd: np.sqrt(1 - b2)
-            ),
-            "sigma_t, not its square, taken out under the root": ddim(
-                **HALF, of_eps=lambda a2, b2, sd: np.sqrt(max(1 - b2 - sd, 0))
-            ),
-            "sigma_t taken out beside the root": ddim(**HALF, of_eps=lambda a2, b2, sd: np.sqrt(1 - b2) - sd),
-            "sigma_t is 0": ddim(),
-            "1 - abar of now, not of the next state, in front of eps": ddim(
-                **HALF, of_eps=lambda a2, b2, sd: np.sqrt(1 - a2 - sd**2)
-            ),
-            "1 - abar in front of eps, without its root": ddim(
-                **HALF, of_eps=lambda a2, b2, sd: 1 - b2 - sd**2
-            ),
-            "the next time computed, t - T / S, and not looked up (E.16)": ddim("computed", **HALF),
-            "the next state is that of t - 1": ddim("t - 1", **HALF),
-        },
-    ),
-    (
-        EPS,
-        "ddim",
-        {},
-        {
-            "1 - sqrt(abar) in front of eps": ddim(of_eps=lambda a2, b2, sd: 1 - np.sqrt(b2)),
-            "sqrt(abar) of now, not of the next state, in front of x_0": ddim(
-                of_x0=lambda a2, b2: np.sqrt(a2)
-            ),
-            "abar in front of x_0, without its root": ddim(of_x0=lambda a2, b2: b2),
-            "steps 0, r, 2 r, ... that leave out the last, T - 1 (E.3)": ddim("leading"),
-        },
-    ),
-    (LARGE, "ddim", HALF, {"eta is 1": ddim(eta=1.0), "the sampler is ddpm": ancestral()}),
-    (
-        EPS,
-        "ddim",
-        dict(steps=[9, 50, 120, 199], eta=0.5),
-        {"the last step leads to abar of t = 0, not to 1, the data": ddim("not to 1", eta=0.5)},
-    ),
-    (
-        EPS,
-        "ddim",
-        dict(clip=True),
-        {
-            "eps of an x_0 that is not clipped": ddim("clipped x_0"),
-            "the estimate of x_0 is not clipped": ddim(),
-        },
-    ),
-    (
-        V,
-        "ddim",
-        {},
-        {
-            "the network is shown t + 1 (E.13)": ours("ddim", V, lambda t, tau: np.minimum(t + 1, 199)),
-            "the network is shown t - 1": ours("ddim", V, lambda t, tau: np.maximum(t - 1, 0)),
-            "the network is shown T - 1 - t": ours("ddim", V, lambda t, tau: 199 - t),
-            "the network is shown the number of the step, not its t": ours(
-                "ddim", V, lambda t, tau: np.searchsorted(tau, t)
-            ),
-            "the estimate of x_0 is clipped": ours("ddim", V, clip=True),
-            "the output is taken for eps": ours("ddim", EPS),
-            "the output is taken for x_0": ours("ddim", X0),
-            "steps ..., T - 1 - r, T - 1 that leave out the first, 0": ours(
-                "ddim", V, steps=199 - 28 * np.arange(7)[::-1]
-            ),
-            "the first step is left out": lambda denoise, x, tau, z: ours("ddim", V)(denoise, x, tau[:-1], z),
-            "the sampler is dpm++": ours("dpm++", V),
-            "the sampler is heun": ours("heun", V),
-            "the sampler is edm": ours("edm", V),
-        },
-    ),
-    (
-        EPS,
-        "dpm++",
-        {},
-        {
-            "the output is taken for v": ours("dpm++", V),
-            "the sampler is ddim": ours("ddim", EPS),
-            "h_before / h in the correction, not h / h_before": dpm_solver(lambda h, before: before / h / 2),
-            "the correction without its half": dpm_solver(lambda h, before: h / before),
-            "the correction as if all steps were equal": dpm_solver(lambda h, before: 0.5),
-            "the correction's sign": dpm_solver(lambda h, before: -h / before / 2),
-        },
-    ),
-    (
-        V,
-        "edm",
-        {},
-        {"the second call of a step is shown the time of the first": ours("edm", V, every_second_call())},
-    ),
-]
-STEPS = [(*asked, *row) for *asked, rows in WALKS for row in rows.items()]
-
-
-@pytest.mark.parametrize(("process", "name", "options", "what", "yours"), STEPS)
+@pytest.mark.parametrize(
+    ("process", "name", "options", "what", "yours"), STEPS, ids=[row[3] for row in STEPS]
+)
 def test_a_mistake_in_a_sampler_from_the_papers_is_named(process, name, options, what, yours):
     said = refusal(testing.assert_sampler, yours, process, name, **({"steps": 7} | options))
     assert said.endswith(f"It is what comes of this: {what}."), said
