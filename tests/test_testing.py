@@ -526,7 +526,7 @@ def test_shapes_of_two_results():
     for rest in [(), (np.ones(8), np.ones(8))]:
         said = refusal(testing.assert_p_mean_variance, with_variance(*rest), EPS)
         assert f"p_mean_variance returned {1 + len(rest)} arrays; expected 2, mean and variance" in said
-    for shape in [(3,), (8, 8), (1, 1, 1, 1)]:
+    for shape in [(3,), (8, 8), (1, 1, 1, 1), (8, 7, 1, 1)]:
         said = refusal(testing.assert_p_mean_variance, with_variance(np.zeros(shape)), EPS)
         assert f"the variance of p_mean_variance has shape {shape}; expected (8, 1, 1, 1)" in said
     testing.assert_p_mean_variance(lambda *given: list(EPS.p_mean_variance(*given)), EPS)

@@ -125,15 +125,14 @@ class Claim:
         N, fitted = len(batch[0]), {}
         for (key, expected), part in zip(right.items(), parts, strict=True):
             part = on_host(self._called(key), part)
-            column = expected.ndim > 1 and expected.size == N
-            if column and part.shape == (N,):
-                part = part.reshape(expected.shape)
-            of_each_number = column and part.ndim == expected.ndim and part.shape[0] == N
-            if part.shape != expected.shape and not of_each_number:
+            shapes = [expected.shape]
+            if expected.ndim > 1 and expected.size == N:  # one number for each sample
+                shapes += [(N,), batch[0].shape]
+            if part.shape not in shapes:
                 raise AssertionError(
                     f"{self._called(key)} has shape {part.shape}; expected {expected.shape}."
                 )
-            fitted[key] = part
+            fitted[key] = part.reshape(expected.shape) if part.ndim == 1 < expected.ndim else part
         return fitted
 
 
