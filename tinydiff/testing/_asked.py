@@ -37,7 +37,10 @@ def asked_up_to(diffusion: GaussianDiffusion) -> int:
 
 
 def times(T: int, N: int, rng: np.random.Generator) -> np.ndarray:
-    """All of 0 … T-1 in mixed order, as batches (., N), and some of them again to fill the last one."""
+    """All of 0 … T-1 as batches (., N), and some of them again to fill the last one.
+
+    In mixed order: what takes one t, or another's, for a whole batch is then far off, not by a step.
+    """
     return rng.permutation(np.resize(np.arange(T), -(-T // N) * N)).reshape(-1, N)
 
 
