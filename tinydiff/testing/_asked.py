@@ -18,7 +18,7 @@ __all__ = [
     "called",
     "check_shape",
     "check_tolerance",
-    "halves_on",
+    "laid_out",
     "on_host",
     "times",
 ]
@@ -72,9 +72,10 @@ def on_host(name: str, result: Any) -> np.ndarray:
     return array
 
 
-def halves_on(axis: int, output: np.ndarray) -> np.ndarray:
-    """The output of a learned variance with its two halves on `axis`, and not on the last."""
-    return np.concat(np.split(output, 2, axis=-1), axis=axis)
+def laid_out(diffusion: GaussianDiffusion, axis: int, output: np.ndarray) -> np.ndarray:
+    """A network's output, with the two halves of a learned variance on `axis`, and not on the last."""
+    learned = diffusion.variance == "learned_range"
+    return np.concat(np.split(output, 2, axis=-1), axis=axis) if learned else output
 
 
 def check_tolerance(tolerance: Any) -> None:

@@ -16,7 +16,7 @@ from tinydiff.bound import (
     step_term,
 )
 from tinydiff.diffusion import GaussianDiffusion, Variance, check_diffusion
-from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, halves_on, times
+from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, laid_out, times
 from tinydiff.testing._judge import Claim, Given, moved_in_time
 from tinydiff.testing._reverse import log_variances
 
@@ -144,7 +144,7 @@ def assert_bound_terms(
         ours,
         mistakes,
         free_at_0=("",) if diffusion.variance == "fixed_large" else (),
-        shown=lambda x0, x_t, t, output: (x0, x_t, t, halves_on(axis, output) if learned else output),
+        shown=lambda x0, x_t, t, output: (x0, x_t, t, laid_out(diffusion, axis, output)),
     )
     claim.judge(bound_terms, batches, asarray, tolerance)
 

@@ -99,7 +99,9 @@ class Claim:
                 given = _end_to_end(mistake(*batch) for batch in batches)
             distances[what] = max(float(np.max(part)) for part in apart(given).values())
         at, T = np.unique(t[wrong[key] > tolerance]), len(np.unique(t))
-        where = f"all {T} t" if len(at) == T else f"{len(at)} of {T} t, {at[0]} to {at[-1]}"
+        where = f"{len(at)} of {T} t, between {at[0]} and {at[-1]}"
+        if len(at) in (1, T):
+            where = f"all {T} t" if len(at) == T else "no other t"
         size = f"off by {worst:.3g} of its largest number" if np.isfinite(worst) else "not finite"
         unknown = FLOAT32 if worst < 1e-3 and 2 * len(at) < T else ""
         raise AssertionError(

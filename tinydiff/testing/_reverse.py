@@ -9,7 +9,7 @@ import numpy as np
 from tinydiff.backend import clip_to_unit, column_like
 from tinydiff.diffusion import GaussianDiffusion, Prediction, Variance, check_diffusion
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, halves_on, times
+from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, laid_out, times
 from tinydiff.testing._judge import Claim, Given, moved_in_time
 
 __all__ = ["assert_p_mean_variance", "assert_q_posterior", "log_variances", "means"]
@@ -188,7 +188,7 @@ def assert_p_mean_variance(
         ours,
         mistakes,
         free_at_0=("variance",),
-        shown=lambda x_t, t, output: (x_t, t, halves_on(axis, output) if learned else output),
+        shown=lambda x_t, t, output: (x_t, t, laid_out(diffusion, axis, output)),
     )
     claim.judge(p_mean_variance, batches, asarray, tolerance)
 

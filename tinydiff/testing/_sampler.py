@@ -10,7 +10,7 @@ import numpy as np
 from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.mixture import GaussianMixture
 from tinydiff.samplers import SAMPLERS, iterate_samples, respaced
-from tinydiff.testing._asked import Function, called, check_shape, check_tolerance, halves_on, on_host
+from tinydiff.testing._asked import Function, called, check_shape, check_tolerance, laid_out, on_host
 from tinydiff.testing._judge import named
 from tinydiff.testing._wrong_steps import Step, walked, wrong_steps
 
@@ -85,7 +85,7 @@ def assert_sampler(
     result = called(
         sampler,
         "sampler(denoise, x_T, timesteps, noise)",
-        lambda x, t, *_, **__: asarray(asked.in_layout(x, t, axis)),
+        lambda x, t, *_, **__: asarray(laid_out(diffusion, axis, asked(x, t))),
         asarray(x_T.copy()),
         timesteps.copy(),
         lambda *_, **__: asarray(your_noise.standard_normal(shape)),
@@ -196,11 +196,6 @@ class _Network:
             prediction = self._denoise(x.reshape(-1, 1), np.full(x.size, int(now))).reshape(x.shape)
         # The best nu for all steps is not that for fewer, where it is beyond its range.
         return np.concat([prediction, np.sin(2 * x)], axis=-1) if self._learned else prediction
-
-    def in_layout(self, x: Any, t: Any, axis: int) -> np.ndarray:
-        """The same, with the halves of a learned variance on `axis`."""
-        output = self(x, t)
-        return halves_on(axis, output) if self._learned else output
 
 
 class _Noise:
