@@ -62,26 +62,11 @@ def assert_sampler(
     check_diffusion(diffusion)
     check_shape(shape, axis)
     check_tolerance(tolerance)
-    walk, timesteps = respaced(diffusion, steps)
+    _, timesteps = respaced(diffusion, steps)
     x_T = np.random.default_rng(0).standard_normal(shape)
-
-    def ours(
-        network: Function,
-        rng: Any = None,
-        name: str = name,
-        prediction: Prediction = diffusion.prediction,
-        leave_out: int = 0,
-        **changed: Any,
-    ) -> np.ndarray:
-        """Our samples; or the states `leave_out` steps before them."""
-        process = GaussianDiffusion(diffusion.schedule, prediction, diffusion.variance)
-        options: dict[str, Any] = dict(steps=timesteps, eta=eta, clip=clip, rng=rng or _Noise()) | changed
-        states = iterate_samples(network, process, shape, name, x_T=x_T, **options)
-        return next(state.x for state in states if state.steps_left == leave_out)
-
     expected, asked = _Network(diffusion), _Network(diffusion)
     our_noise, your_noise = _Noise(), _Noise()
-    right = ours(expected, our_noise)
+    right = _ours(diffusion, name, timesteps, eta, clip, x_T)(expected, our_noise)
     result = called(
         sampler,
         "sampler(denoise, x_T, timesteps, noise)",
@@ -102,6 +87,52 @@ def assert_sampler(
     worst = off(right)
     if worst <= tolerance:
         return
+    distances = {}
+    for what, mistake in _mistakes(diffusion, name, timesteps, eta, clip, x_T).items():
+        try:
+            with np.errstate(all="ignore"):
+                distances[what] = off(mistake(_Network(diffusion)))
+        except ValueError:  # there is no such walk: another sampler cannot begin at pure noise, say
+            continue
+    where = f"{worst:.3g} of the largest number from" if np.isfinite(worst) else "at no finite numbers, not"
+    calls = _first_difference(asked.calls, expected.calls, tolerance)
+    if your_noise.drawn != our_noise.drawn:
+        calls += f" noise() is called {your_noise.drawn} times; expected {our_noise.drawn}."
+    raise AssertionError(
+        f"sampler arrives {where} where {name} does (docs: R.4). {calls}\n"
+        f"{named(distances, worst, tolerance, FLOAT32 if worst < 1e-2 else '')}"
+    )
+
+
+def _ours(
+    diffusion: GaussianDiffusion, name: str, timesteps: np.ndarray, eta: float, clip: bool, x_T: np.ndarray
+) -> Function:
+    """From a network to our samples; further arguments change what is right."""
+
+    def samples(
+        network: Function,
+        rng: Any = None,
+        name: str = name,
+        prediction: Prediction = diffusion.prediction,
+        left_out: int = 0,  # so many of the last steps
+        **changed: Any,
+    ) -> np.ndarray:
+        process = GaussianDiffusion(diffusion.schedule, prediction, diffusion.variance)
+        options: dict[str, Any] = dict(steps=timesteps, eta=eta, clip=clip, rng=rng or _Noise()) | changed
+        states = iterate_samples(network, process, x_T.shape, name, x_T=x_T, **options)
+        return next(state.x for state in states if state.steps_left == left_out)
+
+    return samples
+
+
+def _mistakes(
+    diffusion: GaussianDiffusion, name: str, timesteps: np.ndarray, eta: float, clip: bool, x_T: np.ndarray
+) -> dict[str, Function]:
+    """By what each does wrong, from a network to samples."""
+    ours = _ours(diffusion, name, timesteps, eta, clip, x_T)
+    short = diffusion.schedule.respace(timesteps)
+    walk = GaussianDiffusion(short, diffusion.prediction, diffusion.variance)
+    every, gap = np.arange(diffusion.T), diffusion.T // walk.T
 
     def changed(**to: Any) -> Function:
         return lambda network: ours(network, **to)
@@ -113,7 +144,7 @@ def assert_sampler(
     def stepping(step: Step) -> Function:
         return lambda network: walked(step, network, x_T, timesteps, _Noise())
 
-    every, gap = np.arange(diffusion.T), diffusion.T // walk.T
+    steps = wrong_steps(diffusion, walk, timesteps, name, eta, clip)
     mistakes = {
         "the network is shown t + 1 (E.13)": shown(np.minimum(every + 1, diffusion.T - 1)),
         "the network is shown t - 1": shown(np.maximum(every - 1, 0)),
@@ -129,13 +160,10 @@ def assert_sampler(
             steps=diffusion.T - 1 - gap * np.arange(walk.T)[::-1]
         ),
         "the first step is left out": changed(steps=timesteps[:-1]),
-        "the last step is left out, or leads to abar of the first time": changed(leave_out=1),
+        "the last step is left out, or leads to abar of the first time": changed(left_out=1),
         "the same noise in every step": changed(rng=_Noise(again=True)),
         **{f"the sampler is {other}": changed(name=other) for other in SAMPLERS},
-        **{
-            what: stepping(step)
-            for what, step in wrong_steps(diffusion, walk, timesteps, name, eta, clip).items()
-        },
+        **{what: stepping(step) for what, step in steps.items()},
     }
     if diffusion.variance == "learned_range":
         mistakes["nu comes first, the prediction after it"] = lambda network: ours(
@@ -145,21 +173,7 @@ def assert_sampler(
         mistakes["the second call of a step is shown the time of the first"] = lambda network: ours(
             _first_of_two(network)
         )
-    distances = {}
-    for what, mistake in mistakes.items():
-        try:
-            with np.errstate(all="ignore"):
-                distances[what] = off(mistake(_Network(diffusion)))
-        except ValueError:  # there is no such walk: another sampler cannot begin at pure noise, say
-            continue
-    where = f"{worst:.3g} of the largest number from" if np.isfinite(worst) else "at no finite numbers, not"
-    calls = _first_difference(asked.calls, expected.calls, tolerance)
-    if your_noise.drawn != our_noise.drawn:
-        calls += f" noise() is called {your_noise.drawn} times; expected {our_noise.drawn}."
-    raise AssertionError(
-        f"sampler arrives {where} where {name} does (docs: R.4). {calls}\n"
-        f"{named(distances, worst, tolerance, FLOAT32 if worst < 1e-2 else '')}"
-    )
+    return mistakes
 
 
 class _Network:
