@@ -346,7 +346,7 @@ PLANTED = [
         testing.assert_bound_terms,
         LARGE,
         {
-            "the divergence of the posterior from the step, p || q": bound_terms(lambda d, q, p: kl(d, p, q)),
+            "the divergence the other way round, KL(p || q)": bound_terms(lambda d, q, p: kl(d, p, q)),
             "the squares alone, of the divergence": bound_terms(lambda d, q, p: d**2 / (2 * p)),
             "the variance is fixed_small, beta~_t": bound_terms(variance=LOW),
         },

@@ -41,7 +41,7 @@ def assert_bound_terms(
     ----------
     bound_terms : callable
         Takes x0 and x_t of `shape`, t (N,) and the network's output, and returns (N,), in nats: of each
-        sample the divergence of the step from the posterior where t > 0, what the decoder says where t = 0.
+        sample KL(q || p), of posterior and step, where t > 0, and what the decoder says where t = 0.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what the output is. With ``"fixed_large"`` any term will do at
         t = 0, where code differs in the variance that it takes.
@@ -109,7 +109,7 @@ def assert_bound_terms(
         "a divergence at t = 0, not a likelihood": built(
             likelihood=lambda x0, guess, log_p: gaussian_kl(x0, small_at_0, guess, log_p)
         ),
-        "the divergence of the posterior from the step, p || q": built(
+        "the divergence the other way round, KL(p || q)": built(
             divergence=lambda mean_q, log_q, mean_p, log_p: gaussian_kl(mean_p, log_p, mean_q, log_q)
         ),
         "the squares alone, of the divergence": built(
