@@ -72,6 +72,7 @@ EXEMPT = {
     "optim.Adam.zero_grad": "book-keeping",
     "optim.warmup_cosine": "a choice, not a result",
     "bound.check_decoder": "checks an argument",
+    "schedules.check_schedule": "checks an argument",
     "diffusion.check_diffusion": "checks an argument",
     "diffusion.matching": "checks arguments",
     "diffusion.GaussianDiffusion.T": "a length",

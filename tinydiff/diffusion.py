@@ -45,7 +45,7 @@ import numpy as np
 
 from tinydiff._checks import check_choice
 from tinydiff.backend import Array, array_namespace, clip_to_unit, column_like, library_of, to_numpy
-from tinydiff.schedules import NoiseSchedule
+from tinydiff.schedules import NoiseSchedule, check_schedule
 
 __all__ = ["GaussianDiffusion", "Prediction", "Variance", "check_diffusion", "matching"]
 
@@ -108,8 +108,7 @@ class GaussianDiffusion:
     def __init__(
         self, schedule: NoiseSchedule, prediction: Prediction = "eps", variance: Variance = "fixed_small"
     ) -> None:
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(f"schedule is a {type(schedule).__name__}; expected a NoiseSchedule.")
+        check_schedule(schedule)
         self.schedule = schedule
         self.prediction: Prediction = check_choice("prediction", prediction, get_args(Prediction))
         self.variance: Variance = check_choice("variance", variance, get_args(Variance))

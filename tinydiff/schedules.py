@@ -29,7 +29,7 @@ import numpy as np
 
 from tinydiff.backend import Array, to_numpy
 
-__all__ = ["NoiseSchedule", "cosine_schedule", "evenly_spaced_timesteps", "linear_schedule"]
+__all__ = ["NoiseSchedule", "check_schedule", "cosine_schedule", "evenly_spaced_timesteps", "linear_schedule"]
 
 
 class NoiseSchedule:
@@ -254,6 +254,12 @@ def evenly_spaced_timesteps(T: int, steps: int) -> np.ndarray:
     if steps == 1:
         return np.array([T - 1])
     return np.round(np.linspace(0, T - 1, steps)).astype(np.int64)
+
+
+def check_schedule(schedule: Any) -> None:
+    """TypeError unless it is a `NoiseSchedule`: its betas, say, or a process."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule is a {type(schedule).__name__}; expected a NoiseSchedule.")
 
 
 def _read_only(table: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from tinydiff.bound import (
 )
 from tinydiff.diffusion import GaussianDiffusion, Variance, check_diffusion
 from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, laid_out, times
-from tinydiff.testing._judge import Claim, Given, moved_in_time
+from tinydiff.testing._judge import Claim, moved_in_time
 from tinydiff.testing._reverse import log_variances
 
 __all__ = ["assert_bound_terms"]
@@ -64,18 +64,14 @@ def assert_bound_terms(
 
     def of(variance: Variance = diffusion.variance) -> Function:
         process = GaussianDiffusion(schedule, diffusion.prediction, variance)
-
-        def terms(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> Given:
-            return {"": step_term(process, output, x0, x_t, t, decoder)[0]}
-
-        return terms
+        return lambda x0, x_t, t, output: step_term(process, output, x0, x_t, t, decoder)[0]
 
     ours = of()
     small_at_0 = diffusion.log_variance_range[0][0]
     likelihood = gaussian_nll if decoder == "density" else discretized_gaussian_nll
 
     def scaled(factor: float) -> Function:
-        return lambda *given: {"": factor * ours(*given)[""]}
+        return lambda *given: factor * ours(*given)
 
     def built(
         log_variance: Function = diffusion.model_log_variance,
@@ -85,14 +81,14 @@ def assert_bound_terms(
     ) -> Function:
         """The terms from their parts, one of which may be wrong."""
 
-        def mistake(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> Given:
+        def mistake(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> np.ndarray:
             guess = estimate(x_t, t, output)
             posterior, _ = diffusion.q_posterior_mean_variance(x0, x_t, t)
             mean, _ = diffusion.q_posterior_mean_variance(guess, x_t, t)
             small, of_step = column_like(diffusion.log_variance_range[0][t], x0), log_variance(x_t, t, output)
             kl, _ = divergence(posterior, small, mean, of_step)
             nll, _ = likelihood(x0, guess, of_step)
-            return {"": sum_samples(np.where(column_like(t, x0) == 0, nll, kl))}
+            return sum_samples(np.where(column_like(t, x0) == 0, nll, kl))
 
         return mistake
 
@@ -121,12 +117,10 @@ def assert_bound_terms(
         "the normal distribution by a tanh, at least 1e-12, which is what the papers' code takes": built(
             likelihood=_by_tanh
         ),
-        **{
-            what: built(log_variance)
-            for what, log_variance in (log_variances(diffusion) if learned else {}).items()
-        },
     }
-    if not learned:
+    if learned:
+        mistakes |= {what: built(log_variance) for what, log_variance in log_variances(diffusion).items()}
+    else:
         mistakes["the variance is fixed_small, beta~_t"] = of("fixed_small")
         mistakes["the variance is fixed_large, beta_t"] = of("fixed_large")
     rng = np.random.default_rng(0)

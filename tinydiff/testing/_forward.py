@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from tinydiff.backend import clip_to_unit, column_like
+from tinydiff.backend import clip_to_unit
 from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.schedules import NoiseSchedule
 from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, times
-from tinydiff.testing._judge import Claim, Given, moved_in_time
+from tinydiff.testing._judge import Claim, linear, moved_in_time
 
 __all__ = ["assert_predict_x0", "assert_q_sample", "assert_training_target"]
 
@@ -48,42 +46,32 @@ def assert_q_sample(
         If `schedule`, `shape` or `tolerance` is not as said above.
     """
     check_shape(shape)
-    process = GaussianDiffusion(schedule)
+    ours = GaussianDiffusion(schedule).q_sample
     a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
     alpha, beta = np.sqrt(schedule.alphas), np.sqrt(schedule.betas)
     before = schedule.one_minus_alphas_cumprod_prev
     with np.errstate(divide="ignore"):
         s_over_a = s / a
 
-    def ours(x0: np.ndarray, t: np.ndarray, noise: np.ndarray) -> Given:
-        return {"": process.q_sample(x0, t, noise)}
-
-    def with_rates(a: Any, s: Any, spread: bool = False) -> Function:
-        def mistake(x0: np.ndarray, t: np.ndarray, noise: np.ndarray) -> Given:
-            of_x0, of_noise = (rate[t] if spread else column_like(rate[t], x0) for rate in (a, s))
-            return {"": of_x0 * x0 + of_noise * noise}
-
-        return mistake
-
     mistakes = {
         **moved_in_time(ours, schedule.T),
-        "abar_{t-1} in the place of abar_t": with_rates(np.sqrt(1 - before), np.sqrt(before)),
-        "both rates without their roots": with_rates(a**2, s**2),
-        "1 - abar_t in front of the noise, without its root": with_rates(a, s**2),
-        "abar_t in front of the data, without its root": with_rates(a**2, s),
-        "1 - sqrt(abar_t) in front of the noise": with_rates(a, 1 - a),
-        "the two rates, or the arguments x0 and noise, exchanged": with_rates(s, a),
-        "the noise subtracted": with_rates(a, -s),
-        "data that is not scaled down": with_rates(np.ones_like(a), s),
-        "data that is not scaled down, noise times s/a, which is another convention, EDM's": with_rates(
+        "abar_{t-1} in the place of abar_t": linear(np.sqrt(1 - before), np.sqrt(before)),
+        "both rates without their roots": linear(a**2, s**2),
+        "1 - abar_t in front of the noise, without its root": linear(a, s**2),
+        "abar_t in front of the data, without its root": linear(a**2, s),
+        "1 - sqrt(abar_t) in front of the noise": linear(a, 1 - a),
+        "the two rates, or the arguments x0 and noise, exchanged": linear(s, a),
+        "the noise subtracted": linear(a, -s),
+        "data that is not scaled down": linear(np.ones_like(a), s),
+        "data that is not scaled down, noise times s/a, which is another convention, EDM's": linear(
             np.ones_like(a), s_over_a
         ),
-        "alpha_t of one step in the place of abar_t of all": with_rates(alpha, beta),
-        "alpha_t in the place of abar_t in front of the data": with_rates(alpha, s),
-        "beta_t in the place of 1 - abar_t in front of the noise": with_rates(a, beta),
+        "alpha_t of one step in the place of abar_t of all": linear(alpha, beta),
+        "alpha_t in the place of abar_t in front of the data": linear(alpha, s),
+        "beta_t in the place of 1 - abar_t in front of the noise": linear(a, beta),
     }
     if shape[0] == shape[-1]:
-        mistakes["rates (N,) that spread along the last axis"] = with_rates(a, s, spread=True)
+        mistakes["rates (N,) that spread along the last axis"] = lambda x0, t, noise: a[t] * x0 + s[t] * noise
     expected = "sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (docs: F.2)"
     claim = Claim("q_sample", "x0, t, noise", expected, ours, mistakes)
     claim.judge(q_sample, _pairs(schedule.T, shape), asarray, tolerance)
@@ -115,25 +103,18 @@ def assert_training_target(
     """
     check_diffusion(diffusion)
     check_shape(shape)
-    schedule = diffusion.schedule
-
-    def of(prediction: Prediction) -> Function:
-        process = GaussianDiffusion(schedule, prediction)
-        return lambda x0, t, noise: {"": process.training_target(x0, t, noise)}
-
-    ours, v = of(diffusion.prediction), of("v")
+    schedule, ours = diffusion.schedule, diffusion.training_target
+    a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
     mistakes = {
         **moved_in_time(ours, schedule.T),
-        "the target is eps, or the arguments x0 and noise are exchanged": of("eps"),
-        "the target is x_0, or the arguments x0 and noise are exchanged": of("x0"),
-        "the target is v": v,
-        "the sign; -v is another convention, EDM's": lambda x0, t, noise: {"": -ours(x0, t, noise)[""]},
-        "the rates of v exchanged, s eps - a x_0": lambda x0, t, noise: {"": -v(noise, t, x0)[""]},
-        "the arguments x0 and noise of v exchanged, a x_0 - s eps": lambda x0, t, noise: v(noise, t, x0),
-        "the target is x_t": lambda x0, t, noise: {"": diffusion.q_sample(x0, t, noise)},
-        "the target is the noise as it was added, s eps": lambda x0, t, noise: {
-            "": diffusion.q_sample(0 * x0, t, noise)
-        },
+        "the target is eps, or the arguments x0 and noise are exchanged": lambda x0, t, noise: noise,
+        "the target is x_0, or the arguments x0 and noise are exchanged": lambda x0, t, noise: x0,
+        "the target is v": linear(-s, a),
+        "the sign; -v is another convention, EDM's": lambda *given: -ours(*given),
+        "the rates of v exchanged, s eps - a x_0": linear(-a, s),
+        "the arguments x0 and noise of v exchanged, a x_0 - s eps": linear(a, -s),
+        "the target is x_t": linear(a, s),
+        "the target is the noise as it was added, s eps": linear(0 * a, s),
     }
     formula = {"eps": "eps", "x0": "x_0", "v": "sqrt(abar_t) eps - sqrt(1 - abar_t) x_0"}[
         diffusion.prediction
@@ -174,12 +155,7 @@ def assert_predict_x0(
     alpha = np.sqrt(schedule.alphas)
 
     def taken_as(given: Prediction) -> Function:
-        return lambda x_t, t, output: {"": diffusion.predict_x0(x_t, t, output, given=given)}
-
-    def linear(of_x_t: Any, of_output: Any) -> Function:
-        return lambda x_t, t, output: {
-            "": column_like(of_x_t[t], x_t) * x_t + column_like(of_output[t], x_t) * output
-        }
+        return lambda x_t, t, output: diffusion.predict_x0(x_t, t, output, given=given)
 
     ours = taken_as(diffusion.prediction)
     with np.errstate(divide="ignore"):
@@ -189,7 +165,7 @@ def assert_predict_x0(
             "the output is taken for x_0": taken_as("x0"),
             "the output is taken for v": taken_as("v"),
             "the output is taken for -v": linear(a, s),
-            "the estimate is clipped": lambda x_t, t, output: {"": clip_to_unit(ours(x_t, t, output)[""])},
+            "the estimate is clipped": lambda *given: clip_to_unit(ours(*given)),
             "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": linear(1 / alpha, -s / alpha),
             "sqrt(abar_t) multiplies": linear(a, -s * a),
             "sqrt(abar_t) divides x_t alone": linear(1 / a, -s),
@@ -201,9 +177,9 @@ def assert_predict_x0(
             "eps is added": linear(1 / a, s / a),
             "the output is subtracted as it is": linear(np.ones_like(a), -np.ones_like(a)),
             "the rates of v exchanged, s x_t - a v": linear(s, -a),
-            "the output's eps, not its x_0": lambda x_t, t, output: {
-                "": diffusion.predict_eps(x_t, t, output, given=diffusion.prediction)
-            },
+            "the output's eps, not its x_0": lambda x_t, t, output: diffusion.predict_eps(
+                x_t, t, output, given=diffusion.prediction
+            ),
         }
     formula = {"eps": "(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)", "x0": "the output"}
     expected = formula.get(diffusion.prediction, "sqrt(abar_t) x_t - sqrt(1 - abar_t) v")

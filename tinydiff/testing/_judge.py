@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from tinydiff.backend import column_like
 from tinydiff.testing._asked import Function, called, check_tolerance, on_host
 
-__all__ = ["Claim", "Given", "distance", "moved_in_time", "named"]
-
-Given: TypeAlias = dict[str, np.ndarray]
+__all__ = ["Claim", "distance", "linear", "moved_in_time", "named"]
 
 FLOAT32 = (
     " In float32 what is right can be off by as much, at the first t above all (E.6): compare in float64, or "
@@ -34,11 +33,13 @@ class Claim:
     name, arguments, expected : str
         What to call the function, what it takes, and the formula, with its identifier.
     ours : callable
-        Of NumPy arrays; returns arrays by name.
+        Of NumPy arrays; returns one, or a tuple of them.
     mistakes : dict of callables
         By what each does wrong, the same as `ours`.
+    results : tuple of str
+        What to call each of several arrays.
     free_at_0 : tuple of str
-        The names of those of which anything will do at t = 0.
+        Of `results`, those of which anything will do at t = 0.
     shown : callable, optional
         From the arguments of `ours` to those of the function.
     """
@@ -48,6 +49,7 @@ class Claim:
     expected: str
     ours: Function
     mistakes: dict[str, Function]
+    results: tuple[str, ...] = ("",)
     free_at_0: tuple[str, ...] = ()
     shown: Function = lambda *given: given
 
@@ -75,66 +77,62 @@ class Claim:
         """
         check_tolerance(tolerance)
         t = np.concatenate([x for batch in batches for x in batch if x.dtype.kind == "i"])
-        answers = [self.ours(*batch) for batch in batches]
+        answers = [_parts(self.ours(*batch)) for batch in batches]
         came = _end_to_end(self._asked(yours, *pair, asarray) for pair in zip(batches, answers, strict=True))
         right = _end_to_end(answers)
-        compared = {key: (t > 0) | (key not in self.free_at_0) for key in right}
-        if not np.any([*compared.values()]):
+        compared = [(t > 0) | (name not in self.free_at_0) for name in self.results]
+        if not np.any(compared):
             raise ValueError(f"{self.name} has nothing to compare: at t = 0, the only one, anything will do.")
 
-        def apart(other: Given) -> dict[str, np.ndarray]:
-            return {
-                key: np.where(compared[key], distance(came[key], other[key], right[key]), 0.0)
-                for key in right
-            }
+        def apart(other: list[np.ndarray]) -> list[np.ndarray]:
+            each = zip(compared, came, other, right, strict=True)
+            return [np.where(keep, distance(*arrays), 0.0) for keep, *arrays in each]
 
         wrong = apart(right)
-        key = max(wrong, key=lambda key: float(np.max(wrong[key])))
-        worst = float(np.max(wrong[key]))
+        k = int(np.argmax(np.max(wrong, axis=1)))
+        worst = float(np.max(wrong[k]))
         if worst <= tolerance:
             return
         distances = {}
         for what, mistake in self.mistakes.items():
             with np.errstate(all="ignore"):
-                given = _end_to_end(mistake(*batch) for batch in batches)
-            distances[what] = max(float(np.max(part)) for part in apart(given).values())
-        at, T = np.unique(t[wrong[key] > tolerance]), len(np.unique(t))
+                given = _end_to_end(_parts(mistake(*batch)) for batch in batches)
+            distances[what] = float(np.max(apart(given)))
+        at, T = np.unique(t[wrong[k] > tolerance]), len(np.unique(t))
         where = f"{len(at)} of {T} t, between {at[0]} and {at[-1]}"
         if len(at) in (1, T):
             where = f"all {T} t" if len(at) == T else "no other t"
         size = f"off by {worst:.3g} of its largest number" if np.isfinite(worst) else "not finite"
         unknown = FLOAT32 if worst < 1e-3 and 2 * len(at) < T else ""
         raise AssertionError(
-            f"{self._called(key)} is {size} at t = {t[np.argmax(wrong[key])]}; off by more than "
+            f"{self._called(k)} is {size} at t = {t[np.argmax(wrong[k])]}; off by more than "
             f"{tolerance:.3g} at {where}. Expected {self.expected}.\n"
             f"{named(distances, worst, tolerance, unknown)}"
         )
 
-    def _called(self, key: str) -> str:
-        return self.name if key == "" else f"the {key} of {self.name}"
+    def _called(self, k: int) -> str:
+        return f"the {self.results[k]} of {self.name}" if len(self.results) > 1 else self.name
 
     def _asked(
-        self, yours: Function, batch: tuple[np.ndarray, ...], right: Given, asarray: Function
-    ) -> Given:
-        """What yours gives of a batch, by the names of ours, each checked to have its shape."""
+        self, yours: Function, batch: tuple[np.ndarray, ...], right: tuple[np.ndarray, ...], asarray: Function
+    ) -> list[np.ndarray]:
+        """What yours gives of a batch, each checked to have the shape of ours."""
         shown = [asarray(x.copy()) for x in self.shown(*batch)]  # a copy: yours may write into it
         result = called(yours, f"{self.name}({self.arguments})", *shown)
-        several = isinstance(result, tuple) or (isinstance(result, list) and len(right) > 1)
-        parts = result if several else (result,)
+        several = isinstance(result, list) and len(right) > 1
+        parts = tuple(result) if several else _parts(result)
         if len(parts) != len(right):
-            names = f", {' and '.join(right)}" if len(right) > 1 else ""
+            names = f", {' and '.join(self.results)}" if len(right) > 1 else ""
             raise AssertionError(f"{self.name} returned {len(parts)} arrays; expected {len(right)}{names}.")
-        N, fitted = len(batch[0]), {}
-        for (key, expected), part in zip(right.items(), parts, strict=True):
-            part = on_host(self._called(key), part)
+        N, fitted = len(batch[0]), []
+        for k, (expected, part) in enumerate(zip(right, parts, strict=True)):
+            part = on_host(self._called(k), part)
             shapes = [expected.shape]
             if expected.ndim > 1 and expected.size == N:  # one number for each sample
                 shapes += [(N,), batch[0].shape]
             if part.shape not in shapes:
-                raise AssertionError(
-                    f"{self._called(key)} has shape {part.shape}; expected {expected.shape}."
-                )
-            fitted[key] = part.reshape(expected.shape) if part.ndim == 1 < expected.ndim else part
+                raise AssertionError(f"{self._called(k)} has shape {part.shape}; expected {expected.shape}.")
+            fitted.append(part.reshape(expected.shape) if part.ndim == 1 < expected.ndim else part)
         return fitted
 
 
@@ -146,6 +144,13 @@ def named(distances: dict[str, float], worst: float, tolerance: float, unknown: 
         return f"None of the {len(distances)} mistakes known here gives it, each alone.{unknown}"
     same = [what for far, what in found if far <= max(2 * found[0][0], 1e-9)]
     return f"It is what comes of this: {'; or of this: '.join(same)}."
+
+
+def linear(of_first: Any, of_second: Any) -> Function:
+    """(first, t, second) -> of_first[t] first + of_second[t] second."""
+    return lambda first, t, second: (
+        column_like(of_first[t], first) * first + column_like(of_second[t], first) * second
+    )
 
 
 def moved_in_time(ours: Function, T: int) -> dict[str, Function]:
@@ -180,7 +185,10 @@ def _largest(array: np.ndarray) -> np.ndarray:
     return np.max(np.abs(array), axis=tuple(range(1, array.ndim)))
 
 
-def _end_to_end(parts: Iterable[Any]) -> Given:
-    """The batches' arrays by name."""
-    batches = list(parts)
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+def _parts(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _end_to_end(batches: Iterable[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Each of the results, over all batches."""
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]

@@ -10,7 +10,7 @@ from tinydiff.backend import clip_to_unit, column_like
 from tinydiff.diffusion import GaussianDiffusion, Prediction, Variance, check_diffusion
 from tinydiff.schedules import NoiseSchedule
 from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, laid_out, times
-from tinydiff.testing._judge import Claim, Given, moved_in_time
+from tinydiff.testing._judge import Claim, linear, moved_in_time
 
 __all__ = ["assert_p_mean_variance", "assert_q_posterior", "log_variances", "means"]
 
@@ -46,22 +46,16 @@ def assert_q_posterior(
     mistakes that are known: compare in float64.
     """
     check_shape(shape)
-    process = GaussianDiffusion(schedule)
+    ours = GaussianDiffusion(schedule).q_posterior_mean_variance
     alpha, beta, abar = schedule.alphas, schedule.betas, schedule.alphas_cumprod
     before, rest = schedule.alphas_cumprod_prev, schedule.one_minus_alphas_cumprod
 
-    def ours(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray) -> Given:
-        return _step(*process.q_posterior_mean_variance(x0, x_t, t))
-
-    def linear(of_x0: Any, of_x_t: Any, variance: Any) -> Function:
-        def mistake(x0: np.ndarray, x_t: np.ndarray, t: np.ndarray) -> Given:
-            of_x0_t, of_x_t_t, variance_t = (column_like(table[t], x0) for table in (of_x0, of_x_t, variance))
-            return _step(of_x0_t * x0 + of_x_t_t * x_t, variance_t)
-
-        return mistake
+    def weighted(of_x0: Any, of_x_t: Any, variance: Any) -> Function:
+        mean = linear(of_x0, of_x_t)
+        return lambda x0, x_t, t: (mean(x0, t, x_t), column_like(variance[t], x0))
 
     def with_previous(prev: Any) -> Function:
-        return linear(
+        return weighted(
             np.sqrt(prev) * beta / rest, np.sqrt(alpha) * (1 - prev) / rest, beta * (1 - prev) / rest
         )
 
@@ -73,31 +67,31 @@ def assert_q_posterior(
             "abar_{t-1} rolled, so that it begins with abar_T (E.7)": with_previous(np.roll(abar, 1)),
             "abar_{t-1} padded with 0, not 1 (E.7)": with_previous(np.append(0.0, abar[:-1])),
             "abar_t in the place of abar_{t-1} (E.7)": with_previous(abar),
-            "sqrt(abar_t) for sqrt(abar_{t-1}) in front of x_0": linear(
+            "sqrt(abar_t) for sqrt(abar_{t-1}) in front of x_0": weighted(
                 np.sqrt(abar) * beta / rest, of_x_t, small
             ),
-            "abar_{t-1} in front of x_0, without its root": linear(before * beta / rest, of_x_t, small),
-            "alpha_t in front of x_t, without its root": linear(of_x0, alpha * (1 - before) / rest, small),
-            "sqrt(abar_t) for sqrt(alpha_t) in front of x_t": linear(
+            "abar_{t-1} in front of x_0, without its root": weighted(before * beta / rest, of_x_t, small),
+            "alpha_t in front of x_t, without its root": weighted(of_x0, alpha * (1 - before) / rest, small),
+            "sqrt(abar_t) for sqrt(alpha_t) in front of x_t": weighted(
                 of_x0, np.sqrt(abar) * (1 - before) / rest, small
             ),
-            "the two weights, or the arguments x0 and x_t, exchanged": linear(of_x_t, of_x0, small),
-            "x_t subtracted": linear(of_x0, -of_x_t, small),
-            "1 - abar_{t-1} divides, not 1 - abar_t": linear(
+            "the two weights, or the arguments x0 and x_t, exchanged": weighted(of_x_t, of_x0, small),
+            "x_t subtracted": weighted(of_x0, -of_x_t, small),
+            "1 - abar_{t-1} divides, not 1 - abar_t": weighted(
                 of_x0 * rest / (1 - before), of_x_t * rest / (1 - before), small * rest / (1 - before)
             ),
-            "the variance is beta_t": linear(of_x0, of_x_t, beta),
-            "the variance is a standard deviation (E.10)": linear(of_x0, of_x_t, np.sqrt(small)),
-            "the variance is its logarithm": linear(of_x0, of_x_t, np.log(small)),
-            "the mean is x_0": linear(np.ones_like(beta), 0 * beta, small),
-            "the mean is that of x_t given x_0": linear(np.sqrt(abar), 0 * beta, small),
+            "the variance is beta_t": weighted(of_x0, of_x_t, beta),
+            "the variance is a standard deviation (E.10)": weighted(of_x0, of_x_t, np.sqrt(small)),
+            "the variance is its logarithm": weighted(of_x0, of_x_t, np.log(small)),
+            "the mean is x_0": weighted(np.ones_like(beta), 0 * beta, small),
+            "the mean is that of x_t given x_0": weighted(np.sqrt(abar), 0 * beta, small),
         }
     rng = np.random.default_rng(0)
     batches = [
         (rng.uniform(-1, 1, shape), rng.standard_normal(shape), t) for t in times(schedule.T, shape[0], rng)
     ]
     expected = "mu~_t and beta~_t (docs: P.1)"
-    claim = Claim("q_posterior", "x0, x_t, t", expected, ours, mistakes, free_at_0=("variance",))
+    claim = Claim("q_posterior", "x0, x_t, t", expected, ours, mistakes, ("mean", "variance"), ("variance",))
     claim.judge(q_posterior, batches, asarray, tolerance)
 
 
@@ -143,18 +137,22 @@ def assert_p_mean_variance(
         clip: bool = clip,
     ) -> Function:
         process = GaussianDiffusion(schedule, prediction, variance)
-        return lambda x_t, t, output: _step(*process.p_mean_variance(x_t, t, output, clip=clip))
+        return lambda x_t, t, output: process.p_mean_variance(x_t, t, output, clip=clip)
 
     ours = step()
 
     def with_variance(of: Function) -> Function:
-        return lambda *given: ours(*given) | {"variance": of(ours(*given)["variance"])}
+        def mistake(*given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            mean, variance = ours(*given)
+            return mean, of(variance)
+
+        return mistake
 
     def with_log_variance(of: Function) -> Function:
-        return lambda *given: ours(*given) | {"variance": np.exp(of(*given))}
+        return lambda *given: (ours(*given)[0], np.exp(of(*given)))
 
     def with_mean(of: Function) -> Function:
-        return lambda *given: ours(*given) | {"mean": of(*given)}
+        return lambda *given: (of(*given), ours(*given)[1])
 
     mistakes = {
         **moved_in_time(ours, schedule.T),
@@ -187,6 +185,7 @@ def assert_p_mean_variance(
         f"mu~_t of the {'clipped ' * clip}estimate of x_0, variance {diffusion.variance} (docs: P.5, V.1)",
         ours,
         mistakes,
+        ("mean", "variance"),
         free_at_0=("variance",),
         shown=lambda x_t, t, output: (x_t, t, laid_out(diffusion, axis, output)),
     )
@@ -200,13 +199,10 @@ def means(diffusion: GaussianDiffusion) -> dict[str, Function]:
     rest = schedule.one_minus_alphas_cumprod
 
     def eq_11(front: Any, of_eps: Any) -> Function:
-        def mean(x_t: np.ndarray, t: np.ndarray, output: np.ndarray) -> np.ndarray:
-            eps = diffusion.predict_eps(x_t, t, output)
-            return column_like(front[t], x_t) * (x_t - column_like(of_eps[t], x_t) * eps)
+        mean = linear(front, -front * of_eps)
+        return lambda x_t, t, output: mean(x_t, t, diffusion.predict_eps(x_t, t, output))
 
-        return mean
-
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         front, of_eps = 1 / np.sqrt(alpha), beta / np.sqrt(rest)
         return {
             "beta_t in front of eps, not beta_t / sqrt(1 - abar_t) (E.11)": eq_11(front, beta),
@@ -250,7 +246,3 @@ def log_variances(diffusion: GaussianDiffusion) -> dict[str, Function]:
         "nu from beta_t at -1 to beta~_t at 1": between(lambda nu: (1 - nu) / 2),
         "nu taken for the variance's logarithm": lambda x_t, t, output: nu(output),
     }
-
-
-def _step(mean: np.ndarray, variance: np.ndarray) -> Given:
-    return {"mean": mean, "variance": variance}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
+from tinydiff.schedules import NoiseSchedule, check_schedule, cosine_schedule, linear_schedule
 from tinydiff.testing._asked import check_tolerance, on_host
 from tinydiff.testing._judge import named
 
@@ -37,8 +37,7 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
     TypeError, ValueError
         If `schedule` or `tolerance` is not as said above.
     """
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule is a {type(schedule).__name__}; expected a NoiseSchedule.")
+    check_schedule(schedule)
     check_tolerance(tolerance)
     T, right = schedule.T, schedule.alphas_cumprod
     table = on_host("alphas_cumprod", alphas_cumprod).astype(np.float64)
