@@ -617,17 +617,13 @@ WALKS = [
         EPS,
         "ddpm",
         {},
-        {
-            "the variance fixed_large": ancestral(),
-        },
+        {"the variance fixed_large": ancestral()},
     ),
     (
         LEARNED_EPS,
         "ddpm",
         {},
-        {
-            **{what: ancestral(learned=variance) for what, variance in LEARNED_VARIANCES.items()},
-        },
+        {what: ancestral(learned=variance) for what, variance in LEARNED_VARIANCES.items()},
     ),
     (LEARNED_V, "ddpm", {}, {"nu comes first, the prediction after it": nu_first}),
     (

@@ -1,6 +1,7 @@
 """tinydiff.testing pointed at diffusers: what is right there passes, what is not is called by its name."""
 
 import pytest
+from test_oracle_schedulers import KINDS, PREDICTION_TYPE, same_chain
 
 import tinydiff as td
 from tinydiff import testing
@@ -9,20 +10,10 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.oracle
 
-KINDS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
-
-def scheduler_of(cls, kind="linear", exact=True, **config):
-    """diffusers' scheduler, with its alphas_cumprod in float64 if it is to be `exact`, and its schedule."""
-    scheduler = getattr(diffusers, cls)(beta_schedule=KINDS[kind], **{"clip_sample": False, **config})
-    if exact:
-        scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
-    return scheduler, td.NoiseSchedule(scheduler.betas)
-
-
-def walk_of(scheduler, monkeypatch, **options):
-    """A scheduler's loop as it is written everywhere, with the noise that it is handed."""
+def assert_walk(scheduler, process, name, monkeypatch, steps=20, clip=False, **options):
+    """Of a scheduler's loop as it is written everywhere, with the noise that it is handed."""
+    scheduler.set_timesteps(steps)
 
     def sampler(denoise, x, timesteps, noise):
         module = f"diffusers.schedulers.{type(scheduler).__module__.split('.')[-1]}"
@@ -31,24 +22,13 @@ def walk_of(scheduler, monkeypatch, **options):
             x = scheduler.step(denoise(x, t), t, x, **options).prev_sample
         return x
 
-    return sampler
-
-
-def assert_walk(scheduler, process, name, monkeypatch, steps=20, **options):
-    scheduler.set_timesteps(steps)
-    testing.assert_sampler(
-        walk_of(scheduler, monkeypatch, **options),
-        process,
-        name,
-        scheduler.timesteps.numpy()[::-1],
-        asarray=torch.as_tensor,
-        **options,
-    )
+    tau = scheduler.timesteps.numpy()[::-1]
+    testing.assert_sampler(sampler, process, name, tau, clip=clip, asarray=torch.as_tensor, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_and_forward_process_pass_as_they_come(kind):
-    scheduler, _ = scheduler_of("DDPMScheduler", kind, exact=False)
+    scheduler = diffusers.DDPMScheduler(beta_schedule=KINDS[kind])
     schedule = {"linear": td.linear_schedule, "cosine": td.cosine_schedule}[kind]()
     testing.assert_schedule(scheduler.alphas_cumprod, schedule)
     testing.assert_q_sample(
@@ -97,8 +77,9 @@ def test_short_chains_are_told_apart():
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading"])
 def test_ddpm_passes(spacing, variance, prediction, monkeypatch):
-    scheduler, schedule = scheduler_of(
-        "DDPMScheduler",
+    scheduler, schedule = same_chain(
+        diffusers.DDPMScheduler,
+        "linear",
         variance_type=variance,
         prediction_type=PREDICTION_TYPE[prediction],
         timestep_spacing=spacing,
@@ -107,8 +88,8 @@ def test_ddpm_passes(spacing, variance, prediction, monkeypatch):
 
 
 def test_the_grain_of_ddpm_is_named(monkeypatch):
-    scheduler, schedule = scheduler_of(
-        "DDPMScheduler", variance_type="fixed_large", timestep_spacing="trailing"
+    scheduler, schedule = same_chain(
+        diffusers.DDPMScheduler, "linear", variance_type="fixed_large", timestep_spacing="trailing"
     )
     process = td.GaussianDiffusion(schedule, "eps", "fixed_large")
     with pytest.raises(AssertionError, match=r"10 times; expected 9.\nIt is .* at the last step \(E.9\).$"):
@@ -118,19 +99,23 @@ def test_the_grain_of_ddpm_is_named(monkeypatch):
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("prediction", PREDICTION_TYPE)
 def test_ddim_passes_by_default(prediction, eta, monkeypatch):
-    scheduler, schedule = scheduler_of("DDIMScheduler", prediction_type=PREDICTION_TYPE[prediction])
+    scheduler, schedule = same_chain(
+        diffusers.DDIMScheduler, "linear", prediction_type=PREDICTION_TYPE[prediction]
+    )
     assert_walk(scheduler, td.GaussianDiffusion(schedule, prediction), "ddim", monkeypatch, eta=eta)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_linspace_of_ddim_is_named(eta, monkeypatch):
-    scheduler, schedule = scheduler_of("DDIMScheduler", timestep_spacing="linspace")
+    scheduler, schedule = same_chain(diffusers.DDIMScheduler, "linear", timestep_spacing="linspace")
     with pytest.raises(AssertionError, match=r"of this: the next time computed, .* not looked up \(E.16\).$"):
         assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch, eta=eta)
 
 
 def test_the_end_of_ddim_in_stable_diffusion_is_named(monkeypatch):
-    scheduler, schedule = scheduler_of("DDIMScheduler", set_alpha_to_one=False, steps_offset=1)
+    scheduler, schedule = same_chain(
+        diffusers.DDIMScheduler, "linear", set_alpha_to_one=False, steps_offset=1
+    )
     with pytest.raises(AssertionError, match="of this: the last step leads to abar of t = 0, not to 1"):
         assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch)
 
@@ -142,14 +127,6 @@ def test_dpm_solver_passes(monkeypatch):
 
 
 def test_eps_of_what_was_not_clipped_is_named(monkeypatch):
-    scheduler, schedule = scheduler_of("DDIMScheduler", clip_sample=True)
-    scheduler.set_timesteps(20)
+    scheduler, schedule = same_chain(diffusers.DDIMScheduler, "linear", clip_sample=True)
     with pytest.raises(AssertionError, match="eps of an x_0 that is not clipped"):
-        testing.assert_sampler(
-            walk_of(scheduler, monkeypatch),
-            td.GaussianDiffusion(schedule),
-            "ddim",
-            scheduler.timesteps.numpy()[::-1],
-            clip=True,
-            asarray=torch.as_tensor,
-        )
+        assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch, clip=True)
