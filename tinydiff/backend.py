@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 import array_api_compat.numpy
 import numpy as np
-from array_api_compat import device, is_cupy_array
+from array_api_compat import device, is_cupy_array, is_jax_array
 
 from tinydiff._checks import check_rng
 
@@ -290,9 +290,12 @@ def constant_like(make: Callable[..., np.ndarray], *of: Any, like: Array, dtype:
         dtype of the result, of `like`'s library. The result is nobody's to write to.
     """
     key = (type(like), str(device(like)), make, *of, str(dtype))
-    if key not in _constants:
-        _constants[key] = asarray_like(make(*of), like, dtype)
-    return _constants[key]
+    if key in _constants:
+        return _constants[key]
+    made = asarray_like(make(*of), like, dtype)
+    if not is_jax_array(made):  # what is made while JAX traces is good for that trace only
+        _constants[key] = made
+    return made
 
 
 def column_like(values: np.ndarray, like: Array) -> Array:

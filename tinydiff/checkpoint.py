@@ -121,7 +121,10 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
             metadata = {key: _decode(text) for key, text in (file.metadata() or {}).items()}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file that NumPy can read: {error}.") from None
+        remedy = " After import ml_dtypes it can." if "bfloat16" in str(error) else ""
+        raise ValueError(
+            f"{path} is not a whole safetensors file that NumPy can read: {error}.{remedy}"
+        ) from None
     return arrays, metadata
 
 

@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,7 +232,9 @@ class DataParallel(Module):
             others = [end for pair in lines for end in pair if end is not theirs]
             arguments = (theirs, others, self._model, self._parameters, grads)
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with warnings.catch_warnings():  # JAX's, if it is loaded: the fork asks nothing of its threads
+                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+                process.start()
             self._workers.append((process, ours))
         for _, theirs in lines:
             theirs.close()

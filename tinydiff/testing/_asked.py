@@ -57,10 +57,13 @@ def called(function: Function, signature: str, *given: Any) -> Any:
 def on_host(name: str, result: Any) -> np.ndarray:
     """A copy of `result` as a NumPy array, without its gradients' graph; AssertionError if it is none."""
     array = result
+    bfloat16 = "bfloat16" in str(getattr(array, "dtype", ""))  # which NumPy has not
     try:
-        if hasattr(array, "detach"):  # PyTorch's, whose bfloat16 NumPy does not know
+        if hasattr(array, "detach"):  # PyTorch's
             array = array.detach().cpu()
-            array = array.float() if "bfloat16" in str(array.dtype) else array
+            array = array.float() if bfloat16 else array
+        elif bfloat16:
+            array = np.asarray(array, np.float32)
         array = np.array(to_numpy(array))
     except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).split("\n", 1)[0]
