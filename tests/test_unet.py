@@ -204,6 +204,14 @@ def test_config_builds_the_same_network_and_copies_are_independent(make):
         assert_array_equal(twin.state_dict()[name], value + np.float32(1))
 
 
+def test_repr_says_how_it_is_made_and_how_large_it_is():
+    model = td.MLP(2, hidden=8, blocks=1, time_features=4)
+    said, _, size = repr(model).rpartition(" of ")
+    assert eval(said, vars(td)).config == model.config
+    assert size == f"{sum(np.size(a) for a in model.state_dict().values())} parameters"
+    assert repr(model.linear_in) == "Linear of 24 parameters"
+
+
 def test_names_are_those_of_diffusers():
     """Written out for one small network; against diffusers itself in test_oracle_unet.py."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
@@ -54,7 +54,7 @@ class LearnedScheduleResult(Generic[M]):
 
     model: M
     schedule: NoiseSchedule
-    losses: np.ndarray
+    losses: np.ndarray = field(repr=False)
     learned: LearnedSchedule
     seconds: float
 

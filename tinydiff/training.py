@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
@@ -62,7 +62,7 @@ class TrainingResult(Generic[M]):
     """
 
     model: M
-    losses: np.ndarray
+    losses: np.ndarray = field(repr=False)
     seconds: float
 
 

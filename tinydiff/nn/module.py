@@ -88,6 +88,11 @@ class Module:
 
     recordable: ClassVar[bool] = False
 
+    def __repr__(self) -> str:
+        choices = ", ".join(f"{name}={value!r}" for name, value in getattr(self, "config", {}).items())
+        made_with = f"({choices})" if choices else ""
+        return f"{type(self).__name__}{made_with} of {self.num_parameters():,} parameters"
+
     def _named(self) -> Iterator[tuple[str, Parameter]]:
         for name, value in vars(self).items():
             yield from _walk(name, value)
