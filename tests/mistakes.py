@@ -569,6 +569,38 @@ def dpm_solver(weight=lambda h, h_before: h / h_before / 2):
     return sampler
 
 
+def karras(first=0.5, second=0.5, ahead=True):
+    """Karras et al. 2022, algorithm 1: x = x_0 + sigma eps, and Euler's rule in the last step."""
+
+    def sampler(denoise, x, tau, noise):
+        sigma = np.sqrt((1 - ABAR[tau]) / ABAR[tau])
+
+        def slope(x, i):  # (x - D) / sigma, which is eps
+            return denoise(x / np.sqrt(1 + sigma[i] ** 2), tau[i])
+
+        x = x * np.sqrt(1 + sigma[-1] ** 2)
+        for i in reversed(range(1, len(tau))):
+            h, d = sigma[i - 1] - sigma[i], slope(x, i)
+            x = x + h * (first * d + second * slope(x + h * d if ahead else x, i - 1))
+        return x - sigma[0] * slope(x, 0)
+
+    return sampler
+
+
+def rotations(first=0.5, second=0.5, ahead="ddim"):
+    """Heun's rule for dx/dphi = v, x = cos(phi) x_0 + sin(phi) eps; ddim turns x by the angle between."""
+
+    def sampler(denoise, x, tau, noise):
+        phi = np.arccos(np.sqrt(ABAR[tau]))
+        for i in reversed(range(1, len(tau))):
+            h, v = phi[i - 1] - phi[i], denoise(x, tau[i])
+            there = {"ddim": np.cos(h) * x + np.sin(h) * v, "Euler": x + h * v, "here": x}[ahead]
+            x = x + h * (first * v + second * denoise(there, tau[i - 1]))
+        return np.cos(phi[0]) * x - np.sin(phi[0]) * denoise(x, tau[0])
+
+    return sampler
+
+
 def but_for_the_last_step(denoise, x, tau, noise):
     states = td.iterate_samples(denoise, V, x.shape, "ddpm", tau, rng=Noise(noise), x_T=x)
     return list(states)[-2].x
@@ -733,5 +765,27 @@ WALKS = [
         "edm",
         {},
         {"the second call of a step is shown the time of the first": ours("edm", V, every_second_call())},
+    ),
+    (
+        EPS,
+        "edm",
+        {},
+        {
+            "the sampler is ddim": karras(1.0, 0.0),
+            "the sum of both slopes, not their mean": karras(1.0, 1.0),
+            "the second slope alone, not the mean of both": karras(0.0, 1.0),
+            "the second call of a step is shown the state before it": karras(ahead=False),
+        },
+    ),
+    (
+        V,
+        "heun",
+        {},
+        {
+            "the sum of both slopes, not their mean": rotations(1.0, 1.0),
+            "the second slope alone, not the mean of both": rotations(0.0, 1.0),
+            "the second call of a step is shown the state before it": rotations(ahead="here"),
+            "the second call of a step is shown where Euler's rule leads, not ddim": rotations(ahead="Euler"),
+        },
     ),
 ]

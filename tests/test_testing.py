@@ -26,6 +26,7 @@ from mistakes import (
     column,
     ddim,
     dpm_solver,
+    karras,
     learned_step,
     linear,
     nll_of_levels,
@@ -35,6 +36,7 @@ from mistakes import (
     posterior_with,
     reverse_step,
     right_variance,
+    rotations,
     terms_of,
     times_ours,
 )
@@ -453,6 +455,8 @@ def test_what_is_almost_a_mistake_of_the_list_is_not_called_so(check, yours, aga
 def test_samplers_from_the_papers_pass(steps):
     testing.assert_sampler(ancestral(), LARGE, "ddpm", steps)
     testing.assert_sampler(dpm_solver(), EPS, "dpm++", steps)
+    testing.assert_sampler(karras(), EPS, "edm", steps)
+    testing.assert_sampler(rotations(), V, "heun", steps)
     for eta in (0.0, 0.3, 1.0):
         testing.assert_sampler(ddim(eta=eta), EPS, "ddim", steps, eta=eta)
 

@@ -9,23 +9,27 @@ import numpy as np
 
 from tinydiff.backend import clip_to_unit
 from tinydiff.diffusion import GaussianDiffusion
-from tinydiff.samplers import _extrapolation
+from tinydiff.samplers import _extrapolation, angles
 from tinydiff.testing._asked import Function
 from tinydiff.testing._reverse import log_variances, means
 
 __all__ = ["Step", "walked", "wrong_steps"]
 
-# Of (i, x, output, z): from the state of step i, what the network says of it, and fresh noise, to the next.
-Step: TypeAlias = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# Of (i, x, output, z, ask): from the state of step i, what the network says of it, fresh noise, and what asks
+# the network once more, ask(x, i), to the next.
+Step: TypeAlias = Callable[[int, np.ndarray, np.ndarray, np.ndarray, Function], np.ndarray]
 # Of (i, x, output): what a step is made of.
 Part: TypeAlias = Callable[[int, np.ndarray, np.ndarray], Any]
 
 
 def walked(step: Step, network: Function, x: np.ndarray, timesteps: np.ndarray, rng: Any) -> np.ndarray:
     """The samples of a sampler that makes this step at each of the times."""
+
+    def ask(x: np.ndarray, i: int) -> np.ndarray:
+        return network(x, np.full(len(x), timesteps[i]))
+
     for i in reversed(range(len(timesteps))):
-        output = network(x, np.full(len(x), timesteps[i]))
-        x = step(i, x, output, rng.standard_normal(x.shape))
+        x = step(i, x, ask(x, i), rng.standard_normal(x.shape), ask)
     return x
 
 
@@ -38,7 +42,7 @@ def wrong_steps(
             return _ancestral(long, walk, timesteps, clip)
         if name == "ddim":
             return _ddim(long, walk, timesteps, eta, clip)
-        return _multistep(walk, clip) if name == "dpm++" else {}
+        return _multistep(walk, clip) if name == "dpm++" else _trapezoid(walk, name, clip)
 
 
 def _ancestral(
@@ -59,7 +63,7 @@ def _ancestral(
     def step(
         mean: Part = right_mean, variance: Part = right_variance, power: float = 0.5, at_the_end: bool = False
     ) -> Step:
-        return lambda i, x, output, z: (
+        return lambda i, x, output, z, _: (
             mean(i, x, output) + (variance(i, x, output) ** power * z if i or at_the_end else 0.0)
         )
 
@@ -102,7 +106,7 @@ def _ddim(
         of_x0 = np.sqrt(1 - rest) if of_x0 is None else of_x0
         of_eps = np.sqrt(np.maximum(rest - variance, 0)) if of_eps is None else of_eps
 
-        def ddim(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray) -> np.ndarray:
+        def ddim(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, _: Function) -> np.ndarray:
             x0 = walk.predict_x0(x, i, output)
             D = clip_to_unit(x0) if clip else x0
             eps = walk.predict_eps(x, i, x0 if eps_unclipped else D, given="x0")
@@ -148,7 +152,7 @@ def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
     def step(weight: np.ndarray) -> Step:
         before: dict[int, np.ndarray] = {}
 
-        def multistep(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray) -> np.ndarray:
+        def multistep(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, _: Function) -> np.ndarray:
             x0 = walk.predict_x0(x, i, output)
             before[i] = x0 = clip_to_unit(x0) if clip else x0
             D = x0 + weight[i] * (x0 - before[i + 1]) if weight[i] else x0
@@ -162,3 +166,49 @@ def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
         "the correction as if all steps were equal": step(np.where(weight, 0.5, 0.0)),
         "the correction's sign": step(-weight),
     }
+
+
+def _trapezoid(walk: GaussianDiffusion, name: str, clip: bool) -> dict[str, Step]:
+    """Heun's rule: one looks ahead to where ddim would go, and moves by the mean of both slopes, v or eps."""
+    phi, heun = angles(walk), name == "heun"
+
+    def estimate(i: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
+        x0 = walk.predict_x0(x, i, output)
+        return clip_to_unit(x0) if clip else x0
+
+    def slope(i: int, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
+        return (walk.predict_v if heun else walk.predict_eps)(x, i, x0, given="x0")
+
+    def moved(i: int, x: np.ndarray, slope: np.ndarray) -> np.ndarray:
+        if heun:
+            return x + (phi[i - 1] - phi[i]) * slope
+        return walk.q_sample(walk.predict_x0(x, i, slope, given="eps"), i - 1, slope)
+
+    def by_ddim(i: int, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
+        return walk.q_sample(x0, i - 1, walk.predict_eps(x, i, x0, given="x0"))
+
+    def by_euler(i: int, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
+        return moved(i, x, slope(i, x, x0))
+
+    def nowhere(i: int, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
+        return moved(i, x, 0 * x)
+
+    def step(first: float = 0.5, second: float = 0.5, ahead: Function = by_ddim) -> Step:
+        def trapezoid(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
+            x0 = estimate(i, x, output)
+            if i == 0:
+                return x0
+            there = ahead(i, x, x0)
+            x0_there = estimate(i - 1, there, ask(there, i - 1))
+            return moved(i, x, first * slope(i, x, x0) + second * slope(i - 1, there, x0_there))
+
+        return trapezoid
+
+    steps = {
+        "the sum of both slopes, not their mean": step(1.0, 1.0),
+        "the second slope alone, not the mean of both": step(0.0, 1.0),
+        "the second call of a step is shown the state before it": step(ahead=nowhere),
+    }
+    if heun:
+        steps["the second call of a step is shown where Euler's rule leads, not ddim"] = step(ahead=by_euler)
+    return steps
