@@ -32,11 +32,11 @@ from _common import (
     schedules,
     write_metrics,
 )
-from tqdm import tqdm
 from train_mnist import add_channels, digits, unet
 
 import tinydiff as td
 from tinydiff import plotting
+from tinydiff._progress import progress_bar
 from tinydiff.backend import array_namespace, asarray_like, standard_normal, to_numpy
 from tinydiff.bound import prior_term, step_term
 from tinydiff.checkpoint import replace_file
@@ -308,7 +308,7 @@ def bound(
     terms = np.zeros(t.size)
     with shared_out(model, AT_A_TIME, args.workers) as shared:
         batches = range(0, t.size, AT_A_TIME)
-        for start in tqdm(batches, desc="bound", unit="batch", disable=args.quiet, leave=False):
+        for start in progress_bar(not args.quiet, batches, desc="bound", unit="batch", leave=False):
             part = slice(start, start + AT_A_TIME)
             x0 = asarray_like(digits[chosen[part]], like)
             x_t = walk.q_sample(x0, t[part], standard_normal(rng, x0.shape, x0))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ABSENT = ["matplotlib", "torch", "cupy", "pooch", "diffusers", "scipy.stats", "safetensors", "tqdm", "pytest"]
+OPTIONAL = ["matplotlib", "torch", "jax", "numba", "cupy", "pooch", "diffusers"]
+ABSENT = [*OPTIONAL, "scipy.stats", "safetensors", "tqdm", "pytest"]
 
 
 def run(program, *flags):
@@ -25,12 +26,12 @@ def test_import_brings_in_none_of_the_extras():
 
 
 def test_the_core_trains_samples_and_saves_without_the_extras():
-    program = """
+    program = f"""
 import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name in ("matplotlib", "torch", "cupy", "pooch", "diffusers"):
+        if name in {OPTIONAL}:
             raise AssertionError(name + " was asked for")
 
 sys.meta_path.insert(0, Refuse())

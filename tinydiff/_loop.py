@@ -25,6 +25,7 @@ import numpy as np
 
 from tinydiff._checks import check_counts, check_number, check_seed, check_unmasked
 from tinydiff._graph import WARM_UP, RecordedLoss
+from tinydiff._progress import progress_bar
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, asarray_like, device, is_numpy_array, to_numpy
@@ -164,8 +165,6 @@ def loop(
     unit : str
         What the progress bar calls the loss.
     """
-    from tqdm import tqdm
-
     network, steps = learners[0], plan.steps
     like = weight_of(network.model)
     data = beside(data, like)
@@ -180,7 +179,7 @@ def loop(
 
     processes = ExitStack()
     shared = processes.enter_context(shared_out(network.model, plan.batch_size, workers))
-    bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=not progress)
+    bar = progress_bar(progress, total=steps, initial=start, desc="training", unit="step")
     smooth = math.nan
     refused = ""
     backward: Any = None

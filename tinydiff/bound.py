@@ -38,6 +38,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tinydiff._checks import check_array, check_choice, check_counts, check_rng
+from tinydiff._progress import progress_bar
 from tinydiff.backend import (
     Array,
     array_namespace,
@@ -437,8 +438,6 @@ def variational_bound(
     ValueError
         If an argument is out of range or does not fit; the message names it.
     """
-    from tqdm import tqdm
-
     check_decoder(decoder)
     check_counts(batch_size=batch_size)
     if t_samples is not None:
@@ -456,7 +455,7 @@ def variational_bound(
     with (
         many_steps(),
         shared_out(denoise, min(n, batch_size), workers, to_predict=True) as shared,
-        tqdm(total=n * draws, desc="bound", unit="term", disable=not progress, leave=False) as bar,
+        progress_bar(progress, total=n * draws, desc="bound", unit="term", leave=False) as bar,
     ):
         predict: Any = shared.predict if isinstance(denoise, Module) else shared
         for start in range(0, n, batch_size):

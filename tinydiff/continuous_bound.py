@@ -34,6 +34,7 @@ from typing import Any, get_args
 import numpy as np
 
 from tinydiff._checks import check_array, check_choice, check_counts, check_rng
+from tinydiff._progress import progress_bar
 from tinydiff.backend import (
     Array,
     array_namespace,
@@ -464,8 +465,6 @@ def continuous_bound(
     ValueError
         If an argument is out of range or does not fit; the message names it.
     """
-    from tqdm import tqdm
-
     _check_clock(T)
     check_counts(t_samples=t_samples, batch_size=batch_size)
     check_array(data=data)
@@ -476,7 +475,7 @@ def continuous_bound(
     like = weight_of(denoise) if isinstance(denoise, Module) else data
     n = data.shape[0]
     parts = np.zeros((3, n))
-    with tqdm(total=n * (t_samples + 1), desc="bound", unit="term", disable=not progress, leave=False) as bar:
+    with progress_bar(progress, total=n * (t_samples + 1), desc="bound", unit="term", leave=False) as bar:
         for begin in range(0, n, batch_size):
             rows = slice(begin, min(n, begin + batch_size))
             x0 = asarray_like(data[rows, ...], like)

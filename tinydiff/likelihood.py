@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import check_counts, check_rng
+from tinydiff._progress import progress_bar
 from tinydiff.backend import (
     Array,
     array_namespace,
@@ -106,8 +107,6 @@ def ode_log_likelihood(
     signal is left: the log-density is off by about sqrt(abar_T), 0.006 for the linear schedule of 1000 steps
     and 5e-5 for the cosine one.
     """
-    from tqdm import tqdm
-
     if probes is not None:
         check_counts(probes=probes)
         check_rng(rng)
@@ -119,7 +118,7 @@ def ode_log_likelihood(
     v, trace = 0.0 * x, np.zeros(x.shape[0])
     integral = np.zeros(x.shape[0])
     with _gradients_kept(model):
-        for i in tqdm(range(walk.T), desc="likelihood", unit="step", disable=not progress, leave=False):
+        for i in progress_bar(progress, range(walk.T), desc="likelihood", unit="step", leave=False):
             step = float(phi[i + 1] - phi[i])
             if i:
                 v, trace = _velocity_and_trace(model, walk, x, i - 1, timesteps, directions)

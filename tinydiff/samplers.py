@@ -53,6 +53,7 @@ import numpy as np
 
 from tinydiff._checks import check_choice, check_counts, check_number
 from tinydiff._graph import WARM_UP, forget, predictor
+from tinydiff._progress import progress_bar
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.kernels import many_steps
@@ -342,8 +343,6 @@ def sample(
     in Nichol & Dhariwal (2021, section 4). And with `clip`, DDIM's eps is taken from the clipped x0, so that
     the two belong together; there only with ``use_clipped_model_output=True``.
     """
-    from tqdm import tqdm
-
     _check_start(denoise, shape, x_T)
     total = shape[0]
     size = total if batch_size is None else batch_size
@@ -377,7 +376,7 @@ def sample(
     try:
         with (
             shared_out(denoise, min(size, total), workers, to_predict=True) as shared,
-            tqdm(total=steps_in_all, desc="sampling", unit="step", disable=not progress, leave=False) as bar,
+            progress_bar(progress, total=steps_in_all, desc="sampling", unit="step", leave=False) as bar,
         ):
             for start in starts:
                 for state in walk(shared, start, min(total, start + size), rng):
@@ -439,8 +438,6 @@ def invert(
     The network knows no time before t = 0, so for the first step it is shown sqrt(abar_0) x0 as if it were of
     t = 0.
     """
-    from tqdm import tqdm
-
     check_like_model(denoise, x0=x0)
     if len(x0.shape) == 0 or min(x0.shape) < 1:
         raise ValueError(f"x0 has shape {tuple(x0.shape)}; expected (N, ...) with every size at least 1.")
@@ -451,7 +448,7 @@ def invert(
     x = float(a[0]) * x0
     _, D = estimate(x, 0)
     x = x + float(s[0]) * walk.predict_eps(x, 0, D, given="x0")
-    for i in tqdm(range(1, walk.T), desc="inverting", unit="step", disable=not progress, leave=False):
+    for i in progress_bar(progress, range(1, walk.T), desc="inverting", unit="step", leave=False):
         _, D = estimate(x, i - 1)
         x = float(a[i]) * D + float(s[i]) * walk.predict_eps(x, i - 1, D, given="x0")
     return x

@@ -1,0 +1,44 @@
+"""Progress bars: on the standard error stream, if it is wanted and there."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import tinydiff as td
+from tinydiff.bound import variational_bound
+from tinydiff.continuous_bound import continuous_bound
+from tinydiff.learned_schedule import LearnedSchedule
+
+DIFFUSION = td.GaussianDiffusion(td.cosine_schedule(10), "v")
+DATA = np.random.default_rng(0).standard_normal((8, 2)).astype(np.float32)
+
+
+def network():
+    return td.MLP(2, hidden=4, blocks=1, time_features=4)
+
+
+def rng():
+    return np.random.default_rng(1)
+
+
+# By the name of its bar, what has one.
+LONG = {
+    "training": lambda: td.train(network(), DIFFUSION, DATA, steps=2, batch_size=4).losses,
+    "sampling": lambda: td.sample(network(), DIFFUSION, (4, 2), rng=rng()),
+    "inverting": lambda: td.invert(network(), DIFFUSION, DATA),
+    "likelihood": lambda: td.ode_log_likelihood(network(), DIFFUSION, DATA),
+    "bound": lambda: variational_bound(network(), DIFFUSION, DATA, rng=rng()).value,
+    "bound of a learned schedule": lambda: (
+        continuous_bound(network(), LearnedSchedule(), DATA, T=10, rng=rng()).value
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_a_bar_is_shown_and_its_absence_changes_nothing(what, capsys, monkeypatch):
+    """A stream that was closed, as `2>&-` does, and a program in a window have none: sys.stderr is None."""
+    shown = LONG[what]()
+    assert what.split()[0] in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stderr", None)
+    np.testing.assert_array_equal(LONG[what](), shown)
