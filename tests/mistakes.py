@@ -6,6 +6,7 @@ By check, and by the name in the check's list, which `test_testing.py` holds the
 from functools import partial
 
 import numpy as np
+from scipy.special import huber
 
 import tinydiff as td
 from tinydiff import testing
@@ -185,6 +186,21 @@ def nll_of_levels(x, mean, p, cdf=by_tanh, closed=None):
     return -np.where(outer < 0, log(high), np.where(outer > 0, log(1 - low), log(high - low)))
 
 
+def loss(target=lambda x0, t, noise: noise, size=np.square, weights=ONE, end=None):
+    """Ho et al. 2020, algorithm 1, line 5, of each sample; `end` makes one number of squares and weights."""
+
+    def of_batch(network, x0, t, noise):
+        each = size(network(linear(A, S)(x0, t, noise), t) - target(x0, t, noise))
+        return end(each, weights[t]) if end else weights[t] * np.mean(each, axis=(1, 2, 3))
+
+    return of_batch
+
+
+SNR = ABAR / (1 - ABAR)
+MIN_SNR = np.minimum(SNR, 5.0)  # Hang et al. 2023, what an error of x_0 counts
+velocity = linear(-S, A)
+
+
 def terms_of(process, decoder="density"):
     return lambda x0, x_t, t, output: step_term(process, output, x0, x_t, t, decoder)[0]
 
@@ -343,6 +359,63 @@ PLANTED = [
         {"the estimate of x_0 is not clipped": reverse_step()},
     ),
     (
+        testing.assert_loss,
+        V,
+        {
+            **{what: loss(target) for what, target in moved(velocity, 1).items()},
+            "the target is eps": loss(),
+            "the target is x_0": loss(lambda x0, t, noise: x0),
+            "the target is -v, which is another convention, EDM's": loss(linear(S, -A)),
+            "the target is x_t": loss(linear(A, S)),
+        },
+    ),
+    (
+        testing.assert_loss,
+        EPS,
+        {
+            "the target is v": loss(velocity),
+            "a sum over the numbers of a sample, as Ho et al. write it, not a mean": lambda *given: (
+                given[1][0].size * loss()(*given)
+            ),
+            "half of it": loss(end=lambda each, w: np.mean(each / 2)),
+            "the root of it": lambda *given: loss()(*given) ** 0.5,
+            "the absolute difference, not its square": loss(size=np.abs, end=lambda each, w: np.mean(each)),
+            "Huber's loss, half the square up to 1 and then linear": loss(size=partial(huber, 1.0)),
+            "a sum over the batch, not a mean": loss(end=lambda each, w: len(each) * np.mean(each)),
+            "a sum over all numbers of the batch, not a mean": loss(end=lambda each, w: np.sum(each)),
+        },
+    ),
+    (
+        partial(testing.assert_loss, min_snr_gamma=5.0),
+        V,
+        {
+            "no weights": loss(velocity),
+            "the weights of an error of x_0": loss(velocity, weights=MIN_SNR),
+            "the weights of an error of eps (E.19)": loss(velocity, weights=MIN_SNR / SNR),
+            "the weights of an error of eps, and 1 more (E.19)": loss(velocity, weights=MIN_SNR / SNR + 1),
+            "min(snr + 1, gamma) / (snr + 1) (E.19)": loss(
+                velocity, weights=np.minimum(SNR + 1, 5.0) / (SNR + 1)
+            ),
+            "snr as it is, not at most gamma": loss(velocity, weights=SNR / (SNR + 1)),
+            "1 / snr for snr": loss(velocity, weights=np.minimum(1 / SNR, 5.0) / (1 / SNR + 1)),
+            "the mean of the batch, times the weights": loss(
+                velocity, weights=MIN_SNR / (SNR + 1), end=lambda each, w: np.mean(np.mean(each) * w)
+            ),
+            "weights (N,) that spread along the last axis": loss(
+                velocity, weights=MIN_SNR / (SNR + 1), end=lambda each, w: np.mean(each * w)
+            ),
+        },
+    ),
+    (
+        partial(testing.assert_loss, min_snr_gamma=5.0),
+        EPS,
+        {
+            "the weights of an error of v": loss(weights=MIN_SNR / (SNR + 1)),
+            "the larger of snr and gamma, not the smaller (E.19)": loss(weights=np.maximum(SNR, 5.0) / SNR),
+            "the root of snr, a ratio of rates": loss(weights=np.minimum(A / S, 5.0) * S / A),
+        },
+    ),
+    (
         testing.assert_bound_terms,
         LARGE,
         {
@@ -356,9 +429,9 @@ PLANTED = [
         EPS,
         {
             **moved(bound_terms(variance=LOW), 2),
-            "a mean over the numbers of a sample, not a sum": times_ours(1 / 20),
+            "a mean over the numbers of a sample, not a sum": times_ours(1 / 40),
             "bits, not nats": times_ours(1 / np.log(2)),
-            "bits for each number, not nats": times_ours(1 / np.log(2) / 20),
+            "bits for each number, not nats": times_ours(1 / np.log(2) / 40),
             "the sign": times_ours(-1),
             "half of each term": times_ours(1 / 2),
             "twice each term": times_ours(2),

@@ -73,6 +73,44 @@ def test_short_chains_are_told_apart():
         testing.assert_schedule(scheduler.alphas_cumprod, td.linear_schedule(100))
 
 
+def weights_of_the_examples(prediction, snr, gamma):
+    """In diffusers' examples/text_to_image: each divided by what an error of x_0 is then multiplied by."""
+    least = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+    return least / {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[prediction]
+
+
+def weights_of_some(prediction, snr, gamma):
+    """In others, of dreambooth: for v 1 more than for eps, and for x_0 as for eps."""
+    of_eps = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0] / snr
+    return of_eps + 1 if prediction == "v" else of_eps
+
+
+@pytest.mark.parametrize("prediction", PREDICTION_TYPE)
+def test_min_snr_of_the_training_examples(prediction):
+    scheduler, schedule = same_chain(diffusers.DDPMScheduler, "linear")
+    process = td.GaussianDiffusion(schedule, prediction)
+
+    def with_weights(weights_of):
+        def loss(network, x0, t, noise):
+            output = network(scheduler.add_noise(x0, noise, t), t)
+            target = {"eps": noise, "x0": x0, "v": scheduler.get_velocity(x0, noise, t)}[prediction]
+            each = torch.nn.functional.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
+            weights = weights_of(prediction, diffusers.training_utils.compute_snr(scheduler, t), 5.0)
+            return (weights * each).mean()
+
+        return loss
+
+    def judged(weights_of):
+        testing.assert_loss(with_weights(weights_of), process, min_snr_gamma=5.0, asarray=torch.as_tensor)
+
+    judged(weights_of_the_examples)
+    if prediction == "eps":
+        return judged(weights_of_some)
+    more = {"x0": "", "v": ", and 1 more"}[prediction]
+    with pytest.raises(AssertionError, match=rf"of this: the weights of an error of eps{more} \(E.19\).$"):
+        judged(weights_of_some)
+
+
 @pytest.mark.parametrize("prediction", PREDICTION_TYPE)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading"])

@@ -15,9 +15,12 @@ from mistakes import (
     LEARNED_EPS,
     LINEAR,
     LOW,
+    MIN_SNR,
     PLANTED,
+    SNR,
     TABLES,
     WALKS,
+    X0,
     A,
     S,
     V,
@@ -29,6 +32,7 @@ from mistakes import (
     karras,
     learned_step,
     linear,
+    loss,
     nll_of_levels,
     of_eps,
     ours,
@@ -39,11 +43,13 @@ from mistakes import (
     rotations,
     terms_of,
     times_ours,
+    velocity,
 )
 from scipy.special import ndtr
 
 import tinydiff as td
 from tinydiff import testing
+from tinydiff.losses import min_snr_weight, simple_loss
 from tinydiff.samplers import SAMPLERS
 from tinydiff.testing import _sampler, _schedule
 from tinydiff.testing._judge import Claim, distance, named
@@ -65,6 +71,15 @@ def refusal(check, *args, **options):
 # What is right passes
 
 
+def simple_loss_of(process, gamma=None):
+    def loss(network, x0, t, noise):
+        weights = None if gamma is None else min_snr_weight(process, t, gamma)
+        output = network(process.q_sample(x0, t, noise), t)
+        return simple_loss(process, output, x0, t, noise, weights)[0]
+
+    return loss
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -79,6 +94,8 @@ def test_our_own_functions_pass(schedule, prediction, variance):
         lambda *given: process.p_mean_variance(*given, clip=True), process, clip=True, shape=(3, 5)
     )
     testing.assert_bound_terms(terms_of(process, "8bit"), process, decoder="8bit")
+    for gamma in (None, 5.0):
+        testing.assert_loss(simple_loss_of(process, gamma), process, min_snr_gamma=gamma)
     testing.assert_predict_x0(td.GaussianDiffusion(schedule, prediction).predict_x0, process)
     testing.assert_schedule(schedule.alphas_cumprod, schedule)
 
@@ -335,12 +352,16 @@ def test_the_halves_of_an_output_may_lie_on_another_axis(axis):
     testing.assert_p_mean_variance(laid_out(LEARNED.p_mean_variance, 2), LEARNED, **options)
     testing.assert_bound_terms(laid_out(terms_of(LEARNED), 3), LEARNED, **options)
 
-    def sampler(denoise, x, tau, noise):
-        def on_the_last(x, t):
-            return np.concat(np.split(denoise(x, t), 2, axis=axis), axis=-1)
+    def on_the_last(network):
+        return lambda x, t: np.concat(np.split(network(x, t), 2, axis=axis), axis=-1)
 
-        return ours("ddpm", LEARNED)(on_the_last, x, tau, noise)
+    def loss(network, *given):
+        return simple_loss_of(LEARNED)(on_the_last(network), *given)
 
+    def sampler(denoise, *given):
+        return ours("ddpm", LEARNED)(on_the_last(denoise), *given)
+
+    testing.assert_loss(loss, LEARNED, **options)
     testing.assert_sampler(sampler, LEARNED, steps=4, **options)
     for wrong in (0, 4):
         with pytest.raises(ValueError, match=f"axis is {wrong}; expected one of the data, 1 … 3 or -1"):
@@ -363,7 +384,7 @@ def test_what_a_network_of_a_learned_variance_says_is_in_its_range():
 
 @pytest.mark.parametrize(("check", "against", "what", "yours"), ROWS, ids=[row[2] for row in ROWS])
 def test_a_mistake_in_code_from_the_papers_is_named(check, against, what, yours):
-    said = refusal(check, yours, against, shape=(20, 1, 1, 20))
+    said = refusal(check, yours, against, shape=(20, 1, 2, 20))
     assert said.endswith(f"It is what comes of this: {what}."), said
 
 
@@ -384,6 +405,11 @@ def test_the_same_code_without_a_mistake_passes():
     testing.assert_q_posterior(posterior(), LINEAR)
     testing.assert_p_mean_variance(reverse_step(), LARGE)
     testing.assert_p_mean_variance(learned_step(), LEARNED_EPS)
+    testing.assert_loss(loss(), EPS)
+    testing.assert_loss(loss(velocity, end=lambda each, w: np.mean(each)), V)
+    testing.assert_loss(loss(weights=MIN_SNR / SNR), EPS, min_snr_gamma=5)
+    testing.assert_loss(loss(lambda x0, t, noise: x0, weights=MIN_SNR), X0, min_snr_gamma=5)
+    testing.assert_loss(loss(velocity, weights=MIN_SNR / (SNR + 1)), V, min_snr_gamma=5)
     testing.assert_bound_terms(bound_terms(), LARGE)
     testing.assert_bound_terms(bound_terms(variance=LOW), EPS)
     exact = bound_terms(nll=lambda *given: nll_of_levels(*given, ndtr), variance=LOW)
@@ -576,6 +602,46 @@ def test_what_is_no_walk_is_said(ask, said):
     assert said in refusal(testing.assert_sampler, lambda denoise, x, *_: ask(denoise, x), EPS, steps=5)
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda network, x0, t, noise: 0.0, "loss does not ask the network."),
+        (lambda network, x0, t, noise: network(x0, t), "an x_t that is off by "),
+        (lambda network, x0, t, noise: network(x0[:2], t), "x of shape (2, 3, 4, 8); expected (8, 3, 4, 8)."),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1] + 1), "expected ["),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1][0]), "expected ["),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1]), "(8, 3, 4, 8); expected (8,)."),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1])[:7, 0, 0, 0], "has shape (7,)"),
+    ],
+)
+def test_what_is_no_loss_is_said(loss, said):
+    assert said in refusal(testing.assert_loss, loss, EPS)
+
+
+def test_a_network_in_a_loss_may_be_asked_twice_and_told_more():
+    """For an estimate of x_0 that it is then shown; and what the loss writes in is its own."""
+
+    def self_conditioned(network, x0, t, noise):
+        x_t = EPS.q_sample(x0, t, noise)
+        x0 *= 0
+        network(x_t, t)
+        return np.mean((network(x_t, t, x_self_cond=1) - noise) ** 2)
+
+    testing.assert_loss(self_conditioned, EPS)
+    testing.assert_loss(self_conditioned, EPS, shape=(1, 5))
+
+
+def test_a_loss_in_float32_passes():
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000, dtype=np.float32))
+
+    def loss(network, x0, t, noise):
+        x0, noise = x0.astype(np.float32), noise.astype(np.float32)
+        x_t = column(np.sqrt(abar[t])) * x0 + column(np.sqrt(1 - abar[t])) * noise
+        return np.mean((network(x_t, t).astype(np.float32) - noise) ** 2)
+
+    testing.assert_loss(loss, td.GaussianDiffusion(td.linear_schedule()))
+
+
 def test_mistakes_that_cannot_be_made_are_left_out():
     """EDM's clock does not begin at pure noise, nor does an eps say anything there."""
     process = td.GaussianDiffusion(TO_NOISE, "v")
@@ -641,6 +707,9 @@ def test_nothing_is_left_of_the_data_by_whatever_rounding():
         ),
         (testing.assert_sampler, (ddim(), EPS, "ddmp"), {}, "sampler is 'ddmp'; expected one of"),
         (testing.assert_bound_terms, (terms_of(EPS), EPS), dict(decoder="8"), "decoder is '8'; expected"),
+        (testing.assert_loss, (loss(), LINEAR), {}, "diffusion is a NoiseSchedule"),
+        (testing.assert_loss, (loss(), EPS), dict(tolerance=0), "tolerance is 0; expected"),
+        (testing.assert_loss, (loss(), EPS), dict(min_snr_gamma=0), "min_snr_gamma is 0; expected a posit"),
     ],
 )
 def test_bad_arguments_are_named(check, given, options, error):

@@ -21,12 +21,14 @@ What is called what elsewhere, and what these checks cannot find, is in chapter 
 
 from tinydiff.testing._bound import assert_bound_terms
 from tinydiff.testing._forward import assert_predict_x0, assert_q_sample, assert_training_target
+from tinydiff.testing._loss import assert_loss
 from tinydiff.testing._reverse import assert_p_mean_variance, assert_q_posterior
 from tinydiff.testing._sampler import assert_sampler
 from tinydiff.testing._schedule import assert_schedule
 
 __all__ = [
     "assert_bound_terms",
+    "assert_loss",
     "assert_p_mean_variance",
     "assert_predict_x0",
     "assert_q_posterior",
