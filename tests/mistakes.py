@@ -642,7 +642,7 @@ def dpm_solver(weight=lambda h, h_before: h / h_before / 2):
     return sampler
 
 
-def karras(first=0.5, second=0.5, ahead=True):
+def karras(first=0.5, second=0.5, ahead=True, over=None):
     """Karras et al. 2022, algorithm 1: x = x_0 + sigma eps, and Euler's rule in the last step."""
 
     def sampler(denoise, x, tau, noise):
@@ -654,7 +654,9 @@ def karras(first=0.5, second=0.5, ahead=True):
         x = x * np.sqrt(1 + sigma[-1] ** 2)
         for i in reversed(range(1, len(tau))):
             h, d = sigma[i - 1] - sigma[i], slope(x, i)
-            x = x + h * (first * d + second * slope(x + h * d if ahead else x, i - 1))
+            there = x + h * d if ahead else x
+            data = there - sigma[i - 1] * slope(there, i - 1)
+            x = x + h * (first * d + second * (there - data) / sigma[i if over == "now" else i - 1])
         return x - sigma[0] * slope(x, 0)
 
     return sampler
@@ -848,6 +850,9 @@ WALKS = [
             "the sum of both slopes, not their mean": karras(1.0, 1.0),
             "the second slope alone, not the mean of both": karras(0.0, 1.0),
             "the second call of a step is shown the state before it": karras(ahead=False),
+            "the second slope over the sigma of the first (diffusers, until its pull request 1512)": karras(
+                over="now"
+            ),
         },
     ),
     (

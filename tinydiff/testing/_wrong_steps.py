@@ -193,14 +193,16 @@ def _trapezoid(walk: GaussianDiffusion, name: str, clip: bool) -> dict[str, Step
     def nowhere(i: int, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
         return moved(i, x, 0 * x)
 
-    def step(first: float = 0.5, second: float = 0.5, ahead: Function = by_ddim) -> Step:
+    def step(first: float = 0.5, second: Any = 0.5, ahead: Function = by_ddim) -> Step:
+        second = np.broadcast_to(second, walk.T)
+
         def trapezoid(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
             x0 = estimate(i, x, output)
             if i == 0:
                 return x0
             there = ahead(i, x, x0)
             x0_there = estimate(i - 1, there, ask(there, i - 1))
-            return moved(i, x, first * slope(i, x, x0) + second * slope(i - 1, there, x0_there))
+            return moved(i, x, first * slope(i, x, x0) + second[i] * slope(i - 1, there, x0_there))
 
         return trapezoid
 
@@ -211,4 +213,9 @@ def _trapezoid(walk: GaussianDiffusion, name: str, clip: bool) -> dict[str, Step
     }
     if heun:
         steps["the second call of a step is shown where Euler's rule leads, not ddim"] = step(ahead=by_euler)
+    else:
+        sigma = np.tan(phi)
+        steps["the second slope over the sigma of the first (diffusers, until its pull request 1512)"] = step(
+            second=np.append(0.0, sigma[:-1] / sigma[1:]) / 2
+        )
     return steps
