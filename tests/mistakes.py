@@ -13,6 +13,7 @@ from tinydiff import testing
 from tinydiff.bound import step_term
 
 LINEAR, COSINE = td.linear_schedule(200), td.cosine_schedule(50)
+TO_NOISE = td.cosine_schedule(40, max_beta=1.0)  # nothing of the data is left at its end
 ABAR, BETAS = LINEAR.alphas_cumprod, LINEAR.betas
 A, S = np.sqrt(ABAR), np.sqrt(1 - ABAR)
 BEFORE = np.append(1.0, ABAR[:-1])
@@ -201,6 +202,23 @@ MIN_SNR = np.minimum(SNR, 5.0)  # Hang et al. 2023, what an error of x_0 counts
 velocity = linear(-S, A)
 
 
+def late(numbers, by):
+    return numbers[np.clip(np.arange(200) + by, 0, 199)]
+
+
+def weighed_by_a_quotient(network, x0, t, noise):
+    """Where the SNR is 0, too."""
+    with np.errstate(invalid="ignore"):
+        weights = np.minimum(TO_NOISE.snr, 5.0) / TO_NOISE.snr
+    output = network(td.GaussianDiffusion(TO_NOISE).q_sample(x0, t, noise), t)
+    return weights[t] * np.mean((output - noise) ** 2, axis=(1, 2, 3))
+
+
+def of_the_other_half(network, x0, t, noise):
+    _, nu = np.split(network(linear(A, S)(x0, t, noise), t), 2, axis=-1)
+    return np.mean((nu - noise) ** 2)
+
+
 def terms_of(process, decoder="density"):
     return lambda x0, x_t, t, output: step_term(process, output, x0, x_t, t, decoder)[0]
 
@@ -364,6 +382,7 @@ PLANTED = [
         {
             **{what: loss(target) for what, target in moved(velocity, 1).items()},
             "the target is eps": loss(),
+            "the target is -eps": loss(lambda x0, t, noise: -noise),
             "the target is x_0": loss(lambda x0, t, noise: x0),
             "the target is -v, which is another convention, EDM's": loss(linear(S, -A)),
             "the target is x_t": loss(linear(A, S)),
@@ -379,6 +398,8 @@ PLANTED = [
             ),
             "half of it": loss(end=lambda each, w: np.mean(each / 2)),
             "the root of it": lambda *given: loss()(*given) ** 0.5,
+            "the root of the batch's mean": loss(end=lambda each, w: np.mean(each) ** 0.5),
+            "Min-SNR weights with gamma 5, which min_snr_gamma=5 expects": loss(weights=MIN_SNR / SNR),
             "the absolute difference, not its square": loss(size=np.abs, end=lambda each, w: np.mean(each)),
             "Huber's loss, half the square up to 1 and then linear": loss(size=partial(huber, 1.0)),
             "a sum over the batch, not a mean": loss(end=lambda each, w: len(each) * np.mean(each)),
@@ -397,8 +418,13 @@ PLANTED = [
                 velocity, weights=np.minimum(SNR + 1, 5.0) / (SNR + 1)
             ),
             "snr as it is, not at most gamma": loss(velocity, weights=SNR / (SNR + 1)),
+            "gamma, where it should be the smaller of snr and gamma": loss(velocity, weights=5 / (SNR + 1)),
+            "the square of snr": loss(velocity, weights=np.minimum(SNR**2, 5.0) / (SNR**2 + 1)),
+            "the weights, squared": loss(velocity, weights=(MIN_SNR / (SNR + 1)) ** 2),
+            "the weights of t - 1": loss(velocity, weights=late(MIN_SNR / (SNR + 1), -1)),
+            "the weights of t + 1": loss(velocity, weights=late(MIN_SNR / (SNR + 1), 1)),
             "1 / snr for snr": loss(velocity, weights=np.minimum(1 / SNR, 5.0) / (1 / SNR + 1)),
-            "the mean of the batch, times the weights": loss(
+            "the mean of the batch, times the weights; or their (N,) times (N, 1, ...)": loss(
                 velocity, weights=MIN_SNR / (SNR + 1), end=lambda each, w: np.mean(np.mean(each) * w)
             ),
             "weights (N,) that spread along the last axis": loss(
@@ -414,6 +440,16 @@ PLANTED = [
             "the larger of snr and gamma, not the smaller (E.19)": loss(weights=np.maximum(SNR, 5.0) / SNR),
             "the root of snr, a ratio of rates": loss(weights=np.minimum(A / S, 5.0) * S / A),
         },
+    ),
+    (
+        partial(testing.assert_loss, min_snr_gamma=5.0),
+        td.GaussianDiffusion(TO_NOISE),
+        {"0 / 0 where snr is 0, of min(snr, gamma) / snr": weighed_by_a_quotient},
+    ),
+    (
+        testing.assert_loss,
+        LEARNED_EPS,
+        {"nu, the second half of the output, for the prediction": of_the_other_half},
     ),
     (
         testing.assert_bound_terms,

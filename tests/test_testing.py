@@ -19,6 +19,7 @@ from mistakes import (
     PLANTED,
     SNR,
     TABLES,
+    TO_NOISE,
     WALKS,
     X0,
     A,
@@ -54,7 +55,6 @@ from tinydiff.samplers import SAMPLERS
 from tinydiff.testing import _sampler, _schedule
 from tinydiff.testing._judge import Claim, distance, named
 
-TO_NOISE = td.cosine_schedule(40, max_beta=1.0)  # nothing of the data is left at its end
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE, "to noise": TO_NOISE}
 LEARNED = td.GaussianDiffusion(COSINE, "v", "learned_range")
 PREDICTIONS, VARIANCES = ("eps", "x0", "v"), ("fixed_small", "fixed_large", "learned_range")
@@ -389,12 +389,13 @@ def test_a_mistake_in_code_from_the_papers_is_named(check, against, what, yours)
 
 
 def test_every_mistake_of_the_lists_is_planted(monkeypatch):
-    claims = []
+    claims, planted, listed = [], set(), set()
     monkeypatch.setattr(Claim, "judge", lambda claim, *_: claims.append(claim))
-    for check, against, _, yours in ROWS:
+    for check, against, what, yours in ROWS:
         check(yours, against)
-    planted = {(claim.name, what) for claim, (_, _, what, _) in zip(claims, ROWS, strict=True)}
-    assert planted == {(claim.name, what) for claim in claims for what in claim.mistakes}
+        planted.add((claims[-1].name, what))
+        listed |= {(claims[-1].name, mistake) for mistake in claims[-1].mistakes}
+    assert planted == listed
 
 
 def test_the_same_code_without_a_mistake_passes():
@@ -608,8 +609,12 @@ def test_what_is_no_walk_is_said(ask, said):
         (lambda network, x0, t, noise: 0.0, "loss does not ask the network."),
         (lambda network, x0, t, noise: network(x0, t), "an x_t that is off by "),
         (lambda network, x0, t, noise: network(x0[:2], t), "x of shape (2, 3, 4, 8); expected (8, 3, 4, 8)."),
-        (lambda network, *given: network(EPS.q_sample(*given), given[1] + 1), "expected ["),
-        (lambda network, *given: network(EPS.q_sample(*given), given[1][0]), "expected ["),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1] + 1), "(E.13)."),
+        (
+            lambda network, *given: network(EPS.q_sample(*given), given[1] / 200),
+            "u: network(x, 200 * u), say)",
+        ),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1][0]), "t of shape (); expected (8,)."),
         (lambda network, *given: network(EPS.q_sample(*given), given[1]), "(8, 3, 4, 8); expected (8,)."),
         (lambda network, *given: network(EPS.q_sample(*given), given[1])[:7, 0, 0, 0], "has shape (7,)"),
     ],
@@ -624,11 +629,32 @@ def test_a_network_in_a_loss_may_be_asked_twice_and_told_more():
     def self_conditioned(network, x0, t, noise):
         x_t = EPS.q_sample(x0, t, noise)
         x0 *= 0
-        network(x_t, t)
-        return np.mean((network(x_t, t, x_self_cond=1) - noise) ** 2)
+        first = network(x_t, t)
+        first *= 0
+        return np.mean((network(x_t, t, x_self_cond=first, return_dict=False)[0] - noise) ** 2)
 
     testing.assert_loss(self_conditioned, EPS)
     testing.assert_loss(self_conditioned, EPS, shape=(1, 5))
+
+
+@pytest.mark.parametrize("t_wrong", [0, 100, 199])
+def test_one_number_for_a_batch_does_not_hide_what_counts_little(t_wrong):
+    """In the mean of a batch of many t it would: the weights of the last t are a millionth of the largest."""
+    weights = MIN_SNR * np.where(np.arange(200) == t_wrong, 2, 1)
+    wrong = loss(lambda x0, t, noise: x0, weights=weights, end=lambda each, w: np.mean(column(w) * each))
+    said = refusal(testing.assert_loss, wrong, X0, min_snr_gamma=5.0)
+    assert f"off by 1 of its largest number at t = {t_wrong}; off by more than 1e-05 at no other t." in said
+
+
+@pytest.mark.parametrize("T", [1, 2, 8])
+def test_what_is_nowhere_a_number_has_no_name(T):
+    process = td.GaussianDiffusion(td.cosine_schedule(T, max_beta=1.0))
+
+    def no_number(network, x0, t, noise):
+        return 0 * np.mean(network(process.q_sample(x0, t, noise), t)) * np.nan
+
+    said = refusal(testing.assert_loss, no_number, process, min_snr_gamma=5.0)
+    assert "not finite" in said and "None of the" in said
 
 
 def test_a_loss_in_float32_passes():

@@ -14,6 +14,7 @@ from tinydiff.diffusion import GaussianDiffusion
 __all__ = [
     "SHAPE",
     "Function",
+    "answered",
     "asked_up_to",
     "called",
     "check_shape",
@@ -52,6 +53,11 @@ def called(function: Function, signature: str, *given: Any) -> Any:
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note(f"tinydiff.testing called it as {signature}.")
         raise
+
+
+def answered(output: Any, how: dict[str, Any]) -> Any:
+    """A network's answer, as it is asked for: in diffusers' way, with return_dict=False, in a tuple."""
+    return (output,) if how.get("return_dict") is False else output
 
 
 def on_host(name: str, result: Any) -> np.ndarray:

@@ -94,10 +94,11 @@ class Claim:
         if worst <= tolerance:
             return
         distances = {}
+        nowhere = not any(np.any(np.isfinite(part)) for part in came)  # and so agrees with too much
         for what, mistake in self.mistakes.items():
             with np.errstate(all="ignore"):
                 given = _end_to_end(_parts(mistake(*batch)) for batch in batches)
-            distances[what] = float(np.max(apart(given)))
+            distances[what] = np.inf if nowhere else float(np.max(apart(given)))
         at, T = np.unique(t[wrong[k] > tolerance]), len(np.unique(t))
         where = f"{len(at)} of {T} t, between {at[0]} and {at[-1]}"
         if len(at) in (1, T):

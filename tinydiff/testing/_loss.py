@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import check_number
-from tinydiff.diffusion import GaussianDiffusion, check_diffusion
+from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.losses import min_snr_weight
 from tinydiff.testing._asked import (
     SHAPE,
     Function,
+    answered,
     called,
     check_shape,
     check_tolerance,
@@ -43,8 +44,9 @@ def assert_loss(
     ----------
     loss : callable
         Takes ``network(x_t, t)``, x0 and noise of `shape` and t (N,), 0 … T-1. Returns the squared error's
-        mean over the numbers of each sample, (N,), or the mean of these, one number. The network is to be
-        shown x_t and t; further arguments of it are ignored.
+        mean over the numbers of each sample, (N,), or the mean of these, one number. The network is a
+        function of x_t and t, by position, and returns an array (of one, with ``return_dict=False``); further
+        arguments are ignored.
     diffusion : GaussianDiffusion
         Its ``prediction`` says what the answer is held against. Of the half of the answer that is a learned
         variance L_simple says nothing.
@@ -53,7 +55,7 @@ def assert_loss(
     axis : int
         As in `assert_p_mean_variance`.
     shape, asarray, tolerance
-        As in `assert_q_sample`. One number for a batch is off at all t of the batch.
+        As in `assert_q_sample`.
 
     Raises
     ------
@@ -71,50 +73,50 @@ def assert_loss(
     def shown(x0: np.ndarray, t: np.ndarray, noise: np.ndarray, output: np.ndarray) -> tuple[Any, ...]:
         return x0, t, noise, laid_out(diffusion, axis, output)
 
-    batches = _batches(diffusion, shape)
-    yours = _of_arrays(loss, diffusion, tolerance)
-    first = called(yours, f"loss({SIGNATURE})", *(asarray(x.copy()) for x in shown(*batches[0])))
-    one_number = first.size == 1
-
-    def reduced(per_sample: Function) -> Function:
-        return (lambda *given: np.full(shape[0], np.mean(per_sample(*given)))) if one_number else per_sample
-
+    rng = np.random.default_rng(0)
+    mixed = _batches(diffusion, shape, times(diffusion.T, shape[0], rng), rng)
+    yours = _of_arrays(loss, diffusion, asarray, tolerance)
+    first = called(yours, f"loss({SIGNATURE})", *(asarray(x.copy()) for x in shown(*mixed[0])))
     ours, mistakes = _ours_and_mistakes(diffusion, min_snr_gamma, shape)
-    mistakes = {what: reduced(mistake) for what, mistake in mistakes.items()}
-    if one_number and shape[0] > 1:
-        mistakes["a sum over the batch, not a mean"] = lambda *given: shape[0] * reduced(ours)(*given)
-        mistakes["a sum over all numbers of the batch, not a mean"] = lambda *given: (
-            math.prod(shape) * reduced(ours)(*given)
-        )
     weighed = "" if min_snr_gamma is None else ", weighed (docs: L.10)"
-    expected = f"the mean of |{diffusion.prediction} - output|^2 (docs: L.9){weighed}"
-    claim = Claim("loss", SIGNATURE, expected, reduced(ours), mistakes, shown=shown)
-    claim.judge(
-        lambda *given: np.full(shape[0], yours(*given).item()) if one_number else yours(*given),
-        batches,
-        asarray,
-        tolerance,
+    expected = (
+        f"the mean of |{diffusion.prediction} - output|^2 (docs: L.9){weighed}; assert_training_target asks "
+        "for the target alone"
     )
+    if first.size > 1 or shape[0] == 1:
+        claim = Claim("loss", SIGNATURE, expected, ours, mistakes, shown=shown)
+        claim.judge(lambda *given: np.atleast_1d(yours(*given)), mixed, asarray, tolerance)
+        return
+
+    def to_one(per_sample: Function, end: Function = np.mean) -> Function:
+        return lambda *given: np.full(shape[0], end(per_sample(*given)))
+
+    # In the mean of many t what counts little is lost: at one time each first; then mixed, for the columns.
+    alike = _batches(diffusion, shape, np.repeat(np.arange(diffusion.T)[:, None], shape[0], axis=1), rng)
+    mistakes = {what: to_one(mistake) for what, mistake in mistakes.items()} | {
+        "the root of the batch's mean": to_one(ours, lambda numbers: np.sqrt(np.mean(numbers))),
+        "a sum over the batch, not a mean": to_one(ours, np.sum),
+        "a sum over all numbers of the batch, not a mean": to_one(
+            ours, lambda numbers: math.prod(shape[1:]) * np.sum(numbers)
+        ),
+    }
+    claim = Claim("loss", SIGNATURE, expected, to_one(ours), mistakes, shown=shown)
+    for batches in (alike, mixed):
+        claim.judge(lambda *given: np.full(shape[0], yours(*given).item()), batches, asarray, tolerance)
 
 
-def _of_arrays(loss: Function, diffusion: GaussianDiffusion, tolerance: float) -> Function:
+def _of_arrays(loss: Function, diffusion: GaussianDiffusion, asarray: Function, tolerance: float) -> Function:
     """Of (x0, t, noise, output): what loss makes of a network with this output, if it shows it the right."""
 
     def yours(x0: Any, t: Any, noise: Any, output: Any) -> np.ndarray:
-        right_t = on_host("t", t)
+        right_t, answer, asked = on_host("t", t), on_host("output", output), []
         x_t = diffusion.q_sample(on_host("x0", x0), right_t, on_host("noise", noise))
-        asked = []
 
-        def network(x: Any, t: Any, *_: Any, **__: Any) -> Any:
+        def network(x: Any, t: Any, *_: Any, **how: Any) -> Any:
             asked.append(t)
-            x, t = (
-                on_host("the x that the network is shown", x),
-                on_host("the t that the network is shown", t),
-            )
-            _check_shown(x, x_t, right_t, tolerance)
-            if t.shape != right_t.shape or np.any(t != right_t):
-                raise AssertionError(f"the network is shown t = {t}; expected {right_t} (E.13).")
-            return output
+            _check_x(on_host("the x that the network is shown", x), x_t, right_t, tolerance)
+            _check_t(on_host("the t that the network is shown", t), right_t, diffusion.T)
+            return answered(asarray(answer.copy()), how)
 
         value = on_host("loss", loss(network, x0, t, noise))
         if not asked:
@@ -124,7 +126,7 @@ def _of_arrays(loss: Function, diffusion: GaussianDiffusion, tolerance: float) -
     return yours
 
 
-def _check_shown(x: np.ndarray, x_t: np.ndarray, t: np.ndarray, tolerance: float) -> None:
+def _check_x(x: np.ndarray, x_t: np.ndarray, t: np.ndarray, tolerance: float) -> None:
     if x.shape != x_t.shape:
         raise AssertionError(f"the network is shown x of shape {x.shape}; expected {x_t.shape}.")
     off = distance(x, x_t, x_t)
@@ -135,6 +137,15 @@ def _check_shown(x: np.ndarray, x_t: np.ndarray, t: np.ndarray, tolerance: float
         )
 
 
+def _check_t(t: np.ndarray, right: np.ndarray, T: int) -> None:
+    if t.shape != right.shape:
+        raise AssertionError(f"the network is shown t of shape {t.shape}; expected {right.shape}.")
+    if np.any(t != right):
+        late = any(np.array_equal(t, right + by) for by in (-1, 1))
+        why = "(E.13)" if late else f"(in a time of your own: lambda x, u: network(x, {T} * u), say)"
+        raise AssertionError(f"the network is shown t = {t}; expected {right} {why}.")
+
+
 def _ours_and_mistakes(
     diffusion: GaussianDiffusion, gamma: float | None, shape: tuple[int, ...]
 ) -> tuple[Function, dict[str, Function]]:
@@ -143,10 +154,10 @@ def _ours_and_mistakes(
     a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
     snr, every, one = schedule.snr, np.arange(schedule.T), np.ones(schedule.T)
 
-    def weights_of(prediction: str) -> np.ndarray:
-        return min_snr_weight(GaussianDiffusion(schedule, prediction), every, gamma)  # type: ignore[arg-type]
+    def weights_of(gamma: float, prediction: Prediction = diffusion.prediction) -> np.ndarray:
+        return min_snr_weight(GaussianDiffusion(schedule, prediction), every, gamma)
 
-    right = one if gamma is None else weights_of(diffusion.prediction)
+    right = one if gamma is None else weights_of(gamma)
 
     def mean(numbers: np.ndarray) -> np.ndarray:
         return np.mean(numbers, axis=axes)
@@ -160,10 +171,14 @@ def _ours_and_mistakes(
         """The loss from its parts, one of which may be wrong."""
         return lambda x0, t, noise, output: weights[t] * reduce(size(output[..., :C] - target(x0, t, noise)))
 
+    def of_nu(x0: np.ndarray, t: np.ndarray, noise: np.ndarray, output: np.ndarray) -> np.ndarray:
+        return built()(x0, t, noise, np.roll(output, C, axis=-1))
+
     ours = built()
     mistakes = {
         **moved_in_time(ours, schedule.T),
         "the target is eps": built(target=lambda x0, t, noise: noise),
+        "the target is -eps": built(target=lambda x0, t, noise: -noise),
         "the target is x_0": built(target=lambda x0, t, noise: x0),
         "the target is v": built(target=linear(-s, a)),
         "the target is -v, which is another convention, EDM's": built(target=linear(s, -a)),
@@ -178,31 +193,40 @@ def _ours_and_mistakes(
             size=lambda d: np.where(np.abs(d) < 1, d * d / 2, np.abs(d) - 0.5)
         ),
     }
+    if diffusion.variance == "learned_range":
+        mistakes["nu, the second half of the output, for the prediction"] = of_nu
     if gamma is None:
+        mistakes["Min-SNR weights with gamma 5, which min_snr_gamma=5 expects"] = built(weights_of(5.0))
         return ours, mistakes
 
     def by(snr: np.ndarray = snr, cap: Function = np.minimum) -> np.ndarray:
         """The weights from their parts."""
-        return {"x0": cap(snr, gamma), "eps": cap(snr, gamma) / snr, "v": cap(snr, gamma) / (snr + 1)}[
-            diffusion.prediction
-        ]
+        return cap(snr, gamma) / {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1}[diffusion.prediction]
 
+    of_eps = weights_of(gamma, "eps")
     with np.errstate(divide="ignore", invalid="ignore"):
-        mistakes |= {
-            "no weights": built(one),
-            "the weights of an error of x_0": built(weights_of("x0")),
-            "the weights of an error of eps (E.19)": built(weights_of("eps")),
-            "the weights of an error of eps, and 1 more (E.19)": built(weights_of("eps") + 1),
-            "min(snr + 1, gamma) / (snr + 1) (E.19)": built(np.minimum(snr + 1, gamma) / (snr + 1)),
-            "the weights of an error of v": built(weights_of("v")),
-            "the larger of snr and gamma, not the smaller (E.19)": built(by(cap=np.maximum)),
-            "snr as it is, not at most gamma": built(by(cap=lambda snr, gamma: snr)),
-            "the root of snr, a ratio of rates": built(by(snr=np.sqrt(snr))),
-            "1 / snr for snr": built(by(snr=1 / snr)),
-            "the mean of the batch, times the weights": lambda x0, t, noise, output: (
-                right[t] * np.mean(built(one)(x0, t, noise, output))
-            ),
+        weights = {
+            "no weights": one,
+            "the weights of an error of x_0": weights_of(gamma, "x0"),
+            "the weights of an error of eps (E.19)": of_eps,
+            "the weights of an error of eps, and 1 more (E.19)": of_eps + 1,
+            "the weights of an error of v": weights_of(gamma, "v"),
+            "min(snr + 1, gamma) / (snr + 1) (E.19)": np.minimum(snr + 1, gamma) / (snr + 1),
+            "the larger of snr and gamma, not the smaller (E.19)": by(cap=np.maximum),
+            "snr as it is, not at most gamma": by(cap=lambda snr, gamma: snr),
+            "gamma, where it should be the smaller of snr and gamma": by(cap=lambda snr, gamma: gamma),
+            "the root of snr, a ratio of rates": by(snr=np.sqrt(snr)),
+            "the square of snr": by(snr=snr**2),
+            "1 / snr for snr": by(snr=1 / snr),
+            "0 / 0 where snr is 0, of min(snr, gamma) / snr": by(),
+            "the weights, squared": right**2,
+            "the weights of t - 1": right[np.maximum(every - 1, 0)],
+            "the weights of t + 1": right[np.minimum(every + 1, schedule.T - 1)],
         }
+    mistakes |= {what: built(wrong) for what, wrong in weights.items()}
+    mistakes["the mean of the batch, times the weights; or their (N,) times (N, 1, ...)"] = (
+        lambda x0, t, noise, output: right[t] * np.mean(built(one)(x0, t, noise, output))
+    )
     if shape[0] == shape[-1]:
         mistakes["weights (N,) that spread along the last axis"] = lambda x0, t, noise, output: mean(
             right[t] * (output[..., :C] - diffusion.training_target(x0, t, noise)) ** 2
@@ -210,11 +234,11 @@ def _ours_and_mistakes(
     return ours, mistakes
 
 
-def _batches(diffusion: GaussianDiffusion, shape: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
-    """x0, t, noise and the network's output, at all of 0 … T-1."""
-    rng = np.random.default_rng(0)
+def _batches(
+    diffusion: GaussianDiffusion, shape: tuple[int, ...], times: np.ndarray, rng: np.random.Generator
+) -> list[tuple[np.ndarray, ...]]:
+    """x0, t, noise and the network's output, at these times, (., N)."""
     wide = (*shape[:-1], (2 if diffusion.variance == "learned_range" else 1) * shape[-1])
     return [
-        (rng.uniform(-1, 1, shape), t, rng.standard_normal(shape), rng.standard_normal(wide))
-        for t in times(diffusion.T, shape[0], rng)
+        (rng.uniform(-1, 1, shape), t, rng.standard_normal(shape), rng.standard_normal(wide)) for t in times
     ]

@@ -10,7 +10,15 @@ import numpy as np
 from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.mixture import GaussianMixture
 from tinydiff.samplers import SAMPLERS, iterate_samples, respaced
-from tinydiff.testing._asked import Function, called, check_shape, check_tolerance, laid_out, on_host
+from tinydiff.testing._asked import (
+    Function,
+    answered,
+    called,
+    check_shape,
+    check_tolerance,
+    laid_out,
+    on_host,
+)
 from tinydiff.testing._judge import named
 from tinydiff.testing._wrong_steps import Step, walked, wrong_steps
 
@@ -39,9 +47,10 @@ def assert_sampler(
     Parameters
     ----------
     sampler : callable
-        Takes ``denoise(x, t)``, with t an integer or (N,); x_T of `shape`; the times to walk through, an
-        increasing array of int64, in NumPy; and ``noise()``, which returns the next standard normal numbers
-        of `shape`. Returns the samples. Further arguments of ``denoise`` and ``noise`` are ignored.
+        Takes ``denoise(x, t)``, with t an integer or (N,), which returns an array (of one, with
+        ``return_dict=False``); x_T of `shape`; the times to walk through, an increasing array of int64, in
+        NumPy; and ``noise()``, which returns the next standard normal numbers of `shape`. Returns the
+        samples. Further arguments of ``denoise`` and ``noise`` are ignored.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what `denoise` returns.
     name, steps, eta, clip
@@ -70,7 +79,7 @@ def assert_sampler(
     result = called(
         sampler,
         "sampler(denoise, x_T, timesteps, noise)",
-        lambda x, t, *_, **__: asarray(laid_out(diffusion, axis, asked(x, t))),
+        lambda x, t, *_, **how: answered(asarray(laid_out(diffusion, axis, asked(x, t))), how),
         asarray(x_T.copy()),
         timesteps.copy(),
         lambda *_, **__: asarray(your_noise.standard_normal(shape)),
