@@ -424,10 +424,10 @@ PLANTED = [
             "the weights of t - 1": loss(velocity, weights=late(MIN_SNR / (SNR + 1), -1)),
             "the weights of t + 1": loss(velocity, weights=late(MIN_SNR / (SNR + 1), 1)),
             "1 / snr for snr": loss(velocity, weights=np.minimum(1 / SNR, 5.0) / (1 / SNR + 1)),
-            "the mean of the batch, times the weights; or their (N,) times (N, 1, ...)": loss(
+            "the mean of the batch, times the weights; or their (N,) times (N, 1, ...) (E.20)": loss(
                 velocity, weights=MIN_SNR / (SNR + 1), end=lambda each, w: np.mean(np.mean(each) * w)
             ),
-            "weights (N,) that spread along the last axis": loss(
+            "weights (N,) that spread along the last axis (E.20)": loss(
                 velocity, weights=MIN_SNR / (SNR + 1), end=lambda each, w: np.mean(each * w)
             ),
         },
@@ -644,7 +644,8 @@ def ddim(mistake="", eta=0.0, sigma=None, of_x0=lambda a2, b2: np.sqrt(b2), of_e
         for i in reversed(range(len(tau))):
             eps = denoise(x, np.full(len(x), tau[i]))
             after = tau[i - 1] if i else -1
-            after = {"computed": tau[i] - LINEAR.T // len(tau), "t - 1": tau[i] - 1}.get(mistake, after)
+            others = {"computed": tau[i] - LINEAR.T // len(tau), "t - 1": tau[i] - 1, "too far": after - 1}
+            after = others.get(mistake, after)
             a2, b2 = ABAR[tau[i]], ABAR[after] if after >= 0 else 1.0
             small = (1 - b2) / (1 - a2) * (1 - a2 / b2)
             sd = sigma(small, tau[i]) if sigma else eta * np.sqrt(small)
@@ -804,6 +805,10 @@ WALKS = [
             ),
             "the next time computed, t - T / S, and not looked up (E.16)": ddim("computed", **HALF),
             "the next state is that of t - 1": ddim("t - 1", **HALF),
+            "the next state is a step too far, abar_{t-1} at its t": ddim("too far", **HALF),
+            "sigma_t in front of eps, not the root of 1 - abar - sigma_t^2": ddim(
+                **HALF, of_eps=lambda a2, b2, sd: sd
+            ),
         },
     ),
     (

@@ -224,11 +224,11 @@ def _ours_and_mistakes(
             "the weights of t + 1": right[np.minimum(every + 1, schedule.T - 1)],
         }
     mistakes |= {what: built(wrong) for what, wrong in weights.items()}
-    mistakes["the mean of the batch, times the weights; or their (N,) times (N, 1, ...)"] = (
+    mistakes["the mean of the batch, times the weights; or their (N,) times (N, 1, ...) (E.20)"] = (
         lambda x0, t, noise, output: right[t] * np.mean(built(one)(x0, t, noise, output))
     )
     if shape[0] == shape[-1]:
-        mistakes["weights (N,) that spread along the last axis"] = lambda x0, t, noise, output: mean(
+        mistakes["weights (N,) that spread along the last axis (E.20)"] = lambda x0, t, noise, output: mean(
             right[t] * (output[..., :C] - diffusion.training_target(x0, t, noise)) ** 2
         )
     return ours, mistakes

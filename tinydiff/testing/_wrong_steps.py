@@ -122,6 +122,7 @@ def _ddim(
     return {
         "the next time computed, t - T / S, and not looked up (E.16)": towards(timesteps - long.T // walk.T),
         "the next state is that of t - 1": towards(timesteps - 1),
+        "the next state is a step too far, abar_{t-1} at its t": towards(np.append(-1, timesteps[:-1] - 1)),
         "the last step leads to abar of t = 0, not to 1, the data": step(
             np.append(long.schedule.betas[0], after[1:]), variance=eta**2 * small
         ),
@@ -132,6 +133,7 @@ def _ddim(
             of_eps=np.sqrt(np.maximum(after - sigma, 0))
         ),
         "sigma_t taken out beside the root": step(of_eps=np.sqrt(after) - sigma),
+        "sigma_t in front of eps, not the root of 1 - abar - sigma_t^2": step(of_eps=sigma),
         "sigma_t is 0": step(variance=0 * small),
         "eta is 1": step(variance=small),
         "1 - abar of now, not of the next state, in front of eps": step(
