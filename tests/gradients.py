@@ -33,10 +33,12 @@ class Case:
     layer: Callable[..., Any]
     inputs: list[np.ndarray]
     settings: dict[str, Any] = field(default_factory=dict)  # what a reference has to be told
+    module: nn.Module | None = None  # whose parameters; the layer, if that is one
 
     @property
     def parameters(self):
-        return self.layer.named_parameters() if isinstance(self.layer, nn.Module) else {}
+        module = self.module or self.layer
+        return module.named_parameters() if isinstance(module, nn.Module) else {}
 
 
 def normal(rng, shape, dtype=np.float64):
@@ -73,6 +75,16 @@ def gradients_of(case, dy):
     y, backward = case.layer(*case.inputs)
     named = {f"x{i}": g for i, g in enumerate(as_tuple(backward(dy)))}
     return y, named | {name: p.grad for name, p in case.parameters.items()}
+
+
+def as_layer(loss):
+    """A loss of one array, value and gradient, as a layer that returns a number."""
+
+    def layer(x):
+        value, gradient = loss(x)
+        return value, lambda dy: dy * gradient
+
+    return layer
 
 
 def norm(arrays):
@@ -260,18 +272,8 @@ def mlp(draw, rng):
     d, n = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     model = MLP(d, draw(st.integers(1, 3)), draw(features), draw(st.integers(1, 3)), 2 * draw(sizes), rng)
     t = rng.integers(0, 1000, n)
-
-    class AtTime(nn.Module):
-        """The model at fixed times, so that its only input is x."""
-
-        def _named(self):
-            return model._named()
-
-        def __call__(self, x):
-            return model(x, t)
-
     randomise(model, rng)
-    return Case(AtTime(), [normal(rng, (n, d))], {"t": t, "config": model.config})
+    return Case(lambda x: model(x, t), [normal(rng, (n, d))], {"t": t, "config": model.config}, model)
 
 
 LAYERS = {

@@ -214,14 +214,8 @@ def test_dropout_sits_in_the_residual_block_before_the_second_convolution():
     assert np.abs(dropped - without).max() > 0.1
 
     # And its derivative, with the generator started again at every call.
-    class Seeded(nn.Module):
-        def __init__(self):
-            self.block = block
-
-        def __call__(self, x, emb):
-            return block(x, emb, np.random.default_rng(7))
-
-    assert_central_differences_agree(Case(Seeded(), [x, emb]), rng)
+    case = Case(lambda x, emb: block(x, emb, np.random.default_rng(7)), [x, emb], module=block)
+    assert_central_differences_agree(case, rng)
 
 
 # The contract: called twice, called once, shared, accumulated, kept apart

@@ -3,7 +3,7 @@
 import array_api_strict as strict
 import numpy as np
 import pytest
-from gradients import Case, assert_central_differences_agree, frozen
+from gradients import Case, as_layer, assert_central_differences_agree, frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -180,11 +180,8 @@ def test_vlb_loss_is_the_bound_in_bits_per_dimension(prediction, variance, seed)
     assert_allclose(value, 6 * np.mean(weights * terms) / (6 * np.log(2)), rtol=1e-12)  # T / (D log 2)
     assert_allclose(vlb_loss(diffusion, output, x0, t, noise)[0], np.mean(terms) / np.log(2), rtol=1e-12)
 
-    def loss(output):
-        value, gradient = vlb_loss(diffusion, output, x0, t, noise, weights=weights)
-        return value, lambda d: d * gradient
-
-    assert_central_differences_agree(Case(loss, [frozen(output)]), np.random.default_rng(seed))
+    layer = as_layer(lambda output: vlb_loss(diffusion, output, x0, t, noise, weights=weights))
+    assert_central_differences_agree(Case(layer, [frozen(output)]), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("decoder", ["density", "8bit"])
@@ -294,11 +291,8 @@ def test_gradient_of_the_weighted_loss(prediction, seed):
     output, x0, t, noise, _ = batch(diffusion, (4, 2, 3), seed)
     weights = np.random.default_rng(seed).uniform(0, 3, 4)
 
-    def loss(output):
-        value, gradient = simple_loss(diffusion, output, x0, t, noise, weights)
-        return value, lambda d: d * gradient
-
-    assert_central_differences_agree(Case(loss, [frozen(output)]), np.random.default_rng(seed))
+    layer = as_layer(lambda output: simple_loss(diffusion, output, x0, t, noise, weights))
+    assert_central_differences_agree(Case(layer, [frozen(output)]), np.random.default_rng(seed))
     ones, _ = simple_loss(diffusion, output, x0, t, noise, np.ones(4))
     assert_allclose(ones, simple_loss(diffusion, output, x0, t, noise)[0], rtol=1e-14)
 

@@ -21,6 +21,7 @@ __all__ = [
     "check_tolerance",
     "laid_out",
     "on_host",
+    "output_shape",
     "times",
 ]
 
@@ -79,6 +80,12 @@ def on_host(name: str, result: Any) -> np.ndarray:
     if array.dtype.kind not in "fiu":
         raise AssertionError(f"{name} has dtype {array.dtype}; expected real numbers.")
     return array
+
+
+def output_shape(diffusion: GaussianDiffusion, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """That of a network's output for data of `shape`: of a learned variance twice that on the last axis."""
+    halves = 2 if diffusion.variance == "learned_range" else 1
+    return (*shape[:-1], halves * shape[-1])
 
 
 def laid_out(diffusion: GaussianDiffusion, axis: int, output: np.ndarray) -> np.ndarray:

@@ -16,7 +16,15 @@ from tinydiff.bound import (
     step_term,
 )
 from tinydiff.diffusion import GaussianDiffusion, Variance, check_diffusion
-from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, laid_out, times
+from tinydiff.testing._asked import (
+    SHAPE,
+    Function,
+    asked_up_to,
+    check_shape,
+    laid_out,
+    output_shape,
+    times,
+)
 from tinydiff.testing._judge import Claim, moved_in_time
 from tinydiff.testing._reverse import log_variances
 
@@ -129,7 +137,7 @@ def assert_bound_terms(
         levels = np.clip(rng.integers(-64, 320, shape), 0, 255)  # the outer ones, which are others, often
         x0 = 2 * levels / 255 - 1 if decoder == "8bit" else rng.uniform(-1, 1, shape)
         x_t = diffusion.q_sample(x0, t, rng.standard_normal(shape))
-        output = rng.uniform(-1, 1, (*shape[:-1], (1 + learned) * shape[-1]))
+        output = rng.uniform(-1, 1, output_shape(diffusion, shape))
         batches.append((x0, x_t, t, output))
     claim = Claim(
         "bound_terms",

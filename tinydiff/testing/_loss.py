@@ -19,6 +19,7 @@ from tinydiff.testing._asked import (
     check_tolerance,
     laid_out,
     on_host,
+    output_shape,
     times,
 )
 from tinydiff.testing._judge import Claim, distance, linear, moved_in_time
@@ -171,9 +172,6 @@ def _ours_and_mistakes(
         """The loss from its parts, one of which may be wrong."""
         return lambda x0, t, noise, output: weights[t] * reduce(size(output[..., :C] - target(x0, t, noise)))
 
-    def of_nu(x0: np.ndarray, t: np.ndarray, noise: np.ndarray, output: np.ndarray) -> np.ndarray:
-        return built()(x0, t, noise, np.roll(output, C, axis=-1))
-
     ours = built()
     mistakes = {
         **moved_in_time(ours, schedule.T),
@@ -194,7 +192,9 @@ def _ours_and_mistakes(
         ),
     }
     if diffusion.variance == "learned_range":
-        mistakes["nu, the second half of the output, for the prediction"] = of_nu
+        mistakes["nu, the second half of the output, for the prediction"] = lambda x0, t, noise, output: ours(
+            x0, t, noise, output[..., C:]
+        )
     if gamma is None:
         mistakes["Min-SNR weights with gamma 5, which min_snr_gamma=5 expects"] = built(weights_of(5.0))
         return ours, mistakes
@@ -238,7 +238,7 @@ def _batches(
     diffusion: GaussianDiffusion, shape: tuple[int, ...], times: np.ndarray, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, ...]]:
     """x0, t, noise and the network's output, at these times, (., N)."""
-    wide = (*shape[:-1], (2 if diffusion.variance == "learned_range" else 1) * shape[-1])
+    wide = output_shape(diffusion, shape)
     return [
         (rng.uniform(-1, 1, shape), t, rng.standard_normal(shape), rng.standard_normal(wide)) for t in times
     ]

@@ -147,16 +147,26 @@ def _ddim(
     }
 
 
+def _estimator(walk: GaussianDiffusion, clip: bool) -> Part:
+    """The data that the network's answer means."""
+
+    def estimate(i: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
+        x0 = walk.predict_x0(x, i, output)
+        return clip_to_unit(x0) if clip else x0
+
+    return estimate
+
+
 def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
     """DPM-Solver++ 2M, whose correction has another weight than h / (2 h_before)."""
     rest, weight = walk.schedule.one_minus_alphas_cumprod_prev, _extrapolation(walk)
+    estimate = _estimator(walk, clip)
 
     def step(weight: np.ndarray) -> Step:
         before: dict[int, np.ndarray] = {}
 
         def multistep(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, _: Function) -> np.ndarray:
-            x0 = walk.predict_x0(x, i, output)
-            before[i] = x0 = clip_to_unit(x0) if clip else x0
+            before[i] = x0 = estimate(i, x, output)
             D = x0 + weight[i] * (x0 - before[i + 1]) if weight[i] else x0
             return np.sqrt(1 - rest[i]) * D + np.sqrt(rest[i]) * walk.predict_eps(x, i, D, given="x0")
 
@@ -172,11 +182,7 @@ def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
 
 def _trapezoid(walk: GaussianDiffusion, name: str, clip: bool) -> dict[str, Step]:
     """Heun's rule: one looks ahead to where ddim would go, and moves by the mean of both slopes, v or eps."""
-    phi, heun = angles(walk), name == "heun"
-
-    def estimate(i: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
-        x0 = walk.predict_x0(x, i, output)
-        return clip_to_unit(x0) if clip else x0
+    phi, heun, estimate = angles(walk), name == "heun", _estimator(walk, clip)
 
     def slope(i: int, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
         return (walk.predict_v if heun else walk.predict_eps)(x, i, x0, given="x0")
