@@ -29,9 +29,13 @@ def run(page):
     return namespace
 
 
-def chapter_13():
-    (page,) = (page for page in WITH_PYTORCH if page.path.name == "13-your-own-code.md")
+def chapter(name):
+    (page,) = (page for page in PAGES if page.path.name == name)
     return run(page)
+
+
+def chapter_13():
+    return chapter("13-your-own-code.md")
 
 
 @pytest.mark.parametrize("page", WITH_PYTORCH, ids=lambda page: page.path.name)
@@ -223,3 +227,22 @@ def test_an_average_in_half_precision_stands_still(dtype, stands, moves):
             theirs.step([weights])
         assert theirs.shadow_params[0].dtype == weights.dtype
         assert (theirs.shadow_params[0].item() == 1) == still
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("prediction, called", [("eps", "epsilon"), ("v", "v_prediction")])
+def test_pndm_adds_up_what_the_network_says_as_it_comes(prediction, called, steps):
+    """docs: E.22, of diffusers' PNDMScheduler."""
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler(prediction_type=called, skip_prk_steps=True, set_alpha_to_one=True)
+    process = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas), prediction)
+    best = td.GaussianMixture([1.0], [[-0.8]], 0.25).denoiser(process)
+    scheduler.set_timesteps(steps)
+    x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    for t in scheduler.timesteps:
+        output = best(x.numpy(), np.full(2, int(t)))
+        x = scheduler.step(torch.as_tensor(output), t, x).prev_sample
+    centre, after = x.numpy()[:, 0]
+    expected = chapter("09-reading-map.md")["plms"](prediction, steps)
+    assert (centre, after - centre) == pytest.approx(expected, abs=1e-4)
