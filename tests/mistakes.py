@@ -622,13 +622,14 @@ def ancestral(mean=eq_11, deviation=lambda beta, small: np.sqrt(beta), learned=N
         abar, before = ABAR[tau], np.append(1.0, ABAR[tau[:-1]])
         beta = 1 - abar / before
         small = beta * (1 - before) / (1 - abar)
-        for i in reversed(range(len(tau))):
+        last = int(mistake == "range(1, T)")
+        for i in reversed(range(last, len(tau))):
             output = denoise(x, int(tau[i]) + (mistake == "shown 1 … T"))
             eps, nu = np.split(output, 2, axis=-1) if learned else (output, None)
-            sd = deviation(BETAS[tau[i]] if mistake == "long" else beta[i], small[i])
-            sd = np.sqrt(learned(nu, small[max(i, 1)], beta[i])) if learned else sd
+            high = BETAS[tau[i]] if mistake == "long" else beta[i]
+            sd = np.sqrt(learned(nu, small[max(i, 1)], high)) if learned else deviation(high, small[i])
             x = mean(x, eps, beta[i], abar[i])
-            x = x + (sd * noise() if i > 0 or mistake == "at the end" else 0.0)
+            x = x + (sd * noise() if i > last or mistake == "at the end" else 0.0)
             x = np.clip(x, -1, 1) if mistake == "clipped" else x
         return x
 
@@ -679,16 +680,38 @@ def dpm_solver(weight=lambda h, h_before: h / h_before / 2):
     return sampler
 
 
-def karras(first=0.5, second=0.5, ahead=True, over=None):
+def corrected_as_it_comes(to_eps):
+    """A second-order step of two answers of a network, of which only then an eps is made."""
+
+    def sampler(denoise, x, tau, noise):
+        before, h_before = None, None
+        for i in reversed(range(len(tau))):
+            a, s = A[tau[i]], S[tau[i]]
+            said = denoise(x, tau[i])
+            if i == 0:
+                return (x - s * to_eps(x, said, a, s)) / a
+            h = np.log(A[tau[i - 1]] / S[tau[i - 1]]) - np.log(a / s)
+            corrected = said + h / h_before / 2 * (said - before) if h_before else said
+            x = A[tau[i - 1]] / a * x - S[tau[i - 1]] * np.expm1(h) * to_eps(x, corrected, a, s)
+            before, h_before = said, h
+
+    return sampler
+
+
+def root(sigma):
+    return np.sqrt(1 + sigma**2)
+
+
+def karras(first=0.5, second=0.5, ahead=True, over=None, start=root, shown=root):
     """Karras et al. 2022, algorithm 1: x = x_0 + sigma eps, and Euler's rule in the last step."""
 
     def sampler(denoise, x, tau, noise):
         sigma = np.sqrt((1 - ABAR[tau]) / ABAR[tau])
 
         def slope(x, i):  # (x - D) / sigma, which is eps
-            return denoise(x / np.sqrt(1 + sigma[i] ** 2), tau[i])
+            return denoise(x / shown(sigma[i]), tau[i])
 
-        x = x * np.sqrt(1 + sigma[-1] ** 2)
+        x = x * start(sigma[-1])
         for i in reversed(range(1, len(tau))):
             h, d = sigma[i - 1] - sigma[i], slope(x, i)
             there = x + h * d if ahead else x
@@ -699,7 +722,7 @@ def karras(first=0.5, second=0.5, ahead=True, over=None):
     return sampler
 
 
-def rotations(first=0.5, second=0.5, ahead="ddim"):
+def rotations(first=0.5, second=0.5, ahead="ddim", turned=False):
     """Heun's rule for dx/dphi = v, x = cos(phi) x_0 + sin(phi) eps; ddim turns x by the angle between."""
 
     def sampler(denoise, x, tau, noise):
@@ -707,7 +730,8 @@ def rotations(first=0.5, second=0.5, ahead="ddim"):
         for i in reversed(range(1, len(tau))):
             h, v = phi[i - 1] - phi[i], denoise(x, tau[i])
             there = {"ddim": np.cos(h) * x + np.sin(h) * v, "Euler": x + h * v, "here": x}[ahead]
-            x = x + h * (first * v + second * denoise(there, tau[i - 1]))
+            v = first * v + second * denoise(there, tau[i - 1])
+            x = np.cos(h) * x + np.sin(h) * v if turned else x + h * v
         return np.cos(phi[0]) * x - np.sin(phi[0]) * denoise(x, tau[0])
 
     return sampler
@@ -738,6 +762,7 @@ def nu_first(denoise, x, tau, noise):
 
 
 HALF = dict(eta=0.5)
+OF_OUTPUTS = "the correction of the output, not of x_0 (E.22; where that is eps, DPM-Solver without ++)"
 WALKS = [
     (
         LARGE,
@@ -745,6 +770,9 @@ WALKS = [
         {},
         {
             "noise at the last step (E.9)": ancestral(mistake="at the end"),
+            "the last step is left out, and the one before it adds no noise": ancestral(
+                mistake="range(1, T)"
+            ),
             "the variance as a standard deviation (E.10)": ancestral(deviation=lambda beta, small: beta),
             "the fourth root of the variance as a standard deviation": ancestral(
                 deviation=lambda beta, small: beta**0.25
@@ -767,7 +795,12 @@ WALKS = [
         LEARNED_EPS,
         "ddpm",
         {},
-        {what: ancestral(learned=variance) for what, variance in LEARNED_VARIANCES.items()},
+        {
+            **{what: ancestral(learned=variance) for what, variance in LEARNED_VARIANCES.items()},
+            "beta_t of the long chain as the upper end of the variance (E.8)": ancestral(
+                learned=right_variance, mistake="long"
+            ),
+        },
     ),
     (LEARNED_V, "ddpm", {}, {"nu comes first, the prediction after it": nu_first}),
     (
@@ -874,13 +907,35 @@ WALKS = [
             "the correction without its half": dpm_solver(lambda h, before: h / before),
             "the correction as if all steps were equal": dpm_solver(lambda h, before: 0.5),
             "the correction's sign": dpm_solver(lambda h, before: -h / before / 2),
+            OF_OUTPUTS: corrected_as_it_comes(lambda x, eps, a, s: eps),
+            "the correction integrated exactly, diffusers' solver_type='heun', which is another rule": (
+                dpm_solver(lambda h, before: (1 - (1 - np.exp(-h)) / h) / (1 - np.exp(-h)) * h / before)
+            ),
         },
     ),
+    (V, "dpm++", {}, {OF_OUTPUTS: corrected_as_it_comes(lambda x, v, a, s: a * v + s * x)}),
     (
         V,
         "edm",
         {},
-        {"the second call of a step is shown the time of the first": ours("edm", V, every_second_call())},
+        {
+            "the second call of a step is shown the time of the first": ours("edm", V, every_second_call()),
+            "the mean of both outputs, not of both slopes (E.22)": rotations(turned=True),
+        },
+    ),
+    (
+        EPS,
+        "edm",
+        dict(steps=[9, 50, 120, 150]),
+        {
+            "the network is shown x / a, a state that is not scaled down": karras(shown=lambda sigma: 1.0),
+            "it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T": karras(
+                start=lambda sigma: sigma
+            ),
+            "it starts from x_T as it is, and not from sqrt(1 + sigma_T^2) x_T": karras(
+                start=lambda sigma: 1.0
+            ),
+        },
     ),
     (
         EPS,

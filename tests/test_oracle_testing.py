@@ -1,5 +1,6 @@
 """tinydiff.testing pointed at diffusers: what is right there passes, what is not is called by its name."""
 
+import numpy as np
 import pytest
 from test_oracle_schedulers import KINDS, PREDICTION_TYPE, same_chain
 
@@ -162,6 +163,52 @@ def test_dpm_solver_passes(monkeypatch):
     scheduler = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
     process = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas))
     assert_walk(scheduler, process, "dpm++", monkeypatch)
+
+
+def test_the_other_correction_of_dpm_solver_is_named(monkeypatch):
+    scheduler = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace", solver_type="heun")
+    process = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas))
+    with pytest.raises(AssertionError, match="of this: the correction integrated exactly"):
+        assert_walk(scheduler, process, "dpm++", monkeypatch)
+
+
+def in_sigma(scheduler, scaled=True, start=None):
+    """The loop over a scheduler whose states are not scaled down; `start` is what x_T is multiplied by."""
+
+    def sampler(denoise, x, timesteps, noise):
+        x = x * (scheduler.init_noise_sigma if start is None else start)
+        for t in scheduler.timesteps:
+            shown = scheduler.scale_model_input(x, t)
+            x = scheduler.step(denoise(shown if scaled else x, t), t, x).prev_sample
+        return x
+
+    return sampler
+
+
+@pytest.mark.parametrize(
+    ("spacing", "options", "said"),
+    [
+        ("leading", {}, None),
+        ("linspace", {}, "it starts from sigma_T x_T, and not from"),
+        ("leading", dict(start=1.0), "it starts from x_T as it is, and not from"),
+        ("leading", dict(scaled=False), "the network is shown x / a, a state"),
+    ],
+)
+def test_a_walk_of_states_that_are_not_scaled_down(spacing, options, said):
+    scheduler = diffusers.HeunDiscreteScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(10)
+    tau = np.unique(scheduler.timesteps.numpy().astype(int))
+    process = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas))
+
+    def judged():
+        testing.assert_sampler(
+            in_sigma(scheduler, **options), process, "edm", tau, asarray=torch.as_tensor, tolerance=1e-4
+        )
+
+    if said is None:
+        return judged()
+    with pytest.raises(AssertionError, match=f"of this: {said}"):
+        judged()
 
 
 def test_eps_of_what_was_not_clipped_is_named(monkeypatch):

@@ -142,6 +142,7 @@ def _mistakes(
     short = diffusion.schedule.respace(timesteps)
     walk = GaussianDiffusion(short, diffusion.prediction, diffusion.variance)
     every, gap = np.arange(diffusion.T), diffusion.T // walk.T
+    a, s_T = np.sqrt(diffusion.schedule.alphas_cumprod), np.sqrt(short.one_minus_alphas_cumprod[-1])
 
     def changed(**to: Any) -> Function:
         return lambda network: ours(network, **to)
@@ -149,6 +150,9 @@ def _mistakes(
     def shown(times: np.ndarray) -> Function:
         """The network is shown, at t, times[t]."""
         return lambda network: ours(lambda x, t: network(x, times[t]))
+
+    def starting(factor: float) -> Function:
+        return _ours(diffusion, name, timesteps, eta, clip, factor * x_T)
 
     def stepping(step: Step) -> Function:
         return lambda network: walked(step, network, x_T, timesteps, _Noise())
@@ -159,6 +163,10 @@ def _mistakes(
         "the network is shown t - 1": shown(np.maximum(every - 1, 0)),
         "the network is shown T - 1 - t": shown(every[::-1]),
         "the network is shown the number of the step, not its t": shown(np.searchsorted(timesteps, every)),
+        "the network is shown x / a, a state that is not scaled down": lambda network: ours(
+            lambda x, t: network(x / a[t[0]], t)
+        ),
+        "it starts from x_T as it is, and not from sqrt(1 + sigma_T^2) x_T": starting(a[timesteps[-1]]),
         "the estimate of x_0 is clipped": changed(clip=True),
         "the estimate of x_0 is not clipped": changed(clip=False),
         "the output is taken for eps": changed(prediction="eps"),
@@ -174,6 +182,8 @@ def _mistakes(
         **{f"the sampler is {other}": changed(name=other) for other in SAMPLERS},
         **{what: stepping(step) for what, step in steps.items()},
     }
+    if s_T < 1 - 1e-4:  # else what is right in float32 comes near it
+        mistakes["it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T"] = starting(s_T)
     if diffusion.variance == "learned_range":
         mistakes["nu comes first, the prediction after it"] = lambda network: ours(
             lambda x, t: np.roll(network(x, t), x.shape[-1], axis=-1)

@@ -68,8 +68,17 @@ def _ancestral(
         )
 
     right = step()
+
+    def stopped(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
+        return right(i, x, output, z if i > 1 else 0 * z, ask) if i else x
+
+    def with_long_beta(i: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
+        f = (output[..., output.shape[-1] // 2 :] + 1) / 2
+        return long.schedule.betas[timesteps[i]] ** f * np.exp((1 - f) * walk.log_variance_range[0][i])
+
     steps = {
         "noise at the last step (E.9)": step(at_the_end=True),
+        "the last step is left out, and the one before it adds no noise": stopped,
         "the variance as a standard deviation (E.10)": step(power=1.0),
         "the fourth root of the variance as a standard deviation": step(power=0.25),
         "no noise": step(variance=lambda *_: np.zeros(())),
@@ -81,6 +90,9 @@ def _ancestral(
     if walk.variance == "learned_range":
         for what, log_variance in log_variances(walk).items():
             steps[what] = step(variance=at(lambda *given, of=log_variance: np.exp(of(*given))))
+        steps["beta_t of the long chain as the upper end of the variance (E.8)"] = step(
+            variance=with_long_beta
+        )
         return steps
     for variance in ("fixed_small", "fixed_large"):
         other = GaussianDiffusion(walk.schedule, walk.prediction, variance)
@@ -161,13 +173,15 @@ def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
     """DPM-Solver++ 2M, whose correction has another weight than h / (2 h_before)."""
     rest, weight = walk.schedule.one_minus_alphas_cumprod_prev, _extrapolation(walk)
     estimate = _estimator(walk, clip)
+    h = -np.diff(np.log(walk.schedule.snr) / 2, prepend=np.inf)
 
-    def step(weight: np.ndarray) -> Step:
+    def step(weight: np.ndarray, of_outputs: bool = False) -> Step:
         before: dict[int, np.ndarray] = {}
 
         def multistep(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, _: Function) -> np.ndarray:
-            before[i] = x0 = estimate(i, x, output)
-            D = x0 + weight[i] * (x0 - before[i + 1]) if weight[i] else x0
+            before[i] = now = output if of_outputs else estimate(i, x, output)
+            corrected = now + weight[i] * (now - before[i + 1]) if weight[i] else now
+            D = estimate(i, x, corrected) if of_outputs else corrected
             return np.sqrt(1 - rest[i]) * D + np.sqrt(rest[i]) * walk.predict_eps(x, i, D, given="x0")
 
         return multistep
@@ -177,6 +191,12 @@ def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
         "the correction without its half": step(2 * weight),
         "the correction as if all steps were equal": step(np.where(weight, 0.5, 0.0)),
         "the correction's sign": step(-weight),
+        "the correction of the output, not of x_0 (E.22; where that is eps, DPM-Solver without ++)": step(
+            weight, of_outputs=True
+        ),
+        "the correction integrated exactly, diffusers' solver_type='heun', which is another rule": step(
+            np.where(weight, 2 * weight * (1 / -np.expm1(-h) - 1 / h), 0.0)
+        ),
     }
 
 
@@ -214,10 +234,15 @@ def _trapezoid(walk: GaussianDiffusion, name: str, clip: bool) -> dict[str, Step
 
         return trapezoid
 
+    def of_outputs(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
+        x0 = estimate(i, x, output)
+        return by_euler(i, x, estimate(i, x, (output + ask(by_ddim(i, x, x0), i - 1)) / 2)) if i else x0
+
     steps = {
         "the sum of both slopes, not their mean": step(1.0, 1.0),
         "the second slope alone, not the mean of both": step(0.0, 1.0),
         "the second call of a step is shown the state before it": step(ahead=nowhere),
+        "the mean of both outputs, not of both slopes (E.22)": of_outputs,
     }
     if heun:
         steps["the second call of a step is shown where Euler's rule leads, not ddim"] = step(ahead=by_euler)
