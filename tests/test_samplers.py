@@ -434,6 +434,7 @@ def test_a_chain_that_ends_in_pure_noise_needs_x0_or_v():
         ({"eta": -0.1}, "eta is -0.1"),
         ({"eta": 1.1}, "eta is 1.1"),
         ({"eta": math.nan}, "eta is nan"),
+        ({"eta": True}, "eta is True"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 11}, "steps is 11; expected at most T = 10"),
         ({"steps": 2.5}, "steps is 2.5"),

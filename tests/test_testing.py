@@ -736,6 +736,7 @@ def test_nothing_is_left_of_the_data_by_whatever_rounding():
         (testing.assert_loss, (loss(), LINEAR), {}, "diffusion is a NoiseSchedule"),
         (testing.assert_loss, (loss(), EPS), dict(tolerance=0), "tolerance is 0; expected"),
         (testing.assert_loss, (loss(), EPS), dict(min_snr_gamma=0), "min_snr_gamma is 0; expected a posit"),
+        (testing.assert_loss, (loss(), EPS), dict(min_snr_gamma=True), "min_snr_gamma is True; expected a"),
     ],
 )
 def test_bad_arguments_are_named(check, given, options, error):

@@ -807,6 +807,7 @@ def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
         ({"weight_decay": "1"}, ValueError, "weight_decay is '1'; expected a finite number, not negative"),
         ({"min_snr_gamma": 0}, ValueError, "min_snr_gamma is 0"),
         ({"min_snr_gamma": "5"}, ValueError, "min_snr_gamma is '5'; expected None or a positive number"),
+        ({"min_snr_gamma": True}, ValueError, "min_snr_gamma is True; expected None or a positive number"),
         ({"min_snr_gamma": math.nan}, ValueError, "min_snr_gamma is nan"),
         ({"loss": "vlb", "min_snr_gamma": 5}, ValueError, "min_snr_gamma is 5; .*no L_simple"),
         ({"importance_sampling": True}, ValueError, "importance.* the loss is 'simple'"),

@@ -43,8 +43,8 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
 
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
-    """ValueError unless `value` is a real number that fits."""
-    if not (isinstance(value, numbers.Real) and fits(value)):
+    """ValueError unless `value` is a real number that fits (True is none)."""
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) and fits(value)):
         raise ValueError(f"{name} is {value!r}; expected {expected}.")
 
 
