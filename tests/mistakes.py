@@ -386,6 +386,7 @@ PLANTED = [
             "the target is x_0": loss(lambda x0, t, noise: x0),
             "the target is -v, which is another convention, EDM's": loss(linear(S, -A)),
             "the target is x_t": loss(linear(A, S)),
+            "the target is the noise as it was added, s eps": loss(linear(0 * A, S)),
         },
     ),
     (
@@ -400,6 +401,10 @@ PLANTED = [
             "the root of it": lambda *given: loss()(*given) ** 0.5,
             "the root of the batch's mean": loss(end=lambda each, w: np.mean(each) ** 0.5),
             "Min-SNR weights with gamma 5, which min_snr_gamma=5 expects": loss(weights=MIN_SNR / SNR),
+            "the weights of P2 with k = 1 and gamma = 1, 1 / (1 + snr)": loss(weights=1 - ABAR),
+            "the weights of a debiased estimate, 1 / sqrt(snr) with snr at most 1000": loss(
+                weights=np.maximum(S / A, 1e-3**0.5)
+            ),
             "the absolute difference, not its square": loss(size=np.abs, end=lambda each, w: np.mean(each)),
             "Huber's loss, half the square up to 1 and then linear": loss(size=partial(huber, 1.0)),
             "a sum over the batch, not a mean": loss(end=lambda each, w: len(each) * np.mean(each)),
@@ -437,6 +442,7 @@ PLANTED = [
         EPS,
         {
             "the weights of an error of v": loss(weights=MIN_SNR / (SNR + 1)),
+            "snr gamma / (snr + gamma), soft Min-SNR": loss(weights=1 / (1 / 5 + 1 / SNR) / SNR),
             "the larger of snr and gamma, not the smaller (E.19)": loss(weights=np.maximum(SNR, 5.0) / SNR),
             "the root of snr, a ratio of rates": loss(weights=np.minimum(A / S, 5.0) * S / A),
         },
@@ -761,6 +767,13 @@ def nu_first(denoise, x, tau, noise):
     return ours("ddpm", LEARNED_V)(network, x, tau, noise)
 
 
+def rounded_to_bfloat16(t, tau=None):
+    """Eight bits, the first of which is 1: of times below 1024."""
+    step = np.where(t < 256, 1, np.where(t < 512, 2, 4))
+    return (step * np.round(t / step)).astype(int)
+
+
+LONG_V = td.GaussianDiffusion(td.linear_schedule(), "v")
 HALF = dict(eta=0.5)
 OF_OUTPUTS = "the correction of the output, not of x_0 (E.22; where that is eps, DPM-Solver without ++)"
 WALKS = [
@@ -895,6 +908,12 @@ WALKS = [
             "the sampler is heun": ours("heun", V),
             "the sampler is edm": ours("edm", V),
         },
+    ),
+    (
+        LONG_V,
+        "ddim",
+        dict(steps=[1, 101, 337, 555, 777, 937]),
+        {"the network is shown t in bfloat16 (E.14)": ours("ddim", LONG_V, rounded_to_bfloat16)},
     ),
     (
         EPS,

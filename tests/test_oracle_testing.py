@@ -112,6 +112,18 @@ def test_min_snr_of_the_training_examples(prediction):
         judged(weights_of_some)
 
 
+def test_times_in_bfloat16_are_called_so():
+    """docs: E.14, in PyTorch's rounding."""
+    scheduler, schedule = same_chain(diffusers.DDPMScheduler, "linear")
+
+    def loss(network, x0, t, noise):
+        output = network(scheduler.add_noise(x0, noise, t), t.to(torch.bfloat16))
+        return torch.nn.functional.mse_loss(output, noise)
+
+    with pytest.raises(AssertionError, match=r"\(in bfloat16, E.14\)."):
+        testing.assert_loss(loss, td.GaussianDiffusion(schedule), asarray=torch.as_tensor)
+
+
 @pytest.mark.parametrize("prediction", PREDICTION_TYPE)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading"])

@@ -42,6 +42,7 @@ from mistakes import (
     reverse_step,
     right_variance,
     rotations,
+    rounded_to_bfloat16,
     terms_of,
     times_ours,
     velocity,
@@ -644,6 +645,29 @@ def test_one_number_for_a_batch_does_not_hide_what_counts_little(t_wrong):
     wrong = loss(lambda x0, t, noise: x0, weights=weights, end=lambda each, w: np.mean(column(w) * each))
     said = refusal(testing.assert_loss, wrong, X0, min_snr_gamma=5.0)
     assert f"off by 1 of its largest number at t = {t_wrong}; off by more than 1e-05 at no other t." in said
+
+
+@pytest.mark.parametrize("end", [lambda d: np.mean(d**2), lambda d: np.mean(d**2, axis=1)])
+@pytest.mark.parametrize("shape", [(8, 1), (8, 1, 1, 1)])
+def test_answers_held_against_all_targets_are_named(shape, end):
+    def loss(network, x0, t, noise):
+        return end(network(EPS.q_sample(x0, t, noise), t).reshape(8, 1) - noise.reshape(8))
+
+    said = refusal(testing.assert_loss, loss, EPS, shape=shape)
+    assert said.endswith("of this: (N, 1) less (N,), which is (N, N): every answer against every target.")
+
+
+def test_times_in_bfloat16_are_called_so():
+    long = td.GaussianDiffusion(td.linear_schedule())
+
+    def loss(network, x0, t, noise):
+        return np.mean((network(long.q_sample(x0, t, noise), rounded_to_bfloat16(t)) - noise) ** 2)
+
+    assert "(in bfloat16, E.14)." in refusal(testing.assert_loss, loss, long)
+    said = refusal(testing.assert_sampler, ours("ddim", long, rounded_to_bfloat16), long, "ddim", 10)
+    assert "shown t = 1000; expected a whole number, 0 … 999 (E.13; or E.14, in bfloat16)." in said
+    long = td.GaussianDiffusion(td.linear_schedule(257))  # all of whose times it has
+    testing.assert_loss(loss, long)
 
 
 @pytest.mark.parametrize("T", [1, 2, 8])

@@ -19,6 +19,7 @@ __all__ = [
     "called",
     "check_shape",
     "check_tolerance",
+    "in_bfloat16",
     "laid_out",
     "on_host",
     "output_shape",
@@ -44,6 +45,12 @@ def times(T: int, N: int, rng: np.random.Generator) -> np.ndarray:
     In mixed order: what takes one t, or another's, for a whole batch is then far off, not by a step.
     """
     return rng.permutation(np.resize(np.arange(T), -(-T // N) * N)).reshape(-1, N)
+
+
+def in_bfloat16(t: Any) -> np.ndarray:
+    """Times as bfloat16 has them: of 256 … 512 every second, above it every fourth."""
+    mantissa, exponent = np.frexp(t)
+    return np.ldexp(np.round(256 * mantissa), exponent - 8).astype(np.int64)
 
 
 def called(function: Function, signature: str, *given: Any) -> Any:

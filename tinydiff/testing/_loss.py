@@ -17,6 +17,7 @@ from tinydiff.testing._asked import (
     called,
     check_shape,
     check_tolerance,
+    in_bfloat16,
     laid_out,
     on_host,
     output_shape,
@@ -142,8 +143,11 @@ def _check_t(t: np.ndarray, right: np.ndarray, T: int) -> None:
     if t.shape != right.shape:
         raise AssertionError(f"the network is shown t of shape {t.shape}; expected {right.shape}.")
     if np.any(t != right):
-        late = any(np.array_equal(t, right + by) for by in (-1, 1))
-        why = "(E.13)" if late else f"(in a time of your own: lambda x, u: network(x, {T} * u), say)"
+        why = f"(in a time of your own: lambda x, u: network(x, {T} * u), say)"
+        if any(np.array_equal(t, right + by) for by in (-1, 1)):
+            why = "(E.13)"
+        elif np.array_equal(t, in_bfloat16(right)):
+            why = "(in bfloat16, E.14)"
         raise AssertionError(f"the network is shown t = {t}; expected {right} {why}.")
 
 
@@ -172,6 +176,10 @@ def _ours_and_mistakes(
         """The loss from its parts, one of which may be wrong."""
         return lambda x0, t, noise, output: weights[t] * reduce(size(output[..., :C] - target(x0, t, noise)))
 
+    def of_all_pairs(x0: np.ndarray, t: np.ndarray, noise: np.ndarray, output: np.ndarray) -> np.ndarray:
+        target = diffusion.training_target(x0, t, noise)
+        return right[t] * np.mean((output[:, :C].reshape(-1, 1) - target.reshape(-1)) ** 2, axis=1)
+
     ours = built()
     mistakes = {
         **moved_in_time(ours, schedule.T),
@@ -181,6 +189,7 @@ def _ours_and_mistakes(
         "the target is v": built(target=linear(-s, a)),
         "the target is -v, which is another convention, EDM's": built(target=linear(s, -a)),
         "the target is x_t": built(target=linear(a, s)),
+        "the target is the noise as it was added, s eps": built(target=linear(0 * a, s)),
         "a sum over the numbers of a sample, as Ho et al. write it, not a mean": built(
             reduce=lambda numbers: np.sum(numbers, axis=axes)
         ),
@@ -195,8 +204,16 @@ def _ours_and_mistakes(
         mistakes["nu, the second half of the output, for the prediction"] = lambda x0, t, noise, output: ours(
             x0, t, noise, output[..., C:]
         )
+    if math.prod(shape[1:]) == 1:
+        mistakes["(N, 1) less (N,), which is (N, N): every answer against every target"] = of_all_pairs
     if gamma is None:
-        mistakes["Min-SNR weights with gamma 5, which min_snr_gamma=5 expects"] = built(weights_of(5.0))
+        with np.errstate(divide="ignore"):
+            debiased = 1 / np.sqrt(np.minimum(snr, 1000.0))
+        mistakes |= {
+            "Min-SNR weights with gamma 5, which min_snr_gamma=5 expects": built(weights_of(5.0)),
+            "the weights of P2 with k = 1 and gamma = 1, 1 / (1 + snr)": built(1 / (1 + snr)),
+            "the weights of a debiased estimate, 1 / sqrt(snr) with snr at most 1000": built(debiased),
+        }
         return ours, mistakes
 
     def by(snr: np.ndarray = snr, cap: Function = np.minimum) -> np.ndarray:
@@ -214,6 +231,7 @@ def _ours_and_mistakes(
             "min(snr + 1, gamma) / (snr + 1) (E.19)": np.minimum(snr + 1, gamma) / (snr + 1),
             "the larger of snr and gamma, not the smaller (E.19)": by(cap=np.maximum),
             "snr as it is, not at most gamma": by(cap=lambda snr, gamma: snr),
+            "snr gamma / (snr + gamma), soft Min-SNR": by(cap=lambda snr, gamma: snr * gamma / (snr + gamma)),
             "gamma, where it should be the smaller of snr and gamma": by(cap=lambda snr, gamma: gamma),
             "the root of snr, a ratio of rates": by(snr=np.sqrt(snr)),
             "the square of snr": by(snr=snr**2),

@@ -16,6 +16,7 @@ from tinydiff.testing._asked import (
     called,
     check_shape,
     check_tolerance,
+    in_bfloat16,
     laid_out,
     on_host,
 )
@@ -161,6 +162,7 @@ def _mistakes(
     mistakes = {
         "the network is shown t + 1 (E.13)": shown(np.minimum(every + 1, diffusion.T - 1)),
         "the network is shown t - 1": shown(np.maximum(every - 1, 0)),
+        "the network is shown t in bfloat16 (E.14)": shown(np.minimum(in_bfloat16(every), diffusion.T - 1)),
         "the network is shown T - 1 - t": shown(every[::-1]),
         "the network is shown the number of the step, not its t": shown(np.searchsorted(timesteps, every)),
         "the network is shown x / a, a state that is not scaled down": lambda network: ours(
@@ -219,8 +221,9 @@ class _Network:
         if np.any(t != now):
             raise AssertionError(f"the network is shown t = {t}; expected one time for all of a batch.")
         if now % 1 or not 0 <= now < T:
+            why = "E.13; or E.14, in bfloat16" if now == in_bfloat16(T - 1) else "E.13"
             raise AssertionError(
-                f"the network is shown t = {now}; expected a whole number, 0 … {T - 1} (E.13)."
+                f"the network is shown t = {now}; expected a whole number, 0 … {T - 1} ({why})."
             )
         if not (self.calls and self.calls[-1][0] == now and np.array_equal(self.calls[-1][1], x)):
             self.calls.append((int(now), x))  # once, if it is asked twice, for guidance
