@@ -249,7 +249,7 @@ PLANTED = [
             **moved(linear(A, S), 1),
             "abar_{t-1} in the place of abar_t": linear(np.sqrt(BEFORE), np.sqrt(1 - BEFORE)),
             "both rates without their roots": linear(ABAR, 1 - ABAR),
-            "1 - abar_t in front of the noise, without its root": linear(A, 1 - ABAR),
+            "1 - abar_t in front of the noise, without its root (E.23)": linear(A, 1 - ABAR),
             "abar_t in front of the data, without its root": linear(ABAR, S),
             "1 - sqrt(abar_t) in front of the noise": linear(A, 1 - A),
             "the two rates, or the arguments x0 and noise, exchanged": lambda x0, t, noise: EPS.q_sample(

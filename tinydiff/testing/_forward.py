@@ -57,7 +57,7 @@ def assert_q_sample(
         **moved_in_time(ours, schedule.T),
         "abar_{t-1} in the place of abar_t": linear(np.sqrt(1 - before), np.sqrt(before)),
         "both rates without their roots": linear(a**2, s**2),
-        "1 - abar_t in front of the noise, without its root": linear(a, s**2),
+        "1 - abar_t in front of the noise, without its root (E.23)": linear(a, s**2),
         "abar_t in front of the data, without its root": linear(a**2, s),
         "1 - sqrt(abar_t) in front of the noise": linear(a, 1 - a),
         "the two rates, or the arguments x0 and noise, exchanged": linear(s, a),
