@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +264,7 @@ def test_every_identifier_is_checked(page):
     assert not unchecked, "no code block opens with these identifiers and no test names them"
 
 
+@cache
 def cited_in_tests() -> set[str]:
     """Identifiers that a test function names, anywhere from its decorators to its last line."""
     found = set()
