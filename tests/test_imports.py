@@ -25,16 +25,7 @@ def test_import_brings_in_none_of_the_extras():
     assert not loaded & set(ABSENT)
 
 
-def test_the_core_trains_samples_and_saves_without_the_extras():
-    program = f"""
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name in {OPTIONAL}:
-            raise AssertionError(name + " was asked for")
-
-sys.meta_path.insert(0, Refuse())
+TRAINS_SAMPLES_AND_SAVES = """
 import tempfile, numpy as np, tinydiff as td
 rng = np.random.default_rng(0)
 diffusion = td.GaussianDiffusion(td.linear_schedule(T=4))
@@ -46,9 +37,38 @@ with tempfile.TemporaryDirectory() as directory:
     model, _ = td.load_model(directory + "/model.safetensors")
 assert td.sample(model, diffusion, (3, 2), rng=rng, progress=False).shape == (3, 2)
 """
-    done = run(program)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == done.stderr == ""
+
+
+def refusing(names, error):
+    return f"""
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names}:
+            raise {error}(name + " was asked for")
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_the_core_trains_samples_and_saves_without_the_extras():
+    done = run(refusing(OPTIONAL, "AssertionError") + TRAINS_SAMPLES_AND_SAVES)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_and_where_there_are_no_processes():
+    """In a browser and on a phone Python has none of these, and no fork."""
+    missing = refusing(["_multiprocessing", "_posixshmem", "fcntl"], "ImportError")
+    asked_for = """
+try:
+    td.sample(model, diffusion, (3, 2), rng=rng, progress=False, workers=2)
+except RuntimeError as error:
+    print(error)
+"""
+    done = run(missing + "import os; del os.fork" + TRAINS_SAMPLES_AND_SAVES + asked_for)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "this system cannot fork processes; expected Linux, or workers=1.\n"
 
 
 def test_import_warns_of_nothing_and_prints_nothing():

@@ -13,10 +13,12 @@ import os
 import pickle
 import select
 import time
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:  # there is none where there are no processes, in a browser say
+    from multiprocessing.connection import Connection
 
 __all__ = ["Line"]
 

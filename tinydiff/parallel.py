@@ -223,7 +223,7 @@ class DataParallel(Module):
     def _fork(self) -> None:
         if self._count == 1:
             return
-        if "fork" not in multiprocessing.get_all_start_methods():
+        if not hasattr(os, "fork"):
             raise RuntimeError("this system cannot fork processes; expected Linux, or workers=1.")
         kernels_for(np.empty(0))  # imported now: for what another thread is importing a fork waits in vain
         context = multiprocessing.get_context("fork")
