@@ -4,7 +4,9 @@ A float64 is a fraction, so a chain of float64 betas has exact tables: they are 
 integers here, and the schedule's must agree to rounding.
 """
 
+import copy
 import math
+import pickle
 from fractions import Fraction
 
 import array_api_strict
@@ -107,11 +109,12 @@ def test_tables_are_read_only_and_apart_from_the_input():
     schedule = NoiseSchedule(betas)
     betas[0] = 0.9
     assert schedule.betas[0] == 0.1
-    tables = [value for value in vars(schedule).values() if isinstance(value, np.ndarray)]
-    assert len(tables) == 8
-    for table in tables:
-        with pytest.raises(ValueError, match="read-only"):
-            table[0] = 0.5
+    for one in (schedule, copy.copy(schedule), copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        tables = [value for value in vars(one).values() if isinstance(value, np.ndarray)]
+        assert len(tables) == 8
+        for table in tables:
+            with pytest.raises(ValueError, match="read-only"):
+                table[0] = 0.5
 
 
 @pytest.mark.parametrize(

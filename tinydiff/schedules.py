@@ -89,6 +89,10 @@ class NoiseSchedule:
             self.snr = _read_only(abar / one_minus_abar)
         self.posterior_variance = _read_only(betas * (one_minus_abar_prev / one_minus_abar))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # NumPy's copies and pickles can be written to
+        for name, value in state.items():
+            setattr(self, name, _read_only(value) if isinstance(value, np.ndarray) else value)
+
     def __repr__(self) -> str:
         return (
             f"NoiseSchedule(T={self.T}, betas={self.betas[0]:.4g} ... {self.betas[-1]:.4g}, "
@@ -130,8 +134,8 @@ class NoiseSchedule:
         starts = np.concat([[0], tau[:-1] + 1])  # the first of the old steps that each new step makes
         with np.errstate(divide="ignore"):
             log_alphas = np.log1p(-self.betas[: tau[-1] + 1])
-        # Summing log alpha over each jump, not dividing two abar, keeps small betas exact and 0/0 away. (An index
-        # of reduceat is as wide as an address: on a 32-bit system it does not take int64.)
+        # Summing log alpha over each jump, not dividing two abar, keeps small betas exact and 0/0 away.
+        # (An index of reduceat is as wide as an address: on a 32-bit system it does not take int64.)
         return NoiseSchedule(-np.expm1(np.add.reduceat(log_alphas, starts.astype(np.intp))))
 
 
