@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -42,6 +43,8 @@ class Plain(argparse.ArgumentParser):
         super().__init__(
             description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file on Windows, say, which has no β
+            sys.stdout.reconfigure(errors="replace")
         self.set_defaults(**defaults)
         self.run = self.add_argument_group("the run")
         self.run.add_argument(

@@ -311,7 +311,7 @@ class Benchmark:
                 r = found["ratio"][name]
                 line += (
                     f"    tinydiff / it {r['ratio']:6.2f}"
-                    f"   (quartiles {r['lower_quartile']:.2f} … {r['upper_quartile']:.2f})"
+                    f"   (quartiles {r['lower_quartile']:.2f} to {r['upper_quartile']:.2f})"
                 )
             print(line, flush=True)
         self.say_if_busy(given)

@@ -1,5 +1,6 @@
 """The demos leave what they promise, go on where they were interrupted, and end mistakes in one sentence."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -122,6 +123,16 @@ def test_the_model_is_the_moving_average_and_says_what_it_is(name, kind, request
     for key, value in model.state_dict().items():
         np.testing.assert_array_equal(value, arrays[f"ema.{key}"])
     assert any(not np.array_equal(v, arrays[f"model.{k}"]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["train_toy2d", "sample_mnist", "compare_schedules"])
+def test_a_letter_that_the_output_cannot_hold_ends_no_run(name, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    with pytest.raises(SystemExit):
+        demo(name).main(["--help"])
+    print("β ± …")
+    assert written.getvalue().endswith(b"\n? ? ?\n")
 
 
 @pytest.mark.usefixtures("no_pictures")
