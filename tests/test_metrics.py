@@ -380,6 +380,22 @@ def test_frechet_distance_of_fewer_samples_than_features(seed, n, m):
     assert_allclose(frechet_distance(a, a + 0.5), 40 * 0.25, rtol=1e-12)
 
 
+def test_frechet_distance_by_other_conventions_is_what_chapter_13_says():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 30, 4)) * np.logspace(0, -3, 4) + 1
+
+    def other(epsilon=0.0, **how):
+        S_a, S_b = (np.cov(x.T, **how) + epsilon * np.eye(4) for x in (a, b))
+        apart = np.sum((a.mean(0) - b.mean(0)) ** 2)
+        return apart + np.trace(S_a + S_b) - 2 * np.sum(np.sqrt(np.linalg.eigvals(S_a @ S_b).real))
+
+    by_n = [mean + np.sqrt(1 - 1 / 30) * (x - mean) for x in (a, b) for mean in [x.mean(0)]]
+    assert_allclose(frechet_distance(*by_n), other(bias=True), rtol=1e-9)
+    for epsilon in (1e-8, 1e-6, 1e-3, 1.0):
+        lower = np.sqrt(frechet_distance(a, b)) - np.sqrt(other(epsilon))
+        assert 0 < lower < 2 * np.sqrt(4 * epsilon)
+
+
 def test_frechet_distance_says_what_does_not_fit():
     with pytest.raises(ValueError, match=r"features_a and features_b have shapes \(3, 2\) and \(3, 1\)"):
         frechet_distance(np.zeros((3, 2)), np.zeros((3, 1)))
