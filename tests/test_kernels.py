@@ -742,7 +742,7 @@ def test_nothing_is_read_from_a_thread_s_scratch_when_it_is_done(twin, name, mon
         results = call(np.random.default_rng(0), twin)[1]
     for actual, wanted in zip(results, expected):
         np.testing.assert_array_equal(actual, wanted)
-    if name in ("winograd", "gather", "strided"):
+    if name in ("winograd", "gather", "strided") and _threads._blas:
         assert spoilt  # there were other threads, and they had scratch
 
 

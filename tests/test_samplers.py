@@ -458,7 +458,7 @@ def test_what_does_not_fit_is_named_at_the_call(change, match):
     ("x", "came"),
     [
         (np.zeros((3, 2)), "numpy array of float64"),
-        (np.zeros((3, 2), int), "numpy array of int64"),
+        (np.zeros((3, 2), np.int64), "numpy array of int64"),
         (strict.zeros((3, 2), dtype=strict.float32), "array_api_strict array of array_api_strict.float32"),
     ],
     ids=["dtype", "integers", "library"],

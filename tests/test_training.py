@@ -856,7 +856,10 @@ LATE = {
         r"has shape \(3, 2\); expected an array \(4",
     ),
     "no array": (dict(data=lambda n, rng: [[0.0, 0.0]] * n), "is a list; expected an array"),
-    "integers": (dict(data=lambda n, rng: np.zeros((n, 2), int)), r"data\(batch_size, rng\) has dtype int64"),
+    "integers": (
+        dict(data=lambda n, rng: np.zeros((n, 2), np.int64)),
+        r"data\(batch_size, rng\) has dtype int64",
+    ),
     "not finite": (
         dict(data=lambda n, rng: np.full((n, 2), np.inf)),
         r"data\(batch_size, rng\) holds numbers",

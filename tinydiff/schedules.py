@@ -257,7 +257,7 @@ def evenly_spaced_timesteps(T: int, steps: int) -> np.ndarray:
     if steps > T:
         raise ValueError(f"steps is {steps}; expected at most T = {T}.")
     if steps == 1:
-        return np.array([T - 1])
+        return np.array([T - 1], dtype=np.int64)
     return np.round(np.linspace(0, T - 1, steps)).astype(np.int64)
 
 
