@@ -194,11 +194,17 @@ def _extrapolation(walk: GaussianDiffusion) -> np.ndarray:
     It is 0, and the step of first order, where there is no step before, and where a step is infinitely long
     in the log-SNR: to the data (i = 0), and from pure noise.
     """
+    h = _lengths(walk)
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_snr = np.log(walk.schedule.alphas_cumprod) - np.log(walk.schedule.one_minus_alphas_cumprod)
-        h = -np.diff(log_snr, prepend=np.inf) / 2
         weight = np.append(h[:-1] / h[1:] / 2, 0.0)
     return np.where(np.isfinite(weight), weight, 0.0)
+
+
+def _lengths(walk: GaussianDiffusion) -> np.ndarray:
+    """h of every step, what log(a/s) gains in it, (T,), float64 on the host.  (docs: R.10)"""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_snr = np.log(walk.schedule.alphas_cumprod) - np.log(walk.schedule.one_minus_alphas_cumprod)
+        return -np.diff(log_snr, prepend=np.inf) / 2
 
 
 def angles(diffusion: GaussianDiffusion) -> np.ndarray:

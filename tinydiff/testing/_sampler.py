@@ -128,8 +128,8 @@ def _ours(
         **changed: Any,
     ) -> np.ndarray:
         process = GaussianDiffusion(diffusion.schedule, prediction, diffusion.variance)
-        options: dict[str, Any] = dict(steps=timesteps, eta=eta, clip=clip, rng=rng or _Noise()) | changed
-        states = iterate_samples(network, process, x_T.shape, name, x_T=x_T, **options)
+        options: dict[str, Any] = dict(x_T=x_T, steps=timesteps, eta=eta, clip=clip, rng=rng or _Noise())
+        states = iterate_samples(network, process, x_T.shape, name, **(options | changed))
         return next(state.x for state in states if state.steps_left == left_out)
 
     return samples
@@ -152,9 +152,6 @@ def _mistakes(
         """The network is shown, at t, times[t]."""
         return lambda network: ours(lambda x, t: network(x, times[t]))
 
-    def starting(factor: float) -> Function:
-        return _ours(diffusion, name, timesteps, eta, clip, factor * x_T)
-
     def stepping(step: Step) -> Function:
         return lambda network: walked(step, network, x_T, timesteps, _Noise())
 
@@ -168,7 +165,9 @@ def _mistakes(
         "the network is shown x / a, a state that is not scaled down": lambda network: ours(
             lambda x, t: network(x / a[t[0]], t)
         ),
-        "it starts from x_T as it is, and not from sqrt(1 + sigma_T^2) x_T": starting(a[timesteps[-1]]),
+        "it starts from x_T as it is, and not from sqrt(1 + sigma_T^2) x_T": changed(
+            x_T=a[timesteps[-1]] * x_T
+        ),
         "the estimate of x_0 is clipped": changed(clip=True),
         "the estimate of x_0 is not clipped": changed(clip=False),
         "the output is taken for eps": changed(prediction="eps"),
@@ -185,7 +184,7 @@ def _mistakes(
         **{what: stepping(step) for what, step in steps.items()},
     }
     if s_T < 1 - 1e-4:  # else what is right in float32 comes near it
-        mistakes["it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T"] = starting(s_T)
+        mistakes["it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T"] = changed(x_T=s_T * x_T)
     if diffusion.variance == "learned_range":
         mistakes["nu comes first, the prediction after it"] = lambda network: ours(
             lambda x, t: np.roll(network(x, t), x.shape[-1], axis=-1)

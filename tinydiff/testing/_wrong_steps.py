@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from tinydiff.backend import clip_to_unit
 from tinydiff.diffusion import GaussianDiffusion
-from tinydiff.samplers import _extrapolation, angles
+from tinydiff.samplers import _extrapolation, _lengths, angles
 from tinydiff.testing._asked import Function
 from tinydiff.testing._reverse import log_variances, means
 
@@ -72,10 +73,6 @@ def _ancestral(
     def stopped(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
         return right(i, x, output, z if i > 1 else 0 * z, ask) if i else x
 
-    def with_long_beta(i: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
-        f = (output[..., output.shape[-1] // 2 :] + 1) / 2
-        return long.schedule.betas[timesteps[i]] ** f * np.exp((1 - f) * walk.log_variance_range[0][i])
-
     steps = {
         "noise at the last step (E.9)": step(at_the_end=True),
         "the last step is left out, and the one before it adds no noise": stopped,
@@ -90,9 +87,9 @@ def _ancestral(
     if walk.variance == "learned_range":
         for what, log_variance in log_variances(walk).items():
             steps[what] = step(variance=at(lambda *given, of=log_variance: np.exp(of(*given))))
-        steps["beta_t of the long chain as the upper end of the variance (E.8)"] = step(
-            variance=with_long_beta
-        )
+        other = copy.copy(walk)
+        other.log_variance_range = walk.log_variance_range[0], long.log_variance_range[1][timesteps]
+        steps["beta_t of the long chain as the upper end of the variance (E.8)"] = step(variance=of(other, 1))
         return steps
     for variance in ("fixed_small", "fixed_large"):
         other = GaussianDiffusion(walk.schedule, walk.prediction, variance)
@@ -171,9 +168,8 @@ def _estimator(walk: GaussianDiffusion, clip: bool) -> Part:
 
 def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
     """DPM-Solver++ 2M, whose correction has another weight than h / (2 h_before)."""
-    rest, weight = walk.schedule.one_minus_alphas_cumprod_prev, _extrapolation(walk)
+    rest, weight, h = walk.schedule.one_minus_alphas_cumprod_prev, _extrapolation(walk), _lengths(walk)
     estimate = _estimator(walk, clip)
-    h = -np.diff(np.log(walk.schedule.snr) / 2, prepend=np.inf)
 
     def step(weight: np.ndarray, of_outputs: bool = False) -> Step:
         before: dict[int, np.ndarray] = {}
