@@ -110,6 +110,7 @@ def assert_central_differences_agree(case, rng, small=SMALL):
 
     Arrays of fewer than `small` elements are checked along every coordinate.
     """
+    parameters = case.parameters
     y, _ = case.layer(*case.inputs)
     dy = normal(rng, y.shape)
     _, gradients = gradients_of(case, dy)
@@ -120,8 +121,8 @@ def assert_central_differences_agree(case, rng, small=SMALL):
 
     def moved(name, value):
         """The loss with input or parameter `name` at `value`."""
-        if name in case.parameters:
-            p = case.parameters[name]
+        if name in parameters:
+            p = parameters[name]
             kept, p.value = p.value, value
             result, p.value = loss(), kept
         else:
@@ -131,7 +132,7 @@ def assert_central_differences_agree(case, rng, small=SMALL):
         return result
 
     for name, gradient in gradients.items():
-        at = case.parameters[name].value if name in case.parameters else case.inputs[int(name[1:])]
+        at = parameters[name].value if name in parameters else case.inputs[int(name[1:])]
         assert gradient.shape == at.shape and gradient.dtype == at.dtype, name
         directions = [rng.standard_normal(at.shape) for _ in range(DIRECTIONS)]
         if at.size < small:

@@ -812,6 +812,40 @@ def test_shares_cover_the_range_in_order_and_errors_come_out():
         assert _threads._blas[0]() == threads, "BLAS was not given its threads back"
 
 
+@pytest.mark.skipif(not _threads._blas, reason="needs a BLAS whose threads can be counted")
+@for_each_twin_on_the_cpu
+def test_a_convolution_wakes_a_thread_where_it_has_work_for_one(twin, monkeypatch):
+    """Neither it nor BLAS is given a second one where there is a multiplication too few."""
+    K, rng = module(twin), np.random.default_rng(0)
+    x, w, b = (normal(rng, shape, np.float32) for shape in [(3, 4, 4, 16), (3, 3, 16, 16), (16,)])
+    asked = []
+    monkeypatch.setattr(_threads, "threads_in_reach", lambda: 2)
+    begin, blas_threads = _threads._begin, _threads._blas[0]
+
+    def noted(*args):
+        asked.append(args)
+        return begin(*args)
+
+    monkeypatch.setattr(_threads, "_begin", noted)
+    for call, pixels in [
+        (lambda: K.conv2d(x, w, b, 1, (1, 1)), 48),
+        (lambda: K.conv2d_backward(x, w, x, 1, (1, 1)), 48),
+        (lambda: K.conv2d(x, w, b, 2, (1, 1)), 12),
+        (lambda: K.conv2d(x[..., :8].copy(), w[:, :, :8, :4].copy(), b[:4], 1, (1, 1)), 6),
+        (lambda: K.upsample_conv2d(x, w, b), 192),
+        (lambda: K.upsample_conv2d_backward(x, w, x.repeat(2, 1).repeat(2, 2)), 192),
+    ]:
+        for limit, woken in [(pixels * w.size, True), (pixels * w.size + 1, False)]:
+            monkeypatch.setattr(_linear, "PARALLEL_PRODUCTS", limit)
+            asked.clear()
+            call()
+            assert bool(asked) == woken
+    # Of BLAS, too, while work that was not shared runs; what cannot be shared it may share itself.
+    before = blas_threads()
+    assert _threads.in_parallel(lambda start, stop: blas_threads(), 2, False) == [1]
+    assert _threads.in_parallel(lambda start, stop: blas_threads(), 1, False) == [before]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("array_api_strict") is None, reason="needs array-api-strict")
 @settings(deadline=None, max_examples=30)
 @given(convolutions())

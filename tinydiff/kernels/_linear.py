@@ -18,9 +18,10 @@ __all__ = [
     "silu_backward",
     "sum_pixels",
     "taps_and_bias",
+    "worth_sharing",
 ]
 
-# Fewer multiplications than this are not worth a second thread.
+# Fewer multiplications than this are not worth a second thread, which has to be woken for them.
 PARALLEL_PRODUCTS = 2**23
 
 # By dtype: less than the largest x for which exp(x) is finite, and so large that 1 + exp(x) rounds to exp(x).
@@ -34,12 +35,19 @@ def _ones(n: int, dtype: np.dtype) -> np.ndarray:
     return ones
 
 
+def worth_sharing(pixels: int, w: np.ndarray) -> bool:
+    """Whether so many pixels, each of which meets every weight once, are work for several threads."""
+    return pixels * w.size >= PARALLEL_PRODUCTS
+
+
 def column_sums(rows: np.ndarray) -> np.ndarray:
     """The sum over rows (n, D)  ->  (D,), as a product: BLAS adds rows faster than NumPy."""
     return _ones(len(rows), rows.dtype) @ rows
 
 
-def taps_and_bias(dy: np.ndarray, taps: Callable[[int, int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def taps_and_bias(
+    dy: np.ndarray, w: np.ndarray, taps: Callable[[int, int], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of a convolution's taps and bias from dy (N, H', W', D), its images shared out to threads.
 
     ``taps(start, stop)`` returns the share of images start … stop-1 in the first.
@@ -48,7 +56,7 @@ def taps_and_bias(dy: np.ndarray, taps: Callable[[int, int], np.ndarray]) -> tup
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         return taps(start, stop), column_sums(dy[start:stop].reshape(-1, dy.shape[3]))
 
-    return sums(in_parallel(work, dy.shape[0]))
+    return sums(in_parallel(work, dy.shape[0], worth_sharing(dy[..., 0].size, w)))
 
 
 def sum_pixels(x: np.ndarray) -> np.ndarray:
@@ -62,7 +70,7 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     if x.ndim != 2:
         rows = linear(x.reshape(-1, w.shape[0]), w, b)
         return rows.reshape(*x.shape[:-1], w.shape[1])
-    if x.size * w.shape[1] < PARALLEL_PRODUCTS:
+    if not worth_sharing(x.shape[0], w):
         y = x @ w
         y += b
         return y
@@ -84,7 +92,7 @@ def linear_backward(
         dy_rows = np.ascontiguousarray(dy).reshape(-1, w.shape[1])
         dx, dw, db = linear_backward(x.reshape(-1, w.shape[0]), w, dy_rows)
         return dx.reshape(x.shape), dw, db
-    if x.size * w.shape[1] < PARALLEL_PRODUCTS:
+    if not worth_sharing(x.shape[0], w):
         return dy @ w.T, x.T @ dy, column_sums(dy)
     dx = empty(x.shape, x.dtype)
 

@@ -154,10 +154,14 @@ def _begin(work: Callable[[int, int], T], start: int, stop: int) -> Future[T]:
 def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) -> list[T]:
     """Call ``work(start, stop)`` for consecutive shares of ``range(n)``, at once; results in order.
 
-    With ``parallel=False``, for work too small to share, there is one share and it runs here.
+    With ``parallel=False``, for work too small to share, there is one share and it runs here; BLAS does not
+    share it either. What cannot be shared, a single image, is left to BLAS.
     """
-    if not parallel or n < 2 or _blas is None:
+    if n < 2 or _blas is None:
         return [work(0, n)]
+    if not parallel:
+        with blas_on_one_thread():
+            return [work(0, n)]
     with _one_region:
         shares = min(threads_in_reach(), MAX_THREADS, n)
         if shares < 2:

@@ -18,7 +18,7 @@ import numpy as np
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import gather_conv_backward
-from tinydiff.kernels._linear import linear, linear_backward, sum_pixels, taps_and_bias
+from tinydiff.kernels._linear import linear, linear_backward, sum_pixels, taps_and_bias, worth_sharing
 from tinydiff.kernels._memory import empty
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
@@ -109,7 +109,7 @@ def conv2d_backward(
     def taps(start: int, stop: int) -> np.ndarray:
         return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
 
-    return dx, *taps_and_bias(dy, taps)
+    return dx, *taps_and_bias(dy, w, taps)
 
 
 def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -136,7 +136,11 @@ def _winograd(
 ) -> np.ndarray:
     x, b, u = np.ascontiguousarray(x), np.ascontiguousarray(b), winograd_weight(w)
     y = empty((*size, w.shape[3]), x.dtype)
-    in_parallel(lambda start, stop: winograd_conv(x, u, b, before, y, start, stop, doubled=doubled), size[0])
+
+    def work(start: int, stop: int) -> None:
+        winograd_conv(x, u, b, before, y, start, stop, doubled=doubled)
+
+    in_parallel(work, size[0], worth_sharing(y[..., 0].size, w))
     return y
 
 
@@ -151,5 +155,5 @@ def _winograd_backward(
     def taps(start: int, stop: int) -> np.ndarray:
         return winograd_conv_backward(x, ut, dy, before, dx, start, stop, doubled=doubled)
 
-    du, db = taps_and_bias(dy, taps)
+    du, db = taps_and_bias(dy, w, taps)
     return dx, winograd_weight_backward(du), db

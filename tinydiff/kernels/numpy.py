@@ -26,6 +26,7 @@ from tinydiff.kernels._linear import (
     silu_backward,
     sum_pixels,
     taps_and_bias,
+    worth_sharing,
 )
 from tinydiff.kernels._memory import empty
 from tinydiff.kernels._norm import (
@@ -96,17 +97,18 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
     )
     if _is_winograd(w, stride, padding):
         u = winograd_weight(w)
-        in_parallel(lambda start, stop: winograd_conv(x, u, b, before, y, start, stop), n)
-    else:
 
-        def work(start: int, stop: int) -> None:
-            if _is_narrow(w, stride, padding):
-                narrow_conv(x, w, before, y, start, stop)
-            else:
-                gather_conv(x, w, stride, before, y, start, stop)
-            y[start:stop] += b
+    def work(start: int, stop: int) -> None:
+        if _is_winograd(w, stride, padding):
+            winograd_conv(x, u, b, before, y, start, stop)
+            return
+        if _is_narrow(w, stride, padding):
+            narrow_conv(x, w, before, y, start, stop)
+        else:
+            gather_conv(x, w, stride, before, y, start, stop)
+        y[start:stop] += b
 
-        in_parallel(work, n)
+    in_parallel(work, n, worth_sharing(y[..., 0].size, w))
     return y
 
 
@@ -127,7 +129,7 @@ def conv2d_backward(
             return narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
         return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
 
-    return dx, *taps_and_bias(dy, taps)
+    return dx, *taps_and_bias(dy, w, taps)
 
 
 def _winograd_backward(
@@ -141,7 +143,7 @@ def _winograd_backward(
         winograd_conv(dy, turned, None, 2 - before, dx, start, stop, in_pairs=doubled)
         return winograd_conv_taps(x, dy, before, start, stop, doubled=doubled)
 
-    du, db = taps_and_bias(dy, taps)
+    du, db = taps_and_bias(dy, w, taps)
     return dx, winograd_weight_backward(du), db
 
 
@@ -152,7 +154,11 @@ def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     n, h, width, _ = x.shape
     y = empty((n, 2 * h, 2 * width, w.shape[3]), x.dtype)
     u = winograd_weight(w)
-    in_parallel(lambda start, stop: winograd_conv(x, u, b, 1, y, start, stop, doubled=True), n)
+
+    def work(start: int, stop: int) -> None:
+        winograd_conv(x, u, b, 1, y, start, stop, doubled=True)
+
+    in_parallel(work, n, worth_sharing(y[..., 0].size, w))
     return y
 
 
