@@ -161,6 +161,7 @@ def small_chunks():
         patch.setattr("tinydiff.kernels._numba_norm.PARALLEL_SIZE", 0)
         patch.setattr("tinydiff.kernels._numba_silu.PARALLEL_SIZE", 0)
         patch.setattr("tinydiff.kernels.numba.BACKWARD_PATCHES", 0)
+        patch.setattr("tinydiff.kernels.numba.FORWARD_PATCHES", 2)
     yield
     patch.undo()
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
-from tinydiff.kernels._gather import gather_conv_backward
+from tinydiff.kernels._gather import gather_conv, gather_conv_backward
 from tinydiff.kernels._linear import linear, linear_backward, sum_pixels, taps_and_bias, worth_sharing
 from tinydiff.kernels._memory import empty
 from tinydiff.kernels._numba_jit import fits
@@ -67,6 +67,10 @@ WINOGRAD_CHANNELS = 16
 # rows are gathered instead (docs: A.4, A.24); after a doubling NumPy's twin takes its way.
 BACKWARD_PATCHES = 128
 
+# Forward, over fewer than this, rows are gathered, too: the weights' transform takes as long as the products,
+# and PyTorch, which on some processors does not cut patches there, rounds a fifth as much.
+FORWARD_PATCHES = 8
+
 
 def _size(x: np.ndarray, padding: Padding) -> tuple[int, int, int]:
     """The images, rows and columns of the output of a 3x3 convolution with stride 1."""
@@ -92,7 +96,17 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
     """As ``portable.conv2d``."""
     if not (_is_winograd(x, w, stride, padding) and fits(x, w, b)):
         return numpy_twin.conv2d(x, w, b, stride, padding)
-    return _winograd(x, w, b, padding[0], _size(x, padding), doubled=False)
+    size = _size(x, padding)
+    if _patches(*size) >= FORWARD_PATCHES:
+        return _winograd(x, w, b, padding[0], size, doubled=False)
+    y = empty((*size, w.shape[3]), x.dtype)
+
+    def work(start: int, stop: int) -> None:
+        gather_conv(x, w, stride, padding[0], y, start, stop)
+        y[start:stop] += b
+
+    in_parallel(work, size[0], worth_sharing(y[..., 0].size, w))
+    return y
 
 
 def conv2d_backward(
