@@ -98,15 +98,17 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
     if _is_winograd(w, stride, padding):
         u = winograd_weight(w)
 
-    def work(start: int, stop: int) -> None:
-        if _is_winograd(w, stride, padding):
+        def work(start: int, stop: int) -> None:
             winograd_conv(x, u, b, before, y, start, stop)
-            return
-        if _is_narrow(w, stride, padding):
-            narrow_conv(x, w, before, y, start, stop)
-        else:
-            gather_conv(x, w, stride, before, y, start, stop)
-        y[start:stop] += b
+
+    else:
+
+        def work(start: int, stop: int) -> None:
+            if _is_narrow(w, stride, padding):
+                narrow_conv(x, w, before, y, start, stop)
+            else:
+                gather_conv(x, w, stride, before, y, start, stop)
+            y[start:stop] += b
 
     in_parallel(work, n, worth_sharing(y[..., 0].size, w))
     return y
