@@ -150,6 +150,7 @@ def small_chunks():
     """Chunks of a few of the small images below, or of a part of one, so that boundaries are crossed."""
     patch = pytest.MonkeyPatch()
     patch.setattr(_winograd, "CHUNK", 128)
+    patch.setattr(_winograd, "PATCHES", 2)
     patch.setattr(_gather, "CHUNK_BYTES", 2**14)
     patch.setattr(_norm, "BLOCK_BYTES", 2**12)
     patch.setattr(_norm, "PARALLEL_SIZE", 0)
@@ -161,7 +162,6 @@ def small_chunks():
         patch.setattr("tinydiff.kernels._numba_norm.PARALLEL_SIZE", 0)
         patch.setattr("tinydiff.kernels._numba_silu.PARALLEL_SIZE", 0)
         patch.setattr("tinydiff.kernels.numba.BACKWARD_PATCHES", 0)
-        patch.setattr("tinydiff.kernels.numba.FORWARD_PATCHES", 2)
     yield
     patch.undo()
 
@@ -196,12 +196,8 @@ def test_conv2d_in_a_margin_wider_than_the_taps(twin, c, d):
 
 @for_each_twin_on_the_cpu
 @pytest.mark.parametrize("c, d", [(16, 16), (4, 2), (2, 4)])
-def test_conv2d_of_no_images_has_no_gradient(twin, c, d, monkeypatch):
-    """Whatever lies in memory."""
-    winograd = "_numba_winograd" if twin == "numba" else "_winograd"
-    twin = module(twin)
-    monkeypatch.setattr(f"tinydiff.kernels.{winograd}.empty", lambda *how: np.full(how[0], np.nan, how[1]))
-    check_margin(twin, 0, c, d)
+def test_conv2d_of_no_images_has_no_gradient(twin, c, d):
+    check_margin(module(twin), 0, c, d)
 
 
 def check_margin(twin, n, c, d):
@@ -267,6 +263,26 @@ def test_winograd_loses_few_digits(twin, channels):
         assert by_winograd.dtype == np.float32
         assert error <= 3 * np.linalg.norm(in_order - exact)
         assert error <= 7 * np.linalg.norm(portable.conv2d(image, taps, b, 1, (1, 1)) - exact)
+
+
+@for_each_twin_on_the_cpu
+def test_few_patches_are_not_cut(twin, monkeypatch):
+    """Rows of small whole numbers add up exactly in float32, patches do not: whose points are fractions."""
+    monkeypatch.setattr(_winograd, "PATCHES", 8)
+    twin, rng = module(twin), np.random.default_rng(0)
+
+    def exact(n, size):
+        x, dy = (rng.integers(-9, 10, (n, size, size, 16)).astype(np.float32) for _ in range(2))
+        w = rng.integers(-9, 10, (3, 3, 16, 16)).astype(np.float32)
+        b = np.zeros(16, np.float32)
+        actual, expected = (
+            [kernels.conv2d(x, w, b, 1, (1, 1)), *kernels.conv2d_backward(x, w, dy, 1, (1, 1))[:2]]
+            for kernels in (twin, portable)
+        )
+        return [np.array_equal(a, e) for a, e in zip(actual, expected)]
+
+    assert exact(1, 8) == exact(7, 4) == exact(30, 1) == exact(40, 2) == [True, True, True]
+    assert exact(2, 8) == exact(8, 4) == exact(2, 5) == [False, False, False]
 
 
 @for_each_twin

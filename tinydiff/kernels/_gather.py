@@ -16,40 +16,64 @@ from numpy.lib.stride_tricks import as_strided
 
 from tinydiff.kernels._threads import chunks, scratch
 
-__all__ = ["gather_conv", "gather_conv_backward", "narrow_conv", "narrow_conv_backward", "transposed_taps"]
+__all__ = [
+    "PLANES",
+    "gather_conv",
+    "gather_conv_backward",
+    "narrow_conv",
+    "narrow_conv_backward",
+    "transposed_taps",
+]
 
 # Bytes of the gathered rows of a chunk.
 CHUNK_BYTES = 2**19
 
+# Images of fewer channels than this lie in planes while rows are gathered or scattered: what is copied or
+# added in one go is then a line of the image, not the few numbers of a pixel.
+PLANES = 12
+
+
+def _margin(
+    images: tuple[int, ...], k: int, stride: int, before: int, h_out: int, w_out: int, dtype: np.dtype
+) -> np.ndarray:
+    """Zeros in scratch for images (m, H, W, C) and for all that k x k windows see around them."""
+    m, h, w, c = images
+    down, right = (max(before + n, stride * (n_out - 1) + k) for n, n_out in ((h, h_out), (w, w_out)))
+    if c < PLANES:
+        zeros = scratch("xpad", (c, m, down, right), dtype).transpose(1, 2, 3, 0)
+    else:
+        zeros = scratch("xpad", (m, down, right, c), dtype)
+    zeros[...] = 0.0
+    return zeros
+
 
 def _gather(x: np.ndarray, k: int, stride: int, before: int, h_out: int, w_out: int) -> np.ndarray:
-    """R x of A.4: rows (m, H', W', k, k, C) of the images x (m, H, W, C) padded with zeros."""
+    """R x of A.4: rows (m H' W', k k C) of the images x (m, H, W, C) padded with zeros."""
     m, h, w, c = x.shape
-    shape = (m, max(before + h, stride * (h_out - 1) + k), max(before + w, stride * (w_out - 1) + k), c)
-    xpad = scratch("xpad", shape, x.dtype)
-    xpad[...] = 0.0
+    xpad = _margin(x.shape, k, stride, before, h_out, w_out, x.dtype)
     xpad[:, before : before + h, before : before + w] = x
     image, row, col, channel = xpad.strides
     windows = as_strided(
         xpad, (m, h_out, w_out, k, k, c), (image, stride * row, stride * col, row, col, channel)
     )
+    if c < PLANES:
+        windows = windows.transpose(3, 4, 5, 0, 1, 2)
     rows = scratch("rows", windows.shape, x.dtype)
     rows[...] = windows
-    return rows
+    return rows.reshape(k * k * c, -1).T if c < PLANES else rows.reshape(-1, k * k * c)
 
 
 def _scatter(rows: np.ndarray, stride: int, before: int, dx: np.ndarray) -> None:
     """The transpose of R (A.5): every element of `rows` added where `_gather` would have read it, into dx."""
-    m, h_out, w_out, k, _, c = rows.shape
+    _, h_out, w_out, k, _, c = rows.shape
     _, h, w, _ = dx.shape
-    shape = (m, max(before + h, stride * (h_out - 1) + k), max(before + w, stride * (w_out - 1) + k), c)
-    dxpad = scratch("xpad", shape, rows.dtype)
-    dxpad[...] = 0.0
+    dxpad = _margin(dx.shape, k, stride, before, h_out, w_out, rows.dtype)
+    order = (3, 0, 1, 2) if c < PLANES else (0, 1, 2, 3)  # of the axes, from the slowest to the fastest
     for i in range(k):
         for j in range(k):
-            dxpad[:, i : i + stride * h_out : stride, j : j + stride * w_out : stride][:, :h_out, :w_out] += (
-                rows[:, :, :, i, j]
-            )
+            seen = dxpad[:, i : i + stride * h_out : stride, j : j + stride * w_out : stride]
+            seen = seen[:, :h_out, :w_out].transpose(order)
+            seen += rows[:, :, :, i, j].transpose(order)
     dx[...] = dxpad[:, before : before + h, before : before + w]
 
 
@@ -61,7 +85,7 @@ def gather_conv(
     _, h_out, w_out, _ = y.shape
     pixels = h_out * w_out
     for chunk in chunks(start, stop, pixels * k * k * c * x.itemsize, CHUNK_BYTES):
-        rows = _gather(x[chunk], k, stride, before, h_out, w_out).reshape(-1, k * k * c)
+        rows = _gather(x[chunk], k, stride, before, h_out, w_out)
         np.matmul(rows, w.reshape(k * k * c, d), out=y[chunk].reshape(-1, d))
 
 
@@ -81,12 +105,12 @@ def gather_conv_backward(
     dw = np.zeros((k * k * c, d), w.dtype)
     part = scratch("dw", dw.shape, w.dtype)
     for chunk in chunks(start, stop, h_out * w_out * k * k * c * x.itemsize, CHUNK_BYTES):
-        gathered = _gather(x[chunk], k, stride, before, h_out, w_out)
-        rows = gathered.reshape(-1, k * k * c)
+        rows = _gather(x[chunk], k, stride, before, h_out, w_out)
         dy_rows = dy[chunk].reshape(-1, d)
         dw += np.matmul(rows.T, dy_rows, out=part)
-        np.matmul(dy_rows, w.reshape(k * k * c, d).T, out=rows)
-        _scatter(gathered, stride, before, dx[chunk])
+        rows = scratch("rows", (*dy[chunk].shape[:3], k, k, c), x.dtype)
+        np.matmul(dy_rows, w.reshape(k * k * c, d).T, out=rows.reshape(-1, k * k * c))
+        _scatter(rows, stride, before, dx[chunk])
     return dw.reshape(w.shape)
 
 
@@ -115,7 +139,7 @@ def narrow_conv_backward(
     taps = np.ascontiguousarray(transposed_taps(w)).reshape(k * k * d, c)
     dtaps = np.zeros_like(taps)
     for chunk in chunks(start, stop, h * width * k * k * d * x.itemsize, CHUNK_BYTES):
-        rows = _gather(dy[chunk], k, 1, k - 1 - before, h, width).reshape(-1, k * k * d)
+        rows = _gather(dy[chunk], k, 1, k - 1 - before, h, width)
         np.matmul(rows, taps, out=dx[chunk].reshape(-1, c))
         dtaps += rows.T @ x[chunk].reshape(-1, c)
     return np.ascontiguousarray(transposed_taps(dtaps.reshape(k, k, d, c)))

@@ -26,6 +26,7 @@ other: chains of additions in NumPy pass over memory once for every sign in the 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,11 +34,24 @@ import numpy as np
 from tinydiff.kernels._memory import empty
 from tinydiff.kernels._threads import scratch
 
-__all__ = ["both_axes", "winograd_conv", "winograd_conv_taps", "winograd_weight", "winograd_weight_backward"]
+__all__ = [
+    "both_axes",
+    "count_patches",
+    "winograd_conv",
+    "winograd_conv_taps",
+    "winograd_weight",
+    "winograd_weight_backward",
+    "worth_cutting",
+]
 
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 TILE, TAPS = 4, 3
 PATCH = TILE + TAPS - 1
+
+# Fewer channels on either side than this and the additions outweigh the multiplications saved; the Numba twin
+# takes as many at a time. Fewer patches, and the weights' transforms do. (docs: A.24)
+CHANNELS = 16
+PATCHES = 8
 
 # Patches times channels in a chunk: V and M take 144 bytes each for every one of them in float32, and should
 # stay in cache between one product and the next. There are two arrays of that size, the scratch "one" and
@@ -47,6 +61,27 @@ CHUNK = 4096
 # Fewest patches in a chunk of dW. A chunk's products are added to all of dU, which for many channels is
 # larger than what the chunk was made from.
 FEWEST_PATCHES = 32
+
+
+def count_patches(n: int, h_out: int, w_out: int) -> int:
+    """How many patches so many images, rows and columns are cut into, those that stick out included."""
+    return n * -(-h_out // TILE) * -(-w_out // TILE)
+
+
+def worth_cutting(w: np.ndarray, stride: int, padding: tuple[int, int], size: tuple[int, int, int]) -> bool:
+    """Whether to cut a convolution's output, so many images, rows and columns, into patches.
+
+    Each takes 36 products, however much of it sticks out, and saves where that is at most 6 for a pixel.
+    """
+    patches = count_patches(*size)
+    return (
+        w.shape[0] == TAPS
+        and stride == 1
+        and padding[0] < TAPS
+        and min(w.shape[2:]) >= CHANNELS
+        and patches >= PATCHES
+        and PATCH**2 * patches <= 6 * math.prod(size)
+    )
 
 
 def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -234,6 +269,4 @@ def winograd_conv_taps(
         if product is part:
             du += part
         product = part
-    if start == stop:
-        du[...] = 0.0
     return du

@@ -13,11 +13,12 @@ The results equal the NumPy twin's up to rounding, not in their bits (docs: A.3,
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from tinydiff.kernels import numpy as numpy_twin
 from tinydiff.kernels._attention import attention, attention_backward
-from tinydiff.kernels._gather import gather_conv, gather_conv_backward
 from tinydiff.kernels._linear import linear, linear_backward, sum_pixels, taps_and_bias, worth_sharing
 from tinydiff.kernels._memory import empty
 from tinydiff.kernels._numba_jit import fits
@@ -36,6 +37,7 @@ from tinydiff.kernels._numba_winograd import (
     winograd_weight_backward,
 )
 from tinydiff.kernels._threads import in_parallel
+from tinydiff.kernels._winograd import count_patches, worth_cutting
 from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
 __all__ = [
@@ -60,77 +62,36 @@ __all__ = [
     "upsample_conv2d_backward",
 ]
 
-# Winograd's transforms take 16 channels at a time, so there must be as many.
-WINOGRAD_CHANNELS = 16
-
 # The weight's gradient sums over patches. Over fewer than this its rounding is up to 5 times PyTorch's, so
 # rows are gathered instead (docs: A.4, A.24); after a doubling NumPy's twin takes its way.
 BACKWARD_PATCHES = 128
 
-# Forward, over fewer than this, rows are gathered, too: the weights' transform takes as long as the products,
-# and PyTorch, which on some processors does not cut patches there, rounds a fifth as much.
-FORWARD_PATCHES = 8
-
-
-def _size(x: np.ndarray, padding: Padding) -> tuple[int, int, int]:
-    """The images, rows and columns of the output of a 3x3 convolution with stride 1."""
-    n, h, w, _ = x.shape
-    return n, h + sum(padding) - 2, w + sum(padding) - 2
-
-
-def _patches(n: int, h_out: int, w_out: int) -> int:
-    """How many 4x4 patches the output is cut into, those that stick out included."""
-    return n * -(-h_out // 4) * -(-w_out // 4)
-
-
-def _worth_it(w: np.ndarray, n: int, h_out: int, w_out: int) -> bool:
-    """Whether to cut the output into patches: each takes 36 products, however much of it sticks out."""
-    return min(w.shape[2:]) >= WINOGRAD_CHANNELS and 36 * _patches(n, h_out, w_out) <= 5 * n * h_out * w_out
-
-
-def _is_winograd(x: np.ndarray, w: np.ndarray, stride: int, padding: Padding) -> bool:
-    return w.shape[0] == 3 and stride == 1 and _worth_it(w, *_size(x, padding))
-
 
 def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Padding) -> np.ndarray:
     """As ``portable.conv2d``."""
-    if not (_is_winograd(x, w, stride, padding) and fits(x, w, b)):
+    size = numpy_twin.output_size(x, w, stride, padding)
+    if not (worth_cutting(w, stride, padding, size) and fits(x, w, b)):
         return numpy_twin.conv2d(x, w, b, stride, padding)
-    size = _size(x, padding)
-    if _patches(*size) >= FORWARD_PATCHES:
-        return _winograd(x, w, b, padding[0], size, doubled=False)
-    y = empty((*size, w.shape[3]), x.dtype)
-
-    def work(start: int, stop: int) -> None:
-        gather_conv(x, w, stride, padding[0], y, start, stop)
-        y[start:stop] += b
-
-    in_parallel(work, size[0], worth_sharing(y[..., 0].size, w))
-    return y
+    return _winograd(x, w, b, padding[0], size, doubled=False)
 
 
 def conv2d_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray, stride: int, padding: Padding
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.conv2d_backward``."""
-    if not (_is_winograd(x, w, stride, padding) and fits(x, w, dy)):
+    size = dy.shape[:3]
+    if not (worth_cutting(w, stride, padding, size) and fits(x, w, dy)):
         return numpy_twin.conv2d_backward(x, w, dy, stride, padding)
-    if _patches(*_size(x, padding)) >= BACKWARD_PATCHES:
-        return _winograd_backward(x, w, dy, padding[0], doubled=False)
-    dy = np.ascontiguousarray(dy)
-    dx = empty(x.shape, x.dtype)
-
-    def taps(start: int, stop: int) -> np.ndarray:
-        return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
-
-    return dx, *taps_and_bias(dy, w, taps)
+    if count_patches(*size) < BACKWARD_PATCHES:
+        return numpy_twin.gathered_backward(x, w, dy, stride, padding)
+    return _winograd_backward(x, w, dy, padding[0], doubled=False)
 
 
 def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As ``portable.upsample_conv2d``.  (docs: A.26)"""
     n, h, width, _ = x.shape
     size = (n, 2 * h, 2 * width)
-    if not (_worth_it(w, *size) and fits(x, w, b)):
+    if not (worth_cutting(w, 1, (1, 1), size) and fits(x, w, b)):
         return numpy_twin.upsample_conv2d(x, w, b)
     return _winograd(x, w, b, 1, size, doubled=True)
 
@@ -140,7 +101,8 @@ def upsample_conv2d_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.upsample_conv2d_backward``.  (docs: A.26)"""
     size = dy.shape[:3]
-    if not (_worth_it(w, *size) and fits(x, w, dy) and _patches(*size) >= BACKWARD_PATCHES):
+    many = worth_cutting(w, 1, (1, 1), size) and count_patches(*size) >= BACKWARD_PATCHES
+    if not (many and fits(x, w, dy)):
         return numpy_twin.upsample_conv2d_backward(x, w, dy)
     return _winograd_backward(x, w, dy, 1, doubled=True)
 
@@ -154,7 +116,7 @@ def _winograd(
     def work(start: int, stop: int) -> None:
         winograd_conv(x, u, b, before, y, start, stop, doubled=doubled)
 
-    in_parallel(work, size[0], worth_sharing(y[..., 0].size, w))
+    in_parallel(work, size[0], worth_sharing(math.prod(size), w))
     return y
 
 

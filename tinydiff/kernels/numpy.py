@@ -1,18 +1,22 @@
 """The NumPy twin of ``portable.py``: the same functions, the same results, less time and memory.
 
 A convolution takes one of these ways, all of them in cache-sized chunks of a few images, shared out to
-threads: 1x1 is a matrix product; 3x3 with stride 1 and enough channels is Winograd's (``_winograd.py``);
-the rest is gathered rows and a product, or, to fewer channels, its transpose (``_gather.py``).
+threads: 1x1 is a matrix product; 3x3 with stride 1 and enough channels and pixels is Winograd's
+(``_winograd.py``); the rest is gathered rows and a product, or, to fewer channels, its transpose
+(``_gather.py``).
 
 What each idea was expected to save, and what it saved, is in ``docs/10-speed.md``.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from tinydiff.kernels._attention import attention, attention_backward
 from tinydiff.kernels._gather import (
+    PLANES,
     gather_conv,
     gather_conv_backward,
     narrow_conv,
@@ -42,6 +46,7 @@ from tinydiff.kernels._winograd import (
     winograd_conv_taps,
     winograd_weight,
     winograd_weight_backward,
+    worth_cutting,
 )
 from tinydiff.kernels.portable import Padding, upsample, upsample_backward
 
@@ -67,16 +72,9 @@ __all__ = [
     "upsample_conv2d_backward",
 ]
 
-# Fewer channels on either side than this and Winograd's additions outweigh the multiplications saved.
-WINOGRAD_CHANNELS = 16
-
 
 def _is_product(w: np.ndarray, stride: int, padding: Padding) -> bool:
     return w.shape[0] == 1 and stride == 1 and padding == (0, 0)
-
-
-def _is_winograd(w: np.ndarray, stride: int, padding: Padding) -> bool:
-    return w.shape[0] == 3 and stride == 1 and padding[0] < 3 and min(w.shape[2:]) >= WINOGRAD_CHANNELS
 
 
 def _is_narrow(w: np.ndarray, stride: int, padding: Padding) -> bool:
@@ -84,18 +82,20 @@ def _is_narrow(w: np.ndarray, stride: int, padding: Padding) -> bool:
     return d < c and stride == 1 and padding[0] < k
 
 
+def output_size(x: np.ndarray, w: np.ndarray, stride: int, padding: Padding) -> tuple[int, int, int]:
+    """The images, rows and columns of a convolution's output."""
+    n, h, width, _ = x.shape
+    h_out, w_out = ((size + sum(padding) - w.shape[0]) // stride + 1 for size in (h, width))
+    return n, h_out, w_out
+
+
 def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Padding) -> np.ndarray:
     """As ``portable.conv2d``."""
     if _is_product(w, stride, padding):
         return linear(x, w[0, 0], b)
-    k, _, _, d = w.shape
-    n, height, width, _ = x.shape
-    before, after = padding
-    y = empty(
-        (n, (height + before + after - k) // stride + 1, (width + before + after - k) // stride + 1, d),
-        x.dtype,
-    )
-    if _is_winograd(w, stride, padding):
+    before, size, d = padding[0], output_size(x, w, stride, padding), w.shape[3]
+    y = empty((*size, d), x.dtype)
+    if worth_cutting(w, stride, padding, size):
         u = winograd_weight(w)
 
         def work(start: int, stop: int) -> None:
@@ -104,13 +104,13 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
     else:
 
         def work(start: int, stop: int) -> None:
-            if _is_narrow(w, stride, padding):
+            if _is_narrow(w, stride, padding) and d < PLANES:  # more channels are scattered too slowly
                 narrow_conv(x, w, before, y, start, stop)
             else:
                 gather_conv(x, w, stride, before, y, start, stop)
             y[start:stop] += b
 
-    in_parallel(work, n, worth_sharing(y[..., 0].size, w))
+    in_parallel(work, size[0], worth_sharing(math.prod(size), w))
     return y
 
 
@@ -121,8 +121,15 @@ def conv2d_backward(
     if _is_product(w, stride, padding):
         dx, dw, db = linear_backward(x, w[0, 0], dy)
         return dx, dw.reshape(w.shape), db
-    if _is_winograd(w, stride, padding):
+    if worth_cutting(w, stride, padding, dy.shape[:3]):
         return _winograd_backward(x, w, dy, padding[0], doubled=False)
+    return gathered_backward(x, w, dy, stride, padding)
+
+
+def gathered_backward(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray, stride: int, padding: Padding
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``portable.conv2d_backward``, without patches."""
     dy = np.ascontiguousarray(dy)
     dx = empty(x.shape, x.dtype)
 
@@ -151,16 +158,17 @@ def _winograd_backward(
 
 def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As ``portable.upsample_conv2d``.  (docs: A.26)"""
-    if not _is_winograd(w, 1, (1, 1)):
-        return conv2d(upsample(x), w, b, 1, (1, 1))
     n, h, width, _ = x.shape
-    y = empty((n, 2 * h, 2 * width, w.shape[3]), x.dtype)
+    size = (n, 2 * h, 2 * width)
+    if not worth_cutting(w, 1, (1, 1), size):
+        return conv2d(upsample(x), w, b, 1, (1, 1))
+    y = empty((*size, w.shape[3]), x.dtype)
     u = winograd_weight(w)
 
     def work(start: int, stop: int) -> None:
         winograd_conv(x, u, b, 1, y, start, stop, doubled=True)
 
-    in_parallel(work, n, worth_sharing(y[..., 0].size, w))
+    in_parallel(work, n, worth_sharing(math.prod(size), w))
     return y
 
 
@@ -168,7 +176,7 @@ def upsample_conv2d_backward(
     x: np.ndarray, w: np.ndarray, dy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.upsample_conv2d_backward``.  (docs: A.26)"""
-    if _is_winograd(w, 1, (1, 1)):
+    if worth_cutting(w, 1, (1, 1), dy.shape[:3]):
         return _winograd_backward(x, w, dy, 1, doubled=True)
     dx, dw, db = conv2d_backward(upsample(x), w, dy, 1, (1, 1))
     return upsample_backward(dx), dw, db
