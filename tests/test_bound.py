@@ -586,5 +586,7 @@ def test_what_does_not_fit_is_named():
     ]:
         with pytest.raises(ValueError, match=message):
             bound(**options)
+    with pytest.raises(TypeError, match="rng is a NoneType; expected a numpy"):
+        variational_bound(lambda x, t: x, diffusion, data, rng=None, progress=False)
     with pytest.raises(ValueError, match="output has shape"):
         variational_bound(lambda x, t: x[:, :1], diffusion, data, rng=rng, progress=False)

@@ -49,6 +49,7 @@ def test_composing_the_links_gives_the_marginals(diffusion, data):
     for t in range(diffusion.T):
         # A link is x -> k x + d noise; its k and d are read off by showing it 1 and 0.
         k, d = diffusion.q_step(ones, t, zeros), diffusion.q_step(zeros, t, ones)
+        assert np.all(k >= 0) and np.all(d >= 0)  # a variance hides the sign
         mean, variance = k * mean, k**2 * variance + d**2
         closed_mean, closed_variance = diffusion.q_mean_variance(x0, t)
         assert closed_variance.shape == (x0.shape[0],) + (1,) * (x0.ndim - 1)

@@ -317,6 +317,9 @@ def test_inversion_of_every_kind_of_array(capsys):
         invert(model, diffusion, np.zeros((3, 2), np.float32), 21)
     with pytest.raises(ValueError, match=r"^x0 has shape \(0, 2\); expected"):
         invert(model, diffusion, np.zeros((0, 2), np.float32))
+    with pytest.raises(ValueError, match=r"^x0 has shape \(\); expected"):
+        invert(model, diffusion, np.zeros((), np.float32))
+    assert invert(lambda x, t: x, diffusion, np.zeros((1, 1))).shape == (1, 1)
 
 
 # Log-likelihood

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import tinydiff as td
 from tinydiff.bound import variational_bound
@@ -42,3 +43,16 @@ def test_a_bar_is_shown_and_its_absence_changes_nothing(what, capsys, monkeypatc
     assert what.split()[0] in capsys.readouterr().err
     monkeypatch.setattr(sys, "stderr", None)
     np.testing.assert_array_equal(LONG[what](), shown)
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_a_bar_ends_at_its_total(what, monkeypatch):
+    ends, close = [], tqdm.close
+
+    def closed(bar):
+        ends.append((bar.n, bar.total))
+        close(bar)
+
+    monkeypatch.setattr(tqdm, "close", closed)
+    LONG[what]()
+    assert ends and all(n == total for n, total in ends)
