@@ -102,9 +102,10 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
             winograd_conv(x, u, b, before, y, start, stop)
 
     else:
+        narrow = _is_narrow(w, stride, padding) and d < PLANES  # more channels are scattered too slowly
 
         def work(start: int, stop: int) -> None:
-            if _is_narrow(w, stride, padding) and d < PLANES:  # more channels are scattered too slowly
+            if narrow:
                 narrow_conv(x, w, before, y, start, stop)
             else:
                 gather_conv(x, w, stride, before, y, start, stop)
@@ -131,10 +132,10 @@ def gathered_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.conv2d_backward``, without patches."""
     dy = np.ascontiguousarray(dy)
-    dx = empty(x.shape, x.dtype)
+    dx, narrow = empty(x.shape, x.dtype), _is_narrow(w, stride, padding)
 
     def taps(start: int, stop: int) -> np.ndarray:
-        if _is_narrow(w, stride, padding):
+        if narrow:
             return narrow_conv_backward(x, w, dy, padding[0], dx, start, stop)
         return gather_conv_backward(x, w, dy, stride, padding[0], dx, start, stop)
 
