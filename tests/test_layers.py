@@ -459,16 +459,43 @@ def test_load_state_dict_copies_and_keeps_the_dtype():
     assert layer.weight.value.dtype == layer.bias.value.dtype == np.float32
 
 
-def test_initial_weights():
-    """Uniform, variance 1 / mean(fan_in, fan_out); drawn in float32; scale 0 gives zeros."""
-    p = init.uniform(np.random.default_rng(0), (3, 3, 100, 300))
-    variance = 1 / (9 * 200)
-    assert p.value.dtype == np.float32
-    assert np.abs(p.value).max() <= math.sqrt(3 * variance)
-    # 270,000 draws: the standard error of the mean square is 0.9 / sqrt(n) of it, 0.0017; 6 of them.
-    assert_allclose(np.mean(np.square(p.value, dtype=np.float64)), variance, rtol=0.0104)
-    assert abs(p.value.mean(dtype=np.float64)) < 6 * math.sqrt(variance / p.value.size)
-    assert not init.uniform(np.random.default_rng(0), (3, 4), 0.0).value.any()
+@pytest.mark.parametrize(
+    "make, fan",
+    [
+        (lambda rng: init.uniform(rng, (3, 3, 100, 300)), 9 * 200),
+        (lambda rng: nn.Conv2d(100, 300, 3, rng=rng).weight, 9 * 200),
+        (lambda rng: nn.Conv2d(300, 100, 1, rng=rng).weight, 200),
+        (lambda rng: nn.Linear(500, 300, rng).weight, 400),
+    ],
+)
+def test_initial_weights(make, fan):
+    """Uniform, variance 1 / mean(fan_in, fan_out); drawn in float32."""
+    value = make(np.random.default_rng(0)).value
+    assert value.dtype == np.float32
+    assert np.abs(value).max() <= math.sqrt(3 / fan)
+    # The standard error of the mean square is 0.9 / sqrt(n) of it; 6 of them.
+    assert_allclose(np.mean(np.square(value, dtype=np.float64)), 1 / fan, rtol=5.4 / math.sqrt(value.size))
+    assert abs(value.mean(dtype=np.float64)) < 6 / math.sqrt(fan * value.size)
+
+
+def test_what_begins_at_zero():
+    """Scale 0, and so the last layer of a residual branch: a new block is the identity, to the last bit."""
+    rng = np.random.default_rng(0)
+    x, emb = normal(rng, (2, 3, 3, 4)), normal(rng, (2, 5))
+    assert not init.uniform(rng, (3, 4), 0.0).value.any()
+    assert_array_equal(nn.ResnetBlock(4, 4, 5, 2, 1e-5, 0.0, rng).to(np, np.float64)(x, emb)[0], x)
+    assert_array_equal(nn.SelfAttention(4, 2, 2, 1e-5, rng).to(np, np.float64)(x)[0], x)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+def test_padding_keeps_the_size_unless_it_is_given(kernel_size):
+    """And with taps that are 0 but in the middle, each pixel where it is."""
+    x = normal(np.random.default_rng(0), (1, 4, 6, 2))
+    conv = nn.Conv2d(2, 2, kernel_size, rng=np.random.default_rng(0)).to(np, np.float64)
+    middle = np.zeros_like(conv.weight.value)
+    middle[kernel_size // 2, kernel_size // 2] = np.eye(2)
+    conv.weight.value = middle
+    assert_array_equal(conv(x)[0], x)
 
 
 # Errors
