@@ -62,7 +62,9 @@ def ode_log_likelihood(
     """Log-density under the probability-flow ODE, by the instantaneous change of variables.
 
     Heun's rule takes x and the integral of the trace together from the data to the noise, over the times of
-    the schedule and nothing in between; the error falls as 1 / steps^2.  (docs: R.13, R.14)
+    the schedule and nothing in between. The error falls as 1 / steps^2, but for that of the piece before the
+    first time, which is one step whatever `steps` is: it needs data that is smooth at the scale of the first
+    time's noise.  (docs: R.13, R.14)
 
     Parameters
     ----------

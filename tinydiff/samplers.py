@@ -414,7 +414,7 @@ def invert(
     The step is DDIM's with eta = 0, up the times in the place of down: x' = a' D + s' eps (Song, Meng &
     Ermon 2021, section 4.3). It reads D and eps where it begins, and the step down at the other end, where
     that one begins. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives `x0` back up to an error
-    that falls as 1 / steps.
+    that falls as 1 / steps, and one of about 1 - abar_0 that does not, of the piece between `x0` and t = 0.
 
     Parameters
     ----------
