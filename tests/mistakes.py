@@ -6,7 +6,7 @@ By check, and by the name in the check's list, which `test_testing.py` holds the
 from functools import partial
 
 import numpy as np
-from scipy.special import huber
+from scipy.special import huber, ndtr
 
 import tinydiff as td
 from tinydiff import testing
@@ -19,6 +19,7 @@ A, S = np.sqrt(ABAR), np.sqrt(1 - ABAR)
 BEFORE = np.append(1.0, ABAR[:-1])
 SMALL = BETAS * (1 - BEFORE) / (1 - ABAR)
 LOW = np.append(SMALL[1], SMALL[1:])  # in a bound and a learned variance
+LARGE_OF_PAPERS = np.append(SMALL[1], BETAS[1:])  # `fixed_large` in their code
 OF_X0, OF_X_T = np.sqrt(BEFORE) * BETAS / (1 - ABAR), np.sqrt(1 - BETAS) * (1 - BEFORE) / (1 - ABAR)
 ONE = np.ones(LINEAR.T)
 
@@ -187,6 +188,10 @@ def nll_of_levels(x, mean, p, cdf=by_tanh, closed=None):
     return -np.where(outer < 0, log(high), np.where(outer > 0, log(1 - low), log(high - low)))
 
 
+def times_width(x, mean, p):
+    return nll(x, mean, p) + np.log(255 / 2)
+
+
 def loss(target=lambda x0, t, noise: noise, size=np.square, weights=ONE, end=None):
     """Ho et al. 2020, algorithm 1, line 5, of each sample; `end` makes one number of squares and weights."""
 
@@ -240,6 +245,7 @@ def moved(function, place):
     }
 
 
+TIMES_WIDTH = "a density times the width of a level, 2/255, for the level's probability"
 BY_TANH = "the normal distribution by a tanh, at least 1e-12, which is what the papers' code takes"
 PLANTED = [
     (
@@ -288,6 +294,7 @@ PLANTED = [
             **moved(of_eps, 1),
             "the output is taken for v": linear(A, -S),
             "the estimate is clipped": clipped,
+            "x_t is clipped": lambda x, t, eps: of_eps(np.clip(x, -1, 1), t, eps),
             "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": lambda x, t, eps: (
                 linear(ONE, -S)(x, t, eps) / column(np.sqrt(1 - BETAS[t]))
             ),
@@ -337,6 +344,7 @@ PLANTED = [
             "the variance is its logarithm": posterior(variance=np.log(np.maximum(SMALL, 1e-20))),
             "the mean is x_0": posterior(ONE, 0 * ONE),
             "the mean is that of x_t given x_0": posterior(A, 0 * ONE),
+            "x_0 is clipped": lambda x0, x_t, t: posterior()(np.clip(x0, -1, 1), x_t, t),
         },
     ),
     (
@@ -484,6 +492,10 @@ PLANTED = [
             ),
             "the estimate of x_0 is clipped": bound_terms(variance=LOW, estimate=clipped),
             "the variance is fixed_large, beta_t": bound_terms(),
+            TIMES_WIDTH: bound_terms(nll=times_width, variance=LOW),
+            "the probability of a level, not a density; decoder='8bit' expects it": bound_terms(
+                nll=partial(nll_of_levels, cdf=ndtr), variance=LOW
+            ),
         },
     ),
     (
@@ -494,7 +506,20 @@ PLANTED = [
     (
         partial(testing.assert_bound_terms, decoder="8bit"),
         EPS,
-        {BY_TANH: bound_terms(nll=nll_of_levels, variance=LOW)},
+        {
+            BY_TANH: bound_terms(nll=nll_of_levels, variance=LOW),
+            "a density, not the probability of a level; decoder='density' expects it": bound_terms(
+                variance=LOW
+            ),
+        },
+    ),
+    (
+        partial(testing.assert_bound_terms, decoder="8bit"),
+        LARGE,
+        {
+            TIMES_WIDTH: bound_terms(nll=times_width),
+            BY_TANH: bound_terms(nll=nll_of_levels, variance=LARGE_OF_PAPERS),
+        },
     ),
     (
         partial(testing.assert_bound_terms, decoder="8bit"),

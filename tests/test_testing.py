@@ -12,6 +12,7 @@ from mistakes import (
     COSINE,
     EPS,
     LARGE,
+    LARGE_OF_PAPERS,
     LEARNED_EPS,
     LINEAR,
     LOW,
@@ -34,6 +35,7 @@ from mistakes import (
     learned_step,
     linear,
     loss,
+    nll,
     nll_of_levels,
     of_eps,
     ours,
@@ -290,22 +292,31 @@ def test_functions_may_write_into_what_they_are_given():
 
 
 def test_what_no_noise_depends_on_does_not_matter():
-    """Variances at t = 0, and a term of the bound that has one of them in it."""
+    """Variances at t = 0."""
 
     def step(*given, free=0):
         mean, variance = LARGE.p_mean_variance(*given)
         return mean, np.where(column(given[1]) == free, 7.0, variance)
 
-    def terms(x0, x_t, t, output, free=0):
-        return np.where(t == free, 7.0, terms_of(LARGE)(x0, x_t, t, output))
-
     testing.assert_p_mean_variance(step, LARGE)
-    testing.assert_bound_terms(terms, LARGE)
-    refusal(testing.assert_bound_terms, terms, EPS)
-    for check, function in [(testing.assert_p_mean_variance, step), (testing.assert_bound_terms, terms)]:
-        assert "at t = 1; off by more than 1e-05 at no other t." in refusal(
-            check, partial(function, free=1), LARGE
-        )
+    said = refusal(testing.assert_p_mean_variance, partial(step, free=1), LARGE)
+    assert "at t = 1; off by more than 1e-05 at no other t." in said
+
+
+@pytest.mark.parametrize("decoder", ["density", "8bit"])
+@pytest.mark.parametrize("variance", [BETAS, LARGE_OF_PAPERS], ids=["ours", "the papers'"])
+def test_the_last_term_of_fixed_large_has_either_variance_and_is_asked_all_the_same(variance, decoder):
+    likelihood = {"density": nll, "8bit": partial(nll_of_levels, cdf=ndtr)}[decoder]
+    check = partial(testing.assert_bound_terms, decoder=decoder)
+    check(bound_terms(nll=likelihood, variance=variance), LARGE)
+    for wrong in (
+        lambda *given: -likelihood(*given),
+        lambda *given: likelihood(*given) / 2,
+        lambda x, mean, p: likelihood(x, mean, p) - np.log(2 * np.pi) / 2,
+        lambda x, mean, p: likelihood(x, mean, 1.001 * p),
+    ):
+        said = refusal(check, bound_terms(nll=wrong, variance=variance), LARGE)
+        assert "at t = 0; off by more than 1e-05 at no other t." in said
 
 
 def test_arrays_may_be_of_any_library():
@@ -322,11 +333,10 @@ def test_arrays_may_be_of_any_library():
     testing.assert_schedule(table, COSINE)
 
 
-def test_there_may_be_nothing_to_compare():
+def test_a_chain_of_one_step():
     process = td.GaussianDiffusion(td.NoiseSchedule([0.5]), "eps", "fixed_large")
-    with pytest.raises(ValueError, match="bound_terms has nothing to compare: at t = 0"):
-        testing.assert_bound_terms(terms_of(process), process)
-    testing.assert_p_mean_variance(process.p_mean_variance, process)  # the mean is left
+    testing.assert_bound_terms(terms_of(process), process)
+    testing.assert_p_mean_variance(process.p_mean_variance, process)  # of which the mean is asked
 
 
 def test_a_result_may_be_overwritten_by_the_next():

@@ -166,6 +166,7 @@ def assert_predict_x0(
             "the output is taken for v": taken_as("v"),
             "the output is taken for -v": linear(a, s),
             "the estimate is clipped": lambda *given: clip_to_unit(ours(*given)),
+            "x_t is clipped": lambda x_t, t, output: ours(clip_to_unit(x_t), t, output),
             "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": linear(1 / alpha, -s / alpha),
             "sqrt(abar_t) multiplies": linear(a, -s * a),
             "sqrt(abar_t) divides x_t alone": linear(1 / a, -s),
@@ -184,10 +185,14 @@ def assert_predict_x0(
     formula = {"eps": "(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)", "x0": "the output"}
     expected = formula.get(diffusion.prediction, "sqrt(abar_t) x_t - sqrt(1 - abar_t) v")
     claim = Claim("predict_x0", "x_t, t, output", f"{expected} (docs: F.7)", ours, mistakes)
-    claim.judge(predict_x0, _pairs(asked_up_to(diffusion), shape), asarray, tolerance)
+    claim.judge(predict_x0, _pairs(asked_up_to(diffusion), shape, of_noise=True), asarray, tolerance)
 
 
-def _pairs(T: int, shape: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
-    """Batches of an array, t and another array, at all of 0 … T-1."""
+def _pairs(T: int, shape: tuple[int, ...], of_noise: bool = False) -> list[tuple[np.ndarray, ...]]:
+    """Batches of an array, t and another array, at all of 0 … T-1; the first is data, or leaves [-1, 1]."""
     rng = np.random.default_rng(0)
-    return [(rng.uniform(-1, 1, shape), t, rng.standard_normal(shape)) for t in times(T, shape[0], rng)]
+    batches: list[tuple[np.ndarray, ...]] = []
+    for t in times(T, shape[0], rng):
+        first = rng.standard_normal(shape) if of_noise else rng.uniform(-1, 1, shape)
+        batches.append((first, t, rng.standard_normal(shape)))
+    return batches

@@ -29,7 +29,8 @@ def assert_q_posterior(
     ----------
     q_posterior : callable
         Takes x0 and x_t of `shape` and t (N,), and returns the mean and the variance, that as (N,),
-        (N, 1, ..., 1) or of `shape`. At t = 0, where no noise is added, any variance will do.
+        (N, 1, ..., 1) or of `shape`. At t = 0, where no noise is added, any variance will do. The x0 leaves
+        [-1, 1], as a network's estimate does.
     schedule : NoiseSchedule
         The chain's. For fewer steps that of the steps, ``schedule.respace(timesteps)``.
     shape, asarray, tolerance
@@ -85,10 +86,11 @@ def assert_q_posterior(
             "the variance is its logarithm": weighted(of_x0, of_x_t, np.log(small)),
             "the mean is x_0": weighted(np.ones_like(beta), 0 * beta, small),
             "the mean is that of x_t given x_0": weighted(np.sqrt(abar), 0 * beta, small),
+            "x_0 is clipped": lambda x0, x_t, t: ours(clip_to_unit(x0), x_t, t),
         }
     rng = np.random.default_rng(0)
     batches = [
-        (rng.uniform(-1, 1, shape), rng.standard_normal(shape), t) for t in times(schedule.T, shape[0], rng)
+        (rng.standard_normal(shape), rng.standard_normal(shape), t) for t in times(schedule.T, shape[0], rng)
     ]
     expected = "mu~_t and beta~_t (docs: P.1)"
     claim = Claim("q_posterior", "x0, x_t, t", expected, ours, mistakes, ("mean", "variance"), ("variance",))
