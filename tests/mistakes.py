@@ -202,6 +202,15 @@ def loss(target=lambda x0, t, noise: noise, size=np.square, weights=ONE, end=Non
     return of_batch
 
 
+FLOW_MATCHING = "the target is eps - x_0, which is another convention, flow matching's"
+FLOW_TIMES = S / (A + S)  # where (1 - t) x_0 + t eps has this chain's SNR
+
+
+def flow_matching(t, x0, noise):
+    """Liu et al. 2022, Lipman et al. 2022: straight lines, here from data to noise."""
+    return (1 - column(t)) * x0 + column(t) * noise
+
+
 SNR = ABAR / (1 - ABAR)
 MIN_SNR = np.minimum(SNR, 5.0)  # Hang et al. 2023, what an error of x_0 counts
 velocity = linear(-S, A)
@@ -266,6 +275,9 @@ PLANTED = [
             "data that is not scaled down, noise times s/a, which is another convention, EDM's": linear(
                 ONE, np.sqrt(1 / ABAR - 1)
             ),
+            "both rates divided by their sum, 1 - t and t, which is another convention, flow matching's": (
+                lambda x0, t, noise: flow_matching(FLOW_TIMES[t], x0, noise)
+            ),
             "alpha_t of one step in the place of abar_t of all": EPS.q_step,
             "alpha_t in the place of abar_t in front of the data": linear(np.sqrt(1 - BETAS), S),
             "beta_t in the place of 1 - abar_t in front of the noise": linear(A, np.sqrt(BETAS)),
@@ -284,6 +296,7 @@ PLANTED = [
             "the arguments x0 and noise of v exchanged, a x_0 - s eps": linear(A, -S),
             "the target is x_t": linear(A, S),
             "the target is the noise as it was added, s eps": linear(0 * A, S),
+            FLOW_MATCHING: lambda x0, t, noise: noise - x0,
         },
     ),
     (testing.assert_training_target, EPS, {"the target is v": linear(-S, A)}),
@@ -395,6 +408,7 @@ PLANTED = [
             "the target is -v, which is another convention, EDM's": loss(linear(S, -A)),
             "the target is x_t": loss(linear(A, S)),
             "the target is the noise as it was added, s eps": loss(linear(0 * A, S)),
+            FLOW_MATCHING: loss(lambda x0, t, noise: noise - x0),
         },
     ),
     (
@@ -439,6 +453,11 @@ PLANTED = [
             "1 / snr for snr": loss(velocity, weights=np.minimum(1 / SNR, 5.0) / (1 / SNR + 1)),
             "the mean of the batch, times the weights; or their (N,) times (N, 1, ...) (E.20)": loss(
                 velocity, weights=MIN_SNR / (SNR + 1), end=lambda each, w: np.mean(np.mean(each) * w)
+            ),
+            "the weights, divided by their mean in the batch": loss(
+                velocity,
+                weights=MIN_SNR / (SNR + 1),
+                end=lambda each, w: np.mean(w / np.mean(w) * np.mean(each, axis=(1, 2, 3))),
             ),
             "weights (N,) that spread along the last axis (E.20)": loss(
                 velocity, weights=MIN_SNR / (SNR + 1), end=lambda each, w: np.mean(each * w)
@@ -733,14 +752,18 @@ def root(sigma):
     return np.sqrt(1 + sigma**2)
 
 
-def karras(first=0.5, second=0.5, ahead=True, over=None, start=root, shown=root):
-    """Karras et al. 2022, algorithm 1: x = x_0 + sigma eps, and Euler's rule in the last step."""
+def karras(first=0.5, second=0.5, ahead=True, over=None, start=root, shown=root, sigmas=None):
+    """Karras et al. 2022, algorithm 1: x = x_0 + sigma eps, and Euler's rule in the last step.
+
+    The network says eps; D, if the sigmas are given.
+    """
 
     def sampler(denoise, x, tau, noise):
-        sigma = np.sqrt((1 - ABAR[tau]) / ABAR[tau])
+        sigma = np.sqrt((1 - ABAR[tau]) / ABAR[tau]) if sigmas is None else sigmas[tau]
 
         def slope(x, i):  # (x - D) / sigma, which is eps
-            return denoise(x / shown(sigma[i]), tau[i])
+            said = denoise(x / shown(sigma[i]), tau[i])
+            return said if sigmas is None else (x - said) / sigma[i]
 
         x = x * start(sigma[-1])
         for i in reversed(range(1, len(tau))):
@@ -799,6 +822,9 @@ def rounded_to_bfloat16(t, tau=None):
 
 
 LONG_V = td.GaussianDiffusion(td.linear_schedule(), "v")
+SIGMAS = np.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 18) ** 7  # Karras et al. 2022, eq. 5
+LEVELS = 1 / (1 + SIGMAS**2)
+KARRAS = td.GaussianDiffusion(td.NoiseSchedule(1 - LEVELS / np.append(1, LEVELS[:-1])), "x0")
 HALF = dict(eta=0.5)
 OF_OUTPUTS = "the correction of the output, not of x_0 (E.22; where that is eps, DPM-Solver without ++)"
 WALKS = [
@@ -880,6 +906,8 @@ WALKS = [
             "sigma_t in front of eps, not the root of 1 - abar - sigma_t^2": ddim(
                 **HALF, of_eps=lambda a2, b2, sd: sd
             ),
+            "eps left out": ddim(**HALF, of_eps=lambda a2, b2, sd: 0),
+            "eps subtracted": ddim(**HALF, of_eps=lambda a2, b2, sd: -np.sqrt(1 - b2 - sd**2)),
         },
     ),
     (
@@ -979,6 +1007,16 @@ WALKS = [
             "it starts from x_T as it is, and not from sqrt(1 + sigma_T^2) x_T": karras(
                 start=lambda sigma: 1.0
             ),
+        },
+    ),
+    (
+        KARRAS,
+        "edm",
+        dict(steps=None),
+        {
+            "it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T": karras(
+                start=lambda sigma: sigma, sigmas=SIGMAS
+            )
         },
     ),
     (

@@ -68,6 +68,27 @@ def test_a_tensor_of_no_numbers_is_said():
         testing.assert_q_sample(lambda x0, *_: torch.empty(x0.shape, device="meta"), td.linear_schedule(20))
 
 
+def test_what_is_compiled_by_jax_is_asked_uncompiled():
+    jax = pytest.importorskip("jax")
+    process = td.GaussianDiffusion(td.linear_schedule(20))
+    abar = process.schedule.alphas_cumprod.reshape(-1, 1, 1, 1)
+
+    def loss(network, *given):
+        @jax.jit
+        def compiled(x0, t, noise):
+            rates = jax.numpy.asarray(abar)[t]
+            return jax.numpy.mean((network(rates**0.5 * x0 + (1 - rates) ** 0.5 * noise, t) - noise) ** 2)
+
+        return compiled(*given)
+
+    with pytest.raises(
+        AssertionError, match=r"Tracer .* expected an array\. Under jax\.disable_jit\(\) it is"
+    ):
+        testing.assert_loss(loss, process, asarray=jax.numpy.asarray)
+    with jax.disable_jit():
+        testing.assert_loss(loss, process, asarray=jax.numpy.asarray)
+
+
 def test_short_chains_are_told_apart():
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=100)
     with pytest.raises(AssertionError, match=r"whatever T is \(E.4\)"):

@@ -11,6 +11,8 @@ from mistakes import (
     BETAS,
     COSINE,
     EPS,
+    FLOW_TIMES,
+    KARRAS,
     LARGE,
     LARGE_OF_PAPERS,
     LEARNED_EPS,
@@ -18,6 +20,7 @@ from mistakes import (
     LOW,
     MIN_SNR,
     PLANTED,
+    SIGMAS,
     SNR,
     TABLES,
     TO_NOISE,
@@ -31,6 +34,7 @@ from mistakes import (
     column,
     ddim,
     dpm_solver,
+    flow_matching,
     karras,
     learned_step,
     linear,
@@ -170,6 +174,16 @@ def test_what_is_right_in_float32_passes_or_is_told_from_a_mistake():
     assert "None of the" in said and "(E.6)" in said
     testing.assert_q_posterior(posterior, schedule, tolerance=1e-3)
 
+    def rounded(function):
+        return lambda *given: tuple(part.astype(np.float32) for part in function(*given))
+
+    def off_everywhere(x0, x_t, t):
+        mean, variance = posterior(x0, x_t, t)
+        return 1.04 * mean, variance
+
+    assert "(E.6)" in refusal(testing.assert_q_posterior, rounded(off_everywhere), schedule)
+    assert "(E.6)" not in refusal(testing.assert_q_posterior, off_everywhere, schedule)
+
     def rootless(x0, t, noise):
         return q_sample(x0, t, noise * column(np.sqrt(1 - abar[t])))
 
@@ -238,14 +252,28 @@ def test_the_tolerance_of_a_table_and_of_a_sampler_is_what_it_says():
         return 1 / (1 + np.exp(by) * (1 - ABAR) / ABAR)
 
     testing.assert_schedule(table(0.0099), LINEAR)
-    refusal(testing.assert_schedule, table(0.0101), LINEAR)
+    assert "In float32" not in refusal(testing.assert_schedule, table(0.0101), LINEAR)
+    assert "In float32" in refusal(testing.assert_schedule, table(0.03).astype(np.float32), LINEAR)
+    assert "In float32" not in refusal(testing.assert_schedule, table(0.06).astype(np.float32), LINEAR)
 
     def samples(by):
         return lambda *given: ours("ddim", V)(*given) * (1 + by)
 
     testing.assert_sampler(samples(0.99e-5), V, "ddim", 5)
+
+    def single(by):
+        return lambda *given: samples(by)(*given).astype(np.float32)
+
     assert "In float32" in refusal(testing.assert_sampler, samples(1.01e-5), V, "ddim", 5)
     assert "In float32" not in refusal(testing.assert_sampler, samples(0.011), V, "ddim", 5)
+    assert "In float32" in refusal(testing.assert_sampler, single(0.04), V, "ddim", 5)
+    assert "In float32" not in refusal(testing.assert_sampler, single(0.06), V, "ddim", 5)
+
+    def without_0(denoise, x, tau, noise):
+        return ours("ddim", V)(denoise, x, tau[1:], noise)
+
+    said = refusal(testing.assert_sampler, without_0, V, "ddim", 50)
+    assert "called 49 times; expected 50" in said and "arrives 0.00" in said and "In float32" not in said
 
 
 @pytest.mark.parametrize(("prediction", "last"), [("eps", 38), ("x0", 39), ("v", 39)])
@@ -494,6 +522,7 @@ def test_samplers_from_the_papers_pass(steps):
     testing.assert_sampler(ancestral(), LARGE, "ddpm", steps)
     testing.assert_sampler(dpm_solver(), EPS, "dpm++", steps)
     testing.assert_sampler(karras(), EPS, "edm", steps)
+    testing.assert_sampler(karras(sigmas=SIGMAS), KARRAS, "edm", steps)
     testing.assert_sampler(rotations(), V, "heun", steps)
     for eta in (0.0, 0.3, 1.0):
         testing.assert_sampler(ddim(eta=eta), EPS, "ddim", steps, eta=eta)
@@ -514,6 +543,24 @@ def test_every_mistake_of_samplers_is_planted(monkeypatch):
         options = {"steps": 3} | options
         refusal(testing.assert_sampler, lambda denoise, x, *_: 0 * x, process, name, **options)
     assert listed == {what for *_, rows in WALKS for what in rows}
+
+
+def test_flow_matching_is_ddim_of_states_that_are_scaled():
+    """Its rates sum to 1, the squares of ours do."""
+
+    def euler(denoise, x, tau, noise):
+        times = np.append(FLOW_TIMES[tau][::-1], 0.0)
+        scale = np.sqrt((1 - times) ** 2 + times**2)
+        x = x * scale[0]
+        for t, now, after, size in zip(tau[::-1], times, times[1:], scale):
+            x = x + (after - now) * (x - denoise(x / size, t)) / now  # eps - x_0
+        return x
+
+    testing.assert_sampler(euler, X0, "ddim", 12)
+    scale = np.sqrt((1 - FLOW_TIMES) ** 2 + FLOW_TIMES**2)
+    testing.assert_q_sample(
+        lambda x0, t, noise: flow_matching(FLOW_TIMES[t], x0, noise) / column(scale[t]), LINEAR
+    )
 
 
 def test_where_a_sampler_first_goes_astray_is_said():
@@ -596,7 +643,7 @@ def test_an_error_of_ones_own_says_how_it_was_called():
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda denoise, x: denoise(x, 0.5), "shown t = 0.5; expected a whole number, 0 … 199"),
+        (lambda denoise, x: denoise(x, 0.5), "a whole number, 0 … 199 (in a time of your own: lambda x, u:"),
         (lambda denoise, x: denoise(x, np.zeros(3)), "x of shape (4, 3, 4, 4) and t of shape (3,)"),
         (lambda denoise, x: denoise(x, np.zeros(1)), "x of shape (4, 3, 4, 4) and t of shape (1,)"),
         (lambda denoise, x: denoise(x, None), "the t that the network is shown is a NoneType"),
@@ -623,8 +670,20 @@ def test_what_is_no_walk_is_said(ask, said):
         (lambda network, *given: network(EPS.q_sample(*given), given[1] + 1), "(E.13)."),
         (
             lambda network, *given: network(EPS.q_sample(*given), given[1] / 200),
-            "u: network(x, 200 * u), say)",
+            "u: network(x, 200 * u), say).",
         ),
+        (
+            lambda network, *given: network(EPS.q_sample(*given), 5 * given[1]),
+            "u: network(x, 0.2 * u), say).",
+        ),
+        (
+            lambda network, *given: network(EPS.q_sample(*given), (given[1] + 1) / np.float32(200)),
+            "u: network(x, 200 * u - 1), say).",
+        ),
+        (lambda network, *given: network(EPS.q_sample(*given), 199 - given[1]), "], not T - 1 - t."),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1][::-1]), "], each sample its own."),
+        (lambda network, *given: network(EPS.q_sample(*given), 0 * given[1]), "]."),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1] ** 2), "]."),
         (lambda network, *given: network(EPS.q_sample(*given), given[1][0]), "t of shape (); expected (8,)."),
         (lambda network, *given: network(EPS.q_sample(*given), given[1]), "(8, 3, 4, 8); expected (8,)."),
         (lambda network, *given: network(EPS.q_sample(*given), given[1])[:7, 0, 0, 0], "has shape (7,)"),
@@ -665,6 +724,53 @@ def test_answers_held_against_all_targets_are_named(shape, end):
 
     said = refusal(testing.assert_loss, loss, EPS, shape=shape)
     assert said.endswith("of this: (N, 1) less (N,), which is (N, N): every answer against every target.")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_times_may_have_been_divided_and_multiplied(dtype):
+    """Of which t / T * T does not always come back whole."""
+    process = td.GaussianDiffusion(td.linear_schedule(50), "v")
+
+    def there_and_back(t, *_):
+        return np.asarray(t, dtype) / 50 * 50
+
+    assert np.any(there_and_back(np.arange(50)) != np.arange(50))
+
+    def loss(network, x0, t, noise):
+        output = network(process.q_sample(x0, t, noise), there_and_back(t))
+        return np.mean((output - process.training_target(x0, t, noise)) ** 2)
+
+    testing.assert_loss(loss, process)
+    testing.assert_sampler(ours("ddim", process, there_and_back), process, "ddim")
+
+
+@pytest.mark.parametrize("end", [np.mean, np.asarray])
+def test_weights_that_are_normalised_are_not_called_none(end):
+    def wrong(network, x0, t, noise):
+        squares = np.mean((network(linear(A, S)(x0, t, noise), t) - noise) ** 2, axis=(1, 2, 3))
+        weights = MIN_SNR[t] / SNR[t]
+        return end(weights * squares / np.mean(weights))
+
+    said = refusal(testing.assert_loss, wrong, EPS, min_snr_gamma=5.0)
+    assert said.endswith("of this: the weights, divided by their mean in the batch."), said
+
+
+@pytest.mark.parametrize("front", [-1.0, 0.0])
+def test_walks_that_end_alike_because_they_are_clipped_are_told_apart(front):
+    """What is clipped to [-1, 1] ends there, however it went; the network has seen the rest."""
+    process = td.GaussianDiffusion(td.linear_schedule())
+
+    def sampler(denoise, x, tau, noise):
+        abar = process.schedule.alphas_cumprod[tau]
+        for i in reversed(range(len(tau))):
+            after = abar[i - 1] if i else 1.0
+            x0 = np.clip((x - np.sqrt(1 - abar[i]) * denoise(x, tau[i])) / np.sqrt(abar[i]), -1, 1)
+            eps = (x - np.sqrt(abar[i]) * x0) / np.sqrt(1 - abar[i])
+            x = np.sqrt(after) * x0 + front * np.sqrt(1 - after) * eps
+        return x
+
+    said = refusal(testing.assert_sampler, sampler, process, "ddim", 20, clip=True)
+    assert said.endswith(f"of this: eps {'subtracted' if front else 'left out'}."), said
 
 
 def test_times_in_bfloat16_are_called_so():

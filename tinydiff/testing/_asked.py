@@ -23,7 +23,9 @@ __all__ = [
     "laid_out",
     "on_host",
     "output_shape",
+    "single",
     "times",
+    "whole",
 ]
 
 Function: TypeAlias = Callable[..., Any]
@@ -53,6 +55,17 @@ def in_bfloat16(t: Any) -> np.ndarray:
     return np.ldexp(np.round(256 * mantissa), exponent - 8).astype(np.int64)
 
 
+def whole(t: Any) -> np.ndarray:
+    """Times that are whole but for rounding, as t / T * T is in float32, made whole; others as they are."""
+    nearest = np.round(t)
+    return np.where(np.abs(t - nearest) < 1e-3, nearest, t)
+
+
+def single(result: np.ndarray) -> bool:
+    """Whether it has fewer digits than float64."""
+    return result.dtype.kind == "f" and result.dtype.itemsize < 8
+
+
 def called(function: Function, signature: str, *given: Any) -> Any:
     """What `function` returns; an error of its own gets a note of how it was called."""
     try:
@@ -80,8 +93,9 @@ def on_host(name: str, result: Any) -> np.ndarray:
             array = np.asarray(array, np.float32)
         array = np.array(to_numpy(array))
     except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise AssertionError(f"{name} is a {type(result).__name__} ({reason}); expected an array.") from None
+        kind, reason = type(result).__name__, str(error).split("\n", 1)[0]
+        remedy = " Under jax.disable_jit() it is one." if "Tracer" in kind else ""
+        raise AssertionError(f"{name} is a {kind} ({reason}); expected an array.{remedy}") from None
     if array.dtype.kind == "O":
         raise AssertionError(f"{name} is a {type(result).__name__}; expected an array.")
     if array.dtype.kind not in "fiu":

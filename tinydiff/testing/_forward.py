@@ -66,6 +66,9 @@ def assert_q_sample(
         "data that is not scaled down, noise times s/a, which is another convention, EDM's": linear(
             np.ones_like(a), s_over_a
         ),
+        "both rates divided by their sum, 1 - t and t, which is another convention, flow matching's": linear(
+            a / (a + s), s / (a + s)
+        ),
         "alpha_t of one step in the place of abar_t of all": linear(alpha, beta),
         "alpha_t in the place of abar_t in front of the data": linear(alpha, s),
         "beta_t in the place of 1 - abar_t in front of the noise": linear(a, beta),
@@ -115,6 +118,9 @@ def assert_training_target(
         "the arguments x0 and noise of v exchanged, a x_0 - s eps": linear(a, -s),
         "the target is x_t": linear(a, s),
         "the target is the noise as it was added, s eps": linear(0 * a, s),
+        "the target is eps - x_0, which is another convention, flow matching's": linear(
+            -np.ones_like(a), np.ones_like(a)
+        ),
     }
     formula = {"eps": "eps", "x0": "x_0", "v": "sqrt(abar_t) eps - sqrt(1 - abar_t) x_0"}[
         diffusion.prediction

@@ -22,6 +22,7 @@ from tinydiff.testing._asked import (
     on_host,
     output_shape,
     times,
+    whole,
 )
 from tinydiff.testing._judge import Claim, distance, linear, moved_in_time
 
@@ -103,8 +104,7 @@ def assert_loss(
         ),
     }
     claim = Claim("loss", SIGNATURE, expected, to_one(ours), mistakes, shown=shown)
-    for batches in (alike, mixed):
-        claim.judge(lambda *given: np.full(shape[0], yours(*given).item()), batches, asarray, tolerance)
+    claim.judge(lambda *given: np.full(shape[0], yours(*given).item()), alike, asarray, tolerance, mixed)
 
 
 def _of_arrays(loss: Function, diffusion: GaussianDiffusion, asarray: Function, tolerance: float) -> Function:
@@ -142,13 +142,26 @@ def _check_x(x: np.ndarray, x_t: np.ndarray, t: np.ndarray, tolerance: float) ->
 def _check_t(t: np.ndarray, right: np.ndarray, T: int) -> None:
     if t.shape != right.shape:
         raise AssertionError(f"the network is shown t of shape {t.shape}; expected {right.shape}.")
+    t = whole(t)
     if np.any(t != right):
-        why = f"(in a time of your own: lambda x, u: network(x, {T} * u), say)"
-        if any(np.array_equal(t, right + by) for by in (-1, 1)):
-            why = "(E.13)"
-        elif np.array_equal(t, in_bfloat16(right)):
-            why = "(in bfloat16, E.14)"
-        raise AssertionError(f"the network is shown t = {t}; expected {right} {why}.")
+        raise AssertionError(f"the network is shown t = {t}; expected {right}{_why(t, right, T)}.")
+
+
+def _why(t: np.ndarray, right: np.ndarray, T: int) -> str:
+    """What the network is shown in the place of the right times, if it is known."""
+    if any(np.array_equal(t, right + by) for by in (-1, 1)):
+        return " (E.13)"
+    if np.array_equal(t, in_bfloat16(right)):
+        return " (in bfloat16, E.14)"
+    if np.array_equal(t, T - 1 - right):
+        return ", not T - 1 - t"
+    if np.array_equal(np.sort(t), np.sort(right)):
+        return ", each sample its own"
+    for later, back in [(0, ""), (1, " - 1")]:
+        unit = np.sum(right + later) / np.sum(t) if np.sum(t) else 0.0
+        if np.allclose(unit * t, right + later, rtol=1e-5, atol=1e-3):
+            return f" (in a time of your own: lambda x, u: network(x, {unit:.6g} * u{back}), say)"
+    return ""
 
 
 def _ours_and_mistakes(
@@ -190,6 +203,9 @@ def _ours_and_mistakes(
         "the target is -v, which is another convention, EDM's": built(target=linear(s, -a)),
         "the target is x_t": built(target=linear(a, s)),
         "the target is the noise as it was added, s eps": built(target=linear(0 * a, s)),
+        "the target is eps - x_0, which is another convention, flow matching's": built(
+            target=linear(-one, one)
+        ),
         "a sum over the numbers of a sample, as Ho et al. write it, not a mean": built(
             reduce=lambda numbers: np.sum(numbers, axis=axes)
         ),
@@ -242,6 +258,9 @@ def _ours_and_mistakes(
             "the weights of t + 1": right[np.minimum(every + 1, schedule.T - 1)],
         }
     mistakes |= {what: built(wrong) for what, wrong in weights.items()}
+    mistakes["the weights, divided by their mean in the batch"] = lambda x0, t, noise, output: (
+        ours(x0, t, noise, output) / np.mean(right[t])
+    )
     mistakes["the mean of the batch, times the weights; or their (N,) times (N, 1, ...) (E.20)"] = (
         lambda x0, t, noise, output: right[t] * np.mean(built(one)(x0, t, noise, output))
     )

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tinydiff.schedules import NoiseSchedule, check_schedule, cosine_schedule, linear_schedule
-from tinydiff.testing._asked import check_tolerance, on_host
-from tinydiff.testing._judge import named
+from tinydiff.testing._asked import check_tolerance, on_host, single
+from tinydiff.testing._judge import FLOAT32, named
 
 __all__ = ["assert_schedule"]
 
@@ -19,7 +19,8 @@ NOTHING = 1e-16
 def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: float = 0.01) -> None:
     """Raise unless `alphas_cumprod` has the schedule's log-SNR at every t (docs: F.4, S.1).
 
-    That is all a network sees of a schedule. Two tables of float32 differ in it by less than 0.001.
+    That is all a network sees of a schedule. Two tables of float32 differ in it by less than 0.001, for the
+    linear and the cosine one of 1000 steps; in longer chains, whose ends are nearer to 0 and 1, by more.
 
     Parameters
     ----------
@@ -40,7 +41,8 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
     check_schedule(schedule)
     check_tolerance(tolerance)
     T, right = schedule.T, schedule.alphas_cumprod
-    table = on_host("alphas_cumprod", alphas_cumprod).astype(np.float64)
+    given = on_host("alphas_cumprod", alphas_cumprod)
+    table = given.astype(np.float64)
     if table.shape == (T + 1,) and table[0] == 1:
         raise AssertionError(
             f"alphas_cumprod has {T + 1} entries, the first is 1, the data itself; expected the other {T}."
@@ -55,10 +57,11 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
         distances = {
             what: float(np.max(_apart(table, abar, 1 - abar))) for what, abar in _mistakes(schedule).items()
         }
+    unknown = FLOAT32 if worst < 0.05 and single(given) else ""
     raise AssertionError(
         f"alphas_cumprod has a log-SNR that is off by {worst:.3g} at t = {np.argmax(wrong)}; by more than "
         f"{tolerance:.3g} at {np.sum(wrong > tolerance)} of {T} t. Expected that of {schedule!r} "
-        f"(docs: F.4, S.1).\n{named(distances, worst, tolerance)}"
+        f"(docs: F.4, S.1).\n{named(distances, worst, tolerance, unknown)}"
     )
 
 

@@ -128,7 +128,7 @@ def _ddim(
         return step(np.where(times < 0, 0.0, long.schedule.one_minus_alphas_cumprod[times]))
 
     sigma = eta * np.sqrt(small)
-    return {
+    steps = {
         "the next time computed, t - T / S, and not looked up (E.16)": towards(timesteps - long.T // walk.T),
         "the next state is that of t - 1": towards(timesteps - 1),
         "the next state is a step too far, abar_{t-1} at its t": towards(np.append(-1, timesteps[:-1] - 1)),
@@ -142,7 +142,8 @@ def _ddim(
             of_eps=np.sqrt(np.maximum(after - sigma, 0))
         ),
         "sigma_t taken out beside the root": step(of_eps=np.sqrt(after) - sigma),
-        "sigma_t in front of eps, not the root of 1 - abar - sigma_t^2": step(of_eps=sigma),
+        "eps left out": step(of_eps=0 * after),
+        "eps subtracted": step(of_eps=-np.sqrt(np.maximum(after - sigma**2, 0))),
         "sigma_t is 0": step(variance=0 * small),
         "eta is 1": step(variance=small),
         "1 - abar of now, not of the next state, in front of eps": step(
@@ -154,6 +155,9 @@ def _ddim(
         "abar in front of x_0, without its root": step(of_x0=1 - after),
         "eps of an x_0 that is not clipped": step(eps_unclipped=True),
     }
+    if eta > 0:  # else it is 0, and eps is left out
+        steps["sigma_t in front of eps, not the root of 1 - abar - sigma_t^2"] = step(of_eps=sigma)
+    return steps
 
 
 def _estimator(walk: GaussianDiffusion, clip: bool) -> Part:
