@@ -752,7 +752,7 @@ def test_weights_that_are_normalised_are_not_called_none(end):
         return end(weights * squares / np.mean(weights))
 
     said = refusal(testing.assert_loss, wrong, EPS, min_snr_gamma=5.0)
-    assert said.endswith("of this: the weights, divided by their mean in the batch."), said
+    assert said.endswith("It is what comes of this: the weights, divided by their mean in the batch."), said
 
 
 @pytest.mark.parametrize("front", [-1.0, 0.0])
@@ -769,8 +769,8 @@ def test_walks_that_end_alike_because_they_are_clipped_are_told_apart(front):
             x = np.sqrt(after) * x0 + front * np.sqrt(1 - after) * eps
         return x
 
-    said = refusal(testing.assert_sampler, sampler, process, "ddim", 20, clip=True)
-    assert said.endswith(f"of this: eps {'subtracted' if front else 'left out'}."), said
+    said = refusal(testing.assert_sampler, sampler, process, "ddim", 200, clip=True)
+    assert said.endswith(f"It is what comes of this: eps {'subtracted' if front else 'left out'}."), said
 
 
 def test_times_in_bfloat16_are_called_so():
