@@ -452,10 +452,11 @@ def test_load_state_dict_refuses_what_does_not_fit_and_changes_nothing():
 
 def test_load_state_dict_copies_and_keeps_the_dtype():
     layer = nn.Linear(2, 3, np.random.default_rng(0))
-    state = {"weight": np.ones((2, 3)), "bias": np.ones(3, np.float16)}
-    layer.load_state_dict(state)
-    state["weight"][...] = 7
-    assert_array_equal(layer.weight.value, np.ones((2, 3)))
+    for dtype in (np.float32, np.float64):
+        state = {"weight": np.ones((2, 3), dtype), "bias": np.ones(3, np.float16)}
+        layer.load_state_dict(state)
+        state["weight"][...] = 7
+        assert_array_equal(layer.weight.value, np.ones((2, 3)))
     assert layer.weight.value.dtype == layer.bias.value.dtype == np.float32
 
 
