@@ -226,6 +226,27 @@ def test_training_loss_is_the_loss_of_its_own_draw(prediction):
         assert_allclose(gradient[index], (up - down) / (2 * h), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"loss": "l2"}, "loss is 'l2'; expected one of 'simple', 'hybrid', 'vlb'"),
+        ({"loss": "vlb", "min_snr_gamma": 5}, "min_snr_gamma is 5; .*no L_simple"),
+        ({"t_sampler": td.LossSecondMomentSampler(STEPS)}, "importance.* the loss is 'simple'"),
+        ({"x0": POINTS.astype(np.float64)}, "x0 is a numpy array of float64; .* float32"),
+    ],
+)
+def test_training_loss_names_what_does_not_fit(change, match):
+    arguments = dict(model=small_mlp(), diffusion=DIFFUSION, x0=POINTS, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match=match):
+        td.training_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("data", [np.zeros((9, 2), np.uint8), np.zeros((0, 2), np.float32)])
+def test_a_batch_size_is_not_looked_for_with_data_that_train_refuses(data):
+    with pytest.raises(ValueError, match="data has "):
+        td.find_batch_size(small_mlp(), DIFFUSION, data)
+
+
 def test_importance_sampling_under_array_api_strict():
     strict_model = learned_mlp()
     strict_model.to(strict)
