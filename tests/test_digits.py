@@ -314,8 +314,9 @@ def test_what_does_not_fit_is_named():
             digit_features(good.astype(wrong))
     with pytest.raises(ValueError, match="images is a masked array; expected one in which every number"):
         digit_features(np.ma.masked_less(good, 0))
-    with pytest.raises(ValueError, match=r"images has shape \(4, 28, 28\); expected \(N, 28, 28, 1\)"):
-        digit_features(good[..., 0])
+    for wrong in (good[..., 0], good[:, 1:]):
+        with pytest.raises(ValueError, match=r"images has shape \(4, 2.*\); expected \(N, 28, 28, 1\)"):
+            digit_features(wrong)
     with pytest.raises(ValueError, match="not empty"):
         digit_probabilities(good[:0])
     with pytest.raises(ValueError, match=r"samples has values from 0 to 255; expected \[-1, 1\]"):

@@ -642,6 +642,16 @@ def test_the_loss_refuses(options, message):
         learned_schedule_loss(linear_model(rng), LearnedSchedule(), rng.random((8, 2)), rng, **options)
 
 
+def test_two_times_are_enough():
+    """What the network is told of time is (T - 1) u."""
+    rng, told = np.random.default_rng(0), []
+    td.continuous_bound(
+        lambda x, t: told.append(t) or x, LearnedSchedule(), np.zeros((3, 2)), rng=rng, T=2, progress=False
+    )
+    assert 0 < np.max(told) < 1
+    learned_schedule_loss(linear_model(rng), LearnedSchedule(), rng.random((8, 2)), rng, T=2)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
