@@ -383,6 +383,27 @@ def test_dropout_is_drawn_from_the_generator_given():
     assert not np.array_equal(y[0], y[1])
 
 
+class Noisy(td.MLP):
+    """It has a configuration without dropout, and draws all the same."""
+
+    def __call__(self, x, t, rng=None):
+        y, backward = super().__call__(x, t)
+        return (y if rng is None else y + rng.standard_normal(y.shape, np.float32)), backward
+
+
+def test_a_subclass_is_shared_when_asked_only_and_draws(monkeypatch):
+    from tinydiff import parallel
+
+    monkeypatch.setattr(parallel, "threads_in_reach", lambda: 2)
+    noisy = Noisy(hidden=96)
+    with shared_out(noisy, 256) as same:
+        assert same is noisy
+    x, t = normal(np.random.default_rng(0), (6, 2), np.float32), np.arange(6)
+    with shared_out(noisy, 6, 2) as shared:
+        off = shared(x, t, np.random.default_rng(1))[0] - shared(x, t)[0]
+    assert np.all(off != 0) and len(np.unique(off)) == off.size
+
+
 def test_errors_of_the_model_come_out_and_leave_it_usable():
     rng = np.random.default_rng(0)
     model = unet()

@@ -52,6 +52,9 @@ SMALLEST_SHARE = 4
 # what sending them takes.
 SMALLEST_WORK = 2**23
 
+# Of these it is known that samples do not meet, and what is drawn; a subclass may compute anything.
+KNOWN = (UNet, MLP)
+
 
 class WorkerError(RuntimeError):
     """A process that shares the work has failed, or ended."""
@@ -80,7 +83,9 @@ class DataParallel(Module):
     Notes
     -----
     The same inputs give the same bits on every run with the same number of processes. With another number,
-    products are cut elsewhere and round differently; and each process draws dropout masks of its own.
+    products are cut elsewhere and round differently; and each process draws dropout masks of its own. What a
+    model of your own computes may depend on its inputs and parameters only: another attribute that changes
+    stays in the processes what it was when they began.
 
     Examples
     --------
@@ -95,7 +100,7 @@ class DataParallel(Module):
         if not all(is_numpy_array(p.value) for p in self._parameters):
             raise ValueError("model has weights that are not NumPy arrays; only those can be shared.")
         self._count = workers
-        self._draws = not hasattr(model, "config") or bool(model.config.get("dropout"))
+        self._draws = type(model) not in KNOWN or bool(model.config.get("dropout"))
         self._values = _in_shared_memory(self._parameters)
         self._grads = [_in_shared_memory(self._parameters) for _ in range(workers - 1)]
         self._workers: list[tuple[Any, Line]] = []
@@ -323,8 +328,8 @@ def shared_out(
     Parameters
     ----------
     model : callable
-        Any; what is not a `UNet` or an `MLP` with NumPy weights is handed back as it is unless `workers` says
-        otherwise.
+        Any; what is not a `UNet` or an `MLP` (a subclass is not) with NumPy weights is handed back as it is
+        unless `workers` says otherwise.
     batch_size : int
         Samples per call.
     workers : int, optional
@@ -355,11 +360,11 @@ def _apart(model: Any) -> Any:
 
 def _reasonable(model: Any, batch_size: int) -> int:
     can_fork = sys.platform.startswith("linux") and hasattr(os, "fork")
-    if not can_fork or multiprocessing.current_process().daemon or not isinstance(model, (UNet, MLP)):
+    if not can_fork or multiprocessing.current_process().daemon or type(model) not in KNOWN:
         return 1
     if not all(is_numpy_array(p.value) for p in model.named_parameters().values()):
         return 1
-    if isinstance(model, UNet):
+    if type(model) is UNet:
         shares = batch_size // SMALLEST_SHARE
     else:
         shares = batch_size * model.num_parameters() // SMALLEST_WORK

@@ -229,7 +229,8 @@ def train(
         Steps between lines of metrics.
     workers : int, optional
         Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
-        for a `UNet` or a large batch of an `MLP`, in NumPy, on Linux.
+        for a `UNet` or a large batch of an `MLP`, in NumPy, on Linux; 1 for another class, which may depend
+        on what other processes do not see.
     graph : bool, optional
         On a GPU, record a step as a CUDA graph when it has run a few times, and replay it from then on, if
         that can be: with the loss ``"simple"``, unweighted, without dropout. As long as the training lasts
