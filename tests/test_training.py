@@ -7,8 +7,10 @@ import signal
 import sys
 import tracemalloc
 import warnings
+from collections import UserDict
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import array_api_strict as strict
 import numpy as np
@@ -832,6 +834,7 @@ def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
         ({"min_snr_gamma": math.nan}, ValueError, "min_snr_gamma is nan"),
         ({"loss": "vlb", "min_snr_gamma": 5}, ValueError, "min_snr_gamma is 5; .*no L_simple"),
         ({"importance_sampling": True}, ValueError, "importance.* the loss is 'simple'"),
+        ({"data_name": Path("x.npy")}, TypeError, r"data_name is a (Posix|Windows)Path; expected a str"),
         ({"decoder": "16bit"}, ValueError, "decoder is '16bit'"),
         ({"loss": "vlb", "decoder": "8bit"}, ValueError, "data holds values that are not 8-bit levels"),
     ],
@@ -921,6 +924,43 @@ def test_sizes_given_as_numpy_integers_are_saved_as_any(tmp_path):
     td.train(model, DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
     again = td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path, resume=True)
     assert len(again.losses) == STEPS
+
+
+class Own(td.nn.Module):
+    def __init__(self, config):
+        self.net, self.config = small_mlp(), config
+
+    def __call__(self, x, t, rng=None):
+        return self.net(x, t)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"sizes": (8, 8)}, {1: "one", None: 2}, {"fill": math.nan, "most": math.inf}, UserDict({"a": 1})],
+)
+def test_a_run_of_a_model_with_a_configuration_of_its_own_is_resumed(tmp_path, config):
+    how = dict(**SETTINGS, run_dir=tmp_path)
+    td.train(Own(config), DIFFUSION, POINTS, **how)
+    assert len(td.train(Own(config), DIFFUSION, POINTS, **how, resume=True).losses) == STEPS
+    with pytest.raises(ValueError, match=r"config was .*, is \{'b': 1\}"):
+        td.train(Own({"b": 1}), DIFFUSION, POINTS, **how, resume=True)
+
+
+@pytest.mark.parametrize("value", [np.int64(8), np.float32, {1, 2}, {(1, 2): 3}])
+def test_a_configuration_that_no_checkpoint_can_hold_is_named_before_a_step(tmp_path, value):
+    refused = failing(POINTS, 0, Interrupted())
+    with pytest.raises(TypeError, match=r"config is \{'width': .*\}; expected what JSON can hold \("):
+        td.train(Own({"width": value}), DIFFUSION, refused, **SETTINGS, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    td.train(Own({"width": value}), DIFFUSION, POINTS, **SETTINGS)
+
+
+def test_a_configuration_that_is_no_mapping_is_not_looked_at(tmp_path):
+    model = Own(SimpleNamespace(dropout=0.5))
+    assert repr(model) == f"Own of {model.num_parameters()} parameters"
+    assert td.find_batch_size(model, DIFFUSION, POINTS, most=1) == 1
+    for resume in (False, True):
+        td.train(model, DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path, resume=resume)
 
 
 # It learns

@@ -31,7 +31,7 @@ from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, asarray_like, device, is_numpy_array, to_numpy
 from tinydiff.memory import is_out_of_memory, reason, what_fits
 from tinydiff.models._checks import check_model
-from tinydiff.nn.module import weight_of
+from tinydiff.nn.module import config_of, weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
 
@@ -274,13 +274,16 @@ def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Ca
     return step
 
 
-def settings_of(model: Any, data: Data, plan: Plan, **others: Any) -> dict[str, Any]:
-    """What a run depends on, as JSON holds it: the network, the data, the plan, and `others`."""
+def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: Any) -> dict[str, Any]:
+    """What a run depends on: the network, the data, the plan, and `others`; TypeError if its name is none."""
+    if not isinstance(data_name, str):
+        raise TypeError(f"data_name is a {type(data_name).__name__}; expected a str.")
     return {
         "model": type(model).__name__,
-        "config": getattr(model, "config", None),
+        "config": dict(config_of(model)) or None,
         "dtype": str(to_numpy(weight_of(model)).dtype),
         "data": "callable" if callable(data) else [int(size) for size in data.shape],
+        "data_name": data_name,
         **plan.settings(),
         **others,
     }

@@ -49,12 +49,17 @@ class Run:
         What the run depends on; another run with the same ones goes on where this one stopped.
     states : mapping of str to Stateful
         What a checkpoint holds, by the prefix of its names; without a prefix, what finds its own among all.
+
+    Raises
+    ------
+    TypeError
+        If JSON cannot hold one of `settings`; the message names it.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], states: Mapping[str, Stateful]) -> None:
         self.checkpoint = directory / "checkpoint.safetensors"
         self.metrics = directory / "metrics.jsonl"
-        self.settings = settings
+        self.settings = _as_json(settings)
         self.states = states
         self.directory = directory
         self.began = time.perf_counter()
@@ -132,7 +137,7 @@ class Run:
         return lines
 
     def _check_settings(self, before: dict[str, Any]) -> None:
-        before = SIMPLE | before
+        before = SIMPLE | _as_json(before)
         changed = [k for k, v in self.settings.items() if before.get(k) != v]
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in changed)
@@ -166,6 +171,17 @@ class Run:
         }
         with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a checkpoint gives them back, so that two compare alike: nan and infinity as words."""
+    held = {}
+    for name, value in settings.items():
+        try:
+            held[name] = json.loads(json.dumps(value), parse_constant=str)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} is {value!r}; expected what JSON can hold ({error}).") from None
+    return held
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

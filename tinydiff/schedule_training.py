@@ -139,7 +139,8 @@ def train_learned_schedule(
     Raises
     ------
     TypeError
-        If `data` is neither an array nor callable.
+        If `data` is neither an array nor callable, or `data_name` is no str; or if there is a `run_dir`, and
+        the model has a ``config`` that JSON cannot hold.
     ValueError
         If an argument, or the checkpoint in `run_dir`, is not what is expected, as for `train`; the message
         names it. Also, at the end, if the learned end points are not those of a schedule
@@ -158,8 +159,8 @@ def train_learned_schedule(
     settings = settings_of(
         model,
         data,
+        data_name,
         numbers,
-        data_name=data_name,
         loss="continuous bound",
         T=int(T),
         lr=float(lr),

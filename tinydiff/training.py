@@ -38,7 +38,7 @@ from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import largest_batch, let_go
 from tinydiff.models._checks import check_like_model
-from tinydiff.nn.module import Module, weight_of
+from tinydiff.nn.module import Module, config_of, weight_of
 
 __all__ = ["Loss", "M", "TrainingResult", "find_batch_size", "train", "training_loss"]
 
@@ -252,7 +252,8 @@ def train(
     Raises
     ------
     TypeError
-        If `data` is neither an array nor callable, or `model` or `diffusion` is something else.
+        If `data` is neither an array nor callable, or `model`, `diffusion` or `data_name` is something else;
+        or if there is a `run_dir`, and the model has a ``config`` that JSON cannot hold.
     ValueError
         If an argument is out of range, or belongs to another loss; if `data` is not 8-bit and the decoder is;
         if the checkpoint in `run_dir` is damaged, or was made with other settings; or if it belongs to an
@@ -277,10 +278,10 @@ def train(
     settings = settings_of(
         model,
         data,
+        data_name,
         numbers,
         betas=_digest(diffusion.schedule.betas),
         prediction=diffusion.prediction,
-        data_name=data_name,
         lr=float(lr),
         weight_decay=float(weight_decay),
         loss=loss,
@@ -405,7 +406,7 @@ def _objective(
     That is the mean squared error, unweighted, of a network without dropout.
     """
     plain = loss == "simple" and how["min_snr_gamma"] is None and diffusion.variance != "learned_range"
-    if plain and not getattr(model, "config", {}).get("dropout") and is_wanted(model, graph):
+    if plain and not config_of(model).get("dropout") and is_wanted(model, graph):
         return RecordedLoss(diffusion)
     return lambda network, x0, rng: training_loss(network, diffusion, x0, rng, loss, **how)
 

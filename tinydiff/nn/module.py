@@ -22,7 +22,7 @@ import numpy as np
 
 from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
 
-__all__ = ["Module", "Parameter", "derivative_of", "inference", "keeping", "once", "weight_of"]
+__all__ = ["Module", "Parameter", "config_of", "derivative_of", "inference", "keeping", "once", "weight_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -84,12 +84,14 @@ class Module:
     recordable : bool
         Of the class itself, not inherited: on a GPU what it launches depends on the shape of its input only,
         and it looks at no number on the host. `tinydiff.train` and `tinydiff.sample` then record it.
+    config : mapping, optional
+        What it was made with, as JSON can hold it: shown by ``repr``, and a run resumes with the same only.
     """
 
     recordable: ClassVar[bool] = False
 
     def __repr__(self) -> str:
-        choices = ", ".join(f"{name}={value!r}" for name, value in getattr(self, "config", {}).items())
+        choices = ", ".join(f"{name}={value!r}" for name, value in config_of(self).items())
         made_with = f"({choices})" if choices else ""
         return f"{type(self).__name__}{made_with} of {self.num_parameters():,} parameters"
 
@@ -170,6 +172,12 @@ def _walk(name: str, value: Any) -> Iterator[tuple[str, Parameter]]:
     elif isinstance(value, (list, tuple, Mapping)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _walk(f"{name}.{key}", item)
+
+
+def config_of(model: Any) -> Mapping[str, Any]:
+    """What the model says that it was made with: its ``config``; nothing, if that is no mapping."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, Mapping) else {}
 
 
 def weight_of(model: Any) -> Array:
