@@ -186,6 +186,13 @@ def test_training_loss_draws_and_weighs_as_its_options_say(loss, options):
     assert_allclose(model.linear_out.bias.grad, gradient.sum(axis=0), rtol=1e-12)
 
 
+@pytest.mark.parametrize("T", [2, 4])
+def test_a_sampler_of_other_times_is_refused(T):
+    how = dict(loss="vlb", t_sampler=LossSecondMomentSampler(T))
+    with pytest.raises(ValueError, match=rf"t_sampler draws from T = {T} times; diffusion has T = 3"):
+        td.training_loss(learned_mlp(), LEARNED, POINTS, np.random.default_rng(0), **how)
+
+
 def test_hybrid_teaches_the_mean_what_the_simple_loss_does_and_the_variance_besides():
     """Through the network: no derivative of the bound by the mean reaches the mean's weights (docs: V.5)."""
     gradients = {}

@@ -107,7 +107,7 @@ def training_loss(
         What L_0 is in the bound: the density of points, or the probability of 8-bit levels.
     t_sampler : LossSecondMomentSampler, optional
         Draws t and the weights of the bound's terms, and is given these terms to remember (docs: V.6), for
-        ``"vlb"`` only. Default: t is uniform.
+        ``"vlb"`` only; of the diffusion's T. Default: t is uniform.
 
     Returns
     -------
@@ -121,6 +121,8 @@ def training_loss(
         If an argument is out of range, or belongs to another loss; the message names it.
     """
     _check_loss(loss, diffusion, min_snr_gamma, decoder, t_sampler is not None)
+    if (T := getattr(t_sampler, "T", diffusion.T)) != diffusion.T:
+        raise ValueError(f"t_sampler draws from T = {T} times; diffusion has T = {diffusion.T}.")
     check_rng(rng)
     check_like_model(model, x0=x0)
     N = x0.shape[0]
