@@ -143,6 +143,33 @@ def test_workers_see_new_weights():
         assert_close(shared.predict(x, t), other.predict(x, t), "after loading")
 
 
+def test_weights_of_another_dtype_or_shape_are_shared_anew():
+    rng = np.random.default_rng(0)
+    model = td.MLP(hidden=8, blocks=1, time_features=4, rng=rng)
+    randomise(model, rng, np.float32)
+    x, t = normal(rng, (6, 2), np.float64), rng.integers(9, size=6)
+    with DataParallel(model, 2) as shared:
+        shared.predict(x.astype(np.float32), t)
+        shared.to(np, np.float64)
+        y, backward = shared(x, t)
+        backward(y)
+        assert all(p.value.dtype == p.grad.dtype == np.float64 for p in model.named_parameters().values())
+        found = gradients(model)
+        model.zero_grad()
+        y_own, backward = model(x, t)
+        backward(y_own)
+        assert_close(y, y_own, "y")
+        assert_gradients(model, found)
+        out = model.linear_out
+        out.weight.value, out.bias.value = out.weight.value[:, :1].copy(), out.bias.value[:1].copy()
+        assert_close(shared.predict(x, t), y_own[:, :1], "one feature")
+        assert out.weight.shape == (8, 1) and len(shared._workers) == 1
+        strict = pytest.importorskip("array_api_strict")
+        shared.to(strict)
+        with pytest.raises(ValueError, match="not NumPy arrays"):
+            shared.predict(strict.asarray(x), strict.asarray(t))
+
+
 def test_the_optimizer_steps_the_weights_where_the_workers_see_them():
     """Or they would be copied there at every call."""
     model, rng = unet(dtype=np.float32), np.random.default_rng(0)

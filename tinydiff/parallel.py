@@ -97,16 +97,13 @@ class DataParallel(Module):
         check_counts(workers=workers)
         self._model = model
         self._parameters = list(model.named_parameters().values())
-        if not all(is_numpy_array(p.value) for p in self._parameters):
-            raise ValueError("model has weights that are not NumPy arrays; only those can be shared.")
         self._count = workers
         self._draws = type(model) not in KNOWN or bool(model.config.get("dropout"))
-        self._values = _in_shared_memory(self._parameters)
-        self._grads = [_in_shared_memory(self._parameters) for _ in range(workers - 1)]
         self._workers: list[tuple[Any, Line]] = []
         self._calls = 0
         self._forgotten: list[int] = []  # calls whose backward was thrown away: the workers may let go too
         self._unanswered = False
+        self._make_room()
         self._share_values()
         self._fork()
 
@@ -191,12 +188,25 @@ class DataParallel(Module):
             return [arrays]
         return [tuple(a[start:stop] for a in arrays) for start, stop in pairwise(edges)]
 
+    def _make_room(self) -> None:
+        """Memory for weights and gradients that the workers see, which are to be forked after it."""
+        if not all(is_numpy_array(p.value) for p in self._parameters):
+            raise ValueError("model has weights that are not NumPy arrays; only those can be shared.")
+        self._values = _in_shared_memory(self._parameters)
+        self._grads = [_in_shared_memory(self._parameters) for _ in range(self._count - 1)]
+
     def _share_values(self) -> None:
         """Put the weights where the workers see them; they may have been replaced since."""
-        for parameter, value in zip(self._parameters, self._values, strict=True):
-            if parameter.value is not value:
-                value[...] = parameter.value
-                parameter.value = value
+        new = [(p, v) for p, v in zip(self._parameters, self._values, strict=True) if p.value is not v]
+        if not all(
+            is_numpy_array(p.value) and (p.shape, p.value.dtype) == (v.shape, v.dtype) for p, v in new
+        ):
+            self._make_room()
+            self._end()  # `_ask` forks anew
+            new = list(zip(self._parameters, self._values, strict=True))
+        for parameter, value in new:
+            value[...] = parameter.value
+            parameter.value = value
 
     def _ask(self, messages: list[tuple[Any, ...]], own: Callable[[], Any]) -> tuple[Any, list[Any]]:
         """Give the workers their shares, compute this process's own, and collect the answers."""
