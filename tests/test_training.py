@@ -438,6 +438,13 @@ def test_a_line_half_written_by_a_crash_is_written_again(tmp_path, tmp_path_fact
     resume_and_compare(small_mlp, drawn, "drawn", tmp_path, tmp_path_factory)
 
 
+def test_a_blank_line_costs_no_other(tmp_path, tmp_path_factory):
+    interrupt(tmp_path, 10)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("\n", "\n\n"))
+    resume_and_compare(small_mlp, drawn, "drawn", tmp_path, tmp_path_factory)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path, tmp_path_factory):
     td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
     before = contents(tmp_path)
@@ -913,10 +920,27 @@ def test_what_shows_in_the_first_step_only_costs_a_finished_run_nothing(tmp_path
     assert contents(tmp_path) == before
 
 
+OURS = b'{"step": 1, "loss": 2.0, "grad_norm": 3.0, "lr": 4.0, "seconds": 5.0}\n'
+
+
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize(
     "content",
-    [b'{"step": 1, "loss": 2.0}\n', b"[1]\n", b'"step"', b"epoch,loss\n", b"\xff\xfe", b'{"loss": 1, "step"'],
+    [
+        b'{"step": 1, "loss": 2.0}\n',
+        b"[1]\n",
+        b'"step"',
+        b"epoch,loss\n",
+        b"\xff\xfe",
+        b'{"loss": 1, "step"',
+        b'{"step": 1, "seconds": 2.0}\n',
+        OURS.replace(b"1", b'"1"'),
+        OURS.replace(b"1", b"null"),
+        OURS.replace(b"1", b"1.0"),
+        OURS.replace(b"4.0", b"true"),
+        OURS.replace(b"}", b', "epoch": 1}'),
+        OURS[:20] + b"\n" + OURS,
+    ],
 )
 def test_metrics_of_another_tool_are_not_overwritten(tmp_path, content, resume):
     file = tmp_path / "metrics.jsonl"

@@ -34,7 +34,8 @@ SIMPLE: dict[str, Any] = dict(
     loss="simple", min_snr_gamma=None, variance=None, decoder=None, importance_sampling=False
 )
 
-# How a line of metrics begins.
+# What a line of metrics holds, in this order, and how it begins.
+KEYS = ["step", "loss", "grad_norm", "lr", "seconds"]
 LINE = b'{"step": '
 
 
@@ -123,15 +124,17 @@ class Run:
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines of metrics there are; a crash may have left the last one incomplete."""
+        texts = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
+        texts = [text for text in texts if text.strip()]
         lines = []
-        for text in self.metrics.read_bytes().splitlines() if self.metrics.exists() else []:
+        for i, text in enumerate(texts, 1):
             try:
                 line = json.loads(text)
             except ValueError:
                 line = None
-            if line is None and LINE.startswith(text[: len(LINE)]):
+            if line is None and i == len(texts) and LINE.startswith(text[: len(LINE)]):
                 break
-            if not (isinstance(line, dict) and {"step", "seconds"} <= line.keys()):
+            if not _is_ours(line):
                 raise ValueError(f"{self.metrics} is not tinydiff's: choose another directory, or move it.")
             lines.append(line)
         return lines
@@ -162,15 +165,16 @@ class Run:
 
     def log(self, step: int, losses: list[float], grad_norm: float, lr: float) -> None:
         """Append a line of metrics; the loss is the mean since the line before."""
-        line = {
-            "step": step,
-            "loss": float(np.mean(losses)),
-            "grad_norm": grad_norm,
-            "lr": float(lr),
-            "seconds": round(time.perf_counter() - self.began, 3),
-        }
+        seconds = round(time.perf_counter() - self.began, 3)
+        line = dict(zip(KEYS, [step, float(np.mean(losses)), grad_norm, float(lr), seconds], strict=True))
         with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _is_ours(line: Any) -> bool:
+    """Whether it is as `Run.log` writes one."""
+    numbers = isinstance(line, dict) and all(type(number) in (int, float) for number in line.values())
+    return numbers and list(line) == KEYS and type(line["step"]) is int
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
