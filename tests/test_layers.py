@@ -333,6 +333,16 @@ def test_layers_in_mappings_have_names_and_a_network_of_ones_own_predicts():
     assert_array_equal(own.predict(x), own(x)[0])
 
 
+@pytest.mark.parametrize("keys", [("a.b", "a"), (0, "0")])
+def test_two_parameters_of_one_name_are_refused(keys):
+    """Or one of them would never be trained, nor saved."""
+    first, second = (nn.Parameter(np.zeros(size)) for size in (1, 2))
+    own = nn.Module()
+    own.layers = {keys[0]: first, keys[1]: {"b": second} if keys[1] == "a" else second}
+    with pytest.raises(ValueError, match=r"two parameters are called 'layers\.(a\.b|0)'"):
+        own.named_parameters()
+
+
 @every_layer
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())

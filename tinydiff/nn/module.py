@@ -100,11 +100,19 @@ class Module:
             yield from _walk(name, value)
 
     def named_parameters(self) -> dict[str, Parameter]:
-        """Return name -> Parameter in order of construction; a shared parameter has its first name only."""
+        """Return name -> Parameter in order of construction; a shared parameter has its first name only.
+
+        Raises
+        ------
+        ValueError
+            If two parameters have the same name: keys with dots may.
+        """
         seen: set[int] = set()
         unique = {}
         for name, parameter in self._named():
             if id(parameter) not in seen:
+                if name in unique:
+                    raise ValueError(f"two parameters are called {name!r}; expected a name for each.")
                 seen.add(id(parameter))
                 unique[name] = parameter
         return unique
