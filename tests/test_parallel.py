@@ -522,6 +522,19 @@ def test_what_cannot_be_shared_is_refused():
         DataParallel(model, 2)
 
 
+def shares(workers):
+    with shared_out(unet(), 64, workers) as shared:
+        return type(shared).__name__
+
+
+def test_a_process_of_a_pool_shares_nothing():
+    """It is daemonic, and has no processes of its own."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(shares, (None,)) == "UNet"
+        with pytest.raises(RuntimeError, match=r"daemonic process.* expected workers=1"):
+            pool.apply(shares, (2,))
+
+
 def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
     from tinydiff import parallel
 

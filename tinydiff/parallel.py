@@ -78,7 +78,8 @@ class DataParallel(Module):
     ValueError
         If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
     RuntimeError
-        If this system cannot fork; later a `WorkerError`, if a process has failed or ended.
+        If this system cannot fork, or this process is daemonic, as a ``Pool``'s are; later a `WorkerError`,
+        if a process has failed or ended.
 
     Notes
     -----
@@ -240,6 +241,8 @@ class DataParallel(Module):
             return
         if not hasattr(os, "fork"):
             raise RuntimeError("this system cannot fork processes; expected Linux, or workers=1.")
+        if multiprocessing.current_process().daemon:
+            raise RuntimeError("a daemonic process, as a Pool's, may start no others; expected workers=1.")
         kernels_for(np.empty(0))  # imported now: for what another thread is importing a fork waits in vain
         context = multiprocessing.get_context("fork")
         lines = [Line.ends() for _ in self._grads]
