@@ -161,6 +161,44 @@ def test_samples_and_data_keep_their_sides_and_share_limits(points):
     assert "how far" in [text.get_text() for text in fig.texts]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("finite", [0, 200])
+def test_data_that_is_not_finite_is_counted_too(points, finite):
+    data = np.vstack([points[:finite], np.full((3, 2), np.nan), [[np.inf, 0.0]]])
+    fig = plotting.samples_beside_data(points, data)
+    assert fig.axes[0].get_title() == f"data, 4 of {finite + 4} outside"
+    limit = 1.1 * np.abs(points[:finite]).max() if finite else plotting.LIMIT
+    assert max(fig.axes[1].get_xlim()) == pytest.approx(limit)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x, said: plotting.samples_beside_data(x, x, said),
+        lambda x, said: forward(x, {said: td.linear_schedule(2)}),
+        lambda x, said: plotting.training_curve([1.0], said),
+    ],
+)
+def test_dollars_are_not_mathematics(draw, points, tmp_path):
+    plotting.save(draw(points, "from $1_{ to $2"), tmp_path / "said.png")
+
+
+def test_no_columns_are_refused(points):
+    with pytest.raises(ValueError, match="columns is 0"):
+        plotting.reverse_process(walk(points), columns=0)
+    with pytest.raises(ValueError, match="columns is 0"):
+        plotting.forward_process(points, SCHEDULES, np.random.default_rng(0), columns=0)
+
+
+def test_8_bit_images_are_refused_by_name(images):
+    levels = np.zeros(images.shape, np.uint8)
+    for samples, data, name in [(levels, images, "samples"), (images, levels, "data")]:
+        with pytest.raises(ValueError, match=rf"^{name} has dtype uint8; .*x / 127\.5 - 1"):
+            plotting.samples_beside_data(samples, data)
+    with pytest.raises(ValueError, match="x0 has dtype uint8"):
+        plotting.forward_process(levels, SCHEDULES, np.random.default_rng(0))
+
+
 def test_mosaic_reads_like_a_page_and_leaves_what_is_missing_white(images):
     fig = plotting.samples_beside_data(images[:3], images)
     samples, data = (np.asarray(ax.images[0].get_array()) for ax in fig.axes[::-1])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, standard_normal, to_numpy
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.samplers import SamplerState
@@ -104,8 +105,10 @@ def forward_process(
     Raises
     ------
     ValueError
-        If `x0` is neither points nor images, or `schedules` is empty or of several T.
+        If `x0` is neither points nor images of floating numbers, `schedules` is empty or of several T, or
+        `columns` is not an integer of at least 1.
     """
+    check_counts(columns=columns)
     x0 = _checked("x0", x0)
     lengths = {schedule.T for schedule in schedules.values()}
     if len(lengths) != 1:
@@ -118,7 +121,7 @@ def forward_process(
     _title(fig, "Forward process", f"from data to noise in {steps}, the same noise in every row")
     colours = _colours(x0)
     for row, (name, schedule) in zip(axes, schedules.items(), strict=True):
-        _row_label(row[0], name)
+        _row_label(row[0], name.replace("$", r"\$"))
         diffusion = GaussianDiffusion(schedule)
         for ax, t in zip(row, times, strict=True):
             _show(ax, diffusion.q_sample(x0, int(t), noise), colours)
@@ -169,7 +172,7 @@ def training_curve(losses: Array, label: str = "mean squared error") -> Figure:
     ax.set_xlim(1, max(2, len(losses)))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_xlabel("training step")
-    ax.set_ylabel(label)
+    ax.set_ylabel(label, parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color=FRAME, linewidth=0.5)
     ax.set_axisbelow(True)
@@ -197,14 +200,14 @@ def samples_beside_data(samples: Array, data: Array, title: str = "") -> Figure:
     Raises
     ------
     ValueError
-        If `samples` and `data` are not both points or both images.
+        If `samples` and `data` are not both points or both images, of floating numbers.
     """
     samples, data = _checked("samples", samples), _checked("data", data)
     if samples.shape[1:] != data.shape[1:]:
         raise ValueError(f"samples has shape {samples.shape} and data {data.shape}; expected the same kind.")
     fig, axes = _panels(1, 2, panel=3.6, gap=0.15, left=EDGE)
     _title(fig, "Samples beside data", title)
-    limit = 1.1 * float(np.abs(data).max())
+    limit = 1.1 * float(np.abs(data[np.isfinite(data)]).max(initial=0)) or LIMIT
     for ax, x, name, colour in zip(axes[0], [data, samples], ["data", "samples"], [INK, BLUE], strict=True):
         _show(ax, x, colour, limit)
         unseen = int(np.sum(~np.all(np.abs(x) <= limit, axis=1))) if x.ndim == 2 else 0
@@ -232,8 +235,10 @@ def reverse_process(states: Iterable[SamplerState], columns: int = COLUMNS) -> F
     Raises
     ------
     ValueError
-        If `states` holds less than two, or something that is neither points nor images.
+        If `states` holds less than two, or something that is neither points nor images; or `columns` is not
+        an integer of at least 1.
     """
+    check_counts(columns=columns)
     states = list(states)
     if len(states) < 2:
         raise ValueError(f"states holds {len(states)}; expected the noise and what at least one step made.")
@@ -347,7 +352,7 @@ def _title(fig: Figure, title: str, rest: str) -> None:
     y, inches = height - 0.3, fig.dpi_scale_trans
     heading = fig.text(EDGE, y, title, fontsize=11, fontweight="bold", transform=inches)
     right = heading.get_window_extent().x1 / fig.dpi
-    explanation = fig.text(right + 0.12, y, rest, color=QUIET, transform=inches)
+    explanation = fig.text(right + 0.12, y, rest, color=QUIET, transform=inches, parse_math=False)
     needed = explanation.get_window_extent().x1 / fig.dpi + EDGE
     if needed > width:
         fig.set_size_inches(needed, height)
@@ -374,7 +379,7 @@ def _caption(ax: Axes, text: str) -> None:
 
 
 def _checked(name: str, x: Array) -> np.ndarray:
-    """Points or images, on the host."""
+    """Points or images of floating numbers, on the host."""
     x = to_numpy(x)
     points = x.ndim == 2 and x.shape[1] == 2
     images = x.ndim == 4 and x.shape[3] in (1, 3)
@@ -382,6 +387,9 @@ def _checked(name: str, x: Array) -> np.ndarray:
         raise ValueError(
             f"{name} has shape {x.shape}; expected points (N, 2) or images (N, H, W, C) with C 1 or 3."
         )
+    if x.dtype.kind != "f":
+        expected = "a floating one (of 8-bit images, x / 127.5 - 1)"
+        raise ValueError(f"{name} has dtype {x.dtype}; expected {expected}.")
     return x
 
 
