@@ -849,6 +849,7 @@ def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
         ({"loss": "vlb", "min_snr_gamma": 5}, ValueError, "min_snr_gamma is 5; .*no L_simple"),
         ({"importance_sampling": True}, ValueError, "importance.* the loss is 'simple'"),
         ({"data_name": Path("x.npy")}, TypeError, r"data_name is a (Posix|Windows)Path; expected a str"),
+        ({"run_dir": None, "resume": True}, ValueError, "resume is True and run_dir None"),
         ({"decoder": "16bit"}, ValueError, "decoder is '16bit'"),
         ({"loss": "vlb", "decoder": "8bit"}, ValueError, "data holds values that are not 8-bit levels"),
     ],

@@ -165,6 +165,8 @@ def loop(
     unit : str
         What the progress bar calls the loss.
     """
+    if resume and run is None:
+        raise ValueError("resume is True and run_dir None; expected the directory of the run to continue.")
     network, steps = learners[0], plan.steps
     like = weight_of(network.model)
     data = beside(data, like)

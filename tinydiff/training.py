@@ -224,7 +224,7 @@ def train(
         Directory for ``metrics.jsonl`` (a line every `log_every` steps) and ``checkpoint.safetensors``.
         Default: nothing is written.
     resume : bool
-        Continue from the checkpoint in `run_dir`, if there is one.
+        Continue from the checkpoint in `run_dir`, which must be given, if there is one.
     checkpoint_every : int
         Steps between checkpoints; the last step always leaves one, and so does Ctrl-C.
     log_every : int
