@@ -113,6 +113,8 @@ def test_a_file_that_a_full_disk_refuses_is_named(path, monkeypatch):
 def test_a_directory_in_the_place_of_the_file_is_named(tmp_path):
     with pytest.raises(IsADirectoryError, match=f"{re.escape(str(tmp_path))}'$"):
         td.save_model(tmp_path, small_mlp())
+    with pytest.raises(IsADirectoryError, match=f"{re.escape(str(tmp_path))}'$"):
+        td.load_model(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

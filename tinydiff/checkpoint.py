@@ -108,12 +108,16 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
     ------
     FileNotFoundError
         If there is no file at `path`.
+    IsADirectoryError
+        If `path` is a directory.
     ValueError
         If the file is not a whole safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
     try:
@@ -184,6 +188,8 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     ------
     FileNotFoundError
         If there is no file at `path`.
+    IsADirectoryError
+        If `path` is a directory.
     ValueError
         If the file is damaged, or not a model of tinydiff's.
     """

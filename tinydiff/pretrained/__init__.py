@@ -76,6 +76,8 @@ def load(
     ------
     FileNotFoundError
         If there is no file at `path`.
+    IsADirectoryError
+        If `path` is a directory.
     ValueError
         If the file is damaged, not a model of tinydiff's, or does not say what it was trained for.
     """
