@@ -530,7 +530,7 @@ def test_extreme_activations_are_finite_and_silent(twin, dtype, length, channels
     assert np.isfinite(dx).all()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, from threads that errstate does not reach
+@np.errstate(over="ignore", invalid="ignore")
 @for_each_twin
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -633,6 +633,14 @@ def test_scratch_is_let_go_in_every_thread():
     assert all(array() is not None for array in kept)
     forget_scratch()
     assert kept and all(array() is None for array in kept)
+
+
+def test_threads_warn_of_what_their_caller_would_be_warned_of(monkeypatch):
+    monkeypatch.setattr(_threads, "threads_in_reach", lambda: 2)
+    for over in ("ignore", "raise"):
+        with np.errstate(over=over):
+            seen = in_parallel(lambda start, stop: np.geterr()["over"], 100)
+        assert seen == [over] * len(seen)
 
 
 @for_each_twin_on_the_cpu

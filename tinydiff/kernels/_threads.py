@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import numpy as np
@@ -137,9 +138,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _begin(work: Callable[[int, int], T], start: int, stop: int) -> Future[T]:
-    """``work(start, stop)`` in a thread; or here, where the program is at its end and starts no more."""
+    """``work(start, stop)`` in a thread, in the caller's context; or here, if the program starts no more."""
     try:
-        return _threads().submit(work, start, stop)
+        return _threads().submit(copy_context().run, work, start, stop)
     except RuntimeError as error:
         if "shutdown" not in str(error):
             raise
