@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 import tinydiff as td
 from tinydiff.backend import backend_name
 from tinydiff.checkpoint import load_arrays
@@ -290,8 +288,7 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
     `interrupted` is that line; the default says whether there is a checkpoint in `out`.
     """
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # td.train says when a loss is not finite
-            yield
+        yield
     except KeyboardInterrupt:
         print(interrupted or _what_is_kept(out), file=sys.stderr)
         sys.exit(130)

@@ -593,6 +593,15 @@ def test_training_is_the_same_shared_or_not():
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_loss_that_is_not_finite_ends_a_shared_training():
+    """Not a warning, of this process or another."""
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
+    how = dict(steps=1, batch_size=6, workers=2, progress=False)
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        td.train(unet(dtype=np.float32), diffusion, lambda n, rng: np.full((n, 6, 6, 1), 1e38), **how)
+
+
 def test_an_interrupted_shared_training_is_resumed_to_the_bit(tmp_path):
     diffusion = td.GaussianDiffusion(td.cosine_schedule(10), prediction="v")
 

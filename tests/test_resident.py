@@ -236,10 +236,7 @@ def test_where_numbers_stop_being_finite(name, at, tmp_path):
     where = space(name)
     files = dict(checkpoint_every=4)
     model = mlp(where)
-    with (
-        np.errstate(over="ignore", invalid="ignore"),
-        pytest.raises(FloatingPointError, match=rf"loss is (inf|nan) .* at step {at} .*smaller lr") as caught,
-    ):
+    with pytest.raises(FloatingPointError, match=rf"loss is (inf|nan) .* at step {at} .*smaller") as caught:
         td.train(model, PROCESS, poisoned(at), **SETTINGS, **files, run_dir=tmp_path)
     sound = at if name == "numpy" else max(step for step in (0, 4, 5, 8, 10) if step <= at)
     assert ("back to those after" in str(caught.value)) == (name != "numpy")
@@ -261,7 +258,7 @@ def test_ctrl_c_over_numbers_that_are_not_finite_saves_nothing(tmp_path):
             raise KeyboardInterrupt
         return POINTS[:n] * np.float32(OVERFLOWS if call == 2 else 1)
 
-    with np.errstate(over="ignore", invalid="ignore"), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):
         td.train(mlp(space("strict")), PROCESS, draw, **SETTINGS, run_dir=tmp_path)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 

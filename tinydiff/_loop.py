@@ -180,6 +180,8 @@ def loop(
         return warmup_cosine(step, steps, plan.warmup, plan.final_lr)
 
     processes = ExitStack()
+    # A number that is not finite is said by `check_finite`, not by NumPy; the processes inherit it.
+    processes.enter_context(np.errstate(over="ignore", invalid="ignore"))
     shared = processes.enter_context(shared_out(network.model, plan.batch_size, workers))
     bar = progress_bar(progress, total=steps, initial=start, desc="training", unit="step")
     smooth = math.nan
