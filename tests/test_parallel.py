@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -341,6 +342,21 @@ def test_no_fork_waits_for_a_thread_that_it_has_not(monkeypatch):
     child.kill()
     other.join()
     assert child.exitcode == 0
+
+
+def test_threads_that_a_fork_leaves_behind_are_not_warned_of(monkeypatch):
+    """Python 3.12 and later warn of any that there are, as a progress bar's."""
+    fork = os.fork
+
+    def warning():
+        said = "is multi-threaded, use of fork() may lead to deadlocks in the child."
+        warnings.warn(f"This process (pid={os.getpid()}) {said}", DeprecationWarning, 2)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DataParallel(unet(), 2).close()
 
 
 def test_scratch_of_one_name_is_one_memory():

@@ -250,8 +250,9 @@ class DataParallel(Module):
             others = [end for pair in lines for end in pair if end is not theirs]
             arguments = (theirs, others, self._model, self._parameters, grads)
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            with warnings.catch_warnings():  # JAX's, if it is loaded: the fork asks nothing of its threads
+            with warnings.catch_warnings():  # JAX's and Python's: the fork asks nothing of other threads
                 warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+                warnings.filterwarnings("ignore", r"This process .* is multi-threaded", DeprecationWarning)
                 process.start()
             self._workers.append((process, ours))
         for _, theirs in lines:
