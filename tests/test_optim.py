@@ -142,6 +142,13 @@ def test_settings_out_of_range_are_named(settings, match):
         td.Adam([parameter([1.0])], **settings)
 
 
+def test_a_model_is_not_its_parameters():
+    model = td.MLP(hidden=4, blocks=1, time_features=4)
+    for call in (lambda: td.Adam(model), lambda: td.clip_grad_norm(model, 1.0)):
+        with pytest.raises(TypeError, match=r"parameters is a MLP; expected model\.named_parameters\(\)"):
+            call()
+
+
 def test_nothing_to_train_is_refused():
     for call in (lambda: td.Adam([]), lambda: td.clip_grad_norm({}, 1.0)):
         with pytest.raises(ValueError, match="parameters is empty"):

@@ -38,6 +38,8 @@ class Adam:
 
     Raises
     ------
+    TypeError
+        If `parameters` is neither a mapping nor an iterable: a model, say.
     ValueError
         If a setting is out of range, the message names it; or if there is no parameter.
     """
@@ -90,7 +92,10 @@ class Adam:
 
 
 def _distinct(parameters: Mapping[str, Parameter] | Iterable[Parameter]) -> list[Parameter]:
-    """The parameters, each once, or ValueError if there is none."""
+    """The parameters, each once; TypeError if it is no collection, ValueError if there is none."""
+    if not isinstance(parameters, Iterable):
+        expected = "model.named_parameters(), or an iterable of Parameter"
+        raise TypeError(f"parameters is a {type(parameters).__name__}; expected {expected}.")
     given = parameters.values() if isinstance(parameters, Mapping) else parameters
     distinct = list({id(p): p for p in given}.values())
     if not distinct:
@@ -115,6 +120,8 @@ def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], ma
 
     Raises
     ------
+    TypeError
+        If `parameters` is neither a mapping nor an iterable: a model, say.
     ValueError
         If `max_norm` is not positive, or there is no parameter.
     """
