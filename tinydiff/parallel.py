@@ -52,7 +52,7 @@ SMALLEST_SHARE = 4
 # what sending them takes.
 SMALLEST_WORK = 2**23
 
-# Of these it is known that samples do not meet, and what is drawn; a subclass may compute anything.
+# Each output of theirs depends on its own sample only, and dropout is all they draw; a subclass may differ.
 KNOWN = (UNet, MLP)
 
 
