@@ -254,6 +254,8 @@ def test_training_loss_names_what_does_not_fit(change, match):
 def test_a_batch_size_is_not_looked_for_with_data_that_train_refuses(data):
     with pytest.raises(ValueError, match="data has "):
         td.find_batch_size(small_mlp(), DIFFUSION, data)
+    with pytest.raises(ValueError, match="loss is 'l2'"):
+        td.find_batch_size(small_mlp(), DIFFUSION, POINTS, loss="l2")
 
 
 def test_importance_sampling_under_array_api_strict():
