@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -94,6 +95,37 @@ def test_points_are_shared_as_images_are():
             assert_close(y_shared, y, "y")
             assert_close(backward(dy), dx, "dx")
             assert_gradients(model, expected)
+
+
+class Told(td.nn.Module):
+    """A network that says of each sample which process it was in, and how many calls that still keeps."""
+
+    def __init__(self):
+        self.weight, self.calls = td.nn.Parameter(np.zeros(1, np.float32)), weakref.WeakSet()
+
+    def __call__(self, x, t, rng=None):
+        def backward(dy):
+            return dy
+
+        self.calls.add(backward)
+        return np.stack([np.full(len(x), os.getpid()), np.full(len(x), len(self.calls))], axis=1), backward
+
+
+@pytest.mark.parametrize(("n", "workers"), [(7, 3), (8, 2), (2, 3), (1, 2)])
+def test_each_process_has_an_even_share(n, workers):
+    with DataParallel(Told(), workers) as shared:
+        x, t = np.zeros((n, 2), np.float32), np.zeros(n, int)
+        for said in (shared.predict(x, t), shared(x, t)[0]):
+            processes, sizes = np.unique(said[:, 0], return_counts=True)
+            assert len(processes) == min(n, workers) and max(sizes) - min(sizes) <= 1
+
+
+def test_a_call_that_is_thrown_away_is_let_go_by_all():
+    with DataParallel(Told(), 2) as shared:
+        x, t = np.zeros((4, 2), np.float32), np.zeros(4, int)
+        assert max(np.max(shared(x, t)[0][:, 1]) for _ in range(5)) <= 2
+        kept = [shared(x, t) for _ in range(5)]
+        assert np.min(kept[-1][0][:, 1]) >= 5
 
 
 def test_calls_before_either_backward_and_gradients_that_add_up():
