@@ -550,7 +550,7 @@ def test_log_likelihood_refuses_and_shows_progress(capsys):
         ode_log_likelihood(model, diffusion, x, probes=1)
     with pytest.raises(ValueError, match="steps is 11"):
         ode_log_likelihood(model, diffusion, x, 11)
-    with pytest.raises(ValueError, match="x is a numpy array of float64; .* float32"):
+    with pytest.raises(ValueError, match=r"x is a numpy array of float64; .* float32"):
         ode_log_likelihood(td.MLP(1, hidden=4, blocks=1, time_features=4), diffusion, x)
     dark = td.GaussianDiffusion(td.cosine_schedule(10, max_beta=1.0))
     with pytest.raises(ValueError, match="says nothing of x0 at t = 9"):
