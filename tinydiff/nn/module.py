@@ -54,11 +54,25 @@ class Parameter:
 
     @grad.setter
     def grad(self, grad: Array) -> None:
-        self._grad = grad
+        self._grad = self._checked(grad)
 
     def accumulate(self, grad: Array) -> None:
-        """Add to the gradient (never in place: `grad` may be somebody else's array)."""
+        """Add to the gradient (never in place: `grad` may be somebody else's array).
+
+        Raises
+        ------
+        ValueError
+            If `grad` has another shape than the value.
+        """
+        grad = self._checked(grad)
         self._grad = grad if self._grad is None else self._grad + grad
+
+    def _checked(self, grad: Array) -> Array:
+        """A gradient laid end to end with others would be taken for one of another parameter."""
+        if tuple(grad.shape) != tuple(self.shape):
+            expected = f"{tuple(self.shape)}, the value's"
+            raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {expected}.")
+        return grad
 
     def zero_grad(self) -> None:
         """Make the gradient zero."""
@@ -232,11 +246,12 @@ def _not_kept(*args: Any) -> Any:
     raise RuntimeError("this output came from inference, which keeps nothing for a backward.")
 
 
-def once(backward: F, shape: tuple[int, ...] | None = None) -> F:
+def once(backward: F, shape: tuple[int, ...] | None = None, dtype: Any = None) -> F:
     """Let a backward be called once: gradients add up, so a second call would count them twice.
 
     What it held is let go as soon as it returns; in `inference`, at once. With `shape`, its argument must be
-    of that shape: a kernel may read as far as the output went.
+    of that shape: a kernel may read as far as the output went. It is brought to `dtype`, since a loss written
+    by hand may well return signs, which are integers.
     """
     if not keeping():
         return _not_kept  # type: ignore[return-value]
@@ -245,13 +260,27 @@ def once(backward: F, shape: tuple[int, ...] | None = None) -> F:
     def call(*args: Any) -> Any:
         if not held:
             raise RuntimeError("backward was called a second time; call the layer again to get a new one.")
-        if shape is not None and tuple(args[0].shape) != shape:
-            raise ValueError(f"dy has shape {tuple(args[0].shape)}; expected {shape}, that of the output.")
+        if shape is not None:
+            args = (_gradient(args[0], shape, dtype),)
         return held.pop()(*args)
 
     return call  # type: ignore[return-value]
 
 
+def _gradient(dy: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """dy in the dtype of the output; TypeError if it is no array of real numbers, ValueError by its shape."""
+    if not hasattr(dy, "dtype"):
+        raise TypeError(f"dy is a {type(dy).__name__}; expected an array of shape {shape}.")
+    if tuple(dy.shape) != shape:
+        raise ValueError(f"dy has shape {tuple(dy.shape)}; expected {shape}, that of the output.")
+    if dy.dtype == dtype:
+        return dy
+    xp = array_namespace(dy)
+    if not xp.isdtype(dy.dtype, ("real floating", "integral")):
+        raise TypeError(f"dy has dtype {dy.dtype}; expected real numbers.")
+    return xp.astype(dy, dtype)
+
+
 def derivative_of(y: Array) -> Callable[[F], F]:
-    """Decorate the backward of the layer whose output is `y`: called `once`, with a gradient of y's shape."""
-    return partial(once, shape=tuple(y.shape))
+    """Decorate the backward of the layer whose output is `y`: called `once`, with a gradient like y."""
+    return partial(once, shape=tuple(y.shape), dtype=y.dtype)
