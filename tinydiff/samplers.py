@@ -132,7 +132,7 @@ def iterate_samples(
         )
     check_signal(walk, timesteps)
     x = standard_normal(rng, shape, _like(denoise)) if x_T is None else x_T
-    return _states(_estimator(denoise, walk, timesteps, clip), walk, timesteps, x, sampler, rng, eta)
+    return _states(_estimator(denoise, walk, timesteps, clip), walk, timesteps, x, sampler, rng, eta, clip)
 
 
 def _states(
@@ -143,6 +143,7 @@ def _states(
     sampler: str,
     rng: np.random.Generator,
     eta: float,
+    clip: bool,
 ) -> Iterator[SamplerState]:
     """Walk from `x` down the respaced chain `walk`, whose step i is the original time timesteps[i]."""
     renewed = {"ddpm": 1.0, "ddim": eta**2}.get(sampler, 0.0) * walk.schedule.posterior_variance
@@ -160,24 +161,25 @@ def _states(
             C = _deviation(walk, x, i, output) if sampler == "ddpm" else math.sqrt(renewed[i])
             x_next = x_next + C * standard_normal(rng, x.shape, x)
         if i and sampler in ("heun", "edm"):
-            _, x0_next = estimate(x_next, i - 1)
-            x_next = (_heun if sampler == "heun" else _edm)(walk, i, x, x0, x_next, x0_next)
+            output_next, x0_next = estimate(x_next, i - 1)
+            slope, step = (walk.predict_v, _heun) if sampler == "heun" else (walk.predict_eps, _edm)
+            if clip:
+                here, there = slope(x, i, x0, given="x0"), slope(x_next, i - 1, x0_next, given="x0")
+            else:  # from the answer itself: by way of x_0, whose rounding is divided by s, digits are lost
+                here, there = slope(x, i, output), slope(x_next, i - 1, output_next)
+            x_next = step(walk, i, x, (here + there) / 2)
         x, x0_before = x_next, x0
         yield SamplerState(i, int(timesteps[i - 1]) if i else -1, x, x0)
 
 
-def _heun(walk: GaussianDiffusion, i: int, x: Array, x0: Array, x_next: Array, x0_next: Array) -> Array:
-    """x + (phi' - phi) (v + v') / 2, the trapezoid in the clock of v.  (docs: R.11)"""
-    v = walk.predict_v(x, i, x0, given="x0")
-    v_next = walk.predict_v(x_next, i - 1, x0_next, given="x0")
+def _heun(walk: GaussianDiffusion, i: int, x: Array, v: Array) -> Array:
+    """x + (phi' - phi) v, with the mean of v and v': the trapezoid in the clock of v.  (docs: R.11)"""
     phi = angles(walk)
-    return x + float((phi[i - 1] - phi[i]) / 2) * (v + v_next)
+    return x + float(phi[i - 1] - phi[i]) * v
 
 
-def _edm(walk: GaussianDiffusion, i: int, x: Array, x0: Array, x_next: Array, x0_next: Array) -> Array:
-    """The step of ddim with the mean of eps and eps', the trapezoid in the clock of eps.  (docs: R.11)"""
-    eps = walk.predict_eps(x, i, x0, given="x0")
-    eps = (eps + walk.predict_eps(x_next, i - 1, x0_next, given="x0")) / 2
+def _edm(walk: GaussianDiffusion, i: int, x: Array, eps: Array) -> Array:
+    """The step of ddim with the mean of eps and eps': the trapezoid in the clock of eps.  (docs: R.11)"""
     return walk.q_sample(walk.predict_x0(x, i, eps, given="eps"), i - 1, eps)
 
 
