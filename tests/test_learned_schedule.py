@@ -284,6 +284,25 @@ def test_gradients_of_the_terms(seed, prediction, decoder):
     assert abs((up - down) / 2e-5 - slope) <= 1e-6 * abs(slope)
 
 
+@pytest.mark.parametrize("gamma_0", [-13.3, -40.0, -80.0])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_reconstruction_has_a_gradient_however_little_noise_there_is(prediction, gamma_0):
+    """x_0^ - x_0 is of the size of the noise, and is not to go by way of x_0."""
+    rng = np.random.default_rng(0)
+    x0, noise, output = rng.standard_normal((3, 4, 2)).astype(np.float32)
+    gamma = np.full(4, gamma_0)
+    value, backward = reconstruction_term(output, x0, noise, gamma, prediction)
+    a, s = np.sqrt([1 / (1 + np.exp(gamma_0)), 1 / (1 + np.exp(-gamma_0))])
+    exact = x0.astype(float), noise.astype(float), output.astype(float)
+    scale = s / a if prediction == "eps" else s  # x_0^ - x_0 is this times what the output is short of
+    apart = exact[1] - exact[2] if prediction == "eps" else a * exact[1] - s * exact[0] - exact[2]
+    log_variance = -np.logaddexp(0, -gamma_0)
+    terms = (np.log(2 * np.pi) + log_variance + (scale / s) ** 2 * apart**2) / 2
+    np.testing.assert_allclose(value, np.sum(terms, axis=1), rtol=1e-5)
+    doutput, _ = backward(np.ones(4, np.float32))
+    np.testing.assert_allclose(doutput, -((scale / s) ** 2) * apart, rtol=1e-4, atol=1e-5)
+
+
 @predictions
 def test_the_terms_are_those_of_the_chain(prediction):
     """Its L_T and, at t = 0, its L_0, with the variance fixed_large; and in between one step of L.7."""

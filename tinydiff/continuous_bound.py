@@ -239,9 +239,11 @@ def reconstruction_term(
     else:
         apart, scale = a_ * noise - s_ * x0 - output, s
     off = column_like(scale, x0) * apart  # x_0^ - x_0
-    likelihood = gaussian_nll if decoder == "density" else discretized_gaussian_nll
     log_variance = column_like(-np.logaddexp(0, -gamma), x0)
-    nll, nll_backward = likelihood(x0, x0 + off, log_variance)
+    if decoder == "density":  # which depends on the difference only: x_0 + off would round it away
+        nll, nll_backward = gaussian_nll(0 * x0, off, log_variance)
+    else:
+        nll, nll_backward = discretized_gaussian_nll(x0, x0 + off, log_variance)
 
     @once
     def backward(dvalue: Array) -> tuple[Array, np.ndarray]:
