@@ -338,6 +338,43 @@ def test_a_flat_component_has_no_density_in_whatever_direction(seed, D):
     assert_allclose(x, np.outer(x @ u, u) / (u @ u), rtol=1e-7, atol=1e-7)
 
 
+def test_a_direction_as_narrow_as_float64_can_tell_is_not_taken_for_flat():
+    """Each coordinate by itself says the same, however much wider the other is."""
+    both = GaussianMixture([1.0], [[0.0, 0.0]], [np.diag([1e4, 1e-9])])
+    wide, narrow = (GaussianMixture([1.0], [[0.0]], [variance]) for variance in (1e4, 1e-9))
+    x = np.array([[30.0, 2e-5], [-10.0, 0.0]])
+    assert_allclose(both.log_prob(x), wide.log_prob(x[:, :1]) + narrow.log_prob(x[:, 1:]), rtol=1e-10)
+    diffusion = GaussianDiffusion(NoiseSchedule([1e-10, 0.1]), "x0")
+    for t in (0, 1):
+        times = np.full(2, t)
+        each = np.concat(
+            [m.denoiser(diffusion)(x[:, i : i + 1], times) for i, m in enumerate((wide, narrow))], 1
+        )
+        assert_allclose(both.denoiser(diffusion)(x, times), each, rtol=1e-6)
+        variance = narrow.posterior_covariance(diffusion, x[:, 1:], t)[:, 0, 0]
+        assert_allclose(both.posterior_covariance(diffusion, x, t)[:, 1, 1], variance, rtol=1e-6)
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.7])
+def test_little_noise_over_flat_data_has_a_density_and_a_bound(turn):
+    """Of two points on lines, thickened by 1e-13: found from the sum, that variance would be rounding."""
+    U = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    flat = GaussianMixture([1, 1], [[0.0, 1.0], [2.0, 3.0]] @ U.T, [U @ np.diag([1.0, 0.0]) @ U.T] * 2)
+    noise = np.geomspace(1e-13, 1 - 1e-5, 10)
+    schedule = NoiseSchedule(np.append(noise[0], 1 - (1 - noise[1:]) / (1 - noise[:-1])))
+    diffusion = GaussianDiffusion(schedule, "x0")
+    at_the_mean = -np.log(2 * 2 * np.pi * np.sqrt(noise[0]))  # of one of two, the other far away
+    found = flat.marginal(diffusion, 0).log_prob(np.sqrt(1 - noise[0]) * flat.means[:1])
+    assert_allclose(found, at_the_mean, atol=1e-6)
+    assert np.isfinite(flat.optimal_bound(diffusion, nodes=41).value)
+
+
+def test_rounding_beside_a_zero_is_not_an_asymmetry():
+    covariance = np.diag(np.full(5, 2.0)) + np.diag(np.full(4, -1.0), 1) + np.diag(np.full(4, -1.0), -1)
+    covariance[0, 4] = 1e-16
+    assert GaussianMixture([1], np.zeros((1, 5)), [covariance]).D == 5
+
+
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("T", [1, 2, 30])
 def test_points_have_denoisers_though_no_density(variance, T):

@@ -89,17 +89,21 @@ class GaussianMixture:
             raise ValueError(
                 f"covariances has shape {covariances.shape}; expected (), ({K},) or ({K}, {D}, {D})."
             )
-        if not np.allclose(covariances, np.swapaxes(covariances, 1, 2), rtol=1e-10, atol=0):
+        turned = np.swapaxes(covariances, 1, 2)
+        if np.any(
+            np.abs(covariances - turned) > 1e-10 * np.max(np.abs(covariances), axis=(1, 2), keepdims=True)
+        ):
             raise ValueError("covariances holds a matrix that is not symmetric.")
         filled = weights > 0
         weights, means, covariances = weights[filled], means[filled], covariances[filled]
         variances, axes = np.linalg.eigh(covariances)  # lambda (K, D), U (K, D, D)
-        rounding = 1e-12 * np.max(variances, axis=1, keepdims=True, initial=0)
-        if np.any(variances < -rounding):
+        largest = np.max(variances, axis=1, keepdims=True, initial=0)
+        if np.any(variances < -1e-12 * largest):
             raise ValueError(
                 f"covariances holds a matrix with the negative eigenvalue {np.min(variances):.3g}; "
                 "expected positive semidefinite ones."
             )
+        rounding = 4 * D * np.finfo(np.float64).eps * largest  # of a 0, as eigh finds it
         self._variances = np.where(variances > rounding, variances, 0.0)
         self._axes = axes
         self._means = means.copy()  # not frozen: PyTorch, which shares its memory, warns of an array that is
@@ -244,7 +248,12 @@ class GaussianMixture:
         """
         mean, variance = diffusion.q_mean_variance(np.ones((1, 1)), t)
         a, s2 = float(mean[0, 0]), float(variance[0, 0])
-        return GaussianMixture(self.weights, a * self.means, a**2 * self.covariances + s2 * np.eye(self.D))
+        marginal = GaussianMixture(
+            self.weights, a * self.means, a**2 * self.covariances + s2 * np.eye(self.D)
+        )
+        # The axes stay; found anew, a variance of s2 beside large ones would be rounding.
+        marginal._axes, marginal._variances = self._axes, a**2 * self._variances + s2
+        return marginal
 
     def posterior_mean(self, diffusion: GaussianDiffusion, x_t: Array, t: Array | int) -> Array:
         """E[x_0 | x_t], the best estimate of the data.  (docs: L.8, R.5)
