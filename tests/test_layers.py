@@ -120,6 +120,12 @@ def test_sinusoids_from_the_table_are_those_computed(dtype):
             assert_array_equal(nn.sinusoidal_embedding(whole, 7, like=like, freq_shift=0.5), computed)
 
 
+def test_an_embedding_of_one_number_is_zero():
+    """Half of one is none, and odd lengths end in a zero."""
+    assert_array_equal(nn.sinusoidal_embedding(np.array([3, 5]), 1, like=np.zeros(1)), np.zeros((2, 1)))
+    assert_array_equal(nn.sinusoidal_embedding(np.array([3.5]), 1, like=np.zeros(1)), np.zeros((1, 1)))
+
+
 def test_sinusoids_at_their_ends():
     """Frequency 1 comes first; the last is 1/10000 exactly if the shift is 1, and short of it if 0."""
     t = np.array([0, 1])

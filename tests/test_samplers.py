@@ -496,6 +496,24 @@ def test_a_schedule_in_the_place_of_a_process_is_named():
             call()
 
 
+@pytest.mark.parametrize("denoise", [td.MLP, 3, None])
+def test_what_predicts_nothing_is_named(denoise):
+    diffusion, rng = td.GaussianDiffusion(td.linear_schedule(T=10)), np.random.default_rng(0)
+    for walk in (td.iterate_samples, td.sample):
+        with pytest.raises(TypeError, match=r"^denoise is .*; expected a network, or another function"):
+            walk(denoise, diffusion, (3, 2), rng=rng)
+
+
+def test_a_state_may_be_written_into():
+    """As inpainting does; the start that was given is another's."""
+    diffusion, rng = td.GaussianDiffusion(td.linear_schedule(T=10)), np.random.default_rng(0)
+    x_T = rng.standard_normal((3, 2))
+    given = x_T.copy()
+    for state in td.iterate_samples(lambda x, t: x, diffusion, (3, 2), rng=rng, x_T=x_T):
+        state.x[0] = 7.0
+    assert_array_equal(x_T, given)
+
+
 def test_a_list_is_named():
     model = td.MLP(hidden=4, blocks=1, time_features=4)
     diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))

@@ -242,6 +242,8 @@ def test_training_loss_is_the_loss_of_its_own_draw(prediction):
         ({"loss": "vlb", "min_snr_gamma": 5}, "min_snr_gamma is 5; .*no L_simple"),
         ({"t_sampler": td.LossSecondMomentSampler(STEPS)}, "importance.* the loss is 'simple'"),
         ({"x0": POINTS.astype(np.float64)}, "x0 is a numpy array of float64; .* float32"),
+        ({"x0": POINTS[:0]}, r"x0 has shape \(0, 2\); expected"),
+        ({"x0": np.ma.masked_less(POINTS, 0)}, "x0 is a masked array"),
     ],
 )
 def test_training_loss_names_what_does_not_fit(change, match):

@@ -22,10 +22,11 @@ __all__ = [
 
 
 def check_array(**arrays: Any) -> None:
-    """TypeError naming the first that is not an array, of whatever library."""
+    """TypeError naming the first that is not an array, of whatever library; ValueError if it is masked."""
     for name, array in arrays.items():
         if not hasattr(array, "shape"):
             raise TypeError(f"{name} is a {type(array).__name__}; expected an array.")
+        check_unmasked(name, array)
 
 
 def check_counts(**counts: Any) -> None:

@@ -131,7 +131,10 @@ def iterate_samples(
             "0; expected one of the others ('heun' has a clock that is finite there)."
         )
     check_signal(walk, timesteps)
-    x = standard_normal(rng, shape, _like(denoise)) if x_T is None else x_T
+    if x_T is None:
+        x = standard_normal(rng, shape, _like(denoise))
+    else:  # a copy, for who is handed a state may write into it
+        x = array_namespace(x_T).asarray(x_T, copy=True)
     return _states(_estimator(denoise, walk, timesteps, clip), walk, timesteps, x, sampler, rng, eta, clip)
 
 
@@ -253,6 +256,8 @@ def _estimator(
 
 
 def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> None:
+    if isinstance(denoise, type) or not callable(denoise):
+        raise TypeError(f"denoise is {denoise!r}; expected a network, or another function of x and t.")
     sizes = shape if np.ndim(shape) == 1 else ()
     if len(sizes) == 0 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
         raise ValueError(f"shape is {shape!r}; expected (N, ...), integers of at least 1.")

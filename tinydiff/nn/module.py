@@ -91,7 +91,8 @@ class Module:
     """Owns parameters and other modules as attributes; names them by their path, as diffusers does.
 
     They may be in lists, tuples and mappings. A subclass is called as the models are: it returns its output
-    and its derivative.
+    and its derivative. A derivative may hold the input and the output themselves, which are not to be written
+    to before it was called.
 
     Attributes
     ----------

@@ -76,11 +76,12 @@ def _embed(
 ) -> Array:
     xp = array_namespace(like)
     omega = constant_like(_frequencies, dim // 2, freq_shift, max_period, like=like, dtype=xp.float64)
-    angles = asarray_like(t, like, xp.float64)[:, None] * omega[None, :]
+    times = asarray_like(t, like, xp.float64)[:, None]
+    angles = times * omega[None, :]
     sin, cos = xp.sin(angles), xp.cos(angles)
     parts = [cos, sin] if flip_sin_to_cos else [sin, cos]
     if dim % 2:
-        parts.append(xp.zeros_like(angles[:, :1]))
+        parts.append(xp.zeros_like(times))
     return xp.astype(xp.concat(parts, axis=1), like.dtype)
 
 
