@@ -222,7 +222,7 @@ def unet_to_diffusers(
     config : dict
         As in diffusers' ``config.json``: ``UNet2DModel.from_config(config)``.
     state : dict of str to ndarray
-        Contiguous arrays in PyTorch's layout, for ``load_state_dict`` or a safetensors file.
+        Contiguous copies in PyTorch's layout, for ``load_state_dict`` or a safetensors file.
 
     Raises
     ------
@@ -316,7 +316,7 @@ def _from_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 def _to_torch_layout(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(_TO[array.ndim]))
+    return np.array(array.transpose(_TO[array.ndim]), order="C")
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
