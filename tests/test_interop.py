@@ -191,6 +191,9 @@ def test_both_directions_copy():
 def test_only_a_unet_goes_to_diffusers():
     with pytest.raises(TypeError, match="model is a MLP; expected a UNet"):
         unet_to_diffusers(td.MLP(hidden=4, blocks=1, time_features=4))
+    for name in ("Other", "UNet"):  # whatever else it computes, diffusers would compute a UNet's
+        with pytest.raises(TypeError, match=f"model is a {name}; expected a UNet, of tinydiff's own"):
+            unet_to_diffusers(type(name, (td.UNet,), {})(**UNET))
 
 
 def test_a_config_that_names_no_class_loads(directory):

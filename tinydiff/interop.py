@@ -227,10 +227,10 @@ def unet_to_diffusers(
     Raises
     ------
     TypeError
-        If `model` is not a `UNet`.
+        If `model` is not a `UNet`; a subclass may compute something else.
     """
-    if not isinstance(model, UNet):
-        raise TypeError(f"model is a {type(model).__name__}; expected a UNet.")
+    if type(model) is not UNet:
+        raise TypeError(f"model is a {type(model).__name__}; expected a UNet, of tinydiff's own.")
     c = model.config
     config = {
         "_class_name": "UNet2DModel",
