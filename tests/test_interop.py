@@ -406,6 +406,45 @@ def test_weights_that_do_not_fit(change, message):
         unet_from_diffusers(CONFIG, state)
 
 
+REMEDY = r"; expected an array of real numbers on the host, as in model\.float.*state_dict"
+
+
+@pytest.mark.parametrize(
+    "weight, came",
+    [
+        (np.zeros(4, np.complex64), r"ndarray of complex64"),
+        (np.zeros(4, bool), r"ndarray of bool"),
+        (np.zeros(4, "M8[s]"), r"ndarray of datetime64\[s\]"),
+        (np.full(4, "0.5"), r"ndarray of <U3"),
+        (np.full(4, None), r"ndarray of object"),
+        ([0.0] * 4, r"list of no dtype"),
+        ([0.0, [1.0]], r"list of no dtype \(.*inhomogeneous"),
+        (None, r"NoneType of no dtype"),
+    ],
+)
+def test_weights_that_are_no_real_numbers(weight, came):
+    with pytest.raises(ValueError, match=rf"^state\['conv_in\.bias'\] is a {came}.*{REMEDY}"):
+        unet_from_diffusers(CONFIG, {**random_state(), "conv_in.bias": weight})
+
+
+@pytest.mark.oracle
+def test_what_torch_does_not_hand_over_is_named_with_a_remedy():
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(value) for name, value in random_state().items()}
+    bias = state["conv_in.bias"]
+    for weight, came in [
+        (bias.bfloat16(), r"Tensor of torch\.bfloat16 \("),
+        (torch.nn.Parameter(bias), r"Parameter of torch\.float32 \(.*require gradient"),
+        (bias.to("meta"), r"Tensor of torch\.float32 \(.*meta"),
+        (bias.to_sparse(), r"Tensor of torch\.float32 \("),
+        (bias.to(torch.complex64), r"Tensor of torch\.complex64"),
+    ]:
+        with pytest.raises(ValueError, match=rf"^state\['conv_in\.bias'\] is a {came}.*{REMEDY}"):
+            unet_from_diffusers(CONFIG, {**state, "conv_in.bias": weight})
+    for weight in (bias, bias.half(), bias.double()):
+        unet_from_diffusers(CONFIG, {**state, "conv_in.bias": weight})
+
+
 @pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
 def test_missing_file(directory, missing):
     (directory / missing).unlink()

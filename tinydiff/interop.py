@@ -166,8 +166,9 @@ def unet_from_diffusers(
     config : mapping
         The model's configuration, as in diffusers' ``config.json``; what is left out has diffusers' default.
     state : mapping of str to array
-        The weights by name, in PyTorch's layout, as NumPy arrays. Attention weights may have the names of
-        older checkpoints (``query``, ``key``, ``value``, ``proj_attn``).
+        The weights by name, in PyTorch's layout, as arrays of real numbers that NumPy can read (PyTorch's:
+        ``model.float().cpu().state_dict()``). Attention weights may have the names of older checkpoints
+        (``query``, ``key``, ``value``, ``proj_attn``).
     backend : {"numpy", "cupy"}, optional
         Where the weights go. Default: ``TINYDIFF_BACKEND``.
 
@@ -179,8 +180,8 @@ def unet_from_diffusers(
     Raises
     ------
     ValueError
-        If an entry of `config` is not supported, or a weight is missing, unexpected or of another shape; the
-        message names it.
+        If an entry of `config` is not supported, or a weight is missing, unexpected, of another shape or not
+        of real numbers that NumPy can read; the message names it.
     TypeError
         If `config` or `state` is not a mapping.
     """
@@ -192,12 +193,12 @@ def unet_from_diffusers(
     parameters = model.named_parameters()
     arrays = {}
     for given, array in state.items():
-        name = _present_name(given)
+        name, array = _present_name(given), _on_the_host(given, array)
         if name in parameters:
             expected = _torch_shape(parameters[name].shape)
             if tuple(array.shape) != expected:
                 raise ValueError(f"state[{given!r}] has shape {tuple(array.shape)}; expected {expected}.")
-            array = _from_torch_layout(to_numpy(array))
+            array = _from_torch_layout(array)
         arrays[name] = array
     double = any("float64" in str(array.dtype) for array in arrays.values())
     model.to(np, np.float64 if double else np.float32)
@@ -308,6 +309,21 @@ def _present_name(name: str) -> str:
     if len(parts) >= 2 and "attentions" in parts:
         parts[-2] = FORMER_NAMES.get(parts[-2], parts[-2])
     return ".".join(parts)
+
+
+def _on_the_host(name: str, weight: Any) -> np.ndarray:
+    """The weight as a NumPy array of real numbers; what is none, or lies elsewhere, is refused by name."""
+    dtype, why = getattr(weight, "dtype", "no dtype"), ""
+    try:
+        array = to_numpy(weight)
+        if hasattr(weight, "dtype") and array.dtype != bool and np.can_cast(array.dtype, float, "same_kind"):
+            return array
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        why = f" ({str(error).rstrip('.')})"
+    raise ValueError(
+        f"state[{name!r}] is a {type(weight).__name__} of {dtype}{why}; expected an array of real numbers on "
+        "the host, as in model.float().cpu().state_dict()."
+    )
 
 
 def _from_torch_layout(array: np.ndarray) -> np.ndarray:
