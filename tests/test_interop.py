@@ -217,6 +217,17 @@ def test_former_names_of_attention(directory):
         assert_array_equal(model.state_dict()[name], value)
 
 
+def test_a_weight_under_two_names_is_refused():
+    """Whichever comes last would win."""
+    new = "down_blocks.1.attentions.0.to_q.weight"
+    old = new.replace("to_q", "query")
+    weight = random_state()[new]
+    with pytest.raises(ValueError, match=f"state has both '{new}' and '{old}'.*expected one"):
+        unet_from_diffusers(CONFIG, {**random_state(), old: weight})
+    with pytest.raises(ValueError, match=f"state has both '{old}' and '{new}'.*expected one"):
+        unet_from_diffusers(CONFIG, {old: weight, **random_state()})
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_dtype(tmp_path, dtype):
     """Half precision becomes float32, value for value; float64 stays."""

@@ -180,8 +180,8 @@ def unet_from_diffusers(
     Raises
     ------
     ValueError
-        If an entry of `config` is not supported, or a weight is missing, unexpected, of another shape or not
-        of real numbers that NumPy can read; the message names it.
+        If an entry of `config` is not supported, or a weight is missing, unexpected, there twice, of another
+        shape or not of real numbers that NumPy can read; the message names it.
     TypeError
         If `config` or `state` is not a mapping.
     """
@@ -192,8 +192,12 @@ def unet_from_diffusers(
     model = UNet(**_unet_arguments(config), rng=np.random.default_rng(0), backend="numpy")
     parameters = model.named_parameters()
     arrays = {}
+    given_as: dict[str, str] = {}
     for given, array in state.items():
         name, array = _present_name(given), _on_the_host(given, array)
+        other = given_as.setdefault(name, given)
+        if other != given:
+            raise ValueError(f"state has both {other!r} and {given!r}, one weight's names; expected one.")
         if name in parameters:
             expected = _torch_shape(parameters[name].shape)
             if tuple(array.shape) != expected:
