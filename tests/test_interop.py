@@ -474,6 +474,24 @@ def test_pickled_weights_are_not_loaded(directory):
         load_diffusers(directory)
 
 
+@pytest.mark.parametrize(
+    "names, hint",
+    [
+        (["-00001-of-00012", "-00002-of-00012"], r"several files.*max_shard_size=\"1TB\""),
+        (["-00001-of-00002.fp16"], r"several files.*max_shard_size"),
+        ([".fp16-00001-of-00002"], r"several files.*max_shard_size"),
+        ([".fp16"], r"a variant, diffusion_pytorch_model\.fp16\.safetensors: rename that"),
+    ],
+)
+def test_weights_in_several_files_and_variants_are_pointed_at(directory, names, hint):
+    weights = (directory / WEIGHTS_FILE).read_bytes()
+    (directory / WEIGHTS_FILE).unlink()
+    for name in names:
+        (directory / f"diffusion_pytorch_model{name}.safetensors").write_bytes(weights)
+    with pytest.raises(FileNotFoundError, match=rf"no {WEIGHTS_FILE} in .*; .*{hint}"):
+        load_diffusers(directory)
+
+
 def test_a_whole_pipeline_points_to_its_model(tmp_path, directory):
     (tmp_path / "pipeline" / "unet").mkdir(parents=True)
     (tmp_path / "pipeline" / "unet" / CONFIG_FILE).write_text("{}")

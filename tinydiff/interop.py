@@ -299,6 +299,13 @@ def load_diffusers(directory: str | os.PathLike[str], backend: str | None = None
 def _hint(directory: Path) -> str:
     if (directory / "unet" / "config.json").is_file():
         return f"; this looks like a whole pipeline, whose model is in {directory / 'unet'}"
+    if list(directory.glob("diffusion_pytorch_model*-of-*.safetensors")):
+        return (
+            "; its weights are in several files: save the model again with diffusers' "
+            'save_pretrained(..., max_shard_size="1TB")'
+        )
+    for variant in sorted(directory.glob("diffusion_pytorch_model.*.safetensors")):
+        return f"; it holds a variant, {variant.name}: rename that to load it"
     if list(directory.glob("*.bin")):
         return (
             "; it holds pickled weights, which tinydiff does not load: save the model again with "
