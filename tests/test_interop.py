@@ -285,6 +285,8 @@ def test_what_config_leaves_out_has_diffusers_defaults():
         {"downsample_type": "conv", "upsample_type": "conv"},
         {"_name_or_path": "anywhere"},
         {"block_out_channels": (4, 8)},
+        {"decay": 0.99, "min_decay": 0.0, "optimization_step": 5, "update_after_step": 0},
+        {"use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3},
     ],
     ids=str,
 )
@@ -574,6 +576,20 @@ def test_what_diffusers_saves_loads_without_torch(tmp_path, dtype):
     ours = np.load(tmp_path / "y.npy")
     assert ours.dtype == np.float32
     assert np.linalg.norm(ours - y) <= 1e-4 * np.linalg.norm(y)
+
+
+@pytest.mark.oracle
+def test_an_average_that_diffusers_saves_loads(tmp_path):
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.training_utils import EMAModel
+
+    theirs = diffusers.UNet2DModel(**{k: v for k, v in CONFIG.items() if not k.startswith("_")})
+    average = EMAModel(theirs.parameters(), model_cls=type(theirs), model_config=theirs.config)
+    average.save_pretrained(tmp_path)
+    model = load_diffusers(tmp_path)
+    for name, value in unet_to_diffusers(model)[1].items():
+        assert_array_equal(value, theirs.state_dict()[name].numpy(), err_msg=name)
 
 
 @pytest.mark.oracle

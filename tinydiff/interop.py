@@ -56,6 +56,17 @@ FIXED: dict[str, tuple[Any, ...]] = {
 # What does not change the function computed.
 IRRELEVANT = {"sample_size", "num_train_timesteps"}
 
+# What diffusers' EMAModel.save_pretrained adds: how the weights were averaged.
+AVERAGING = {
+    "decay",
+    "min_decay",
+    "optimization_step",
+    "update_after_step",
+    "use_ema_warmup",
+    "inv_gamma",
+    "power",
+}
+
 # Attention weights as diffusers named them until 0.16, in which the published DDPM checkpoints are written.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -78,7 +89,7 @@ def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             _require(key, value, value in (None, 4 * c["block_out_channels"][0]), "4 * block_out_channels[0]")
         elif key == "attn_norm_num_groups":
             _require(key, value, value in (None, c["norm_num_groups"]), "None, or norm_num_groups")
-        elif key not in DEFAULTS and key not in IRRELEVANT:
+        elif key not in DEFAULTS and key not in IRRELEVANT | AVERAGING:
             raise ValueError(f"config[{key!r}] = {value!r} is not known to tinydiff's U-Net.")
     attention = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
     return dict(
