@@ -164,6 +164,25 @@ def test_every_setting_crosses_the_border_and_comes_back(attention, head_dim, dr
         assert_array_equal(back.state_dict()[name], value)
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        dict(mid_attention=1, flip_sin_to_cos=0, freq_shift=True, dropout=False, downsample_padding=True),
+        dict(norm_groups=True, head_dim=True),
+    ],
+)
+def test_what_is_exported_is_plain(choices):
+    """A number of NumPy's is no JSON; True for 1, or 0 for False, is not what diffusers' config holds."""
+    model = td.UNet(**{**UNET, **choices})
+    config, state = unet_to_diffusers(model, sample_size=np.int64(8))
+    assert config["sample_size"] == 8
+    back = unet_from_diffusers(json.loads(json.dumps(config)), state)
+    assert back.config == model.config
+    for name, value in back.config.items():
+        assert value is None or type(value) is type({**UNET, "head_dim": 1}[name]), name
+
+
 def test_weights_go_where_the_backend_is_and_come_back_to_the_host(directory, monkeypatch):
     where = space("strict")  # in CuPy's place
     monkeypatch.setattr(td.backend, "_cupy_namespace", lambda number=None: OnDevice(where.device))
@@ -370,6 +389,13 @@ def test_nothing_of_torch_is_imported(directory):
 def test_unsupported_entry_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=rf"^config\['{key}'\] = "):
         unet_from_diffusers({**CONFIG, key: value}, random_state())
+
+
+def test_keys_that_are_no_names_are_named():
+    with pytest.raises(ValueError, match=r"^config\[3\] = 'x' is not known"):
+        unet_from_diffusers({**CONFIG, 3: "x"}, random_state())
+    with pytest.raises(ValueError, match="missing none; unexpected 3"):
+        unet_from_diffusers(CONFIG, {**random_state(), 3: np.zeros(1)})
 
 
 def test_heads_must_fit_wherever_there_is_attention_in_the_middle_too():

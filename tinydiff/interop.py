@@ -17,6 +17,7 @@ import numpy as np
 
 from tinydiff.backend import Array, get_backend, to_numpy
 from tinydiff.checkpoint import load_arrays
+from tinydiff.models._checks import plain
 from tinydiff.models.unet import UNet
 
 __all__ = ["load_diffusers", "unet_from_diffusers", "unet_to_diffusers"]
@@ -79,7 +80,7 @@ def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     ValueError
         Naming the entry of `config` that tinydiff does not support.
     """
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
     _check(c)
     for key, value in config.items():
@@ -205,7 +206,7 @@ def unet_from_diffusers(
     arrays = {}
     given_as: dict[str, str] = {}
     for given, array in state.items():
-        name, array = _present_name(given), _on_the_host(given, array)
+        name, array = _present_name(str(given)), _on_the_host(given, array)
         other = given_as.setdefault(name, given)
         if other != given:
             raise ValueError(f"state has both {other!r} and {given!r}, one weight's names; expected one.")
@@ -247,24 +248,24 @@ def unet_to_diffusers(
     """
     if type(model) is not UNet:
         raise TypeError(f"model is a {type(model).__name__}; expected a UNet, of tinydiff's own.")
-    c = model.config
+    c = model.config  # in which True may stand for 1, and 0 for False
     config = {
         "_class_name": "UNet2DModel",
-        "sample_size": sample_size,
+        **plain(sample_size=sample_size),
         "in_channels": c["in_channels"],
         "out_channels": c["out_channels"],
-        "freq_shift": c["freq_shift"],
-        "flip_sin_to_cos": c["flip_sin_to_cos"],
+        "freq_shift": 0 + c["freq_shift"],
+        "flip_sin_to_cos": bool(c["flip_sin_to_cos"]),
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in c["attention"]],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(c["attention"])],
         "block_out_channels": list(c["block_channels"]),
         "layers_per_block": c["layers_per_block"],
-        "downsample_padding": c["downsample_padding"],
-        "dropout": c["dropout"],
-        "attention_head_dim": c["head_dim"],
-        "norm_num_groups": c["norm_groups"],
-        "norm_eps": c["norm_eps"],
-        "add_attention": c["mid_attention"],
+        "downsample_padding": int(c["downsample_padding"]),
+        "dropout": float(c["dropout"]),
+        "attention_head_dim": None if c["head_dim"] is None else int(c["head_dim"]),
+        "norm_num_groups": int(c["norm_groups"]),
+        "norm_eps": float(c["norm_eps"]),
+        "add_attention": bool(c["mid_attention"]),
         **{key: accepted[0] for key, accepted in FIXED.items()},
     }
     return config, {name: _to_torch_layout(array) for name, array in model.state_dict().items()}
