@@ -523,6 +523,36 @@ def test_a_worker_that_died_is_reported_and_replaced():
         assert_close(shared.predict(x, t), model.predict(x, t), "the prediction of its successor")
 
 
+def test_a_derivative_whose_processes_have_ended_says_so():
+    """After `close`, and after a fork anew: for other weights, or because a call was interrupted."""
+    model, rng = unet(), np.random.default_rng(0)
+    (x, t), one = batch(4, rng), batch(1, rng)
+    calls = []
+    with DataParallel(model, 2) as shared:
+        calls.append(shared(x, t)[1])
+        shared._unanswered = True  # as Ctrl-C leaves it
+        calls.append(shared(x, t)[1])  # the first one's processes have ended
+        with pytest.raises(RuntimeError, match=r"processes that held this .* ended; call the model again"):
+            calls[0](x)
+        shared._unanswered = True
+        with pytest.raises(RuntimeError, match="processes that held this derivative"):
+            calls[1](x)
+        calls.append(shared(x, t)[1])
+        shared.to(np, np.float64)
+        for p in model.named_parameters().values():
+            p.value = p.value.astype(np.float32)
+        shared.predict(x.astype(np.float32), t)  # forks anew
+        with pytest.raises(RuntimeError, match="processes that held this derivative"):
+            calls[2](x)
+        shared.to(np, np.float64)
+        last, alone = shared(x, t)[1], shared(*one)[1]
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="processes that held this derivative"):
+        last(x)
+    assert not any(np.any(p.grad) for p in model.named_parameters().values())  # not of a share either
+    assert alone(one[0]).shape == one[0].shape  # which this process held
+
+
 def test_an_interruption_loses_nothing_but_the_call():
     """Ctrl-C in the middle of a call, even while the answers are awaited: the next call is right."""
     model = unet()

@@ -79,7 +79,7 @@ class DataParallel(Module):
         If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
     RuntimeError
         If this system cannot fork, or this process is daemonic, as a ``Pool``'s are; later a `WorkerError`,
-        if a process has failed or ended.
+        if a process has failed or ended, or the derivative called is of one that has.
 
     Notes
     -----
@@ -148,6 +148,7 @@ class DataParallel(Module):
         rngs = rng.spawn(len(shares)) if rng is not None and self._draws else [None] * len(shares)
         messages = [("call", key, *share, r) for share, r in zip(shares[1:], rngs[1:], strict=True)]
         (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
+        holders = self._workers[: len(messages)]
 
         y = np.concatenate([y, *ys])
 
@@ -156,6 +157,8 @@ class DataParallel(Module):
             """Each process walks back through its share; the gradients of the parameters are added up."""
             dys = self._shares(edges, dy)
             messages = [("backward", key, *dy_share) for dy_share in dys[1:]]
+            if messages and (self._unanswered or self._workers[: len(messages)] != holders):
+                raise WorkerError("the processes that held this derivative have ended; call the model again.")
             dx, dxs = self._ask(messages, lambda: backward_own(*dys[0]))
             for grads in self._grads[: len(messages)]:
                 for parameter, grad in zip(self._parameters, grads, strict=True):
