@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -276,6 +277,33 @@ def test_networks_train_side_by_side_in_threads():
     for seed in range(3):
         for weights in together[seed]:
             np.testing.assert_array_equal(weights, alone[seed])
+
+
+def test_threads_that_share_one_crew_take_turns():
+    """Or one gets the other's answers, and its gradients."""
+    model = unet()
+    batches = [batch(n, np.random.default_rng(n)) for n in (4, 5)]
+    predictions = [model.predict(x, t) for x, t in batches]
+    for x, t in batches:
+        for _ in range(8):
+            model(x, t)[1](x)
+    expected = gradients(model)
+    model.zero_grad()
+    with DataParallel(model, 2) as shared, ThreadPoolExecutor(2) as threads:
+
+        def work(x, t):
+            said = []
+            for _ in range(8):
+                said.append(shared.predict(x, t))
+                y, backward = shared(x, t)
+                backward(x)
+                said.append(y)
+            return said
+
+        for said, prediction in zip(threads.map(work, *zip(*batches)), predictions):
+            for y in said:
+                assert_close(y, prediction, "the prediction")
+    assert_gradients(model, expected)
 
 
 def test_threads_end_in_any_order_and_blas_is_as_it_was():

@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ class DataParallel(Module):
     The same inputs give the same bits on every run with the same number of processes. With another number,
     products are cut elsewhere and round differently; and each process draws dropout masks of its own. What a
     model of your own computes may depend on its inputs and parameters only: another attribute that changes
-    stays in the processes what it was when they began.
+    stays in the processes what it was when they began. Threads that use it at once take turns.
 
     Examples
     --------
@@ -104,6 +105,7 @@ class DataParallel(Module):
         self._calls = 0
         self._forgotten: list[int] = []  # calls whose backward was thrown away: the workers may let go too
         self._unanswered = False
+        self._lock = threading.RLock()  # held until the answers are used: the next take their place
         self._make_room()
         self._share_values()
         self._fork()
@@ -116,11 +118,12 @@ class DataParallel(Module):
 
     def close(self) -> None:
         """End the processes; the model's weights are ordinary memory again, and a call is the model's own."""
-        self._end()
-        self._count = 1
-        for parameter, value in zip(self._parameters, self._values, strict=True):
-            if parameter.value is value:
-                parameter.value = value.copy()
+        with self._lock:
+            self._end()
+            self._count = 1
+            for parameter, value in zip(self._parameters, self._values, strict=True):
+                if parameter.value is value:
+                    parameter.value = value.copy()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -140,15 +143,16 @@ class DataParallel(Module):
         """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
             return self.predict(x, t), once(lambda dy: dy)  # in inference one that refuses
-        edges = self._edges(x, t)
-        self._calls += 1
-        key = self._calls
-        self._share_values()
-        shares = self._shares(edges, x, t)
-        rngs = rng.spawn(len(shares)) if rng is not None and self._draws else [None] * len(shares)
-        messages = [("call", key, *share, r) for share, r in zip(shares[1:], rngs[1:], strict=True)]
-        (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
-        holders = self._workers[: len(messages)]
+        with self._lock:
+            edges = self._edges(x, t)
+            self._calls += 1
+            key = self._calls
+            self._share_values()
+            shares = self._shares(edges, x, t)
+            rngs = rng.spawn(len(shares)) if rng is not None and self._draws else [None] * len(shares)
+            messages = [("call", key, *share, r) for share, r in zip(shares[1:], rngs[1:], strict=True)]
+            (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
+            holders = self._workers[: len(messages)]
 
         y = np.concatenate([y, *ys])
 
@@ -157,12 +161,15 @@ class DataParallel(Module):
             """Each process walks back through its share; the gradients of the parameters are added up."""
             dys = self._shares(edges, dy)
             messages = [("backward", key, *dy_share) for dy_share in dys[1:]]
-            if messages and (self._unanswered or self._workers[: len(messages)] != holders):
-                raise WorkerError("the processes that held this derivative have ended; call the model again.")
-            dx, dxs = self._ask(messages, lambda: backward_own(*dys[0]))
-            for grads in self._grads[: len(messages)]:
-                for parameter, grad in zip(self._parameters, grads, strict=True):
-                    parameter.grad = parameter.grad + grad
+            with self._lock:
+                if messages and (self._unanswered or self._workers[: len(messages)] != holders):
+                    raise WorkerError(
+                        "the processes that held this derivative have ended; call the model again."
+                    )
+                dx, dxs = self._ask(messages, lambda: backward_own(*dys[0]))
+                for grads in self._grads[: len(messages)]:
+                    for parameter, grad in zip(self._parameters, grads, strict=True):
+                        parameter.grad = parameter.grad + grad
             return np.concatenate([dx, *dxs])
 
         weakref.finalize(backward, self._forgotten.append, key)
@@ -170,10 +177,11 @@ class DataParallel(Module):
 
     def predict(self, x: Array, t: Array) -> Array:
         """Predict without keeping anything for a backward; arguments and result as in the call."""
-        self._share_values()
-        shares = self._shares(self._edges(x, t), x, t)
-        messages = [("predict", 0, *share) for share in shares[1:]]
-        y, ys = self._ask(messages, lambda: self._model.predict(*shares[0]))
+        with self._lock:
+            self._share_values()
+            shares = self._shares(self._edges(x, t), x, t)
+            messages = [("predict", 0, *share) for share in shares[1:]]
+            y, ys = self._ask(messages, lambda: self._model.predict(*shares[0]))
         return np.concatenate([y, *ys])
 
     def _edges(self, x: Array, t: Array) -> list[int]:
@@ -217,7 +225,7 @@ class DataParallel(Module):
         if self._count > 1 and (self._unanswered or not self._workers):
             self._end()  # interrupted while the workers were at it: what they would answer is lost
             self._fork()
-        forget, self._forgotten[:] = self._forgotten[:], []
+        forget = [self._forgotten.pop() for _ in self._forgotten[:]]  # another thread may append meanwhile
         asked = [line for _, line in self._workers[: len(messages)]]
         self._unanswered = True
         try:
