@@ -73,6 +73,13 @@ def test_metadata_that_is_not_json_is_refused_and_nothing_is_written(path):
     assert list(path.parent.iterdir()) == []
 
 
+def test_an_array_named_as_metadata_is_refused_and_nothing_is_written(path):
+    """The file could not be read back."""
+    with pytest.raises(ValueError, match=r"arrays has the name '__metadata__'.*expected another"):
+        save_arrays(path, {"x": np.zeros(1), "__metadata__": np.zeros(1)}, {})
+    assert list(path.parent.iterdir()) == []
+
+
 def test_metadata_of_other_programs_stays_text(path):
     from safetensors.numpy import save_file
 

@@ -88,9 +88,13 @@ def save_arrays(
     ------
     TypeError
         If a value of `metadata` cannot be written as JSON.
+    ValueError
+        If an array has the name that safetensors gives to metadata: the file could not be read.
     """
     from safetensors.numpy import save
 
+    if "__metadata__" in arrays:
+        raise ValueError("arrays has the name '__metadata__', which is safetensors' own; expected another.")
     tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     replace_file(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
 
