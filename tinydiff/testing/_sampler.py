@@ -237,10 +237,8 @@ class _Network:
         if now % 1 or not 0 <= now < T:
             why = "E.13; or E.14, in bfloat16" if now == in_bfloat16(T - 1) else "E.13"
             if now % 1:
-                why = (
-                    f"in a time of your own: lambda x, u: denoise(x, {T} * u), say; sigmas between those of "
-                )
-                why += "a chain are a NoiseSchedule of their own"
+                own = f"in a time of your own: lambda x, u: denoise(x, {T} * u), say"
+                why = f"{own}; of sigmas between a chain's make a NoiseSchedule"
             raise AssertionError(
                 f"the network is shown t = {now}; expected a whole number, 0 … {T - 1} ({why})."
             )
