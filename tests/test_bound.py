@@ -68,6 +68,24 @@ def test_gradient_of_kl(seed, narrow):
 # Decoders
 
 
+@pytest.mark.parametrize(("dtype", "log_variance"), [(np.float32, -120.0), (np.float64, -1000.0)])
+def test_variances_whose_inverse_is_no_number(dtype, log_variance):
+    """A precision of e^120 is none in float32; the squares it multiplies make a small number of it."""
+    sigma = np.exp(log_variance / 2)
+    x, same, off = (np.array([z * sigma], dtype) for z in (0.0, 0.0, 3.0))
+    narrow = np.array([log_variance], dtype)
+    nll, backward = gaussian_nll(x, off, narrow)
+    assert_allclose(nll, (np.log(2 * np.pi) + log_variance + 9) / 2, rtol=1e-5)
+    dmean, dlog_variance = backward(np.ones(1, dtype))
+    assert_allclose(dmean, 3 / sigma, rtol=1e-4)
+    assert_allclose(dlog_variance, (1 - 9) / 2, rtol=1e-4)
+    assert gaussian_nll(x, same, narrow)[0] == (dtype(np.log(2 * np.pi)) + narrow) / 2
+    kl, backward = gaussian_kl(x, narrow, off, narrow)
+    assert_allclose(kl, 4.5, rtol=1e-4)
+    assert_allclose(backward(np.ones(1, dtype))[2], 3 / sigma, rtol=1e-4)
+    assert gaussian_kl(x, narrow, same, narrow)[0] == 0
+
+
 @settings(max_examples=20)
 @given(seeds)
 def test_density_of_points(seed):

@@ -103,17 +103,19 @@ def gaussian_kl(
     d = mean1 - mean2
     log_r = log_variance1 - log_variance2
     r_minus_1 = xp.expm1(log_r)  # r - 1 - log r keeps its digits where the two variances are almost equal
-    precision2 = xp.exp(-log_variance2)
-    kl = (r_minus_1 - log_r + d * d * precision2) / 2
+    rate2 = xp.exp(-log_variance2 / 2)  # the root of the precision, which float32 has down to e^-176
+    scaled = d * rate2
+    squares = scaled * scaled
+    kl = (r_minus_1 - log_r + squares) / 2
 
     @once
     def backward(dkl: Array) -> tuple[Array, Array, Array, Array]:
-        dmean = dkl * d * precision2
+        dmean = dkl * scaled * rate2
         return (
             _sum_to(dmean, mean1.shape),
             _sum_to(dkl * r_minus_1 / 2, log_variance1.shape),
             _sum_to(-dmean, mean2.shape),
-            _sum_to(-dkl * (r_minus_1 + d * d * precision2) / 2, log_variance2.shape),
+            _sum_to(-dkl * (r_minus_1 + squares) / 2, log_variance2.shape),
         )
 
     return kl, backward
@@ -144,14 +146,15 @@ def gaussian_nll(
     """
     xp = array_namespace(x)
     d = mean - x
-    precision = xp.exp(-log_variance)
-    squares = d * d * precision
+    rate = xp.exp(-log_variance / 2)  # as in `gaussian_kl`
+    scaled = d * rate
+    squares = scaled * scaled
     nll = (math.log(2 * math.pi) + log_variance + squares) / 2
 
     @once
     def backward(dnll: Array) -> tuple[Array, Array]:
         return (
-            _sum_to(dnll * d * precision, mean.shape),
+            _sum_to(dnll * scaled * rate, mean.shape),
             _sum_to(dnll * (1 - squares) / 2, log_variance.shape),
         )
 
