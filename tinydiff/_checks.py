@@ -12,6 +12,7 @@ Choice = TypeVar("Choice")
 
 __all__ = [
     "check_array",
+    "check_batch",
     "check_choice",
     "check_counts",
     "check_number",
@@ -27,6 +28,12 @@ def check_array(**arrays: Any) -> None:
         if not hasattr(array, "shape"):
             raise TypeError(f"{name} is a {type(array).__name__}; expected an array.")
         check_unmasked(name, array)
+
+
+def check_batch(name: str, x: Any) -> None:
+    """ValueError unless the array is of a batch with something in it."""
+    if min(x.shape, default=0) < 1:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (N, ...) with every size at least 1.")
 
 
 def check_counts(**counts: Any) -> None:

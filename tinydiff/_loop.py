@@ -279,7 +279,7 @@ def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Ca
 
 
 def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: Any) -> dict[str, Any]:
-    """What a run depends on: the network, the data, the plan, and `others`; TypeError if its name is none."""
+    """What a run depends on: network, data, plan and `others`; TypeError unless `data_name` is a str."""
     if not isinstance(data_name, str):
         raise TypeError(f"data_name is a {type(data_name).__name__}; expected a str.")
     return {

@@ -37,9 +37,7 @@ MODELS: dict[str, Any] = {"MLP": MLP, "UNet": UNet}
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` so that the path never holds anything but a whole file."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path = _no_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
@@ -51,6 +49,14 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _no_directory(path: str | os.PathLike[str]) -> Path:
+    """The path of a file, or IsADirectoryError as opening it would raise."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return path
 
 
 def remove_unfinished(path: Path) -> None:
@@ -119,9 +125,7 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path = _no_directory(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
     try:

@@ -24,6 +24,7 @@ Bao et al. 2022, *Analytic-DPM* (the best reverse variance).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -110,6 +111,9 @@ class GaussianMixture:
         self.weights = weights / np.sum(weights)
         self.means = means
         self.covariances = covariances
+        self._freeze()
+
+    def _freeze(self) -> None:
         for table in (self.weights, self.means, self.covariances):
             table.flags.writeable = False
 
@@ -248,11 +252,12 @@ class GaussianMixture:
         """
         mean, variance = diffusion.q_mean_variance(np.ones((1, 1)), t)
         a, s2 = float(mean[0, 0]), float(variance[0, 0])
-        marginal = GaussianMixture(
-            self.weights, a * self.means, a**2 * self.covariances + s2 * np.eye(self.D)
-        )
-        # The axes stay; found anew, a variance of s2 beside large ones would be rounding.
-        marginal._axes, marginal._variances = self._axes, a**2 * self._variances + s2
+        marginal = copy.copy(
+            self
+        )  # whose axes stay: found anew, a variance of s2 beside large ones is rounding
+        marginal.means, marginal.covariances = a * self.means, a**2 * self.covariances + s2 * np.eye(self.D)
+        marginal._means, marginal._variances = a * self._means, a**2 * self._variances + s2
+        marginal._freeze()
         return marginal
 
     def posterior_mean(self, diffusion: GaussianDiffusion, x_t: Array, t: Array | int) -> Array:

@@ -51,7 +51,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_choice, check_counts, check_number
+from tinydiff._checks import check_batch, check_choice, check_counts, check_number
 from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff._progress import progress_bar
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
@@ -452,8 +452,7 @@ def invert(
     t = 0.
     """
     check_like_model(denoise, x0=x0)
-    if len(x0.shape) == 0 or min(x0.shape) < 1:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}; expected (N, ...) with every size at least 1.")
+    check_batch("x0", x0)
     walk, timesteps = respaced(diffusion, steps)
     estimate = _estimator(denoise, walk, timesteps, clip=False)
     a = np.sqrt(walk.schedule.alphas_cumprod)

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_choice, check_counts, check_number, check_rng
+from tinydiff._checks import check_batch, check_choice, check_counts, check_number, check_rng
 from tinydiff._graph import RecordedLoss, forget, is_wanted
 from tinydiff._loop import (
     Data,
@@ -125,8 +125,7 @@ def training_loss(
         raise ValueError(f"t_sampler draws from T = {T} times; diffusion has T = {diffusion.T}.")
     check_rng(rng)
     check_like_model(model, x0=x0)
-    if min(x0.shape, default=0) < 1:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}; expected (N, ...) with every size at least 1.")
+    check_batch("x0", x0)
     N = x0.shape[0]
     if t_sampler is None:
         t, t_weights = rng.integers(diffusion.T, size=N), None

@@ -23,7 +23,6 @@ __all__ = [
     "laid_out",
     "on_host",
     "output_shape",
-    "single",
     "times",
     "whole",
 ]
@@ -59,11 +58,6 @@ def whole(t: Any) -> np.ndarray:
     """Times that are whole but for rounding, as t / T * T is in float32, made whole; others as they are."""
     nearest = np.round(t)
     return np.where(np.abs(t - nearest) < 1e-3, nearest, t)
-
-
-def single(result: np.ndarray) -> bool:
-    """Whether it has fewer digits than float64."""
-    return result.dtype.kind == "f" and result.dtype.itemsize < 8
 
 
 def called(function: Function, signature: str, *given: Any) -> Any:

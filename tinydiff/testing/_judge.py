@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from tinydiff.backend import column_like
-from tinydiff.testing._asked import Function, called, check_tolerance, on_host, single
+from tinydiff.testing._asked import Function, called, check_tolerance, on_host
 
-__all__ = ["FLOAT32", "Claim", "distance", "linear", "moved_in_time", "named"]
+__all__ = ["FLOAT32", "Claim", "distance", "linear", "moved_in_time", "named", "single"]
 
 FLOAT32 = (
     " In float32 what is right can be off by as much, at the first t above all (E.6): compare in float64, or "
@@ -114,7 +114,7 @@ class Claim:
             where = f"all {T} t" if len(at) == T else "no other t"
         size = f"off by {worst:.3g} of its largest number" if np.isfinite(worst) else "not finite"
         few = worst < 1e-2 and 2 * len(at) < T
-        unknown = FLOAT32 if few or (worst < 0.05 and single(came[k])) else ""
+        unknown = FLOAT32 if few or single(worst, came[k]) else ""
         raise AssertionError(
             f"{self._called(k)} is {size} at t = {t[np.argmax(wrong[k])]}; off by more than "
             f"{tolerance:.3g} at {where}. Expected {self.expected}.\n"
@@ -145,6 +145,11 @@ class Claim:
                 raise AssertionError(f"{self._called(k)} has shape {part.shape}; expected {expected.shape}.")
             fitted.append(part.reshape(expected.shape) if part.ndim == 1 < expected.ndim else part)
         return fitted
+
+
+def single(worst: float, result: np.ndarray) -> bool:
+    """Whether it has fewer digits than float64, and is off by no more than that may cost."""
+    return worst < 0.05 and result.dtype.kind == "f" and result.dtype.itemsize < 8
 
 
 def named(distances: dict[str, float], worst: float, tolerance: float, unknown: str = "") -> str:

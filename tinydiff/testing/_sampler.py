@@ -19,10 +19,9 @@ from tinydiff.testing._asked import (
     in_bfloat16,
     laid_out,
     on_host,
-    single,
     whole,
 )
-from tinydiff.testing._judge import named
+from tinydiff.testing._judge import named, single
 from tinydiff.testing._wrong_steps import Step, walked, wrong_steps
 
 __all__ = ["assert_sampler"]
@@ -115,7 +114,7 @@ def assert_sampler(
     if your_noise.drawn != our_noise.drawn:
         calls += f" noise() is called {your_noise.drawn} times; expected {our_noise.drawn}."
     as_often = [t for t, _ in asked.calls] == [t for t, _ in expected.calls]
-    small = worst < 1e-2 or (worst < 0.05 and single(came))
+    small = worst < 1e-2 or single(worst, came)
     unknown = f" Nor is it another of {', '.join(SAMPLERS)}.{FLOAT32 if as_often and small else ''}"
     raise AssertionError(
         f"sampler arrives {where} where {name} does (docs: R.4). {calls}\n"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tinydiff.schedules import NoiseSchedule, check_schedule, cosine_schedule, linear_schedule
-from tinydiff.testing._asked import check_tolerance, on_host, single
-from tinydiff.testing._judge import FLOAT32, named
+from tinydiff.testing._asked import check_tolerance, on_host
+from tinydiff.testing._judge import FLOAT32, named, single
 
 __all__ = ["assert_schedule"]
 
@@ -57,7 +57,7 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
         distances = {
             what: float(np.max(_apart(table, abar, 1 - abar))) for what, abar in _mistakes(schedule).items()
         }
-    unknown = FLOAT32 if worst < 0.05 and single(given) else ""
+    unknown = FLOAT32 if single(worst, given) else ""
     raise AssertionError(
         f"alphas_cumprod has a log-SNR that is off by {worst:.3g} at t = {np.argmax(wrong)}; by more than "
         f"{tolerance:.3g} at {np.sum(wrong > tolerance)} of {T} t. Expected that of {schedule!r} "
