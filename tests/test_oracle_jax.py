@@ -202,6 +202,40 @@ def test_samplers(sampler, dtype):
     assert_allclose(came, expected, atol={"float64": 1e-12, "float32": 1e-5}[dtype])
 
 
+@pytest.fixture
+def _float32():
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+@pytest.mark.usefixtures("_float32")
+@pytest.mark.filterwarnings("error")
+def test_as_jax_is_by_default_without_a_warning():
+    """It has int32 only, and warns whoever asks for int64."""
+    diffusion = td.GaussianDiffusion(td.linear_schedule(10), "v")
+    x0 = np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)
+    t = np.array([0, 3, 9, 1, 0])
+
+    def numbers(xp, x0):
+        def network(x, t):
+            return xp.tanh(x + t[:, None] / 50)
+
+        def differentiable(x, t):
+            y = network(x, t)
+            return y, lambda dy: dy * (1 - y * y)
+
+        how = dict(rng=np.random.default_rng(1), progress=False)
+        yield from (td.sample(network, diffusion, (5, 2), s, x_T=x0, **how) for s in SAMPLERS)
+        yield td.invert(network, diffusion, x0, progress=False)
+        yield td.ode_log_likelihood(differentiable, diffusion, x0, progress=False)
+        yield td.vlb_loss(diffusion, network(x0, t), x0, t, x0)[0]
+        yield td.variational_bound(network, diffusion, x0, **how).value
+
+    for came, expected in zip(numbers(jnp, jnp.asarray(x0)), numbers(np, x0), strict=True):
+        assert_allclose(came, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_exact_network_of_a_mixture():
     diffusion = td.GaussianDiffusion(td.cosine_schedule(20))
     mixture = td.GaussianMixture([0.4, 0.6], [[-1.2, 0.0], [1.1, 0.5]], [0.1, 0.2])

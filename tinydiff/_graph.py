@@ -39,6 +39,7 @@ from tinydiff.backend import (
     array_namespace,
     asarray_like,
     generator_beside,
+    integers_like,
     is_cupy_array,
     standard_normal,
 )
@@ -230,7 +231,7 @@ class RecordedLoss:
         t = rng.integers(self._diffusion.T, size=x0.shape[0])
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)
         x_t, target = self._diffusion.q_sample(x0, t, noise), self._diffusion.training_target(x0, t, noise)
-        given = [x_t, target, asarray_like(t, x0, xp.int64)]
+        given = [x_t, target, integers_like(t, x0)]
         if self._replayed is None:
             self._given = [xp.asarray(array, copy=True) for array in given]
             self._weights = Weights(model)

@@ -28,7 +28,15 @@ from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._progress import progress_bar
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff._run import Run
-from tinydiff.backend import Array, array_namespace, asarray_like, device, is_numpy_array, to_numpy
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    asarray_like,
+    device,
+    integers_like,
+    is_numpy_array,
+    to_numpy,
+)
 from tinydiff.memory import is_out_of_memory, reason, what_fits
 from tinydiff.models._checks import check_model
 from tinydiff.nn.module import config_of, weight_of
@@ -394,7 +402,7 @@ def batch_of(
     epochs = range(start // n, (stop - 1) // n + 1)
     index = np.concat([_order(seed, e, n)[max(0, start - e * n) : stop - e * n] for e in epochs])
     xp = array_namespace(data)
-    return asarray_like(xp.take(data, asarray_like(index, data, xp.int64), axis=0), like)
+    return asarray_like(xp.take(data, integers_like(index, data), axis=0), like)
 
 
 @functools.lru_cache(maxsize=2)

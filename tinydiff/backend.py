@@ -40,6 +40,7 @@ __all__ = [
     "device",
     "generator_beside",
     "get_backend",
+    "integers_like",
     "is_cupy_array",
     "is_numpy_array",
     "library_of",
@@ -271,6 +272,14 @@ def asarray_like(values: Any, like: Array, dtype: Any = None) -> Array:
     """
     xp = array_namespace(like)
     return xp.asarray(values, dtype=like.dtype if dtype is None else dtype, device=device(like))
+
+
+def integers_like(values: np.ndarray, like: Array) -> Array:
+    """Integers of the host, times or places, beside `like`: int64, or as wide as its library has them.
+
+    No dtype is asked for: JAX would warn that it has no int64 (unless it is told to have).
+    """
+    return array_namespace(like).asarray(values, device=device(like))
 
 
 # What `constant_like` has made, by where it is, what made it and of what.

@@ -45,7 +45,7 @@ from tinydiff.backend import (
     asarray_like,
     clip_to_unit,
     column_like,
-    device,
+    integers_like,
     standard_normal,
     sum_samples,
     to_float64,
@@ -330,7 +330,7 @@ def step_term(
     last = np.flatnonzero(steps == 0)
     backward_nll = None
     if last.size:
-        index = asarray_like(last, x0, xp.int64)
+        index = integers_like(last, x0)
         x0_last, mean_last, log_variance_last = (xp.take(a, index, axis=0) for a in (x0, guess, log_variance))
         likelihood = gaussian_nll if decoder == "density" else discretized_gaussian_nll
         nll, backward_nll = likelihood(x0_last, mean_last, log_variance_last)
@@ -464,12 +464,12 @@ def variational_bound(
         for start in range(0, n, batch_size):
             rows = slice(start, min(n, start + batch_size))
             x0 = asarray_like(data[rows, ...], like)
-            xp, N = array_namespace(x0), x0.shape[0]
+            N = x0.shape[0]
             priors[rows] = to_numpy(prior_term(diffusion, x0))
             for i in range(draws):
                 t = np.full(N, i) if t_samples is None else to_numpy(rng.integers(T, size=N))
                 x_t = diffusion.q_sample(x0, t, standard_normal(rng, x0.shape, x0))
-                output = predict(x_t, xp.asarray(t, dtype=xp.int64, device=device(x0)))
+                output = predict(x_t, integers_like(t, x0))
                 terms = to_numpy(step_term(diffusion, output, x0, x_t, t, decoder, clip)[0])
                 totals[rows] += terms
                 np.add.at(sums, t, terms)
@@ -562,7 +562,7 @@ def _put(x: Array, rows: np.ndarray, values: Array) -> Array:
     place[rows] = np.arange(rows.size)
     chosen = np.zeros(x.shape[0], dtype=bool)
     chosen[rows] = True
-    spread = xp.take(values, asarray_like(place, x, xp.int64), axis=0)
+    spread = xp.take(values, integers_like(place, x), axis=0)
     mask = xp.reshape(asarray_like(chosen, x, xp.bool), (-1,) + (1,) * (x.ndim - 1))
     return xp.where(mask, spread, x)
 

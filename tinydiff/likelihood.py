@@ -141,7 +141,7 @@ def _velocity_and_trace(
 ) -> tuple[Array, np.ndarray]:
     """v at step i of the walk, and the trace of dv/dx: exact, or the mean of z' dv/dx z over `directions`."""
     xp = array_namespace(x)
-    t = xp.full((x.shape[0],), int(timesteps[i]), dtype=xp.int64, device=device(x))
+    t = xp.full(x.shape[0], int(timesteps[i]), device=device(x))
     trace = np.zeros(x.shape[0])
     for z in _unit_vectors(x) if directions is None else directions:
         output, backward = model(x, t)  # once for each z: a backward can be called once

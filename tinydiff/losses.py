@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tinydiff._checks import check_number
-from tinydiff.backend import Array, array_namespace, asarray_like, is_numpy_array, to_numpy
+from tinydiff.backend import Array, array_namespace, asarray_like, integers_like, is_numpy_array, to_numpy
 from tinydiff.bound import Decoder, step_term
 from tinydiff.diffusion import GaussianDiffusion
 
@@ -306,8 +306,8 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     if host.min() < 0 or host.max() >= shape[1]:
         raise ValueError(f"labels has values {host.min()} to {host.max()}; expected 0 to {shape[1] - 1}.")
     xp = array_namespace(logits)
-    labels = asarray_like(host, logits, xp.int64)
-    classes = asarray_like(range(shape[1]), logits, xp.int64)
+    labels = integers_like(host.astype(np.int64), logits)
+    classes = integers_like(np.arange(shape[1]), logits)
     labelled = xp.expand_dims(labels, axis=1) == classes
     onehot = xp.astype(labelled, logits.dtype)
     z = logits - xp.max(logits, axis=1, keepdims=True)

@@ -246,8 +246,7 @@ def _estimator(
     predict = predictor(denoise) if isinstance(denoise, Module) else denoise
 
     def estimate(x: Array, i: int) -> tuple[Array, Array]:
-        xp = array_namespace(x)
-        t = xp.full((x.shape[0],), int(timesteps[i]), dtype=xp.int64, device=device(x))
+        t = array_namespace(x).full(x.shape[0], int(timesteps[i]), device=device(x))
         output = predict(x, t)
         x0 = walk.predict_x0(x, i, output)
         return output, clip_to_unit(x0) if clip else x0
