@@ -35,8 +35,8 @@ def a_bit_of_everything(where):
     ]:
         td.train(where.module(model, "float32"), diffusion, data, **once, **loss)
     for sampler in td.samplers.SAMPLERS:
-        how = dict(steps=3, rng=np.random.default_rng(0), eta=0.5, clip=True, progress=False)
-        td.sample(mlp, plain, (4, 2), sampler, **how)
+        how = dict(eta=0.5 * (sampler == "ddim"), clip=True, rng=np.random.default_rng(0), progress=False)
+        td.sample(mlp, plain, (4, 2), sampler, steps=3, **how)
     td.sample(both, learned, (4, 2), steps=3, rng=np.random.default_rng(0), progress=False)
     prior_term(plain, points)
     cross_entropy(points, np.zeros(4, np.int64))

@@ -174,8 +174,8 @@ def test_what_is_predicted_does_not_matter(sampler):
         diffusion = td.GaussianDiffusion(td.linear_schedule(200), prediction)
         rng = np.random.default_rng(1)
         denoise = MIXTURE.denoiser(diffusion)
-        x = td.sample(denoise, diffusion, (10, 2), sampler, 20, rng=rng, eta=0.3, x_T=x_T, progress=False)
-        ends.append(x)
+        how = dict(rng=rng, eta=0.3 * (sampler == "ddim"), x_T=x_T, progress=False)
+        ends.append(td.sample(denoise, diffusion, (10, 2), sampler, 20, **how))
     assert_allclose(ends[1:], [ends[0]] * 2, rtol=0, atol=1e-9)
 
 
@@ -229,11 +229,8 @@ def test_the_others_take_no_notice_of_a_learned_variance(sampler):
     for variance in ("fixed_small", "learned_range"):
         diffusion = td.GaussianDiffusion(schedule, "v", variance)
         denoise, rng = MIXTURE.denoiser(diffusion), np.random.default_rng(0)
-        ends.append(
-            td.sample(
-                denoise, diffusion, (6, 2), sampler, 10, rng=rng, eta=0.5, x_T=np.ones((6, 2)), progress=False
-            )
-        )
+        how = dict(rng=rng, eta=0.5 * (sampler == "ddim"), x_T=np.ones((6, 2)), progress=False)
+        ends.append(td.sample(denoise, diffusion, (6, 2), sampler, 10, **how))
         code = invert(denoise, diffusion, np.ones((6, 2)), 10, progress=False)
         ends[-1] = np.stack([ends[-1], code])
     assert_array_equal(*ends)
@@ -588,9 +585,8 @@ def test_point_data_is_found_exactly(sampler, kind, T, steps):
     diffusion = td.GaussianDiffusion(SCHEDULES[kind](T), "x0")
     point = np.array([0.3, -2.0])
     rng = np.random.default_rng(0)
-    x = td.sample(
-        lambda x, t: point + 0 * x, diffusion, (3, 2), sampler, steps, rng=rng, eta=0.5, progress=False
-    )
+    how = dict(rng=rng, eta=0.5 * (sampler == "ddim"), progress=False)
+    x = td.sample(lambda x, t: point + 0 * x, diffusion, (3, 2), sampler, steps, **how)
     assert_allclose(x, np.broadcast_to(point, (3, 2)), rtol=1e-6)
 
 

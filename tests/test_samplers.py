@@ -254,12 +254,12 @@ def test_ddim_with_eta_1_is_ancestral_with_fixed_small(prediction, T, data, clip
             sampler,
             steps=data.draw(st.shared(st.integers(1, T), key="steps")),
             rng=np.random.default_rng(seed),
-            eta=1.0,
+            eta=eta,
             clip=clip,
             x_T=x_T,
             progress=False,
         )
-        for sampler in ("ddpm", "ddim")
+        for sampler, eta in [("ddpm", 0.0), ("ddim", 1.0)]
     ]
     assert_allclose(ends[0], ends[1], rtol=1e-11, atol=1e-12 * max(1, np.max(np.abs(ends[0]))))
 
@@ -435,6 +435,8 @@ def test_a_chain_that_ends_in_pure_noise_needs_x0_or_v():
         ({"eta": 1.1}, "eta is 1.1"),
         ({"eta": math.nan}, "eta is nan"),
         ({"eta": True}, "eta is True"),
+        ({"eta": 0.5}, "eta is 0.5; expected 0: the sampler 'ddpm' has none"),
+        ({"eta": 1, "sampler": "heun"}, "eta is 1; expected 0: the sampler 'heun' has none"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 11}, "steps is 11; expected at most T = 10"),
         ({"steps": 2.5}, "steps is 2.5"),
@@ -692,11 +694,11 @@ def test_the_grain_that_diffusers_leaves_with_trailing_times(variance, levels):
     assert abs(float(torch.std(last.prev_sample - last.pred_original_sample)) * 127.5 - levels) < 0.5
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_variance_that_rounds_to_more_than_the_noise_there_is(sampler):
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
+def test_a_variance_that_rounds_to_more_than_the_noise_there_is(sampler, eta):
     """beta~_1 is 1 - abar_0 but for 1e-20 of it; here it is rounded up, and nothing is left for eps."""
     schedule = td.NoiseSchedule([1e-20, 0.037])
     assert schedule.posterior_variance[1] > schedule.one_minus_alphas_cumprod_prev[1]
     diffusion, rng = td.GaussianDiffusion(schedule, "x0"), np.random.default_rng(0)
-    x = td.sample(lambda x, t: 0 * x, diffusion, (4, 2), sampler, eta=1.0, rng=rng, progress=False)
+    x = td.sample(lambda x, t: 0 * x, diffusion, (4, 2), sampler, eta=eta, rng=rng, progress=False)
     assert_array_equal(x, 0)

@@ -124,6 +124,8 @@ def iterate_samples(
     _check_start(denoise, shape, x_T)
     check_choice("sampler", sampler, SAMPLERS)
     check_number("eta", eta, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta is {eta}; expected 0: the sampler {sampler!r} has none, only 'ddim' has.")
     walk, timesteps = respaced(diffusion, steps)
     if sampler == "edm" and walk.schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
