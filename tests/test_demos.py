@@ -121,7 +121,7 @@ def test_the_model_is_the_moving_average_and_says_what_it_is(name, kind, request
         assert about[key] == settings[key], key
     arrays, _ = load_arrays(out / "checkpoint.safetensors")
     for key, value in model.state_dict().items():
-        np.testing.assert_array_equal(value, arrays[f"ema.{key}"])
+        np.testing.assert_array_equal(value, arrays[f"ema.model.{key}"])
     assert any(not np.array_equal(v, arrays[f"model.{k}"]) for k, v in model.state_dict().items())
 
 

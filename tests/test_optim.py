@@ -17,6 +17,7 @@ import tinydiff as td
 import tinydiff.kernels
 from tinydiff._together import EndToEnd, cut
 from tinydiff.backend import to_numpy
+from tinydiff.checkpoint import load_arrays, save_arrays
 from tinydiff.kernels import _optim, portable, use
 from tinydiff.nn import Parameter
 
@@ -604,3 +605,67 @@ def test_ema_averages_a_shared_parameter_once():
 def test_ema_s_decay_is_below_one(decay):
     with pytest.raises(ValueError, match="decay is"):
         td.EMA(small_model(), decay)
+
+
+# What a loop of one's own goes on from
+
+
+def steps_of(model, optimizer, ema, steps):
+    for step in steps:
+        rng = np.random.default_rng(step)
+        for p in model.named_parameters().values():
+            p.grad = rng.standard_normal(p.shape)
+        optimizer.step()
+        ema.update()
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def parts_of(model):
+    return {"model": model, "adam": td.Adam(model.named_parameters(), 0.01), "ema": td.EMA(model, 0.99)}
+
+
+@pytest.mark.parametrize("at", [0, 1, 12])
+def test_states_saved_and_loaded_go_on_as_if_nothing_had_been(at, tmp_path):
+    """With steps that correct little and much: the moments' bias, and the average's warm-up."""
+    whole = parts_of(small_model())
+    steps_of(*whole.values(), range(15))
+    first = parts_of(small_model())
+    steps_of(*first.values(), range(at))
+    arrays = {f"{k}/{name}": array for k, part in first.items() for name, array in part.state_dict().items()}
+    save_arrays(tmp_path / "state.safetensors", arrays, {})
+
+    model = small_model()
+    for p in model.named_parameters().values():
+        p.value = p.value + 1.0
+    parts = parts_of(model)
+    steps_of(*parts.values(), range(3))  # nothing may be left of these
+    read, _ = load_arrays(tmp_path / "state.safetensors")
+    for k, part in parts.items():
+        part.load_state_dict({n.removeprefix(f"{k}/"): a for n, a in read.items() if n.startswith(f"{k}/")})
+    for array in read.values():
+        array[...] = 0  # what was loaded is copied
+    steps_of(*parts.values(), range(at, 15))
+    for k, part in parts.items():
+        assert_same_state(part.state_dict(), whole[k].state_dict())
+
+
+@pytest.mark.parametrize("which", ["adam", "ema"])
+def test_a_state_that_does_not_fit_changes_nothing(which):
+    part = parts_of(small_model())[which]
+    state = {name: array.copy() for name, array in part.state_dict().items()}
+    name = next(name for name in reversed(state) if state[name].ndim == 2)
+    for other, match in [
+        ({k: a for k, a in state.items() if k != "steps"}, "missing steps; unexpected none"),
+        ({k: a for k, a in state.items() if k != name}, f"missing {name}"),
+        (state | {"more": np.zeros(1)}, "missing none; unexpected more"),
+        (state | {name: state[name].T + 1, "steps": np.asarray(7)}, rf"state\['{name}'\] has shape"),
+    ]:
+        other = {k: a if k in ("steps", name) else a + 1 for k, a in other.items()}
+        with pytest.raises(ValueError, match=match):
+            part.load_state_dict(other)
+        assert_same_state(part.state_dict(), state)

@@ -297,6 +297,13 @@ def resume_and_compare(make, data, key, directory, tmp_path_factory, interrupted
     assert steps_saved(directory) == STEPS
 
 
+def assert_same_checkpoints(a, b):
+    (a, about_a), (b, about_b) = (load_arrays(path / "checkpoint.safetensors") for path in (a, b))
+    assert about_a == about_b and a.keys() == b.keys()
+    for name in a:
+        assert_array_equal(a[name], b[name], err_msg=name)
+
+
 @pytest.mark.parametrize("error", [Interrupted(), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", range(STEPS))
 def test_an_interrupted_and_resumed_run_is_the_same_run(tmp_path, tmp_path_factory, at, error):
@@ -658,6 +665,43 @@ def test_a_checkpoint_from_before_there_was_a_choice_of_loss_is_resumed(tmp_path
     save_arrays(path, arrays, metadata)
     with pytest.raises(ValueError, match="min_snr_gamma was None, is 5"):
         td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, min_snr_gamma=5, run_dir=tmp_path, resume=True)
+    resume_and_compare(small_mlp, drawn, "drawn", tmp_path, tmp_path_factory)
+
+
+@pytest.mark.parametrize("at", [7, 8])
+def test_a_run_whose_rate_stays_becomes_longer(tmp_path, at):
+    """Unfinished at step 7, or finished after 8; as long as it was to be from the first step on."""
+    settings = dict(SETTINGS, final_lr=1)
+    whole_model, long = small_mlp(), tmp_path / "long"
+    whole = td.train(whole_model, DIFFUSION, drawn, **settings, run_dir=long)
+    if at == 8:
+        td.train(small_mlp(), DIFFUSION, drawn, **dict(settings, steps=8), run_dir=tmp_path)
+    else:
+        interrupt(tmp_path, at, final_lr=1, steps=8)
+    with pytest.raises(ValueError, match=f"steps was 8, is {at - 1}"):
+        td.train(small_mlp(), DIFFUSION, drawn, **dict(settings, steps=at - 1), run_dir=tmp_path, resume=True)
+    model = small_mlp()
+    parts = td.train(model, DIFFUSION, drawn, **settings, run_dir=tmp_path, resume=True)
+    assert_same_weights(model, whole_model)
+    assert_same_weights(parts.model, whole.model)
+    assert_array_equal(parts.losses, whole.losses)
+    assert_same_checkpoints(tmp_path, long)
+
+
+def test_a_run_whose_rate_falls_does_not_become_longer(tmp_path):
+    td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"steps was 12, is 13.*of a run with final_lr=1 the steps may"):
+        td.train(small_mlp(), DIFFUSION, drawn, **dict(SETTINGS, steps=13), run_dir=tmp_path, resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_from_before_its_parts_had_states_of_their_own_is_resumed(tmp_path, tmp_path_factory):
+    interrupt(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    arrays, metadata = load_arrays(path)
+    assert arrays.pop("adam.steps") == arrays.pop("ema.steps") == 7
+    save_arrays(path, {name.replace("ema.model.", "ema."): a for name, a in arrays.items()}, metadata)
     resume_and_compare(small_mlp, drawn, "drawn", tmp_path, tmp_path_factory)
 
 

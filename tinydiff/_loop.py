@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -108,6 +109,7 @@ class Learner:
         self.parameters = model.named_parameters()
         self.optimizer = Adam(self.parameters, lr, weight_decay=weight_decay)
         self.ema = EMA(model, ema_decay)
+        self._parts = {"model.": model, "ema.": self.ema, "adam.": self.optimizer}
 
     def step(self, factor: float) -> None:
         """Move the weights, at `factor` times the learning rate, and their average."""
@@ -117,23 +119,26 @@ class Learner:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Weights, average and moments, on the host."""
-        arrays = {f"model.{k}": a for k, a in self.model.state_dict().items()}
-        arrays |= {f"ema.{k}": a for k, a in self.ema.model.state_dict().items()}
-        for moments, name in [(self.optimizer.m, "m"), (self.optimizer.v, "v")]:
-            arrays |= {f"adam.{name}.{i}": to_numpy(moment) for i, moment in enumerate(moments)}
-        return arrays
+        return {
+            f"{prefix}{name}": array
+            for prefix, part in self._parts.items()
+            for name, array in part.state_dict().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """The other way; what else is in `state` is left alone."""
+        state = _as_now(state)
+        for prefix, part in self._parts.items():
+            own = {name: array for name, array in state.items() if name.startswith(prefix)}
+            part.load_state_dict({name.removeprefix(prefix): array for name, array in own.items()})
 
-        def part(prefix: str) -> dict[str, np.ndarray]:
-            return {k[len(prefix) :]: a for k, a in state.items() if k.startswith(prefix)}
 
-        self.model.load_state_dict(part("model."))
-        self.ema.model.load_state_dict(part("ema."))
-        for moments, name in [(self.optimizer.m, "m"), (self.optimizer.v, "v")]:
-            for i, moment in enumerate(moments):
-                moments[i] = asarray_like(state[f"adam.{name}.{i}"].copy(), moment)
+def _as_now(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """An older state names the average's weights without ``model.``, and leaves the count to the losses."""
+    if "adam.steps" in state:
+        return state
+    renamed = {re.sub(r"^ema\.", "ema.model.", name): array for name, array in state.items()}
+    return {**renamed, "adam.steps": np.asarray(0), "ema.steps": np.asarray(0)}
 
 
 def loop(
@@ -181,7 +186,7 @@ def loop(
     losses = Losses([] if run is None else run.start(resume))
     start = len(losses)
     for learner in learners:
-        learner.optimizer.steps = learner.ema.steps = start
+        learner.optimizer.steps = learner.ema.steps = start  # which older checkpoints do not say
     kept = None if at_once else Kept(network.parameters, start)
 
     def factor(step: int) -> float:

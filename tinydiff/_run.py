@@ -81,7 +81,7 @@ class Run:
             if not ("losses" in arrays and {"step", "settings"} <= metadata.keys()):
                 raise ValueError(f"{self.checkpoint} is not a checkpoint of tinydiff's training.")
             if resume:
-                self._check_settings(metadata["settings"])
+                self._check_settings(metadata["settings"], metadata["step"])
                 losses = self._restore(arrays)
             elif metadata["step"] < metadata["settings"]["steps"]:
                 raise ValueError(
@@ -139,14 +139,17 @@ class Run:
             lines.append(line)
         return lines
 
-    def _check_settings(self, before: dict[str, Any]) -> None:
+    def _check_settings(self, before: dict[str, Any], done: int) -> None:
+        """ValueError unless going on is the run that these settings would have been from its first step."""
         before = SIMPLE | _as_json(before)
         changed = [k for k, v in self.settings.items() if before.get(k) != v]
+        if changed == ["steps"] and self.settings["final_lr"] == 1 and self.settings["steps"] >= done:
+            return  # the rate of no step depends on how many there are
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in changed)
             raise ValueError(
                 f"{self.checkpoint} belongs to a run with other settings ({what}): resume with the same "
-                "settings, or choose another directory."
+                "settings (of a run with final_lr=1 the steps may become more), or choose another directory."
             )
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> list[float]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from tinydiff._checks import check_number
 from tinydiff._together import Together, cut, end_to_end, groups
-from tinydiff.backend import Array, array_namespace
+from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.kernels import kernels_for
-from tinydiff.nn.module import Module, Parameter
+from tinydiff.nn.module import Module, Parameter, check_state
 
 __all__ = ["EMA", "Adam", "clip_grad_norm", "warmup_cosine"]
 
@@ -89,6 +91,34 @@ class Adam:
         """Make every gradient zero."""
         for p in self.parameters:
             p.zero_grad()
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return ``steps`` and the moments, ``m.0``, …, ``v.0``, …, as NumPy arrays on the host.
+
+        The settings are not in it. Moments that are on the host already are views.
+        """
+        moments = {name: to_numpy(moment) for name, moment in self._moments().items()}
+        return {"steps": np.asarray(self.steps), **moments}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy in what `state_dict` returned; the dtype and device stay those of the parameters.
+
+        Raises
+        ------
+        ValueError
+            If a name is missing or unexpected, or a shape differs; nothing is changed then.
+        """
+        shapes = {name: moment.shape for name, moment in self._moments().items()}
+        check_state(state, {"steps": (), **shapes}, "the optimizer")
+        for name, moments in [("m", self.m), ("v", self.v)]:
+            for i, moment in enumerate(moments):
+                moments[i] = asarray_like(to_numpy(state[f"{name}.{i}"]).copy(), moment)
+        self.steps = int(state["steps"])
+
+    def _moments(self) -> dict[str, Array]:
+        """The moments by their names in a state."""
+        both = [("m", self.m), ("v", self.v)]
+        return {f"{name}.{i}": moment for name, moments in both for i, moment in enumerate(moments)}
 
 
 def _distinct(parameters: Mapping[str, Parameter] | Iterable[Parameter]) -> list[Parameter]:
@@ -236,3 +266,22 @@ class EMA(Generic[M]):
             together.write(kernels_for(value).ema_step(together.flat, value, rate))
         for (average, _), value in zip(self._pairs, averages, strict=True):
             average.value = value
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return ``steps``, and the average's weights as ``model.<name>``, as NumPy arrays on the host."""
+        weights = {f"model.{name}": array for name, array in self.model.state_dict().items()}
+        return {"steps": np.asarray(self.steps), **weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy in what `state_dict` returned; the dtype and device stay those of the model.
+
+        Raises
+        ------
+        ValueError
+            If a name is missing or unexpected, or a shape differs; nothing is changed then.
+        """
+        parameters = self.model.named_parameters()
+        shapes = {f"model.{name}": p.shape for name, p in parameters.items()}
+        check_state(state, {"steps": (), **shapes}, "the average")
+        self.model.load_state_dict({name: state[f"model.{name}"] for name in parameters})
+        self.steps = int(state["steps"])

@@ -103,7 +103,8 @@ def train_learned_schedule(
     T : int
         Length of the chain that is wanted, at least 2. The network is told real times in [0, T-1].
     steps, batch_size : int
-        How many updates, on how many samples each.
+        How many updates, on how many samples each. As for `train`, with a `final_lr` of 1 a run may be
+        resumed with more steps.
     seed : int
         Of all randomness, 0 … 2**32 - 1.
     lr, schedule_lr : float

@@ -192,7 +192,8 @@ def train(
         that of the noise: images in [-1, 1], points of about unit variance. An array that is not where the
         model is goes there once, as a whole; for one that does not fit, pass a callable.
     steps : int
-        Number of training steps in all.
+        Number of training steps in all. A run with a `final_lr` of 1 and the same `warmup` may be resumed
+        with more, also when it was finished: no step depends on how many follow.
     batch_size : int
         Samples per step.
     loss : {"simple", "hybrid", "vlb"}

@@ -22,7 +22,17 @@ import numpy as np
 
 from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
 
-__all__ = ["Module", "Parameter", "config_of", "derivative_of", "inference", "keeping", "once", "weight_of"]
+__all__ = [
+    "Module",
+    "Parameter",
+    "check_state",
+    "config_of",
+    "derivative_of",
+    "inference",
+    "keeping",
+    "once",
+    "weight_of",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -145,16 +155,7 @@ class Module:
             If a name is missing or unexpected, or a shape differs; nothing is changed then.
         """
         parameters = self.named_parameters()
-        missing = [name for name in parameters if name not in state]
-        unexpected = [name for name in state if name not in parameters]
-        if missing or unexpected:
-            raise ValueError(
-                f"state does not fit the model: missing {_some(missing)}; unexpected {_some(unexpected)}."
-            )
-        for name, parameter in parameters.items():
-            if tuple(state[name].shape) != tuple(parameter.shape):
-                shape, expected = tuple(state[name].shape), tuple(parameter.shape)
-                raise ValueError(f"state[{name!r}] has shape {shape}; expected {expected}.")
+        check_state(state, {name: parameter.shape for name, parameter in parameters.items()}, "the model")
         for name, parameter in parameters.items():
             value = asarray_like(to_numpy(state[name]), parameter.value)
             parameter.value = array_namespace(value).asarray(value, copy=True)
@@ -214,6 +215,19 @@ def weight_of(model: Any) -> Array:
     for parameter in model.named_parameters().values():
         return parameter.value
     raise ValueError(f"model is a {type(model).__name__} without parameters; expected at least one.")
+
+
+def check_state(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], whose: str) -> None:
+    """ValueError unless `state` holds arrays of just these names and shapes."""
+    missing = [name for name in shapes if name not in state]
+    unexpected = [name for name in state if name not in shapes]
+    if missing or unexpected:
+        raise ValueError(
+            f"state does not fit {whose}: missing {_some(missing)}; unexpected {_some(unexpected)}."
+        )
+    for name, expected in shapes.items():
+        if (shape := np.shape(state[name])) != tuple(expected):
+            raise ValueError(f"state[{name!r}] has shape {shape}; expected {tuple(expected)}.")
 
 
 def _some(names: list[str], show: int = 3) -> str:
