@@ -349,6 +349,17 @@ def test_save_writes_a_small_png(name, points, tmp_path):
     assert np.abs(rgb - exact).mean() < 1, "the palette shows"
 
 
+@pytest.mark.parametrize("name", ["forward", "samples"])
+def test_colour_images_keep_their_colours(name, tmp_path):
+    """A palette of 256 colours was off by up to 37 levels of 255, in half of such a picture's pixels."""
+    colourful = np.random.default_rng(3).uniform(-1, 1, (9, 8, 8, 3)).astype(np.float32)
+    fig = FIGURES[name](colourful)
+    plotting.save(fig, tmp_path / "colours.png")
+    with Image.open(tmp_path / "colours.png") as image:
+        saved = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(saved, np.asarray(fig.canvas.buffer_rgba())[..., :3])
+
+
 def test_the_same_figure_is_the_same_file(points, tmp_path):
     fig, again = (FIGURES["samples"](points) for _ in range(2))
     files = [tmp_path / f"{i}.png" for i in range(3)]
