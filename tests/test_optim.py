@@ -150,6 +150,15 @@ def test_a_model_is_not_its_parameters():
             call()
 
 
+def test_what_is_not_a_parameter_is_refused():
+    model = td.MLP(hidden=4, blocks=1, time_features=4)
+    group = {"params": model.named_parameters(), "lr": 1e-3}
+    for holder, what in ((model.state_dict(), "ndarray"), ([group], "dict"), (group, "dict")):
+        for call in (lambda: td.Adam(holder), lambda: td.clip_grad_norm(holder, 1.0)):  # noqa: B023
+            with pytest.raises(TypeError, match=f"parameters holds a {what}; expected Parameter"):
+                call()
+
+
 def test_nothing_to_train_is_refused():
     for call in (lambda: td.Adam([]), lambda: td.clip_grad_norm({}, 1.0)):
         with pytest.raises(ValueError, match="parameters is empty"):

@@ -41,7 +41,7 @@ class Adam:
     Raises
     ------
     TypeError
-        If `parameters` is neither a mapping nor an iterable: a model, say.
+        If `parameters` is neither a mapping nor an iterable: a model, say; or holds what is no `Parameter`.
     ValueError
         If a setting is out of range, the message names it; or if there is no parameter.
     """
@@ -122,12 +122,16 @@ class Adam:
 
 
 def _distinct(parameters: Mapping[str, Parameter] | Iterable[Parameter]) -> list[Parameter]:
-    """The parameters, each once; TypeError if it is no collection, ValueError if there is none."""
+    """The parameters, each once; TypeError if it is no collection of them, ValueError if there is none."""
     if not isinstance(parameters, Iterable):
         expected = "model.named_parameters(), or an iterable of Parameter"
         raise TypeError(f"parameters is a {type(parameters).__name__}; expected {expected}.")
     given = parameters.values() if isinstance(parameters, Mapping) else parameters
     distinct = list({id(p): p for p in given}.values())
+    for p in distinct:
+        if not isinstance(p, Parameter):
+            expected = "Parameter, as in model.named_parameters()"
+            raise TypeError(f"parameters holds a {type(p).__name__}; expected {expected}.")
     if not distinct:
         raise ValueError("parameters is empty; expected at least one parameter.")
     return distinct
@@ -151,7 +155,7 @@ def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], ma
     Raises
     ------
     TypeError
-        If `parameters` is neither a mapping nor an iterable: a model, say.
+        If `parameters` is neither a mapping nor an iterable: a model, say; or holds what is no `Parameter`.
     ValueError
         If `max_norm` is not positive, or there is no parameter.
     """
