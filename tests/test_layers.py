@@ -579,3 +579,24 @@ def test_four_copies_of_one_pixel_are_four_numbers():
     y, _ = nn.upsample_nearest(np.ones((1, 1, 1, 1), np.float32))
     y[0, 0, 0, 0] = 2.0
     assert np.sum(y) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda rng: nn.Linear(16, 4, rng), "(..., 16)"),
+        (lambda rng: nn.Conv2d(16, 4, 3, rng=rng), "(N, H, W, 16)"),
+        (lambda rng: nn.Conv2d(16, 4, 1, rng=rng), "(N, H, W, 16)"),
+        (lambda rng: nn.GroupNorm(4, 16), "(N, H, W, 16)"),
+        (lambda rng: nn.GroupNorm(4, 16, then_silu=True), "(N, H, W, 16)"),
+        (lambda rng: nn.Downsample(16, 1, rng), "(N, H, W, 16)"),
+        (lambda rng: nn.Upsample(16, rng), "(N, H, W, 16)"),
+        (lambda rng: nn.SelfAttention(16, 8, 4, 1e-5, rng), "(N, H, W, 16)"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(2, 8, 8, 32), (2, 16, 8, 8), (2, 8, 8, 1), (2, 8), (8,)])
+def test_an_input_of_another_shape_is_refused_before_a_kernel_sees_it(make, expected, shape):
+    """A compiled one goes as far as the weights do: with other channels it wrote where others' memory is."""
+    layer = make(np.random.default_rng(0))
+    with pytest.raises(ValueError, match=re.escape(f"x has shape {shape}; expected {expected}.")):
+        layer(np.zeros(shape, np.float32))

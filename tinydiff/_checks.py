@@ -15,6 +15,8 @@ __all__ = [
     "check_batch",
     "check_choice",
     "check_counts",
+    "check_features",
+    "check_images",
     "check_number",
     "check_rng",
     "check_seed",
@@ -41,6 +43,18 @@ def check_counts(**counts: Any) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"{name} is {count!r}; expected an integer of at least 1.")
+
+
+def check_features(x: Any, features: int) -> None:
+    """ValueError unless the last axis is of so many: a kernel goes as far as its weights do."""
+    if tuple(x.shape[-1:]) != (features,):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {features}).")
+
+
+def check_images(x: Any, channels: int) -> None:
+    """ValueError unless x is of images of so many channels: a kernel goes as far as its weights do."""
+    if len(x.shape) != 4 or x.shape[3] != channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, H, W, {channels}).")
 
 
 def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choice:

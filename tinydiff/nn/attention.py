@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinydiff._checks import check_images
 from tinydiff.backend import Array, array_namespace
 from tinydiff.kernels import kernels_for
 from tinydiff.nn.group_norm import GroupNorm
@@ -60,6 +61,7 @@ class SelfAttention(Module):
         """x (N, H, W, C)  ->  y (N, H, W, C).  (docs: B.12)"""
         xp = array_namespace(x)
         kernels = kernels_for(x)
+        check_images(x, self.group_norm.weight.shape[0])
         n, h, w, c = x.shape
         d = self.head_dim
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinydiff._checks import check_images
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
@@ -54,6 +55,7 @@ class Conv2d(Module):
         """x (N, H, W, C)  ->  y (N, H', W', D).  (docs: B.7)"""
         kernels = kernels_for(x)
         weight, stride, padding = self.weight.value, self.stride, self.padding
+        check_images(x, weight.shape[2])
         y = kernels.conv2d(x, weight, self.bias.value, stride, padding)
 
         @derivative_of(y)

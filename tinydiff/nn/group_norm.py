@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tinydiff._checks import check_images
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
@@ -45,6 +46,7 @@ class GroupNorm(Module):
         """x (N, H, W, C)  ->  y (N, H, W, C).  (docs: B.10)"""
         kernels = kernels_for(x)
         weight = self.weight.value
+        check_images(x, weight.shape[0])
         if self.then_silu:
             forward, derivative = kernels.group_norm_silu, kernels.group_norm_silu_backward
         else:

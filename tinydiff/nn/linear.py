@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinydiff._checks import check_features
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
@@ -37,6 +38,7 @@ class Linear(Module):
         """x (..., in)  ->  y (..., out).  (docs: B.1)"""
         kernels = kernels_for(x)
         weight = self.weight.value
+        check_features(x, weight.shape[0])
         y = kernels.linear(x, weight, self.bias.value)
 
         @derivative_of(y)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinydiff._checks import check_images
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn.conv import Conv2d
@@ -72,6 +73,7 @@ class Upsample(Module):
         """x (N, H, W, C)  ->  y (N, 2H, 2W, C).  (docs: B.15, B.7)"""
         kernels = kernels_for(x)
         weight = self.conv.weight.value
+        check_images(x, weight.shape[2])
         y = kernels.upsample_conv2d(x, weight, self.conv.bias.value)
 
         @derivative_of(y)
