@@ -202,6 +202,7 @@ def test_other_files_are_refused_and_no_pickle_is_run(path):
         ({}, "does not say which tinydiff model"),
         ({"model": "VAE", "config": {}}, "'VAE'; expected one of MLP, UNet"),
         ({"model": "MLP"}, "does not say which"),
+        ({"step": 3, "settings": {}}, r"is a checkpoint of a training: .*resume=True.*save_model"),
         ({"model": "MLP", "config": [1]}, "does not say which"),
         ({"model": "MLP", "config": {"depth": 3}}, "does not hold a whole MLP: .*depth"),
         ({"model": "MLP", "config": {"hidden": 0}}, "does not hold a whole MLP: hidden is 0"),

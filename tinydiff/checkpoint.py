@@ -202,6 +202,11 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
         If the file is damaged, or not a model of tinydiff's.
     """
     arrays, metadata = load_arrays(path)
+    if "model" not in metadata and {"step", "settings"} <= metadata.keys():
+        raise ValueError(
+            f"{path} is a checkpoint of a training: call train again with resume=True, and save_model "
+            "what it returns."
+        )
     if metadata.get("model") not in MODELS or not isinstance(metadata.get("config"), dict):
         raise ValueError(
             f"{path} does not say which tinydiff model it holds (metadata 'model' is "
