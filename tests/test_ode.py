@@ -552,6 +552,10 @@ def test_log_likelihood_refuses_and_shows_progress(capsys):
     dark = td.GaussianDiffusion(td.cosine_schedule(10, max_beta=1.0))
     with pytest.raises(ValueError, match="says nothing of x0 at t = 9"):
         ode_log_likelihood(model, dark, x)
+    denoise = GAUSSIAN.denoiser(diffusion)
+    for answer in (denoise, lambda x, t: (denoise(x, t), None)):
+        with pytest.raises(TypeError, match=r"model\(x, t\) is .*; expected \(output, backward\)"):
+            ode_log_likelihood(answer, diffusion, x, progress=False)
     assert capsys.readouterr().err == ""
     ode_log_likelihood(model, diffusion, x)
     assert "likelihood" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def ode_log_likelihood(
     ValueError
         If an argument is out of its range or does not fit; the message names the argument.
     TypeError
-        If `rng` is not a generator, and `probes` needs one.
+        If `rng` is not a generator, and `probes` needs one; or `model` returns no derivative.
 
     Notes
     -----
@@ -144,7 +144,7 @@ def _velocity_and_trace(
     t = xp.full(x.shape[0], int(timesteps[i]), device=device(x))
     trace = np.zeros(x.shape[0])
     for z in _unit_vectors(x) if directions is None else directions:
-        output, backward = model(x, t)  # once for each z: a backward can be called once
+        output, backward = _answer(model, x, t)  # once for each z: a backward can be called once
         # v is linear, p x + q output with numbers p and q; so are its derivatives, applied to z.
         dx = walk.predict_v(z, i, 0.0 * z, given=walk.prediction)
         doutput = walk.predict_v(0.0 * z, i, z, given=walk.prediction)
@@ -153,6 +153,15 @@ def _velocity_and_trace(
         trace += _sum_per_sample(z * (dx + backward(doutput)))
     v = walk.predict_v(x, i, output)
     return v, trace if directions is None else trace / len(directions)
+
+
+def _answer(model: Any, x: Array, t: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Its output and its derivative; TypeError of a `denoise`, say, which has no derivative."""
+    answer = model(x, t)
+    if not (isinstance(answer, tuple) and len(answer) == 2 and callable(answer[1])):
+        raise TypeError(f"model(x, t) is a {type(answer).__name__}; expected (output, backward).")
+    output, backward = answer
+    return output, backward
 
 
 def _unit_vectors(x: Array) -> Iterator[Array]:
