@@ -50,8 +50,8 @@ BLOCK_BYTES = 2**19
 # Fewer elements than this are not worth a second thread.
 PARALLEL_SIZE = 2**16
 
-# Input, mean and rstd per image and channel, and the bias if SiLU followed.
-Saved: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, "np.ndarray | None"]
+# Input, mean and rstd per image and channel, the bias if SiLU followed, and the number of groups.
+Saved: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, "np.ndarray | None", int]
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -106,13 +106,28 @@ def _forward(
                 out *= temp
 
     in_parallel(work, n, x.size >= PARALLEL_SIZE)
-    return y.reshape(x.shape), (x, mean, rstd, bias if with_silu else None)
+    return y.reshape(x.shape), (x, mean, rstd, bias if with_silu else None, groups)
 
 
-def _backward(
-    saved: Saved, weight: np.ndarray, dy: np.ndarray, groups: int
+def group_norm(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float
+) -> tuple[np.ndarray, Saved]:
+    """As ``portable.group_norm``; what it saves is for ``group_norm_backward`` of this module."""
+    return _forward(x, weight, bias, groups, eps, with_silu=False)
+
+
+def group_norm_silu(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float
+) -> tuple[np.ndarray, Saved]:
+    """As ``portable.group_norm_silu``; what it saves is for ``group_norm_silu_backward`` of this module."""
+    return _forward(x, weight, bias, groups, eps, with_silu=True)
+
+
+def group_norm_backward(
+    saved: Saved, weight: np.ndarray, dy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    x, mean, rstd, bias = saved
+    """As ``portable.group_norm_backward``."""
+    x, mean, rstd, bias, groups = saved
     n, h, w, c = x.shape
     x_rows, dy_rows = _rows(x), _rows(dy)
     dx = empty(x_rows.shape, x.dtype)
@@ -149,29 +164,6 @@ def _backward(
 
     dweight, dbias = sums(in_parallel(work, n, x.size >= PARALLEL_SIZE))
     return dx.reshape(x.shape), dweight, dbias
-
-
-def group_norm(
-    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float
-) -> tuple[np.ndarray, tuple[Saved, int]]:
-    """As ``portable.group_norm``; what it saves is for ``group_norm_backward`` of this module."""
-    y, saved = _forward(x, weight, bias, groups, eps, with_silu=False)
-    return y, (saved, groups)
-
-
-def group_norm_silu(
-    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float
-) -> tuple[np.ndarray, tuple[Saved, int]]:
-    """As ``portable.group_norm_silu``; what it saves is for ``group_norm_silu_backward`` of this module."""
-    y, saved = _forward(x, weight, bias, groups, eps, with_silu=True)
-    return y, (saved, groups)
-
-
-def group_norm_backward(
-    saved: tuple[Saved, int], weight: np.ndarray, dy: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As ``portable.group_norm_backward``."""
-    return _backward(saved[0], weight, dy, saved[1])
 
 
 group_norm_silu_backward = group_norm_backward

@@ -138,7 +138,7 @@ def _backward(x, dy, start, stop, pixels, groups, weight, bias, with_silu, mean,
 
 def _norm_forward(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float, with_silu: bool
-) -> tuple[np.ndarray, tuple[Saved, int]]:
+) -> tuple[np.ndarray, Saved]:
     n, h, w, c = x.shape
     flat, weight, bias = np.ascontiguousarray(x).reshape(-1), *map(np.ascontiguousarray, (weight, bias))
     y = empty(x.shape, x.dtype)
@@ -149,12 +149,12 @@ def _norm_forward(
         _forward(flat, start, stop, h * w, groups, eps, weight, bias, with_silu, mean, rstd, flat_y)
 
     in_parallel(work, n, x.size >= PARALLEL_SIZE)
-    return y, ((x, mean, rstd, bias if with_silu else None), groups)
+    return y, (x, mean, rstd, bias if with_silu else None, groups)
 
 
 def group_norm(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float
-) -> tuple[np.ndarray, tuple[Saved, int]]:
+) -> tuple[np.ndarray, Saved]:
     """As ``portable.group_norm``; what it saves is for ``group_norm_backward`` of this module."""
     if weight.size % LANES or not fits(x, weight, bias):
         return _norm.group_norm(x, weight, bias, groups, eps)
@@ -163,7 +163,7 @@ def group_norm(
 
 def group_norm_silu(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int, eps: float
-) -> tuple[np.ndarray, tuple[Saved, int]]:
+) -> tuple[np.ndarray, Saved]:
     """As ``portable.group_norm_silu``; what it saves is for ``group_norm_silu_backward`` of this module."""
     if weight.size % LANES or not fits(x, weight, bias):
         return _norm.group_norm_silu(x, weight, bias, groups, eps)
@@ -171,12 +171,12 @@ def group_norm_silu(
 
 
 def group_norm_backward(
-    saved: tuple[Saved, int], weight: np.ndarray, dy: np.ndarray
+    saved: Saved, weight: np.ndarray, dy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.group_norm_backward``."""
-    if weight.size % LANES or not fits(saved[0][0], weight, dy):
+    if weight.size % LANES or not fits(saved[0], weight, dy):
         return _norm.group_norm_backward(saved, weight, dy)
-    (x, mean, rstd, bias), groups = saved
+    x, mean, rstd, bias, groups = saved
     n, h, w, _ = x.shape
     weight = np.ascontiguousarray(weight)
     flat, flat_dy = np.ascontiguousarray(x).reshape(-1), np.ascontiguousarray(dy).reshape(-1)
