@@ -1,4 +1,4 @@
-"""Schedules and single reverse steps against diffusers' schedulers.
+"""Schedules and single reverse steps against diffusers' schedulers (walks: ``test_oracle_samplers.py``).
 
 Where the conventions differ, and what is done about it here:
 
