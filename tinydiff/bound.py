@@ -304,6 +304,8 @@ def step_term(
 
     Raises
     ------
+    TypeError
+        If `output` or `x_t` is not an array, or they are of two libraries.
     ValueError
         If an argument does not fit; the message names it. Also if the output is eps at a t where that says
         nothing of x_0 (`GaussianDiffusion.predict_x0`), or if the decoder is ``"8bit"`` and `x0` at t = 0 is
@@ -438,6 +440,8 @@ def variational_bound(
 
     Raises
     ------
+    TypeError
+        If `data` is not an array, or `rng` is not a generator.
     ValueError
         If an argument is out of range or does not fit; the message names it.
     """
@@ -521,6 +525,8 @@ def bits_per_dim(
 
     Raises
     ------
+    TypeError
+        As in `variational_bound`.
     ValueError
         If `data` is not 8-bit data, or an argument is out of range; the message names it.
     """

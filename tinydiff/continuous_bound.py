@@ -84,6 +84,8 @@ def draw_times(n: int, rng: np.random.Generator, even: bool = True) -> np.ndarra
     ------
     ValueError
         If `n` is not a count.
+    TypeError
+        If `rng` is not a generator.
     """
     check_counts(n=n)
     check_rng(rng)
@@ -346,6 +348,8 @@ def learned_schedule_loss(
 
     Raises
     ------
+    TypeError
+        If `x0` is not an array, or `rng` is not a generator.
     ValueError
         If an argument does not fit; the message names it.
     """
@@ -464,6 +468,8 @@ def continuous_bound(
 
     Raises
     ------
+    TypeError
+        If `data` is not an array, or `rng` is not a generator.
     ValueError
         If an argument is out of range or does not fit; the message names it.
     """

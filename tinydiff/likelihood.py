@@ -94,10 +94,11 @@ def ode_log_likelihood(
 
     Raises
     ------
+    TypeError
+        If `diffusion` is not a `GaussianDiffusion`, `x` is not an array, `model` returns no derivative,
+        or `rng` is not a generator where `probes` needs one.
     ValueError
         If an argument is out of its range or does not fit; the message names the argument.
-    TypeError
-        If `rng` is not a generator, and `probes` needs one; or `model` returns no derivative.
 
     Notes
     -----

@@ -84,11 +84,13 @@ def simple_loss(
 
     Raises
     ------
+    TypeError
+        If `output`, `x0` or `noise` is not an array, or they are not all of one library.
     ValueError
         If a shape or `t` does not fit; the message names the argument.
     """
-    prediction, nu = diffusion.split_output(x0, output)
     target = diffusion.training_target(x0, t, noise)
+    prediction, nu = diffusion.split_output(x0, output)
     if weights is None:
         value, gradient = mean_squared_error(prediction, target)
     else:
@@ -185,7 +187,7 @@ def vlb_loss(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         As `tinydiff.bound.step_term`.
     """
     xp = array_namespace(output)
@@ -241,6 +243,8 @@ def hybrid_loss(
 
     Raises
     ------
+    TypeError
+        As `simple_loss`.
     ValueError
         If the variance is not learned; or as `simple_loss` and `vlb_loss`.
     """

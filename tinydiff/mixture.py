@@ -71,7 +71,7 @@ class GaussianMixture:
     -----
     In all methods, x is a floating array of shape (N, D) of any library that follows the array API standard.
     The result is of its library, device and dtype. What follows from a `diffusion` takes t as it does: an
-    integer array of shape (N,), or one integer.
+    integer array of shape (N,), or one integer. An x or a t that does not fit is a ValueError.
     """
 
     def __init__(self, weights: Any, means: Any, covariances: Any) -> None:
@@ -107,7 +107,7 @@ class GaussianMixture:
         rounding = 4 * D * np.finfo(np.float64).eps * largest  # of a 0, as eigh finds it
         self._variances = np.where(variances > rounding, variances, 0.0)
         self._axes = axes
-        self._means = means.copy()  # not frozen: PyTorch, which shares its memory, warns of an array that is
+        self._means = means.copy()  # writable: PyTorch, which shares the memory, warns of a read-only array
         self.weights = weights / np.sum(weights)
         self.means = means
         self.covariances = covariances
@@ -220,8 +220,8 @@ class GaussianMixture:
         Raises
         ------
         ValueError
-            If there is no density; or if there are several components and D > 2, where
-            ``-mean(log_prob(sample(n, rng)))`` is the way.
+            If there is no density; or, of several components, if `nodes` is not an integer of at least 2 or
+            D > 2, where ``-mean(log_prob(sample(n, rng)))`` is the way.
         """
         self._require_density()
         if self.K == 1:
@@ -252,9 +252,8 @@ class GaussianMixture:
         """
         mean, variance = diffusion.q_mean_variance(np.ones((1, 1)), t)
         a, s2 = float(mean[0, 0]), float(variance[0, 0])
-        marginal = copy.copy(
-            self
-        )  # whose axes stay: found anew, a variance of s2 beside large ones is rounding
+        # The axes stay: eigh of the new covariance would lose a variance of s2 beside large ones to rounding.
+        marginal = copy.copy(self)
         marginal.means, marginal.covariances = a * self.means, a**2 * self.covariances + s2 * np.eye(self.D)
         marginal._means, marginal._variances = a * self._means, a**2 * self._variances + s2
         marginal._freeze()
@@ -361,7 +360,7 @@ class GaussianMixture:
         Raises
         ------
         ValueError
-            If there are several components and D > 2.
+            If there are several components, and `nodes` is not an integer of at least 2 or D > 2.
         """
         schedule = diffusion.schedule
         denoise = self.denoiser(diffusion)

@@ -107,6 +107,8 @@ def forward_process(
     ValueError
         If `x0` is neither points nor images of floating numbers, `schedules` is empty or of several T, or
         `columns` is not an integer of at least 1.
+    TypeError
+        If `rng` is not a generator.
     """
     check_counts(columns=columns)
     x0 = _checked("x0", x0)

@@ -113,13 +113,18 @@ def iterate_samples(
 ) -> Iterator[SamplerState]:
     """Walk from noise to data, handing out every state: the start, then one after each step.  (docs: R.4)
 
-    Parameters, and errors raised, are those of `sample`; the last state holds the sample.
+    The last state holds the sample. Parameters are those of `sample`.
 
     Returns
     -------
     iterator of SamplerState
         One more than there are steps. Arguments are checked, and the start is drawn, at the call; a step is
         taken when its state is asked for.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `sample`.
     """
     _check_start(denoise, shape, x_T)
     check_choice("sampler", sampler, SAMPLERS)
@@ -337,6 +342,9 @@ def sample(
 
     Raises
     ------
+    TypeError
+        If `denoise` is not callable, `diffusion` is not a `GaussianDiffusion`, `x_T` is not an array, or
+        `rng` is not a generator where noise is drawn.
     ValueError
         If an argument is out of its range or does not fit; the message names the argument.
     MemoryError
@@ -444,6 +452,8 @@ def invert(
 
     Raises
     ------
+    TypeError
+        If `diffusion` is not a `GaussianDiffusion`, or `x0` is not an array.
     ValueError
         If an argument is out of its range or does not fit; the message names the argument.
 

@@ -4,7 +4,7 @@ Each step estimates the continuous-time bound of a batch. The network and the tw
 the bound's gradient; what is between the end points goes down that of the estimate's variance (docs: S.13).
 What comes out is a network and a schedule like any other.
 
-The loop is that of `tinydiff.training`, with two that learn. On a GPU its steps are not recorded: each sends
+The loop is that of `tinydiff.train`, with two learners. On a GPU its steps are not recorded: each sends
 numbers of the schedule, which changes from step to step.
 """
 
@@ -140,8 +140,8 @@ def train_learned_schedule(
     Raises
     ------
     TypeError
-        If `data` is neither an array nor callable, or `data_name` is no str; or if there is a `run_dir`, and
-        the model has a ``config`` that JSON cannot hold.
+        If `data` is neither an array nor callable, `model` is not a network of tinydiff's, or `data_name` is
+        not a str; or if there is a `run_dir`, and the model has a ``config`` that JSON cannot hold.
     ValueError
         If an argument, or the checkpoint in `run_dir`, is not what is expected, as for `train`; the message
         names it. Also, at the end, if the learned end points are not those of a schedule

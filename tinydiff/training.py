@@ -117,6 +117,8 @@ def training_loss(
 
     Raises
     ------
+    TypeError
+        If `diffusion` is not a `GaussianDiffusion`, `x0` is not an array, or `rng` is not a generator.
     ValueError
         If an argument is out of range, or belongs to another loss; the message names it.
     """
@@ -357,10 +359,12 @@ def find_batch_size(
 
     Raises
     ------
+    TypeError
+        If `data` is neither an array nor callable, or `diffusion` is not a `GaussianDiffusion`.
+    ValueError
+        If `most` is less than 1; or as in `train`, of the arguments that it has too.
     MemoryError
         If not even a batch of 1 fits.
-    ValueError
-        If `most` is less than 1.
     """
     check_counts(most=most)
     check_data(data)

@@ -138,6 +138,8 @@ def permutation_test(
     ValueError
         As in `mmd_squared`; or if `statistic` is unknown, there is a bandwidth without a kernel, or
         `permutations` is not an integer of at least 1.
+    TypeError
+        If `rng` is not a generator.
     """
     check_choice("statistic", statistic, ("mmd", "energy"))
     if statistic == "energy" and bandwidth is not None:

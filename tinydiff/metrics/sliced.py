@@ -37,6 +37,8 @@ def sliced_wasserstein(
     ValueError
         If the shapes differ or are not (n, D), there is no point, a value is masked, complex or not finite,
         or `projections` is not an integer of at least 1.
+    TypeError
+        If `rng` is not a generator.
     """
     x, y = finite_numbers("x", x), finite_numbers("y", y)
     if x.ndim != 2 or x.size == 0 or x.shape != y.shape:

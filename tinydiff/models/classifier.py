@@ -38,6 +38,10 @@ class Classifier(Module):
     ------
     ValueError
         If a size does not fit; the message names the argument.
+    TypeError
+        If `rng` is not a generator.
+    BackendError
+        As `tinydiff.backend.get_backend`.
     """
 
     def __init__(

@@ -76,6 +76,10 @@ class MLP(Module):
     ------
     ValueError
         If a size is not positive; the message names the argument.
+    TypeError
+        If `rng` is not a generator.
+    BackendError
+        As `tinydiff.backend.get_backend`.
     """
 
     recordable = True

@@ -191,6 +191,10 @@ class UNet(Module):
     ------
     ValueError
         If the sizes do not fit together; the message names the argument.
+    TypeError
+        If `rng` is not a generator.
+    BackendError
+        As `tinydiff.backend.get_backend`.
 
     Notes
     -----
