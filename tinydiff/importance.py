@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_rng
+from tinydiff._checks import check_counts, check_number, check_rng
 from tinydiff.backend import Array, to_float64, to_numpy
 
 __all__ = ["LossSecondMomentSampler"]
@@ -45,8 +45,7 @@ class LossSecondMomentSampler:
 
     def __init__(self, T: int, history: int = 10, uniform: float = 1e-3) -> None:
         check_counts(T=T, history=history)
-        if not 0 < uniform <= 1:
-            raise ValueError(f"uniform is {uniform}; expected a number in (0, 1].")
+        check_number("uniform", uniform, lambda share: 0 < share <= 1, "a number in (0, 1]")
         self.uniform = float(uniform)
         self._history = np.zeros((T, history))
         self._counts = np.zeros(T, dtype=np.int64)  # terms seen in all; the next goes to counts % history

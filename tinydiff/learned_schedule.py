@@ -41,7 +41,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_counts, check_number
 from tinydiff.backend import Array, array_namespace, asarray_like, to_float64, to_numpy
 from tinydiff.nn.module import Module, Parameter, once
 from tinydiff.schedules import NoiseSchedule
@@ -130,10 +130,8 @@ class LearnedSchedule(Module):
 
     def __init__(self, gamma_0: float = -13.3, gamma_1: float = 5.0, units: int = 32) -> None:
         check_counts(units=units)
-        for name, value, size in [("gamma_0", gamma_0, -gamma_0), ("gamma_1", gamma_1, gamma_1)]:
-            if not 0 < size <= FARTHEST:
-                expected = "[-80, 0)" if name == "gamma_0" else "(0, 80]"
-                raise ValueError(f"{name} is {value}; expected a number in {expected}.")
+        check_number("gamma_0", gamma_0, lambda gamma: -FARTHEST <= gamma < 0, "a number in [-80, 0)")
+        check_number("gamma_1", gamma_1, lambda gamma: 0 < gamma <= FARTHEST, "a number in (0, 80]")
         self.config = dict(gamma_0=float(gamma_0), gamma_1=float(gamma_1), units=int(units))
         self.start = Parameter(_inverse_softplus(np.array([-float(gamma_0)])))
         self.end = Parameter(_inverse_softplus(np.array([float(gamma_1)])))

@@ -247,8 +247,7 @@ class EMA(Generic[M]):
     """
 
     def __init__(self, model: M, decay: float = 0.999) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay is {decay}; expected a number in [0, 1).")
+        check_number("decay", decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
         self.decay = decay
         self.steps = 0
         self.model: M = copy.deepcopy(model)
