@@ -51,7 +51,6 @@ from tinydiff.nn.module import Module, weight_of
 __all__ = [
     "WARM_UP",
     "RecordedLoss",
-    "RecordedPredict",
     "Recording",
     "Replayed",
     "forget",

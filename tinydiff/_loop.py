@@ -48,8 +48,6 @@ __all__ = [
     "Data",
     "Learner",
     "Objective",
-    "Plan",
-    "batch_of",
     "beside",
     "check_data",
     "checked_plan",

@@ -68,10 +68,12 @@ __all__ = [
     "SamplerState",
     "angles",
     "check_signal",
+    "extrapolation_weights",
     "invert",
     "iterate_samples",
     "respaced",
     "sample",
+    "step_lengths",
 ]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "heun", "edm")
@@ -158,7 +160,7 @@ def _states(
     """Walk from `x` down the respaced chain `walk`, whose step i is the original time timesteps[i]."""
     renewed = {"ddpm": 1.0, "ddim": eta**2}.get(sampler, 0.0) * walk.schedule.posterior_variance
     a2, s2 = walk.schedule.alphas_cumprod_prev, walk.schedule.one_minus_alphas_cumprod_prev  # of x'
-    weight = _extrapolation(walk) if sampler == "dpm++" else np.zeros(walk.T)
+    weight = extrapolation_weights(walk) if sampler == "dpm++" else np.zeros(walk.T)
     x0_before: Array = None
     yield SamplerState(len(timesteps), int(timesteps[-1]), x, None)
     for i in reversed(range(walk.T)):
@@ -200,19 +202,19 @@ def _deviation(walk: GaussianDiffusion, x: Array, i: int, output: Array) -> Arra
     return array_namespace(x).exp(walk.model_log_variance(x, i, output) / 2)
 
 
-def _extrapolation(walk: GaussianDiffusion) -> np.ndarray:
+def extrapolation_weights(walk: GaussianDiffusion) -> np.ndarray:
     """h / (2 h_before) of every step, (T,), float64 on the host.  (docs: R.10)
 
     It is 0, and the step of first order, where there is no step before, and where a step is infinitely long
     in the log-SNR: to the data (i = 0), and from pure noise.
     """
-    h = _lengths(walk)
+    h = step_lengths(walk)
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = np.append(h[:-1] / h[1:] / 2, 0.0)
     return np.where(np.isfinite(weight), weight, 0.0)
 
 
-def _lengths(walk: GaussianDiffusion) -> np.ndarray:
+def step_lengths(walk: GaussianDiffusion) -> np.ndarray:
     """h of every step, what log(a/s) gains in it, (T,), float64 on the host.  (docs: R.10)"""
     with np.errstate(divide="ignore", invalid="ignore"):
         log_snr = np.log(walk.schedule.alphas_cumprod) - np.log(walk.schedule.one_minus_alphas_cumprod)

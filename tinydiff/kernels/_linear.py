@@ -11,7 +11,6 @@ from tinydiff.kernels._memory import empty
 from tinydiff.kernels._threads import in_parallel, sums
 
 __all__ = [
-    "column_sums",
     "linear",
     "linear_backward",
     "silu",

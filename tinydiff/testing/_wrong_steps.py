@@ -10,7 +10,7 @@ import numpy as np
 
 from tinydiff.backend import clip_to_unit
 from tinydiff.diffusion import GaussianDiffusion
-from tinydiff.samplers import _extrapolation, _lengths, angles
+from tinydiff.samplers import angles, extrapolation_weights, step_lengths
 from tinydiff.testing._asked import Function
 from tinydiff.testing._reverse import log_variances, means
 
@@ -172,7 +172,8 @@ def _estimator(walk: GaussianDiffusion, clip: bool) -> Part:
 
 def _multistep(walk: GaussianDiffusion, clip: bool) -> dict[str, Step]:
     """DPM-Solver++ 2M, whose correction has another weight than h / (2 h_before)."""
-    rest, weight, h = walk.schedule.one_minus_alphas_cumprod_prev, _extrapolation(walk), _lengths(walk)
+    rest = walk.schedule.one_minus_alphas_cumprod_prev
+    weight, h = extrapolation_weights(walk), step_lengths(walk)
     estimate = _estimator(walk, clip)
 
     def step(weight: np.ndarray, of_outputs: bool = False) -> Step:
