@@ -1,4 +1,4 @@
-"""What several floors ask of an argument before they begin."""
+"""Checks of arguments that modules throughout the package share."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def check_array(**arrays: Any) -> None:
 
 
 def check_batch(name: str, x: Any) -> None:
-    """ValueError unless the array is of a batch with something in it."""
+    """ValueError unless the array has a batch axis, and no axis of size 0."""
     if min(x.shape, default=0) < 1:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (N, ...) with every size at least 1.")
 
 
 def check_counts(**counts: Any) -> None:
-    """ValueError naming the first that is not an integer of at least 1 (True is none)."""
+    """ValueError naming the first that is not an integer of at least 1 (a bool is refused)."""
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"{name} is {count!r}; expected an integer of at least 1.")
@@ -65,7 +65,7 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
 
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
-    """ValueError unless `value` is a real number that fits (True is none)."""
+    """ValueError unless `value` is a real number for which ``fits(value)`` is true (a bool is refused)."""
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) and fits(value)):
         raise ValueError(f"{name} is {value!r}; expected {expected}.")
 

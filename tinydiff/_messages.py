@@ -2,8 +2,8 @@
 
 Three things of `multiprocessing`'s own way cost a small network more than some of its layers. A process that
 sleeps until a message comes takes tens of microseconds to wake: here it stays awake for a while, and gives
-its core to whoever asks for it. An array is pickled by way of several calls in Python: here as its bytes. And
-a pipe for both directions is a socket: here two pipes.
+its core to whoever asks for it. Pickling an array takes several calls in Python: here its bytes are sent. And
+a pipe for both directions is a socket, which is slower than two pipes for one direction each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Line:
         self._arrived.register(hear.fileno(), select.POLLIN)
 
     def send(self, *parts: Any) -> None:
-        """Send anything that can be pickled, but for tuples.
+        """Send objects that can be pickled; no tuples, which stand for packed arrays on the way.
 
         Raises
         ------

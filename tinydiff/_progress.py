@@ -10,7 +10,7 @@ __all__ = ["progress_bar"]
 
 
 def progress_bar(shown: bool, over: Iterable[Any] | None = None, **how: Any) -> Any:
-    """tqdm's bar; it is silent unless `shown`, and where there is no such stream: closed, or a window's.
+    """tqdm's bar; silent unless `shown`, and where there is no such stream (in a program without a console).
 
     Parameters
     ----------

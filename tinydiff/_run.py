@@ -1,8 +1,8 @@
 """The files of a training: its metrics as they come, and checkpoints from which it goes on.
 
-A directory belongs to one run. What a finished run left gives way when the first step of a new one has gone
-well; an unfinished run is continued, or in the way. While a process trains there it has a lock on the
-directory, which the system lets go of with the process.
+A directory belongs to one run. The files of a finished run are replaced once the first step of a new one has
+succeeded; an unfinished run has to be continued, or deleted by hand. While a process trains there it holds a
+lock on the directory, which the system releases when the process ends.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Run:
     settings : dict
         What the run depends on; another run with the same ones goes on where this one stopped.
     states : mapping of str to Stateful
-        What a checkpoint holds, by the prefix of its names; without a prefix, what finds its own among all.
+        What a checkpoint holds, by the prefix of its arrays' names. One with the prefix "" is given all
+        arrays, and picks its own.
 
     Raises
     ------
@@ -96,9 +97,10 @@ class Run:
         return losses
 
     def begin(self) -> None:
-        """Make the files this run's, when a first step has gone well: what a finished run left gives way.
+        """Take the directory over, once a first step has succeeded: the files of a finished run are replaced.
 
-        Until `end` they are nobody else's; ValueError if they are somebody's, or were since `start`.
+        No other run can take it until `end`. ValueError if another has it, or has written a checkpoint since
+        `start`.
         """
         if self._begun:
             return
@@ -192,7 +194,7 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What tells a file from one that was moved over it since; None of none."""
+    """What changes when another file is moved to this path; None if there is no file."""
     try:
         about = path.stat()
     except FileNotFoundError:

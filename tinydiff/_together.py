@@ -22,9 +22,9 @@ __all__ = ["EndToEnd", "Together", "cut", "end_to_end", "groups"]
 
 
 def groups(arrays: Sequence[Array]) -> list[list[int]]:
-    """The numbers of those to lay end to end: all of one dtype, but in NumPy none of a block or more.
+    """The indices of the arrays to lay end to end, a list for each group: one group for each dtype.
 
-    Such a one is a group by itself: it is stepped block by block (``kernels/_optim.py``).
+    A NumPy array of a block or more is a group by itself, stepped block by block (``kernels/_optim.py``).
     """
     alike: dict[tuple[type, Any, int | None], list[int]] = {}
     for i, array in enumerate(arrays):
@@ -57,7 +57,7 @@ def cut(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
 class EndToEnd:
     """Arrays in one stretch of memory: `flat` (size,), and `views`, its parts in the arrays' shapes.
 
-    They are copied there, unless in NumPy they lie so already; an array by itself does.
+    They are copied there, unless they are NumPy arrays that lie so already, as a single contiguous one does.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ def _whole(arrays: Sequence[Array]) -> Array | None:
 
 
 class Together:
-    """Lists of arrays, number i of each being of one shape, of which all that is alike lies end to end.
+    """Keeps lists of arrays laid end to end, group by group; array i has the same shape in every list.
 
-    Its copy begins anew: views would come out as arrays of their own.
+    A copy (or pickle) of it is empty: copies of the views would not share memory any more.
     """
 
     def __init__(self) -> None:
@@ -107,10 +107,10 @@ class Together:
         return {"_laid": []}
 
     def hold(self, *lists: list[Array]) -> list[tuple[list[int], list[EndToEnd]]]:
-        """Lay them end to end, if they are not; within the lists, views take their places.
+        """Lay them end to end, if they are not; in the lists, the arrays are replaced by views of the result.
 
-        That is done once, and again whenever an array is not the view that was put there: a checkpoint has
-        been read, say, or the model been moved to another device.
+        That is done at the first call, and again whenever an array is not the view that was put there: after
+        a checkpoint has been read, or the model has been moved to another device.
 
         Parameters
         ----------
@@ -120,7 +120,7 @@ class Together:
         Returns
         -------
         list of tuple of (list of int, list of EndToEnd)
-            For each group the numbers of its arrays, and where those of each list are.
+            For each group the indices of its arrays, and for each of `lists` those arrays, laid end to end.
         """
         lie_there = self._laid and all(
             arrays[i] is view

@@ -74,7 +74,7 @@ _namespaces: dict[type, Namespace] = {}
 def array_namespace(*arrays: Array) -> Namespace:
     """Return the array API namespace of `arrays`, as array-api-compat does.
 
-    A network of small layers asks several times for every product, so arrays are told by their type at sight.
+    A network of small layers asks several times for every product, so answers are kept by the array's type.
     """
     kinds = {type(x) for x in arrays}
     if len(kinds) != 1:
@@ -296,7 +296,7 @@ def constant_like(make: Callable[..., np.ndarray], *of: Any, like: Array, dtype:
     like : array
         Decides library and device.
     dtype : dtype
-        dtype of the result, of `like`'s library. The result is nobody's to write to.
+        dtype of the result, of `like`'s library. The result is shared: it must not be written to.
     """
     key = (type(like), str(device(like)), make, *of, str(dtype))
     if key in _constants:

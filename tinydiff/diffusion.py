@@ -502,7 +502,7 @@ class GaussianDiffusion:
 
 
 def check_diffusion(diffusion: Any) -> None:
-    """TypeError unless it is a `GaussianDiffusion`: a schedule, say, or the model in its place."""
+    """TypeError unless it is a `GaussianDiffusion`: a schedule is refused, and a model in the wrong place."""
     if not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(f"diffusion is a {type(diffusion).__name__}; expected a GaussianDiffusion.")
 

@@ -7,7 +7,7 @@ and the gradient of every parameter is a sum over samples (docs: A.20)::
     y = [f(S_1), f(S_2), ...]        dL/dw = dL/dw on S_1 + dL/dw on S_2 + ...
 
 `DataParallel` is therefore itself a model: it is called like one, and returns its output and its derivative.
-Whatever trains or samples needs not know.
+Code that trains or samples need not know.
 
 Threads do this badly in Python. NumPy lets go of the interpreter's lock while it computes, but every one of
 the thousands of calls of a step takes it back, and waits for the other thread to hand it over. A process has
@@ -142,7 +142,7 @@ class DataParallel(Module):
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
-            return self.predict(x, t), once(lambda dy: dy)  # in inference one that refuses
+            return self.predict(x, t), once(lambda dy: dy)  # within `inference` it only raises
         with self._lock:
             edges = self._edges(x, t)
             self._calls += 1
@@ -185,9 +185,9 @@ class DataParallel(Module):
         return np.concatenate([y, *ys])
 
     def _edges(self, x: Array, t: Array) -> list[int]:
-        """Where the batch is cut; what is no batch goes to the model as it is, which says what is wrong.
+        """Where the batch is cut. What is no batch is one share: the model says what is wrong with it.
 
-        A network says of the whole batch what it would of a share.
+        A network's `check_input` is asked first, so that its messages are of the whole batch, not of a share.
         """
         getattr(self._model, "check_input", lambda x, t: None)(x, t)
         n = x.shape[0] if getattr(x, "ndim", 0) and getattr(t, "shape", None) == x.shape[:1] else 1
@@ -361,7 +361,8 @@ def shared_out(
         Number of processes. Default: on Linux as many as BLAS would use threads, each with at least four
         images, or with so many points that there are 2**23 multiplications for it in a pass; 1 elsewhere.
     to_predict : bool
-        The weights stay as they are, and where they are: another thread may train the model meanwhile.
+        True: a copy is shared out, and the model's own weights are not moved to shared memory, so that
+        another thread may train it meanwhile.
     """
     if workers is None:
         workers = _reasonable(model, batch_size)

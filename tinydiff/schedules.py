@@ -262,7 +262,7 @@ def evenly_spaced_timesteps(T: int, steps: int) -> np.ndarray:
 
 
 def check_schedule(schedule: Any) -> None:
-    """TypeError unless it is a `NoiseSchedule`: its betas, say, or a process."""
+    """TypeError unless it is a `NoiseSchedule`: an array of betas is refused, and a `GaussianDiffusion`."""
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule is a {type(schedule).__name__}; expected a NoiseSchedule.")
 

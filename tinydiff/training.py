@@ -389,7 +389,7 @@ def find_batch_size(
 def _check_loss(
     loss: str, diffusion: GaussianDiffusion, min_snr_gamma: float | None, decoder: str, importance: bool
 ) -> None:
-    """ValueError naming what there is not, or what another loss would be needed for."""
+    """ValueError naming an unknown choice, or an argument that is for another loss."""
     check_diffusion(diffusion)
     check_choice("loss", loss, get_args(Loss))
     if loss == "hybrid" and diffusion.variance != "learned_range":
@@ -424,7 +424,7 @@ def _digest(array: np.ndarray) -> str:
 
 
 class _Drawn:
-    """A sampler of t whose update waits until the step counts: till then it may still be interrupted."""
+    """Hands its sampler's terms on only when the step counts: until then the step may be interrupted."""
 
     def __init__(self, sampler: LossSecondMomentSampler) -> None:
         self._sampler = sampler

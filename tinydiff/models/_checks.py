@@ -14,7 +14,7 @@ __all__ = ["check_like_model", "check_like_weights", "check_model", "check_times
 
 
 def plain(**config: Any) -> dict[str, Any]:
-    """The configuration as JSON holds it: numbers of Python's for NumPy's, lists for sequences."""
+    """The configuration in types that JSON has: NumPy's scalars as Python's, arrays and tuples as lists."""
 
     def one(value: Any) -> Any:
         if isinstance(value, (list, tuple, np.ndarray)):
@@ -43,7 +43,7 @@ def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
 def check_like_model(model: Any, **inputs: Any) -> None:
     """TypeError unless each is an array; if `model` is a network, ValueError unless it is like its weights.
 
-    For whoever makes a network's x of an argument with another name.
+    For functions that show `model` an argument which they call something else than x: messages have its name.
     """
     check_array(**inputs)
     first = next(model._named(), None) if isinstance(model, Module) else None
@@ -53,13 +53,13 @@ def check_like_model(model: Any, **inputs: Any) -> None:
 
 
 def check_model(model: Any) -> None:
-    """TypeError unless it is a network of tinydiff's: neither its class, nor another framework's."""
+    """TypeError unless it is a `Module`: a class is refused, and a model of another framework."""
     if not isinstance(model, Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a UNet or an MLP.")
 
 
 def check_times(t: Any, x: Array) -> None:
-    """TypeError unless t is an array, ValueError unless it has one time for each of x."""
+    """TypeError unless t is an array, ValueError unless it has one time for each sample of x."""
     check_array(t=t)
     if tuple(t.shape) != (x.shape[0],):
         raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time for each of x.")

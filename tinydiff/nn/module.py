@@ -78,7 +78,7 @@ class Parameter:
         self._grad = grad if self._grad is None else self._grad + grad
 
     def _checked(self, grad: Array) -> Array:
-        """A gradient laid end to end with others would be taken for one of another parameter."""
+        """`grad`, or ValueError: of another shape, laid end to end with others, it would shift theirs."""
         if tuple(grad.shape) != tuple(self.shape):
             expected = f"{tuple(self.shape)}, the value's"
             raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {expected}.")
@@ -101,8 +101,8 @@ class Module:
     """Owns parameters and other modules as attributes; names them by their path, as diffusers does.
 
     They may be in lists, tuples and mappings. A subclass is called as the models are: it returns its output
-    and its derivative. A derivative may hold the input and the output themselves, which are not to be written
-    to before it was called.
+    and its derivative. A derivative may hold the input and the output themselves, not copies: they must not
+    be written to until it has been called.
 
     Attributes
     ----------
