@@ -4,13 +4,14 @@ Every launch costs the host some microseconds, and a step has hundreds (docs: A.
 all are the same launches on the same shapes, so they are recorded, with the addresses that they read and
 write. A replay is one launch. What a recording needs:
 
-- What comes in is copied to arrays that stay (by those who use a `Recording`). What changes otherwise from
-  step to step is not recorded: noise, which comes before, and clipping, Adam and the average, after.
-- Its memory is its own, as much as one pass takes and 32 MiB for cuBLAS, kept as long as it is: what is
-  freed within it may be used again within it only.
-- Nothing is sent or taken within it. The kernels of ``kernels/cupy.py`` keep to that, and call cuBLAS in a
-  way that can be recorded; the definitions, under CuPy, do not.
-- It is recorded when it has run as it is: kernels are compiled, constants sent, weights laid end to end.
+- Inputs are copied into arrays that stay, by whoever uses the `Recording`. What else changes from step to
+  step is left out of it: noise is drawn before, and clipping, Adam and the moving average come after.
+- It has memory of its own as long as it exists, as much as one pass takes and 32 MiB for cuBLAS: what is
+  freed within it can be used again only within it.
+- Nothing is copied between host and device within it. The kernels of ``kernels/cupy.py`` keep to that, and
+  call cuBLAS in a way that can be recorded; the definitions, under CuPy, do not.
+- The same step has run before, unrecorded: by then kernels are compiled, constants are on the device, and
+  weights lie end to end.
 
 Recorded are, with the CuPy kernels, the steps of `tinydiff.train` with the plain loss, and what `sample`,
 `iterate_samples` and `invert` ask of a model; of tinydiff's own models, unless ``TINYDIFF_RECORD=0``. The
@@ -59,8 +60,8 @@ __all__ = [
     "predictor",
 ]
 
-WARM_UP = 2  # runs before the recording: in the second one all is laid where it will stay
-SHAPES = 2  # of which a model's predictions are kept recorded: a batch, and a last, smaller one
+WARM_UP = 2  # runs before the recording: from the second on every array is where it will stay
+SHAPES = 2  # of x for which a model keeps recordings: that of a batch, and of a last, smaller one
 
 
 def is_wanted(model: Any, asked: bool | None = None) -> bool:
@@ -69,10 +70,10 @@ def is_wanted(model: Any, asked: bool | None = None) -> bool:
     Parameters
     ----------
     model : Module
-        Whose class says, by ``recordable``, whether it may be without being asked.
+        Its class's own ``recordable`` decides where nothing else does.
     asked : bool, optional
-        Yes, whatever its class says; or no. Default: what ``TINYDIFF_RECORD`` says, 1 or 0; if nothing, yes
-        where it can be.
+        What the caller wants, whatever the class says. Default: what ``TINYDIFF_RECORD`` says, 1 or 0; if
+        nothing, what the class says.
 
     Raises
     ------
@@ -106,8 +107,8 @@ class Recording:
     Parameters
     ----------
     work : callable
-        Without argument; it has run before, reads and writes the same arrays every time, and neither sends
-        nor takes a number. It runs once more here, on the host only: the device does nothing.
+        Without argument; it has run before, reads and writes the same arrays every time, and copies nothing
+        between host and device. It is called once more here: its launches are recorded, and do not run.
 
     Attributes
     ----------
@@ -169,10 +170,10 @@ class Recording:
 
 
 class Replayed:
-    """`work`, done as it is the first times it is called, recorded then, and replayed from then on.
+    """Calls `work` itself `WARM_UP` times, then records it, and replays the recording from then on.
 
-    Where it cannot be recorded (by this version of a library, say), a warning says so and it goes on as it
-    is.
+    Where it cannot be recorded (by this version of a library, say), a warning says so, and every call is one
+    of `work` itself.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
@@ -213,8 +214,8 @@ class Weights:
 class RecordedLoss:
     """L_simple and its gradients, as `training_loss` has them, recorded at the third call.  (docs: L.9)
 
-    Times, noise, x_t and the target are made outside. A batch of another shape begins anew, and so do weights
-    in other arrays, as they are after the first step.
+    Times, noise, x_t and the target are computed outside the recording. A batch of another shape discards it,
+    and so do weights in other arrays, as they are after the first step.
     """
 
     def __init__(self, diffusion: GaussianDiffusion) -> None:
@@ -246,9 +247,10 @@ class RecordedLoss:
 
 
 def loss_and_backward(model: Any, x_t: Array, target: Array, t: Array) -> tuple[Array, Callable[[], None]]:
-    """The mean squared error of the model's output, and what adds its gradients, laid end to end.
+    """The mean squared error of the model's output, and what adds its gradients to the parameters'.
 
-    These are computed already; the parameters' own are zero when it begins, and when it ends.
+    The gradients are computed here, and laid end to end. The parameters' own must be zero, and are so again
+    afterwards.
     """
     try:
         output, backward = model(x_t, t)
@@ -272,7 +274,7 @@ def loss_and_backward(model: Any, x_t: Array, target: Array, t: Array) -> tuple[
 class RecordedPredict:
     """A model's ``predict``, recorded at the third call of a shape of x; the last `SHAPES` shapes are kept.
 
-    Its threads take turns: they share the arrays that a recording reads and writes.
+    Threads take turns: they share the arrays that a recording reads and writes.
     """
 
     def __init__(self, model: Any) -> None:

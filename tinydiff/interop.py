@@ -111,7 +111,7 @@ def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(c: Mapping[str, Any]) -> None:
-    """Refuse what the entries of `c` cannot be, alone or together."""
+    """ValueError naming the first entry of `c` that is not supported, by itself or beside the others."""
 
     def require(key: str, fits: bool, expected: str) -> None:
         _require(key, c[key], fits, expected)

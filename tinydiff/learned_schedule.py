@@ -26,8 +26,8 @@ Time
 Level u of the process is the code's time t = (T - 1) u: real in training, 0 … T-1 afterwards. Then
 ``learned.schedule(T)`` has ``alphas_cumprod[t] = sigmoid(-gamma(t / (T - 1)))``, from gamma_0 at t = 0 to
 gamma_1 at t = T - 1, and a network that was trained on real t with that T knows its integers: it goes with
-``GaussianDiffusion``, ``sample`` and ``bits_per_dim`` like any other. Fewer steps are had as always, by
-respacing. For a chain of another length S tell the network the times that it knows:
+``GaussianDiffusion``, ``sample`` and ``bits_per_dim`` like any other. For fewer steps,
+respace it. For a chain of another length S tell the network the times that it knows:
 ``lambda x, t: model.predict(x, t * (T - 1) / (S - 1))``.
 
 References

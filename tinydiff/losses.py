@@ -259,7 +259,7 @@ def hybrid_loss(
 
 
 def _column(name: str, values: Array, x: Array) -> Array:
-    """Weights (N,) as (N, 1, ..., 1) beside `x`; on the host they are seen not to be negative."""
+    """Weights (N,) as (N, 1, ..., 1) beside `x`; ValueError for another shape or, on the host, below 0."""
     N = x.shape[0]
     if tuple(values.shape) != (N,):
         raise ValueError(

@@ -21,8 +21,8 @@ __all__ = ["EMA", "Adam", "clip_grad_norm", "warmup_cosine"]
 class Adam:
     """Adam (Kingma & Ba 2015, algorithm 1); with `weight_decay`, AdamW (Loshchilov & Hutter 2019).
 
-    From its second step on it changes the weights where they lie. A backward that is to be called belongs
-    before the step, and what ``state_dict()`` returned is to be copied if it is to stay as it was.
+    From its second step on it changes the weights in place: a backward that is still to be called belongs
+    before the step, and what ``state_dict()`` returned changes too unless it is copied.
 
     Parameters
     ----------

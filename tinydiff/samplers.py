@@ -429,10 +429,11 @@ def invert(
 ) -> Array:
     """Encode data as the noise from which DDIM makes it: DDIM walked backwards.  (docs: R.9)
 
-    The step is DDIM's with eta = 0, up the times in the place of down: x' = a' D + s' eps (Song, Meng &
-    Ermon 2021, section 4.3). It reads D and eps where it begins, and the step down at the other end, where
-    that one begins. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives `x0` back up to an error
-    that falls as 1 / steps, and one of about 1 - abar_0 that does not, of the piece between `x0` and t = 0.
+    The step is DDIM's with eta = 0, but to the next later time: x' = a' D + s' eps (Song, Meng & Ermon 2021,
+    section 4.3). It takes D and eps at the state where it begins; the step back down, which is to undo it,
+    takes them at the other. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives `x0` back up to
+    an error that falls as 1 / steps, and one of about 1 - abar_0 that does not, of the piece between `x0` and
+    t = 0.
 
     Parameters
     ----------

@@ -342,9 +342,9 @@ def find_batch_size(
 ) -> int:
     """Return the largest power of two with which a step of training fits in memory.
 
-    Forward and backward are tried with what else `train` keeps set aside: on a GPU with batches of 1, 2, 4, …
-    until one does not fit; with NumPy by the memory that batches of 1 and 2 take, up to half of what is free.
-    The gradients are zero afterwards, the weights as they were.
+    Forward and backward are tried, while memory for what else `train` keeps is set aside: on a GPU with
+    batches of 1, 2, 4, … until one does not fit; with NumPy by the memory that batches of 1 and 2 take, up to
+    half of what is free. The gradients are zero afterwards, the weights as they were.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""Exponentials by those of NumPy's functions that have vectors on this processor.
+"""exp and 1 + tanh, by whichever of NumPy's functions has vector instructions on this processor.
 
-NumPy compiles a function for several instruction sets, and not each function for each. Nanoseconds a number
-in float32, measured on one processor, with all its instructions and without those of 512 bits:
+NumPy compiles each of its functions for some instruction sets only. Nanoseconds for a number in float32,
+measured on one processor with all its instructions, and without those of 512 bits:
 
     ===========  =====  =====
     vectors of   512    256 bits
@@ -54,7 +54,7 @@ def _by_exp(u: np.ndarray, out: np.ndarray) -> None:
 
 
 def _choose_tanh(of_exp: str) -> Any:
-    """Two passes more, of the cheap kind, are worth it where exp has vectors of 256 bits."""
+    """By exp where that has vectors of 256 bits, though it takes two more passes: they are cheap."""
     return _by_exp if of_exp.startswith(("X86_V3", "AVX2", "FMA3")) else _by_tanh
 
 

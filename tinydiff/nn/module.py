@@ -163,7 +163,7 @@ class Module:
     def to(self, xp: Namespace, dtype: Any = None, device: Any = None) -> Any:
         """Move every parameter to `xp` and, if given, to its `dtype` and its `device`; returns self.
 
-        In float16 weights can be kept, not computed with.
+        Weights can be stored in float16, but networks compute in float32 or float64 only.
         """
         for parameter in self.named_parameters().values():
             value = to_numpy(parameter.value)
