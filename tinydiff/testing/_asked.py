@@ -71,7 +71,7 @@ def called(function: Function, signature: str, *given: Any) -> Any:
 
 
 def answered(output: Any, how: dict[str, Any]) -> Any:
-    """A network's answer, as it is asked for: in diffusers' way, with return_dict=False, in a tuple."""
+    """A network's answer in the form asked for: with diffusers' ``return_dict=False`` in a tuple."""
     return (output,) if how.get("return_dict") is False else output
 
 

@@ -45,7 +45,7 @@ def assert_bound_terms(
 ) -> None:
     """Raise unless ``bound_terms(x0, x_t, t, output)`` are the bound's terms, at every t (docs: L.5, V.3).
 
-    Term by term, for in a mean over t one wrong term is lost.
+    Each term is compared by itself: in a mean over t one wrong term would go unnoticed.
 
     Parameters
     ----------
@@ -201,5 +201,5 @@ def _of_levels(
 
 
 def _by_tanh(z: np.ndarray) -> np.ndarray:
-    """What those take for the normal distribution."""
+    """The approximation of Phi in that code."""
     return (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2

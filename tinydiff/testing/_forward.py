@@ -30,12 +30,12 @@ def assert_q_sample(
     schedule : NoiseSchedule
         Whose rates it should have; `assert_schedule` compares the schedule itself.
     shape : tuple of int
-        (N, ...), the shape of a batch. Best with N equal to the last: rates that were not made a column then
-        spread without a word, and are seen.
+        (N, ...), the shape of a batch. Best with N equal to the last size: rates (N,) that were not made a
+        column then broadcast along the last axis, which is no error, but is seen in the numbers.
     asarray : callable
         From a NumPy array, float64 or (t) int64, to what your function takes: ``torch.as_tensor``.
     tolerance : float
-        The largest difference that is none, as a part of the largest right number of its sample.
+        The largest difference that passes, relative to the largest expected number of its sample.
 
     Raises
     ------

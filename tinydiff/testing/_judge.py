@@ -1,8 +1,8 @@
 """Whether a function gives what it should, at every t; and if not, which known mistake gives what came.
 
 Yours, ours, and ours with each mistake planted are functions of the same arguments, and are asked the same
-batches. That yours is wrong is its distance from ours; what is wrong with it is the mistake from which it has
-none. A mistake is named only if it gives every number of every sample, to a thousandth at the worst: float32.
+batches. Yours is wrong if it is at some distance from ours; its mistake is the planted one from which it is
+at none. A mistake is named only if it gives every number of every sample, to a thousandth at worst (float32).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Claim:
     name, arguments, expected : str
         What to call the function, what it takes, and the formula, with its identifier.
     ours : callable
-        Of NumPy arrays; returns one, or a tuple of them.
+        The right function, of NumPy arrays; returns one, or a tuple of them.
     mistakes : dict of callables
-        By what each does wrong, the same as `ours`.
+        Functions like `ours`, each with one mistake, by a description of it.
     results : tuple of str
-        What to call each of several arrays.
+        The name of each array, where there are several.
     free_at_0 : tuple of str
-        Of `results`, those of which anything will do at t = 0.
+        Those of `results` that are not compared at t = 0.
     shown : callable, optional
-        From the arguments of `ours` to those of the function.
+        From the arguments of `ours` to those that the function is given.
     """
 
     name: str
@@ -73,9 +73,9 @@ class Claim:
         asarray : callable
             From a NumPy array to what `yours` takes.
         tolerance : float
-            The largest difference that is none, as a part of the largest number of its sample.
+            The largest difference that passes, relative to the largest number of its sample.
         further : sequence of tuples of arrays
-            Batches that are asked too, but do not say where it is off if `batches` do.
+            Batches that are compared too; the message speaks of them only if all of `batches` pass.
 
         Raises
         ------
@@ -148,7 +148,7 @@ class Claim:
 
 
 def single(worst: float, result: np.ndarray) -> bool:
-    """Whether it has fewer digits than float64, and is off by no more than that may cost."""
+    """Whether it is of less than float64, and off by no more than rounding may explain."""
     return worst < 0.05 and result.dtype.kind == "f" and result.dtype.itemsize < 8
 
 
@@ -184,10 +184,10 @@ def moved_in_time(ours: Function, T: int) -> dict[str, Function]:
 
 
 def distance(yours: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Of each sample the largest difference of `yours` and `other`, as a part of `other`'s largest number.
+    """Of each sample the largest difference of `yours` and `other`, relative to `other`'s largest number.
 
-    Where that is next to nothing beside the largest of `right`, it is rounding, and a part of that is taken.
-    Where both are no finite numbers they agree: 1 / 0 gives inf or nan, by the order of the factors.
+    If that is below a millionth of `right`'s largest, it is rounding, and this millionth stands for it. Where
+    neither is finite they agree: 1 / 0 gives inf or nan, by the order of the factors.
     """
     agree = (yours == other) | ~(np.isfinite(yours) | np.isfinite(other))
     with np.errstate(all="ignore"):

@@ -108,7 +108,10 @@ def assert_loss(
 
 
 def _of_arrays(loss: Function, diffusion: GaussianDiffusion, asarray: Function, tolerance: float) -> Function:
-    """Of (x0, t, noise, output): what loss makes of a network with this output, if it shows it the right."""
+    """A function of (x0, t, noise, output): the loss of a network that returns `output`.
+
+    The network raises an AssertionError if it is not shown x_t and t.
+    """
 
     def yours(x0: Any, t: Any, noise: Any, output: Any) -> np.ndarray:
         right_t, answer, asked = on_host("t", t), on_host("output", output), []

@@ -43,8 +43,8 @@ def assert_q_posterior(
 
     Notes
     -----
-    With tables in float32 what is right is off by up to 2e-4 at the first steps, more than the least of the
-    mistakes that are known: compare in float64.
+    With tables in float32 a right answer is off by up to 2e-4 at the first steps, more than the smallest of
+    the known mistakes: compare in float64.
     """
     check_shape(shape)
     ours = GaussianDiffusion(schedule).q_posterior_mean_variance

@@ -29,7 +29,7 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
     schedule : NoiseSchedule
         What it should be the table of.
     tolerance : float
-        The largest difference of log(abar / (1 - abar)) that is none.
+        The largest difference of log(abar / (1 - abar)) that passes.
 
     Raises
     ------
