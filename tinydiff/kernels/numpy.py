@@ -93,23 +93,38 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Pa
     """As ``portable.conv2d``."""
     if _is_product(w, stride, padding):
         return linear(x, w[0, 0], b)
-    before, size, d = padding[0], output_size(x, w, stride, padding), w.shape[3]
-    y = empty((*size, d), x.dtype)
+    size = output_size(x, w, stride, padding)
     if worth_cutting(w, stride, padding, size):
-        u = winograd_weight(w)
+        return _winograd(x, w, b, padding[0], size, doubled=False)
+    return _gathered(x, w, b, stride, padding, size)
 
-        def work(start: int, stop: int) -> None:
-            winograd_conv(x, u, b, before, y, start, stop)
 
-    else:
-        narrow = _is_narrow(w, stride, padding) and d < PLANES  # more channels are scattered too slowly
+def _gathered(
+    x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, padding: Padding, size: tuple[int, int, int]
+) -> np.ndarray:
+    before, d = padding[0], w.shape[3]
+    narrow = _is_narrow(w, stride, padding) and d < PLANES  # more channels are scattered too slowly
+    y = empty((*size, d), x.dtype)
 
-        def work(start: int, stop: int) -> None:
-            if narrow:
-                narrow_conv(x, w, before, y, start, stop)
-            else:
-                gather_conv(x, w, stride, before, y, start, stop)
-            y[start:stop] += b
+    def work(start: int, stop: int) -> None:
+        if narrow:
+            narrow_conv(x, w, before, y, start, stop)
+        else:
+            gather_conv(x, w, stride, before, y, start, stop)
+        y[start:stop] += b
+
+    in_parallel(work, size[0], worth_sharing(math.prod(size), w))
+    return y
+
+
+def _winograd(
+    x: np.ndarray, w: np.ndarray, b: np.ndarray, before: int, size: tuple[int, int, int], doubled: bool
+) -> np.ndarray:
+    u = winograd_weight(w)
+    y = empty((*size, w.shape[3]), x.dtype)
+
+    def work(start: int, stop: int) -> None:
+        winograd_conv(x, u, b, before, y, start, stop, doubled=doubled)
 
     in_parallel(work, size[0], worth_sharing(math.prod(size), w))
     return y
@@ -163,14 +178,7 @@ def upsample_conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     size = (n, 2 * h, 2 * width)
     if not worth_cutting(w, 1, (1, 1), size):
         return conv2d(upsample(x), w, b, 1, (1, 1))
-    y = empty((*size, w.shape[3]), x.dtype)
-    u = winograd_weight(w)
-
-    def work(start: int, stop: int) -> None:
-        winograd_conv(x, u, b, 1, y, start, stop, doubled=True)
-
-    in_parallel(work, n, worth_sharing(math.prod(size), w))
-    return y
+    return _winograd(x, w, b, 1, size, doubled=True)
 
 
 def upsample_conv2d_backward(
