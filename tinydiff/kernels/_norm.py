@@ -33,10 +33,9 @@ import numpy as np
 
 from tinydiff.kernels._exponential import one_plus_tanh
 from tinydiff.kernels._memory import empty
-from tinydiff.kernels._threads import chunks, in_parallel, scratch, sums
+from tinydiff.kernels._threads import PARALLEL_SIZE, chunks, in_parallel, scratch, sums
 
 __all__ = [
-    "PARALLEL_SIZE",
     "Saved",
     "group_norm",
     "group_norm_backward",
@@ -46,9 +45,6 @@ __all__ = [
 
 # Bytes of a block; three or four blocks are in use at a time.
 BLOCK_BYTES = 2**19
-
-# Fewer elements than this are not worth a second thread.
-PARALLEL_SIZE = 2**16
 
 # Input, mean and rstd per image and channel, the bias if SiLU followed, and the number of groups.
 Saved: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, "np.ndarray | None", int]

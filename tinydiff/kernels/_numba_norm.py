@@ -14,11 +14,11 @@ import numpy as np
 
 from tinydiff.kernels import _norm
 from tinydiff.kernels._memory import empty
-from tinydiff.kernels._norm import PARALLEL_SIZE, Saved
+from tinydiff.kernels._norm import Saved
 from tinydiff.kernels._numba_exp import sigmoid
 from tinydiff.kernels._numba_jit import fits, inlined, jit
 from tinydiff.kernels._numba_lanes import LANES, load, store, zeros
-from tinydiff.kernels._threads import in_parallel, sums
+from tinydiff.kernels._threads import PARALLEL_SIZE, in_parallel, sums
 
 __all__ = ["group_norm", "group_norm_backward", "group_norm_silu", "group_norm_silu_backward"]
 

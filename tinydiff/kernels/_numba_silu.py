@@ -8,12 +8,9 @@ from tinydiff.kernels import _linear
 from tinydiff.kernels._numba_exp import sigmoid
 from tinydiff.kernels._numba_jit import fits, jit
 from tinydiff.kernels._numba_lanes import LANES, load, store
-from tinydiff.kernels._threads import in_parallel
+from tinydiff.kernels._threads import PARALLEL_SIZE, in_parallel
 
 __all__ = ["silu", "silu_backward"]
-
-# Fewer elements than this are not worth a second thread.
-PARALLEL_SIZE = 2**16
 
 
 @jit

@@ -30,6 +30,7 @@ import numpy as np
 from tinydiff.kernels._memory import empty
 
 __all__ = [
+    "PARALLEL_SIZE",
     "alone",
     "blas_on_one_thread",
     "chunks",
@@ -41,6 +42,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# Fewer elements than this, in a chain of element-wise steps, are not worth a second thread.
+PARALLEL_SIZE = 2**16
 
 # More threads than this find too few images each, and queue for Python's lock.
 MAX_THREADS = 8
