@@ -128,7 +128,7 @@ def ode_log_likelihood(
             v_next, trace_next = _velocity_and_trace(model, walk, x + step * v, i, timesteps, directions)
             x = x + step / 2 * (v + v_next)
             integral += step / 2 * (trace + trace_next)
-    log_normal = -_sum_per_sample(x * x + math.log(2 * math.pi)) / 2
+    log_normal = -to_float64(sum_samples(x * x + math.log(2 * math.pi))) / 2
     return log_normal + integral
 
 
@@ -151,7 +151,7 @@ def _velocity_and_trace(
         doutput = walk.predict_v(0.0 * z, i, z, given=walk.prediction)
         if walk.variance == "learned_range":
             doutput = xp.concat([doutput, 0.0 * z], axis=-1)
-        trace += _sum_per_sample(z * (dx + backward(doutput)))
+        trace += to_float64(sum_samples(z * (dx + backward(doutput))))
     v = walk.predict_v(x, i, output)
     return v, trace if directions is None else trace / len(directions)
 
@@ -180,11 +180,6 @@ def _signs(x: Array, probes: int, rng: Any) -> Iterator[Array]:
     xp = array_namespace(x)
     for _ in range(probes):
         yield xp.where(standard_normal(rng, x.shape, x) < 0, -xp.ones_like(x), xp.ones_like(x))
-
-
-def _sum_per_sample(x: Array) -> np.ndarray:
-    """Sums over all but the first axis, on the host in float64."""
-    return to_float64(sum_samples(x))
 
 
 @contextmanager
