@@ -292,6 +292,7 @@ def test_size_of_the_published_256_pixel_network():
         (dict(norm_eps=0.0), r"^norm_eps is 0.0; expected a positive number"),
         (dict(head_dim=3), r"^head_dim = 3 does not divide channels = 8"),
         (dict(freq_shift=2.0), r"^freq_shift is 2.0; expected less than half of block_channels\[0\] = 4"),
+        (dict(block_channels=(5, 8), freq_shift=2.2), r"half of block_channels\[0\] = 5, rounded down"),
     ],
 )
 def test_sizes_that_do_not_fit(changes, message):

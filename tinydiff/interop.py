@@ -148,8 +148,8 @@ def _check(c: Mapping[str, Any]) -> None:
     require("downsample_padding", c["downsample_padding"] in (0, 1), "0 or 1")
     require(
         "freq_shift",
-        _is_number(c["freq_shift"]) and 2 * c["freq_shift"] < max(channels[0], 2),
-        "a number less than block_out_channels[0] / 2",
+        _is_number(c["freq_shift"]) and c["freq_shift"] < max(channels[0] // 2, 1),
+        "a number less than block_out_channels[0] // 2",
     )
 
 

@@ -403,7 +403,8 @@ def _check_sizes(
         raise ValueError(f"dropout is {dropout}; expected a rate in [0, 1).")
     if downsample_padding not in (0, 1):
         raise ValueError(f"downsample_padding is {downsample_padding!r}; expected 0 or 1.")
-    if not 2 * freq_shift < max(block_channels[0], 2):
+    if not freq_shift < max(block_channels[0] // 2, 1):
         raise ValueError(
-            f"freq_shift is {freq_shift}; expected less than half of block_channels[0] = {block_channels[0]}."
+            f"freq_shift is {freq_shift}; expected less than half of block_channels[0] = "
+            f"{block_channels[0]}, rounded down."
         )

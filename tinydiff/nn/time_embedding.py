@@ -31,8 +31,9 @@ def sinusoidal_embedding(
 ) -> Array:
     """Embed times as sines and cosines of geometrically spaced frequencies.  (docs: B.5)
 
-    omega_k = max_period ** (-k / (dim/2 - freq_shift)),  k = 0 … dim/2 - 1; the angles omega_k t are
-    computed in float64 (at t = 1000 float32 angles would be wrong in the fifth digit) and cast at the end.
+    omega_k = max_period ** (-k / (half - freq_shift)),  k = 0 … half - 1,  half = dim // 2; the angles
+    omega_k t are computed in float64 (at t = 1000 float32 angles would be wrong in the fifth digit) and cast
+    at the end.
 
     Parameters
     ----------
@@ -57,11 +58,11 @@ def sinusoidal_embedding(
     Raises
     ------
     ValueError
-        If `freq_shift` is not less than dim/2: there is no such spacing.
+        If `freq_shift` is not less than half: there is no such spacing.
     """
     half = dim // 2
     if half and not freq_shift < half:
-        raise ValueError(f"freq_shift is {freq_shift}; expected less than half of dim = {dim}.")
+        raise ValueError(f"freq_shift is {freq_shift}; expected less than half of dim = {dim}, rounded down.")
     if is_numpy_array(like) and is_numpy_array(t) and t.dtype.kind in "iu" and t.ndim == 1 and t.size:
         last = int(t.max())
         if last < LARGEST_TABLE and t.min() >= 0:
