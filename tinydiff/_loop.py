@@ -58,10 +58,11 @@ __all__ = [
 
 Data: TypeAlias = Any  # an array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...)
 
-# Of a network (shared out or not), a batch and a generator: the loss, and what adds to the gradients.
+# Takes a network (or a DataParallel of it), a batch and a generator; returns the loss, and what adds to the
+# gradients.
 Objective: TypeAlias = Callable[[Any, Array, np.random.Generator], tuple[Array, Callable[[], Any]]]
 
-# A root mean square of data that nobody chooses: 8-bit levels have about 100.
+# A root mean square beyond which data is taken to be unscaled by mistake: 8-bit levels have about 100.
 LARGE = 10
 
 # The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
@@ -71,7 +72,7 @@ STEP, EPOCH = 1, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What both trainings are asked alike: how long, on how much, at which rates. By `checked_plan`."""
+    """The numbers that both kinds of training are given, made by `checked_plan`."""
 
     steps: int
     batch_size: int
@@ -314,7 +315,7 @@ def checked_plan(
     ema_decay: float,
     data: Data,
 ) -> Plan:
-    """The numbers of a training; ValueError or TypeError naming the first that none can be made of."""
+    """The numbers of a training; ValueError, or TypeError for `data`, naming the first that does not fit."""
     check_counts(steps=steps, batch_size=batch_size)
     check_seed(seed)
     warmup = min(500, steps // 20) if warmup is None else warmup
@@ -331,7 +332,7 @@ def checked_plan(
 
 
 def check_data(data: Data) -> None:
-    """TypeError or ValueError unless it is callable, or an array that there is something to learn from."""
+    """TypeError or ValueError unless it is callable, or an array of at least one sample, of floats."""
     if callable(data):
         return
     if len(getattr(data, "shape", ())) < 1:
@@ -367,7 +368,7 @@ def _check_values(name: str, values: Array) -> None:
 
 
 def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
-    """A file mapped into memory may be larger than it: what is asked of all of it is asked part by part."""
+    """In parts, because a file that is mapped into memory may be larger than the memory."""
     return (values[start : start + 1024] for start in range(0, len(values), 1024))
 
 
@@ -389,9 +390,9 @@ def beside(data: Data, like: Array) -> Data:
 def batch_of(
     data: Data, batch_size: int, seed: int, step: int, rng: np.random.Generator, like: Array
 ) -> Array:
-    """The batch of a step, beside `like`: drawn by `data`, or its place in the endless row of epochs.
+    """The batch of a step, beside `like`: what `data` draws, or the next samples in the sequence of epochs.
 
-    An array is gathered where it is, by an index from the host.
+    An array is indexed where it is, by an index that is made on the host.
     """
     if callable(data):
         batch = data(batch_size, rng)

@@ -82,13 +82,9 @@ class Kept:
     def keep(self, steps: int) -> None:
         """Copy the weights as they are after `steps` steps."""
         self.steps = steps
-        self._copies = [_copy(p.value) for p in self._parameters]
+        self._copies = [array_namespace(p.value).asarray(p.value, copy=True) for p in self._parameters]
 
     def put_back(self) -> None:
         """Give the weights the values they had."""
         for p, value in zip(self._parameters, self._copies, strict=True):
             p.value = value
-
-
-def _copy(x: Array) -> Array:
-    return array_namespace(x).asarray(x, copy=True)

@@ -49,8 +49,8 @@ __all__ = ["DataParallel", "WorkerError", "shared_out"]
 # A share of fewer images is not worth a process: the calls of a step cost the same for one as for four.
 SMALLEST_SHARE = 4
 
-# Nor is one of fewer multiplications, of which an MLP takes one for each point and weight: what they take is
-# what sending them takes.
+# Nor is one of fewer multiplications, of which an MLP takes one for each point and weight: sending the points
+# takes as long.
 SMALLEST_WORK = 2**23
 
 # Each output of theirs depends on its own sample only, and dropout is all they draw; a subclass may differ.
@@ -365,26 +365,26 @@ def shared_out(
         another thread may train it meanwhile.
     """
     if workers is None:
-        workers = _reasonable(model, batch_size)
+        workers = _default_workers(model, batch_size)
     else:
         check_counts(workers=workers)
     if workers == 1 or isinstance(model, DataParallel):
         yield model
         return
     check_model(model)
-    with DataParallel(_apart(model) if to_predict else model, workers) as crew:
+    with DataParallel(_separate_copy(model) if to_predict else model, workers) as crew:
         yield crew
 
 
-def _apart(model: Any) -> Any:
-    """A copy whose parameters are its own, and hold the same arrays until they are given others."""
+def _separate_copy(model: Any) -> Any:
+    """A copy with parameters of its own, which hold the model's arrays until they are given others."""
     values = [parameter.value for parameter in model.named_parameters().values()]
     copied = copy.deepcopy(model, {id(value): value for value in values})
     copied.zero_grad()
     return copied
 
 
-def _reasonable(model: Any, batch_size: int) -> int:
+def _default_workers(model: Any, batch_size: int) -> int:
     can_fork = sys.platform.startswith("linux") and hasattr(os, "fork")
     if not can_fork or multiprocessing.current_process().daemon or type(model) not in KNOWN:
         return 1
