@@ -173,12 +173,8 @@ def _ours_and_mistakes(
     """Of (x0, t, noise, output), a number for each sample: what is right, and by its name what is not."""
     schedule, C, axes = diffusion.schedule, shape[-1], tuple(range(1, len(shape)))
     a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
-    snr, every, one = schedule.snr, np.arange(schedule.T), np.ones(schedule.T)
-
-    def weights_of(gamma: float, prediction: Prediction = diffusion.prediction) -> np.ndarray:
-        return min_snr_weight(GaussianDiffusion(schedule, prediction), every, gamma)
-
-    right = one if gamma is None else weights_of(gamma)
+    one = np.ones(schedule.T)
+    right = one if gamma is None else min_snr_weight(diffusion, np.arange(schedule.T), gamma)
 
     def mean(numbers: np.ndarray) -> np.ndarray:
         return np.mean(numbers, axis=axes)
@@ -225,24 +221,46 @@ def _ours_and_mistakes(
         )
     if math.prod(shape[1:]) == 1:
         mistakes["(N, 1) less (N,), which is (N, N): every answer against every target"] = of_all_pairs
+    mistakes |= {what: built(weights) for what, weights in _wrong_weights(diffusion, gamma).items()}
+    if gamma is None:
+        return ours, mistakes
+    mistakes["the weights, divided by their mean in the batch"] = lambda x0, t, noise, output: (
+        ours(x0, t, noise, output) / np.mean(right[t])
+    )
+    mistakes["the mean of the batch, times the weights; or their (N,) times (N, 1, ...) (E.20)"] = (
+        lambda x0, t, noise, output: right[t] * np.mean(built(one)(x0, t, noise, output))
+    )
+    if shape[0] == shape[-1]:
+        mistakes["weights (N,) that spread along the last axis (E.20)"] = lambda x0, t, noise, output: mean(
+            right[t] * (output[..., :C] - diffusion.training_target(x0, t, noise)) ** 2
+        )
+    return ours, mistakes
+
+
+def _wrong_weights(diffusion: GaussianDiffusion, gamma: float | None) -> dict[str, np.ndarray]:
+    """Weights (T,) that are taken for those of L_simple, which are Min-SNR's with this gamma, or none."""
+    schedule, snr, every = diffusion.schedule, diffusion.schedule.snr, np.arange(diffusion.T)
+
+    def weights_of(gamma: float, prediction: Prediction = diffusion.prediction) -> np.ndarray:
+        return min_snr_weight(GaussianDiffusion(schedule, prediction), every, gamma)
+
     if gamma is None:
         with np.errstate(divide="ignore"):
             debiased = 1 / np.sqrt(np.minimum(snr, 1000.0))
-        mistakes |= {
-            "Min-SNR weights with gamma 5, which min_snr_gamma=5 expects": built(weights_of(5.0)),
-            "the weights of P2 with k = 1 and gamma = 1, 1 / (1 + snr)": built(1 / (1 + snr)),
-            "the weights of a debiased estimate, 1 / sqrt(snr) with snr at most 1000": built(debiased),
+        return {
+            "Min-SNR weights with gamma 5, which min_snr_gamma=5 expects": weights_of(5.0),
+            "the weights of P2 with k = 1 and gamma = 1, 1 / (1 + snr)": 1 / (1 + snr),
+            "the weights of a debiased estimate, 1 / sqrt(snr) with snr at most 1000": debiased,
         }
-        return ours, mistakes
 
     def by(snr: np.ndarray = snr, cap: Function = np.minimum) -> np.ndarray:
         """The weights from their parts."""
         return cap(snr, gamma) / {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1}[diffusion.prediction]
 
-    of_eps = weights_of(gamma, "eps")
+    right, of_eps = weights_of(gamma), weights_of(gamma, "eps")
     with np.errstate(divide="ignore", invalid="ignore"):
-        weights = {
-            "no weights": one,
+        return {
+            "no weights": np.ones(diffusion.T),
             "the weights of an error of x_0": weights_of(gamma, "x0"),
             "the weights of an error of eps (E.19)": of_eps,
             "the weights of an error of eps, and 1 more (E.19)": of_eps + 1,
@@ -258,20 +276,8 @@ def _ours_and_mistakes(
             "0 / 0 where snr is 0, of min(snr, gamma) / snr": by(),
             "the weights, squared": right**2,
             "the weights of t - 1": right[np.maximum(every - 1, 0)],
-            "the weights of t + 1": right[np.minimum(every + 1, schedule.T - 1)],
+            "the weights of t + 1": right[np.minimum(every + 1, diffusion.T - 1)],
         }
-    mistakes |= {what: built(wrong) for what, wrong in weights.items()}
-    mistakes["the weights, divided by their mean in the batch"] = lambda x0, t, noise, output: (
-        ours(x0, t, noise, output) / np.mean(right[t])
-    )
-    mistakes["the mean of the batch, times the weights; or their (N,) times (N, 1, ...) (E.20)"] = (
-        lambda x0, t, noise, output: right[t] * np.mean(built(one)(x0, t, noise, output))
-    )
-    if shape[0] == shape[-1]:
-        mistakes["weights (N,) that spread along the last axis (E.20)"] = lambda x0, t, noise, output: mean(
-            right[t] * (output[..., :C] - diffusion.training_target(x0, t, noise)) ** 2
-        )
-    return ours, mistakes
 
 
 def _batches(
