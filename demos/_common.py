@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 import tinydiff as td
 from tinydiff.backend import backend_name
-from tinydiff.checkpoint import load_arrays
+from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.parallel import WorkerError
 from tinydiff.samplers import SAMPLERS
 
@@ -304,11 +306,18 @@ def _what_is_kept(out: Path) -> str:
     return f"Interrupted: {checkpoint} is kept; the same command with --resume continues from it."
 
 
+def write_samples(out: Path, samples: np.ndarray) -> None:
+    """Write samples.npy: whole, or not at all."""
+    content = io.BytesIO()
+    np.save(content, samples)
+    replace_file(out / "samples.npy", content.getvalue())
+
+
 def write_metrics(args: argparse.Namespace, **metrics: Any) -> None:
     """Write metrics.json: `metrics`, peak memory, and the settings of the run."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     content = {**metrics, "peak_memory_mib": peak_memory_mib(), "settings": settings}
-    (args.out / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+    replace_file(args.out / "metrics.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def peak_memory_mib() -> float | None:

@@ -24,6 +24,7 @@ from _common import (
     settle_batch,
     training_seconds,
     write_metrics,
+    write_samples,
 )
 
 import tinydiff as td
@@ -183,7 +184,7 @@ def draw(
     shown = dict(batch_size=SAMPLES_AT_A_TIME, workers=args.workers, progress=not args.quiet)
     samples = to_numpy(td.sample(model, diffusion, (args.samples, 28, 28, 1), **how, **shown))
     seconds = time.perf_counter() - began
-    np.save(args.out / "samples.npy", samples)
+    write_samples(args.out, samples)
     states = td.iterate_samples(model, diffusion, (DIGITS, 28, 28, 1), **how)
     seen = min(SAMPLES_AT_A_TIME, args.samples)
     pictures = {

@@ -19,6 +19,7 @@ from _common import (
     settle_batch,
     training_seconds,
     write_metrics,
+    write_samples,
 )
 
 import tinydiff as td
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     shown = dict(batch_size=SAMPLES_AT_A_TIME, workers=args.workers, progress=not args.quiet)
     samples = to_numpy(td.sample(result.model, diffusion, (args.samples, 2), **how, **shown))
     sampling_seconds = time.perf_counter() - began
-    np.save(args.out / "samples.npy", samples)
+    write_samples(args.out, samples)
     states = td.iterate_samples(result.model, diffusion, (DOTS, 2), **how)
 
     data, distance, floor = distance_and_floor(samples, args.shape, data_rng)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -28,3 +29,20 @@ def pytest_configure(config):
 def _numpy_backend(monkeypatch):
     """Tests choose their backend by argument; an inherited environment variable must not choose for them."""
     monkeypatch.delenv("TINYDIFF_BACKEND", raising=False)
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which a file takes its first 100 bytes, and no more: as on a disk that is full."""
+    resource = pytest.importorskip("resource", reason="no limit can be set to the size of a file")
+
+    @contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

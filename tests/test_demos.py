@@ -1,5 +1,6 @@
 """The demos leave what they promise, go on where they were interrupted, and end mistakes in one sentence."""
 
+import argparse
 import io
 import json
 import multiprocessing
@@ -287,6 +288,21 @@ def test_an_out_that_is_a_file_is_left_alone(tmp_path, capsys):
     said = run("train_toy2d", *TOY, "--out", path, capsys=capsys, expect=2)
     assert "--out" in said.err and "not a directory" in said.err
     assert path.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["samples.npy", "metrics.json"])
+def test_what_a_full_disk_refuses_is_named_and_the_old_file_stays(name, tmp_path, full_disk):
+    common = demo("_common")
+    write = {
+        "samples.npy": lambda n: common.write_samples(tmp_path, np.zeros((n, 2))),
+        "metrics.json": lambda n: common.write_metrics(argparse.Namespace(out=tmp_path), losses=[0.5] * n),
+    }[name]
+    write(1)
+    before = (tmp_path / name).read_bytes()
+    with full_disk(), pytest.raises(OSError, match=name):
+        write(1000)
+    assert (tmp_path / name).read_bytes() == before
+    assert os.listdir(tmp_path) == [name]
 
 
 # On a GPU

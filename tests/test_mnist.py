@@ -138,6 +138,15 @@ def test_write_refuses_other_types(tmp_path, array):
         write_idx(tmp_path / "a", array)
 
 
+def test_what_a_full_disk_refuses_is_named_and_the_old_file_stays(tmp_path, full_disk):
+    path = tmp_path / "digits"
+    write_idx(path, np.arange(9, dtype=np.uint8))
+    with full_disk(), pytest.raises(OSError, match="digits"):
+        write_idx(path, np.zeros(999, np.uint8))
+    assert read_idx(path).tolist() == list(range(9))
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_write_refuses_a_scalar(tmp_path):
     with pytest.raises(ValueError, match="array has no dimension"):
         write_idx(tmp_path / "a", np.array(3, np.uint8))

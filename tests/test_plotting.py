@@ -360,6 +360,16 @@ def test_colour_images_keep_their_colours(name, tmp_path):
     np.testing.assert_array_equal(saved, np.asarray(fig.canvas.buffer_rgba())[..., :3])
 
 
+def test_a_picture_that_a_full_disk_refuses_is_named_and_the_old_one_stays(points, tmp_path, full_disk):
+    path = tmp_path / "figure.png"
+    plotting.save(FIGURES["samples"](points), path)
+    before = path.read_bytes()
+    with full_disk(), pytest.raises(OSError, match=r"figure\.png"):
+        plotting.save(FIGURES["forward"](points), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_same_figure_is_the_same_file(points, tmp_path):
     fig, again = (FIGURES["samples"](points) for _ in range(2))
     files = [tmp_path / f"{i}.png" for i in range(3)]

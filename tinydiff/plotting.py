@@ -7,17 +7,18 @@ imported only when something is drawn, no window is opened, and pyplot's global 
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff.backend import Array, standard_normal, to_numpy
+from tinydiff.checkpoint import replace_file
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.samplers import SamplerState
 from tinydiff.schedules import NoiseSchedule, evenly_spaced_timesteps
@@ -269,20 +270,21 @@ def save(fig: Figure, path: str | os.PathLike[str]) -> None:
     fig : Figure
         What the functions above return.
     path : path
-        Destination; its directory is made if it is missing.
+        Destination; its directory is made if it is missing, and an existing file replaced only once the new
+        one is complete.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     if not _has_colour_images(fig):
         # A palette of 256 colours makes the file a third as large, and no eye sees the difference.
         image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    image.save(path, "PNG", optimize=True)
+    content = io.BytesIO()
+    image.save(content, "PNG", optimize=True)
+    replace_file(path, content.getvalue())
 
 
 def _has_colour_images(fig: Figure) -> bool:

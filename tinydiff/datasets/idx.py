@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tinydiff.checkpoint import replace_file
+
 __all__ = ["decompress", "parse_idx", "read_idx", "write_idx"]
 
 UINT8 = 0x08
@@ -98,6 +100,7 @@ def write_idx(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """Write an array as IDX, gzip-compressed if `path` ends in ``.gz``.
 
     The compressed file holds neither time nor name: the same array gives the same bytes (with the same zlib).
+    An existing file is replaced only once the new one is complete.
 
     Raises
     ------
@@ -118,4 +121,4 @@ def write_idx(path: str | os.PathLike[str], array: np.ndarray) -> None:
         with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream:
             stream.write(content)
         content = buffer.getvalue()
-    Path(path).write_bytes(content)
+    replace_file(path, content)
