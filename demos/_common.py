@@ -130,8 +130,6 @@ class Plain(argparse.ArgumentParser):
         args = super().parse_args(*given)
         if args.tf32 and self._backend(*given) != "cupy":
             self.error("argument --tf32: it is for --backend cupy")
-        if args.out is not None and args.out.exists() and not args.out.is_dir():
-            self.error(f"argument --out: {args.out} is not a directory")
         return args
 
     def _backend(self, *given: Any) -> str:
@@ -279,8 +277,15 @@ def training_seconds(out: Path) -> float:
 
 
 def folder(text: str) -> Path:
-    """A --out: ~ is the home folder, also where no shell has seen to that."""
-    return Path(text).expanduser()
+    """The type of --out: ~ is the home folder, also where no shell has seen to that."""
+    try:
+        path = Path(text).expanduser()
+        in_the_way = path.exists() and not path.is_dir()
+    except (OSError, RuntimeError) as error:  # it may not be looked at, or ~ is nobody's
+        raise argparse.ArgumentTypeError(f"{text} is out of reach: {error}") from None
+    if in_the_way:
+        raise argparse.ArgumentTypeError(f"{path} is not a directory")
+    return path
 
 
 @contextmanager

@@ -262,6 +262,7 @@ def test_a_mistake_ends_in_one_sentence(name, flags, words, tmp_path, capsys):
     [
         ("TINYDIFF_BACKEND", "abacus", [], ["TINYDIFF_BACKEND", "abacus", "numpy"]),
         ("TINYDIFF_DATA", "nowhere", ["--data", "full"], ["TINYDIFF_DATA", "nowhere", "train-images"]),
+        ("TINYDIFF_DATA", "~nobody-so", ["--data", "full"], ["TINYDIFF_DATA, ~nobody-so"]),
     ],
 )
 def test_a_wrong_environment_ends_in_one_sentence(
@@ -280,6 +281,14 @@ def test_a_missing_library_is_named_before_anything_is_trained(missing, flags, t
     said = run(module, *TOY, *flags, "--out", tmp_path / "out", capsys=capsys, expect=2)
     assert len(said.err.splitlines()) == 1 and "pip install" in said.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "~nobody-of-this-name/run"])
+def test_an_out_that_is_out_of_reach_ends_in_one_sentence(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = run("train_toy2d", *TOY, "--out", out, "--quiet", capsys=capsys, expect=2)
+    assert len(said.err.splitlines()) == 1 and out in said.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_out_that_is_a_file_is_left_alone(tmp_path, capsys):

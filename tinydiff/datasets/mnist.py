@@ -109,7 +109,7 @@ def load(
         source = "the installed package"
         return _from_folder(source, SUBSET_FOLDER, images), _from_folder(source, SUBSET_FOLDER, labels)
     if local := os.environ.get("TINYDIFF_DATA"):
-        source, folder = "TINYDIFF_DATA", Path(local).expanduser()
+        source, folder = "TINYDIFF_DATA", Path(os.path.expanduser(local))  # a ~ of nobody stays
         return _from_folder(source, folder, images), _from_folder(source, folder, labels)
     try:
         cache = _cache_folder(cache_dir)
