@@ -437,10 +437,12 @@ def test_download_off_asks_no_mirror(world, subset):
     assert world.asked == [] and not world.cache.exists()
 
 
-@pytest.mark.parametrize("why", ["a file is there", "it is read-only"])
+@pytest.mark.parametrize("why", ["a file is there", "its name is too long", "it is read-only"])
 def test_where_nothing_can_be_kept_the_subset_takes_its_place(world, subset, monkeypatch, why):
     if why == "a file is there":
         world.cache.write_bytes(b"")
+    elif why == "its name is too long":  # it cannot even be looked at, as one in another's home
+        world.cache = world.cache.with_name("x" * 300)
     else:
 
         def refuse(dir):

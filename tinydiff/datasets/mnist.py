@@ -219,11 +219,12 @@ def _from_cache(cache: Path, name: str, download: bool) -> np.ndarray:
     """Return the cached file, or the first original that a mirror sends, which is then cached."""
     cached = cache / f"{name}.gz"
     absent = f"{name} is not in {cache}"
-    if cached.is_file():
-        try:
-            return _verified(cached, name)
-        except ValueError as error:  # damaged since it was cached: a fresh copy replaces it
-            absent = str(error)
+    try:
+        return _verified(cached, name)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # out of reach, or damaged since: a fresh copy replaces it
+        absent = str(error)
     if not download:
         raise MNISTUnavailableError(f"{absent} and download is off")
     _pooch()
