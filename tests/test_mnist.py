@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -399,6 +400,17 @@ def test_a_bad_download_is_a_clear_error_and_never_cached(world, content, messag
     assert text.startswith("no mirror sent the original, nothing was cached: https://one/")
     assert "https://two/" in text and "\n" not in text
     assert world.cached() == []
+
+
+def test_of_a_download_no_more_is_decompressed_than_the_original_has(world):
+    world.send(gzip.compress(bytes([0, 0, 8, 3]) + bytes(50_000_000)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"nothing was cached: .*trailing bytes"):
+            world.load()
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_bad_download_is_an_error_though_the_other_mirror_is_out_of_reach(world):

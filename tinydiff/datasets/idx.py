@@ -59,12 +59,16 @@ def read_idx(source: str | os.PathLike[str] | bytes, ndim: int | None = None) ->
     return parse_idx(decompress(Path(source).read_bytes(), name), name, ndim)
 
 
-def decompress(content: bytes, name: str) -> bytes:
-    """Undo gzip if `content` is a gzip stream, else return it as it is; `name` is for the error message."""
+def decompress(content: bytes, name: str, most: int = -1) -> bytes:
+    """Undo gzip if `content` is a gzip stream, else return it as it is; `name` is for the error message.
+
+    At most `most` bytes of what the stream holds: a small one may hold more than memory.
+    """
     if not content.startswith(GZIP_MAGIC):
         return content
     try:
-        return gzip.decompress(content)
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            return stream.read(most)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{name}: damaged or truncated gzip stream ({error})") from None
 
