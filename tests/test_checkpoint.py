@@ -1,6 +1,7 @@
 """What is written to disk comes back as it was, or not at all, and never half of it."""
 
 import errno
+import json
 import os
 import pickle
 import re
@@ -85,6 +86,14 @@ def test_metadata_of_other_programs_stays_text(path):
 
     save_file({"x": np.zeros(1)}, path, metadata={"format": "pt"})
     assert load_arrays(path)[1] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000])
+def test_metadata_beyond_what_python_decodes_stays_text(path, text):
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(1)}, path, metadata={"a": text})
+    assert load_arrays(path)[1] == {"a": text}
 
 
 # Replacing
@@ -196,11 +205,33 @@ def test_other_files_are_refused_and_no_pickle_is_run(path):
     assert not (path.parent / "exploded").exists()
 
 
+@pytest.mark.parametrize("shape", [(0, 2**63), (1,) * 65])
+def test_shapes_that_numpy_cannot_hold_are_refused(path, shape):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 if all(shape) else 0]}
+    header = json.dumps({"x": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(entry["data_offsets"][1]))
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_arrays(path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(path, monkeypatch):
+    """As safetensors calls it."""
+    save_arrays(path, {"x": np.zeros(1)}, {})
+
+    def refuse(self, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*model\.safetensors'"):
+        load_arrays(path)
+
+
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [
         ({}, "does not say which tinydiff model"),
         ({"model": "VAE", "config": {}}, "'VAE'; expected one of MLP, UNet"),
+        ({"model": ["MLP"]}, "does not say which"),
         ({"model": "MLP"}, "does not say which"),
         ({"step": 3, "settings": {}}, r"is a checkpoint of a training: .*resume=True.*save_model"),
         ({"model": "MLP", "config": [1]}, "does not say which"),

@@ -128,11 +128,12 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
     path = _no_directory(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
+    path.open("rb").close()  # of what may not be read safetensors says that it is not there
     try:
         with safe_open(path, framework="np") as file:
             metadata = {key: _decode(text) for key, text in (file.metadata() or {}).items()}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, TypeError, AttributeError) as error:
+    except (SafetensorError, TypeError, AttributeError, ValueError) as error:
         remedy = " After import ml_dtypes it can." if "bfloat16" in str(error) else ""
         raise ValueError(
             f"{path} is not a whole safetensors file that NumPy can read: {error}.{remedy}"
@@ -143,7 +144,7 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
 def _decode(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or beyond what Python makes of it
         return text
 
 
@@ -207,7 +208,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
             f"{path} is a checkpoint of a training: call train again with resume=True, and save_model "
             "what it returns."
         )
-    if metadata.get("model") not in MODELS or not isinstance(metadata.get("config"), dict):
+    if metadata.get("model") not in list(MODELS) or not isinstance(metadata.get("config"), dict):
         raise ValueError(
             f"{path} does not say which tinydiff model it holds (metadata 'model' is "
             f"{metadata.get('model')!r}; expected one of {', '.join(MODELS)})."

@@ -126,7 +126,7 @@ def _check(c: Mapping[str, Any]) -> None:
     require("block_out_channels", bool(channels) and all(map(_is_count, channels)), "positive integers")
     down, up = c["down_block_types"], c["up_block_types"]
     mirror = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
-    require("down_block_types", all(name in mirror for name in down), f"only {' and '.join(mirror)}")
+    require("down_block_types", all(name in list(mirror) for name in down), f"only {' and '.join(mirror)}")
     require("block_out_channels", len(channels) == len(down), "as many as down_block_types")
     require(
         "up_block_types",
@@ -300,7 +300,7 @@ def load_diffusers(directory: str | os.PathLike[str], backend: str | None = None
             raise FileNotFoundError(f"no {file.name} in {directory}{_hint(directory)}.")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config_file} is not JSON: {error}.") from None
     if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"{config_file} does not describe a UNet2DModel.")
