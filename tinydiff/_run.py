@@ -155,10 +155,13 @@ class Run:
             )
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> list[float]:
-        for prefix, state in self.states.items():
-            state.load_state_dict(
-                {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
-            )
+        try:
+            for prefix, state in self.states.items():
+                state.load_state_dict(
+                    {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
+                )
+        except (KeyError, ValueError) as error:  # the settings do not tell all models apart
+            raise ValueError(f"{self.checkpoint} does not hold the state of this model: {error}") from None
         return [float(loss) for loss in arrays["losses"]]
 
     def save(self, losses: list[float]) -> None:
