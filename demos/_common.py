@@ -277,7 +277,7 @@ def training_seconds(out: Path) -> float:
 
 
 def folder(text: str) -> Path:
-    """The type of --out: ~ is the home folder, also where no shell has seen to that."""
+    """The type of a flag that takes a folder: ~ is the home folder, also where no shell has seen to that."""
     try:
         path = Path(text).expanduser()
         in_the_way = path.exists() and not path.is_dir()

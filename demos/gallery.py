@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from _common import explained_errors
+from _common import explained_errors, folder
 
 from tinydiff import plotting
 from tinydiff.datasets import toy2d
@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs are (default: runs)")
+    parser.add_argument(
+        "--runs", type=folder, default=Path("runs"), help="where the runs are (default: runs)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("docs/figures/gallery.png"), help="(default: %(default)s)"
     )

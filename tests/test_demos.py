@@ -758,6 +758,17 @@ def test_the_gallery_makes_what_is_missing_and_nothing_again(tmp_path, monkeypat
     assert end.value.code == 3 and [name for name, *_ in asked] == ["train_toy2d.py"]
 
 
+def test_the_gallery_looks_for_runs_where_the_demos_leave_them(tmp_path, monkeypatch):
+    """~ is the home folder to them, also where no shell has seen to that."""
+    gallery, asked = demo("gallery"), []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(gallery, "completed", lambda run, *_: asked.append(run) or sys.exit())
+    monkeypatch.setattr(sys, "argv", ["gallery.py", "--runs=~/runs"])
+    with pytest.raises(SystemExit):
+        gallery.main()
+    assert [run.parent for run in asked] == [tmp_path / "runs"]
+
+
 def test_as_a_program_in_another_directory(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(DEMOS.parent)}
     command = [sys.executable, str(DEMOS / "train_toy2d.py"), *TOY, "--quiet"]
