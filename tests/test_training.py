@@ -712,7 +712,7 @@ def test_settings_that_mean_the_same_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign", "settings", "step"])
 def test_a_damaged_checkpoint_is_an_error_and_is_kept(tmp_path, damage, resume):
     interrupt(tmp_path)
     path = tmp_path / "checkpoint.safetensors"
@@ -720,7 +720,14 @@ def test_a_damaged_checkpoint_is_an_error_and_is_kept(tmp_path, damage, resume):
         save_arrays(path, {"x": np.zeros(3)}, {"format": "pt"})
     else:
         whole = path.read_bytes()
-        path.write_bytes({"cut": whole[:-100], "empty": b"", "text": b"checkpoint"}[damage])
+        damaged = {
+            "cut": whole[:-100],
+            "empty": b"",
+            "text": b"checkpoint",
+            "settings": re.sub(rb'("settings":"){', rb"\1[", whole),
+            "step": re.sub(rb'("step":")\d', rb"\1-", whole),
+        }
+        path.write_bytes(damaged[damage])
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a"):
         td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path, resume=resume)

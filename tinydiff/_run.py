@@ -79,7 +79,7 @@ class Run:
         self._found = _stamp(self.checkpoint)
         if self._found is not None:
             arrays, metadata = load_arrays(self.checkpoint)
-            if not ("losses" in arrays and {"step", "settings"} <= metadata.keys()):
+            if not _is_checkpoint(arrays, metadata):
                 raise ValueError(f"{self.checkpoint} is not a checkpoint of tinydiff's training.")
             if resume:
                 self._check_settings(metadata["settings"], metadata["step"])
@@ -177,6 +177,14 @@ class Run:
         line = dict(zip(KEYS, [step, float(np.mean(losses)), grad_norm, float(lr), seconds], strict=True))
         with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _is_checkpoint(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> bool:
+    """Whether it has what `Run.save` writes; metadata that is damaged is read as text."""
+    settings = metadata.get("settings")
+    if "losses" not in arrays or not isinstance(settings, dict):
+        return False
+    return type(metadata.get("step")) is int and type(settings.get("steps")) is int
 
 
 def _is_ours(line: Any) -> bool:
