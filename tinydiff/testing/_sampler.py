@@ -194,7 +194,10 @@ def _mistakes(
         "the first step is left out": changed(steps=timesteps[:-1]),
         "the last step is left out, or leads to abar of the first time": changed(left_out=1),
         "the same noise in every step": changed(rng=_Noise(again=True)),
-        **{f"the sampler is {other}": changed(name=other) for other in SAMPLERS},
+        **{
+            f"the sampler is {other}": changed(name=other, eta=eta if other == "ddim" else 0.0)
+            for other in SAMPLERS
+        },
         **{what: stepping(step) for what, step in steps.items()},
     }
     if 1 - s_T > tolerance:  # else what is right comes near it
