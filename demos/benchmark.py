@@ -200,8 +200,10 @@ class Benchmark:
         for failure in self.failures:
             print(f"FAILED: {failure}", file=sys.stderr)
         if self.args.json:
+            from tinydiff.checkpoint import replace_file
+
             self.found["failures"] = self.failures
-            self.args.json.write_text(json.dumps(self.found, indent=1) + "\n")
+            replace_file(self.args.json, (json.dumps(self.found, indent=1) + "\n").encode())
         return 1 if self.failures else 0
 
     # The two sides

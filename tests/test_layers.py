@@ -552,6 +552,13 @@ def test_padding_keeps_the_size_unless_it_is_given(kernel_size):
     assert_array_equal(conv(x)[0], x)
 
 
+@pytest.mark.parametrize("padding", [0, 1, np.int64(2)])
+def test_one_number_pads_both_ends(padding):
+    x, rng = np.ones((1, 5, 5, 2), np.float32), np.random.default_rng
+    one, two = (nn.Conv2d(2, 3, 3, rng=rng(0), padding=given) for given in (padding, (padding, padding)))
+    assert_array_equal(one(x)[0], two(x)[0])
+
+
 # Errors
 
 

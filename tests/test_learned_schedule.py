@@ -702,6 +702,13 @@ def test_no_output_is_broadcast_against_the_data(D, width):
         td.continuous_bound(model, LearnedSchedule(), x0, rng=rng, progress=False)
 
 
+def test_a_schedule_that_is_not_learned_is_named():
+    x, rng = np.zeros((4, 2), np.float32), np.random.default_rng(0)
+    for call in (td.learned_schedule_loss, td.continuous_bound):
+        with pytest.raises(TypeError, match="^learned is a NoiseSchedule; expected a LearnedSchedule"):
+            call(td.MLP(hidden=4), td.linear_schedule(10), x, rng=rng)
+
+
 @predictions
 def test_the_terms_refuse_what_does_not_match(prediction):
     x0, gamma = np.zeros((4, 2)), np.full(4, -3.0)

@@ -493,6 +493,8 @@ def test_a_schedule_in_the_place_of_a_process_is_named():
         lambda: td.ode_log_likelihood(model, schedule, x, progress=False),
         lambda: td.training_loss(model, schedule, x, rng),
         lambda: td.find_batch_size(model, schedule, x),
+        lambda: td.variational_bound(model, schedule, x, rng=rng, progress=False),
+        lambda: td.bits_per_dim(model, schedule, x - 1, rng=rng, progress=False),
     ]:
         with pytest.raises(TypeError, match=r"^diffusion is a NoiseSchedule; expected a GaussianDiffusion"):
             call()

@@ -105,6 +105,14 @@ def test_every_parameter_against_central_differences():
     assert_central_differences_agree(case, rng, small=1)
 
 
+def test_what_is_embedded_beside_the_time_is_learned():
+    """A class, say, whose row is added to the sinusoids: in the place of these it has a gradient, too."""
+    rng = np.random.default_rng(0)
+    model = small(rng)
+    inputs = [normal(rng, (3, 4, 4, 2)), normal(rng, (3, 4))]
+    assert_central_differences_agree(Case(model.run_embedded, inputs, module=model), rng)
+
+
 @pytest.mark.parametrize("last_first", [False, True])
 def test_two_calls_before_either_backward(last_first):
     rng = np.random.default_rng(0)

@@ -51,7 +51,7 @@ from tinydiff.backend import (
     to_float64,
     to_numpy,
 )
-from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module, once, weight_of
 from tinydiff.parallel import shared_out
@@ -441,7 +441,7 @@ def variational_bound(
     Raises
     ------
     TypeError
-        If `data` is not an array, or `rng` is not a generator.
+        If `diffusion` is not a `GaussianDiffusion`, `data` is not an array, or `rng` is not a generator.
     ValueError
         If an argument is out of range or does not fit; the message names it.
     """
@@ -449,6 +449,7 @@ def variational_bound(
     check_counts(batch_size=batch_size)
     if t_samples is not None:
         check_counts(t_samples=t_samples)
+    check_diffusion(diffusion)
     check_array(data=data)
     check_rng(rng)
     if data.ndim < 2 or data.shape[0] < 1:

@@ -349,11 +349,12 @@ def learned_schedule_loss(
     Raises
     ------
     TypeError
-        If `x0` is not an array, or `rng` is not a generator.
+        If `learned` is not a `LearnedSchedule`, `x0` is not an array, or `rng` is not a generator.
     ValueError
         If an argument does not fit; the message names it.
     """
     _check_clock(T)
+    _check_learned(learned)
     check_like_model(model, x0=x0)
     N = x0.shape[0]
     n = max(1, N // 4) if reconstructions is None else reconstructions
@@ -469,11 +470,12 @@ def continuous_bound(
     Raises
     ------
     TypeError
-        If `data` is not an array, or `rng` is not a generator.
+        If `learned` is not a `LearnedSchedule`, `data` is not an array, or `rng` is not a generator.
     ValueError
         If an argument is out of range or does not fit; the message names it.
     """
     _check_clock(T)
+    _check_learned(learned)
     check_counts(t_samples=t_samples, batch_size=batch_size)
     check_array(data=data)
     check_rng(rng)
@@ -527,6 +529,11 @@ def _rates(gamma: Array) -> tuple[np.ndarray, np.ndarray]:
 def _dot(x: Array, y: Array) -> np.ndarray:
     """The product of each sample's x with its y, (N,) on the host."""
     return to_float64(sum_samples(x * y))
+
+
+def _check_learned(learned: Any) -> None:
+    if not isinstance(learned, LearnedSchedule):
+        raise TypeError(f"learned is a {type(learned).__name__}; expected a LearnedSchedule.")
 
 
 def _check_clock(T: int) -> None:

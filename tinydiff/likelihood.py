@@ -70,7 +70,8 @@ def ode_log_likelihood(
     ----------
     model : UNet or MLP, or any callable
         ``output, backward = model(x, t)``, the contract of every tinydiff model: ``backward(dy)`` is the
-        gradient with respect to x. The gradients of a model's parameters are left as they were.
+        gradient with respect to x. The gradients of a model's parameters are left as they were; those of a
+        model within another function are added to.
     diffusion : GaussianDiffusion
         The process. The second half of a network with learned variances plays no part in the ODE.
     x : array of shape (N, ...)

@@ -27,7 +27,8 @@ class Adam:
     Parameters
     ----------
     parameters : mapping of name to Parameter, or iterable of Parameter
-        What to train; one given twice is stepped once.
+        What to train; one given twice is stepped once. A backward adds to the gradients of all of a model's
+        parameters: if some are not given, because they are frozen, use the model's own ``zero_grad()``.
     lr : float
         Learning rate; may be changed between steps by assigning ``.lr``.
     betas : tuple of (float, float)

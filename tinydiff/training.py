@@ -228,7 +228,8 @@ def train(
         Directory for ``metrics.jsonl`` (a line every `log_every` steps) and ``checkpoint.safetensors``.
         Default: nothing is written.
     resume : bool
-        Continue from the checkpoint in `run_dir`, which must be given, if there is one.
+        Continue from the checkpoint in `run_dir`, which must be given, if there is one. With other settings
+        train the trained model again, in another `run_dir`: Adam's moments and the average begin anew.
     checkpoint_every : int
         Steps between checkpoints; the last step always leaves one, and so does Ctrl-C.
     log_every : int

@@ -321,12 +321,16 @@ class UNet(Module):
             flip_sin_to_cos=self.config["flip_sin_to_cos"],
             freq_shift=self.config["freq_shift"],
         )
-        return self.run_embedded(x, sinusoids, rng)
+        y, backward = self.run_embedded(x, sinusoids, rng)
+        return y, lambda dy: backward(dy)[0]
 
     def run_embedded(
         self, x: Array, sinusoids: Array, rng: np.random.Generator | None = None
-    ) -> tuple[Array, Callable[[Array], Array]]:
-        """Do as the call, from the time's sinusoids (N, block_channels[0]) instead of the time."""
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+        """Do as the call, from an embedding (N, block_channels[0]) in the place of the time's sinusoids.
+
+        ``dx, dsinusoids = backward(dy)``: what else the embedding is made of, a class say, can be learned.
+        """
         down_backwards = []
         up_backwards = []
         emb, backward_time = self.time_embedding(sinusoids)
@@ -345,7 +349,7 @@ class UNet(Module):
         y, backward_out = self.conv_out(h)
 
         @derivative_of(y)
-        def backward(dy: Array) -> Array:
+        def backward(dy: Array) -> tuple[Array, Array]:
             """Walk back: out, up (collecting the skips' gradients), mid, down (adding them in), in."""
             dh = backward_norm(backward_out(dy))
             dskips: list[Array] = []  # the last skip used on the way up was the first made: conv_in's
@@ -359,8 +363,8 @@ class UNet(Module):
             while down_backwards:
                 dh, de = down_backwards.pop()(dh, dskips)
                 demb = demb + de
-            backward_time(backward_emb(demb))
-            return backward_in(dh + dskips.pop())
+            dsinusoids = backward_time(backward_emb(demb))
+            return backward_in(dh + dskips.pop()), dsinusoids
 
         return y, backward
 

@@ -26,9 +26,9 @@ class Conv2d(Module):
         Taps per side; the weight is (kernel_size, kernel_size, in_channels, out_channels).
     stride : int
         Step between outputs.
-    padding : tuple of (int, int), optional
-        Zeros ``(before, after)`` along rows and columns alike. Default: as many as keep the size at
-        stride 1, ``(kernel_size // 2, kernel_size // 2)``.
+    padding : int or tuple of (int, int), optional
+        Zeros ``(before, after)`` along rows and columns alike; one number is for both. Default:
+        ``kernel_size // 2``, which keeps the size at stride 1 if `kernel_size` is odd.
     rng : numpy.random.Generator
         Draws the initial weight.
     scale : float
@@ -43,11 +43,12 @@ class Conv2d(Module):
         *,
         rng: np.random.Generator,
         stride: int = 1,
-        padding: tuple[int, int] | None = None,
+        padding: int | tuple[int, int] | None = None,
         scale: float = 1.0,
     ) -> None:
         self.stride = stride
-        self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
+        padding = kernel_size // 2 if padding is None else padding
+        self.padding = (padding, padding) if isinstance(padding, (int, np.integer)) else padding
         self.weight = init.uniform(rng, (kernel_size, kernel_size, in_channels, out_channels), scale)
         self.bias = init.zeros(out_channels)
 

@@ -258,7 +258,10 @@ def keeping() -> bool:
 
 
 def _not_kept(*args: Any) -> Any:
-    raise RuntimeError("this output came from inference, which keeps nothing for a backward.")
+    raise RuntimeError(
+        "this output came from inference, which keeps nothing for a backward: it is of a model's predict, by "
+        "which sample and the bounds ask a Module. What differentiates within, give them as a function."
+    )
 
 
 def once(backward: F, shape: tuple[int, ...] | None = None, dtype: Any = None) -> F:
