@@ -705,7 +705,7 @@ def test_no_output_is_broadcast_against_the_data(D, width):
 def test_a_schedule_that_is_not_learned_is_named():
     x, rng = np.zeros((4, 2), np.float32), np.random.default_rng(0)
     for call in (td.learned_schedule_loss, td.continuous_bound):
-        with pytest.raises(TypeError, match="^learned is a NoiseSchedule; expected a LearnedSchedule"):
+        with pytest.raises(TypeError, match=r"^learned is a NoiseSchedule; expected a LearnedSchedule"):
             call(td.MLP(hidden=4), td.linear_schedule(10), x, rng=rng)
 
 

@@ -938,9 +938,13 @@ def test_pictures_that_were_not_scaled_are_noticed():
     with pytest.warns(UserWarning, match=r"data has a root mean square of 1\d\d.*127\.5") as noticed:
         td.train(small_mlp(), DIFFUSION, data, **SETTINGS)
     assert noticed[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"data has a root mean square of 1\d\d") as noticed:
+        td.train(small_mlp(), DIFFUSION, lambda n, rng: data[rng.integers(9, size=n)], **SETTINGS)
+    assert len(noticed) == 1 and noticed[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         td.train(small_mlp(), DIFFUSION, data / 127.5 - 1, **SETTINGS)
+        td.train(small_mlp(), DIFFUSION, lambda n, rng: data[:n] / 127.5 - 1, **SETTINGS)
 
 
 def test_data_mapped_from_a_file_is_looked_at_part_by_part(tmp_path):

@@ -205,6 +205,8 @@ def loop(
             for learner in learners:
                 learner.optimizer.zero_grad()
             x0 = batch_of(data, plan.batch_size, plan.seed, step, rng, like)
+            if callable(data) and step == start:
+                _warn_of_scale(x0)
             loss_array, backward = loss(shared, x0, rng)
             backward()
             norm_array = _joint([clip_grad_norm(one.parameters, one.clip_norm) for one in learners])
@@ -352,7 +354,7 @@ def _warn_of_scale(data: Data) -> None:
             f"data has a root mean square of {scale:.3g}, and the noise 1, which hardly hides it: is it "
             "scaled? Pictures are expected in [-1, 1] (from 0 ... 255, x / 127.5 - 1), points with a "
             "variance of about 1.",
-            stacklevel=5,  # _warn_of_scale, checked_plan, train, many_steps, the caller
+            stacklevel=5,  # _warn_of_scale, checked_plan or loop, train, many_steps, the caller
         )
 
 

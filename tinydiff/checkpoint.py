@@ -102,7 +102,13 @@ def save_arrays(
     if "__metadata__" in arrays:
         raise ValueError("arrays has the name '__metadata__', which is safetensors' own; expected another.")
     tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    replace_file(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
+    texts = {}
+    for key, value in metadata.items():
+        try:
+            texts[key] = json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metadata has {key!r}, which JSON cannot hold: {error}.") from None
+    replace_file(path, save(tensors, texts))
 
 
 def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -160,8 +166,10 @@ def save_model(
     model : UNet or MLP
         The model.
     metadata : mapping, optional
-        More to remember, JSON-serialisable: the schedule, the prediction, what it was trained on. What
-        `load_model` handed out can go in again: ``"model"`` and ``"config"`` are this model's in any case.
+        More to remember, JSON-serialisable: the schedule, the prediction, what it was trained on; with
+        ``dict(betas=schedule.betas.tolist(), prediction=..., variance=...)`` `tinydiff.pretrained.load` gives
+        the process, too. What `load_model` handed out can go in again: ``"model"`` and ``"config"`` are this
+        model's in any case.
 
     Raises
     ------

@@ -254,7 +254,8 @@ def train(
     Warns
     -----
     UserWarning
-        If `data` is an array on the host that the noise hardly hides: pictures in 0 … 255, say.
+        If `data`, or the first batch that it draws, is on the host and the noise hardly hides it: pictures in
+        0 … 255, say.
 
     Raises
     ------

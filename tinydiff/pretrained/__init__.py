@@ -2,7 +2,8 @@
 
 ``mnist()`` is the one that travels with the package; ``mnist_unet.md`` beside it says how it was made, and
 what it draws. ``load`` reads any ``model.safetensors`` that the demos leave; its metadata names the schedule,
-its length T, the prediction and the variance, which determine the `GaussianDiffusion`.
+its length T, the prediction and the variance, which determine the `GaussianDiffusion`. Of a schedule that is
+none of theirs it has the betas.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from tinydiff.checkpoint import load_model
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.models import UNet
-from tinydiff.schedules import cosine_schedule, linear_schedule
+from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
 __all__ = ["MNIST", "diffusion_from", "load", "mnist"]
 
@@ -28,8 +29,8 @@ def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
     Parameters
     ----------
     metadata : dict
-        ``schedule`` ("linear" or "cosine", with `linear_schedule`'s or `cosine_schedule`'s defaults), ``T``,
-        ``prediction`` and, unless it is "fixed_small", ``variance``.
+        ``prediction`` and, unless it is "fixed_small", ``variance``; and ``betas``, a list, or ``schedule``
+        ("linear" or "cosine", with `linear_schedule`'s or `cosine_schedule`'s defaults) and its length ``T``.
 
     Returns
     -------
@@ -40,18 +41,18 @@ def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
     ValueError
         If an entry is missing or has no such value; the message names it.
     """
-    for key in ("schedule", "T", "prediction"):
+    for key in ("prediction",) if "betas" in metadata else ("schedule", "T", "prediction"):
         if key not in metadata:
             raise ValueError(f"metadata does not say the {key}, without which its diffusion is not known.")
-    if metadata["schedule"] not in SCHEDULES:
+    if "betas" in metadata:
+        schedule = NoiseSchedule(metadata["betas"])
+    elif metadata["schedule"] in SCHEDULES:
+        schedule = SCHEDULES[metadata["schedule"]](metadata["T"])
+    else:
         raise ValueError(
             f"metadata has schedule {metadata['schedule']!r}; expected one of {', '.join(SCHEDULES)}."
         )
-    return GaussianDiffusion(
-        SCHEDULES[metadata["schedule"]](metadata["T"]),
-        metadata["prediction"],
-        metadata.get("variance", "fixed_small"),
-    )
+    return GaussianDiffusion(schedule, metadata["prediction"], metadata.get("variance", "fixed_small"))
 
 
 def load(
