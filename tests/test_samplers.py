@@ -6,6 +6,7 @@ all of a walk, its mean and its variance follow from numbers that are computed h
 """
 
 import math
+import warnings
 from itertools import pairwise
 
 import array_api_strict as strict
@@ -539,6 +540,28 @@ def test_batch_size_at_least_one():
         td.sample(
             lambda x, t: x, diffusion, (3, 2), rng=np.random.default_rng(0), batch_size=0, progress=False
         )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sampler", "steps", "warned"),
+    [
+        (td.cosine_schedule(100), "edm", 20, True),
+        (td.cosine_schedule(100), "edm", 50, False),
+        (td.cosine_schedule(100), "edm", 1, False),
+        (td.linear_schedule(100), "edm", 5, False),
+        (td.cosine_schedule(100), "heun", 5, False),
+        (td.cosine_schedule(100, max_beta=1.0), "heun", 5, False),
+    ],
+)
+def test_a_first_step_of_edm_that_overshoots_is_told(schedule, sampler, steps, warned):
+    diffusion, rng = td.GaussianDiffusion(schedule, "x0"), np.random.default_rng(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        td.sample(lambda x, t: x, diffusion, (3, 2), sampler, steps, rng=rng, batch_size=2, progress=False)
+    assert len(said) == warned
+    if warned:
+        assert "divided by 158 in the first of 20 steps" in str(said[0].message)
+        assert said[0].filename == __file__
 
 
 def test_an_output_of_the_wrong_shape_is_named():

@@ -44,6 +44,7 @@ Karras et al. 2022, *Elucidating the design space of diffusion-based generative 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -77,6 +78,10 @@ __all__ = [
 ]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "heun", "edm")
+
+# By how much "edm" may divide s/a in its first step. At 158 the distance of its samples from data was 0.15,
+# where that of "heun" is 0.022; at 63 it was 0.028 (the exact network of two Gaussians, T = 100).
+LARGEST_LEAP = 100
 
 
 @dataclass(frozen=True)
@@ -283,6 +288,18 @@ def _like(denoise: Any) -> Array:
     return xp.zeros((), dtype=xp.float32)
 
 
+def _warn_of_a_leap(walk: GaussianDiffusion) -> None:
+    """Warn who called `sample` if the first step is over so much of the clock s/a that "edm" overshoots."""
+    with np.errstate(over="ignore"):
+        leap = np.exp(step_lengths(walk)[-1])  # infinite to the data, and from pure noise, which is an error
+    if LARGEST_LEAP < leap < np.inf:
+        warnings.warn(
+            f"sampler is 'edm', whose clock s/a is divided by {leap:.0f} in the first of {walk.T} steps, and "
+            "overshoots; 'heun' does not, nor does 'edm' with many more steps, or where s/a ends lower.",
+            stacklevel=4,  # _warn_of_a_leap, sample, many_steps, the caller
+        )
+
+
 @many_steps()
 def sample(
     denoise: Callable[[Array, Array], Array],
@@ -352,6 +369,11 @@ def sample(
     MemoryError
         If a step does not fit in memory; the message names a `batch_size` that does.
 
+    Warns
+    -----
+    UserWarning
+        If "edm" is to begin with a step that overshoots by far: see the notes.
+
     Notes
     -----
     "edm" is for schedules whose s/a stays moderate. At the end of a cosine schedule it is in the ten
@@ -373,7 +395,10 @@ def sample(
     check_counts(batch_size=size)
     starts = range(0, total, size)
     parts = []
-    steps_in_all = respaced(diffusion, steps)[0].T * len(starts)
+    chain, _ = respaced(diffusion, steps)
+    steps_in_all = chain.T * len(starts)
+    if sampler == "edm":
+        _warn_of_a_leap(chain)
 
     def walk(denoise: Any, start: int, stop: int, rng: Any) -> Iterator[SamplerState]:
         return iterate_samples(
