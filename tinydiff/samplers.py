@@ -95,7 +95,7 @@ class SamplerState:
     t : int
         The time of `x`, 0 … T-1; -1: `x` is data.
     x : array of shape (N, ...)
-        The state.
+        The state. What is written into it before the next is asked for, the walk goes on from.
     x0 : array of shape (N, ...) or None
         The data predicted where the step that led here began; None at the start.
     """
