@@ -28,7 +28,7 @@ from tinydiff._checks import check_counts, check_number, check_seed, check_unmas
 from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._progress import progress_bar
 from tinydiff._readings import Kept, Losses, check_finite
-from tinydiff._run import Run
+from tinydiff._run import Run, Stateful, load_states, states_of
 from tinydiff.backend import (
     Array,
     array_namespace,
@@ -108,7 +108,7 @@ class Learner:
         self.parameters = model.named_parameters()
         self.optimizer = Adam(self.parameters, lr, weight_decay=weight_decay)
         self.ema = EMA(model, ema_decay)
-        self._parts = {"model.": model, "ema.": self.ema, "adam.": self.optimizer}
+        self._parts: dict[str, Stateful] = {"model.": model, "ema.": self.ema, "adam.": self.optimizer}
 
     def step(self, factor: float) -> None:
         """Move the weights, at `factor` times the learning rate, and their average."""
@@ -118,18 +118,11 @@ class Learner:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Weights, average and moments, on the host."""
-        return {
-            f"{prefix}{name}": array
-            for prefix, part in self._parts.items()
-            for name, array in part.state_dict().items()
-        }
+        return states_of(self._parts)
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """The other way; what else is in `state` is left alone."""
-        state = _as_now(state)
-        for prefix, part in self._parts.items():
-            own = {name: array for name, array in state.items() if name.startswith(prefix)}
-            part.load_state_dict({name.removeprefix(prefix): array for name, array in own.items()})
+        load_states(self._parts, _as_now(state))
 
 
 def _as_now(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

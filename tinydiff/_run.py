@@ -18,7 +18,7 @@ import numpy as np
 
 from tinydiff.checkpoint import load_arrays, naming, remove_unfinished, replace_file, save_arrays
 
-__all__ = ["Run"]
+__all__ = ["Run", "Stateful", "load_states", "states_of"]
 
 
 class Stateful(Protocol):
@@ -27,6 +27,22 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, np.ndarray]: ...
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+
+def states_of(parts: Mapping[str, Stateful]) -> dict[str, np.ndarray]:
+    """The states of all parts in one: the names of each have its key of `parts` in front."""
+    return {
+        f"{prefix}{name}": array
+        for prefix, part in parts.items()
+        for name, array in part.state_dict().items()
+    }
+
+
+def load_states(parts: Mapping[str, Stateful], state: Mapping[str, np.ndarray]) -> None:
+    """The other way: each part is given what begins with its prefix; what else there is is left alone."""
+    for prefix, part in parts.items():
+        own = {name: array for name, array in state.items() if name.startswith(prefix)}
+        part.load_state_dict({name.removeprefix(prefix): array for name, array in own.items()})
 
 
 # What older checkpoints leave out: when they were written there was one loss.
@@ -156,19 +172,14 @@ class Run:
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> list[float]:
         try:
-            for prefix, state in self.states.items():
-                state.load_state_dict(
-                    {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
-                )
+            load_states(self.states, arrays)
         except (KeyError, ValueError) as error:  # the settings do not tell all models apart
             raise ValueError(f"{self.checkpoint} does not hold the state of this model: {error}") from None
         return [float(loss) for loss in arrays["losses"]]
 
     def save(self, losses: list[float]) -> None:
         """Write the whole state of the run."""
-        arrays = {"losses": np.asarray(losses)}
-        for prefix, state in self.states.items():
-            arrays |= {f"{prefix}{name}": array for name, array in state.state_dict().items()}
+        arrays = {"losses": np.asarray(losses), **states_of(self.states)}
         save_arrays(self.checkpoint, arrays, {"step": len(losses), "settings": self.settings})
 
     def log(self, step: int, losses: list[float], grad_norm: float, lr: float) -> None:
