@@ -1,8 +1,10 @@
 """What every test shares: a Hypothesis profile without deadlines, and reproducible examples in CI."""
 
 import os
+import sys
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,21 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulated",
+        action="store_true",
+        help="a GPU that is not there: CuPy is what stands in for it in tests/emulated (with -m gpu)",
+    )
+
+
 def pytest_configure(config):
+    if config.getoption("emulated"):
+        sys.path.insert(0, str(Path(__file__).parent / "emulated"))
+    _leave_flags_alone(config)
+
+
+def _leave_flags_alone(config):
     """A product by some matrix units (SME, as in Apple's M4) leaves all flags set: NumPy warns of each."""
     with warnings.catch_warnings(record=True) as of_nothing:
         warnings.simplefilter("always")

@@ -1,0 +1,68 @@
+"""A GPU that is not there: as much of CuPy as tinydiff asks for, with the CPU in the GPU's place.
+
+``pytest -m gpu --emulated`` puts it in CuPy's place, so that tests that need a GPU can be run without one.
+It is slow, and made to be strict:
+
+- NumPy computes what CuPy would; arrays of the two do not mix, and nothing crosses to the host unasked.
+- Kernels in CUDA are compiled by g++ (``_kernel.py``). The threads of a block take turns, in a random order
+  between barriers (``_threads.cpp``); shared memory begins as NaN, and so does what is copied to it in the
+  background until it is waited for. A number that is out of reach, of no kind or not aligned ends the launch.
+- Memory begins as NaN and ends at a page that may not be touched (``_memory.py``).
+- cuBLAS is a loop over its arguments (``cublas.cpp``), a CUDA graph a list of what is to be done.
+
+What it cannot show: how fast a GPU is, how its tensor cores round, and what NVIDIA's compiler makes of CUDA.
+"""
+
+# ruff: noqa: F401
+
+import types
+
+import numpy as np
+
+from cupy import cuda, fft, linalg, random
+from cupy._array import (
+    array,
+    asarray,
+    ascontiguousarray,
+    asnumpy,
+    device_function,
+    empty,
+    empty_like,
+    ndarray,
+)
+from cupy._kernel import ElementwiseKernel, RawKernel
+from cupy._memory import default_pool
+from cupy._stream import not_while_capturing
+
+__version__ = "14.0 (emulated)"
+
+
+def _by_cublas(function):
+    product = device_function(function)
+
+    def call(*args, **kwargs):
+        not_while_capturing("ask CuPy for a product")
+        return product(*args, **kwargs)
+
+    return call
+
+
+def get_default_memory_pool():
+    return default_pool
+
+
+def get_default_pinned_memory_pool():
+    return types.SimpleNamespace(free_all_blocks=lambda: None)
+
+
+for _name in {*np.__all__} - {*globals()}:
+    _found = getattr(np, _name)
+    if callable(_found) and not isinstance(_found, type):
+        _found = device_function(_found)
+    if not isinstance(_found, types.ModuleType):
+        globals()[_name] = _found
+for _name in ("matmul", "dot", "tensordot", "vdot", "inner", "einsum"):
+    globals()[_name] = _by_cublas(getattr(np, _name))
+ndarray.__matmul__ = lambda self, other: globals()["matmul"](self, other)
+
+__all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("np", "types"))

@@ -1,0 +1,305 @@
+"""An array on the device: NumPy computes with it, nobody else sees its numbers without asking.
+
+As CuPy's, it does not mix with NumPy's arrays, and does not become one by itself.
+"""
+
+import ctypes
+import functools
+import operator
+
+import numpy as np
+
+from cupy._memory import MemoryPointer, current_allocator
+from cupy._stream import is_capturing, not_while_capturing, run
+
+__all__ = [
+    "array",
+    "asarray",
+    "ascontiguousarray",
+    "asnumpy",
+    "device_function",
+    "empty",
+    "empty_like",
+    "ndarray",
+]
+
+
+def _at(address, shape, dtype, strides=None):
+    """NumPy's array of what is there, which keeps nothing alive."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    if strides is None:
+        return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(address))
+    return np.lib.stride_tricks.as_strided(_at(address, (0,), dtype), shape, strides)
+
+
+class ndarray:
+    """A part of the device's memory; `view` is NumPy's array of the same numbers."""
+
+    __array_ufunc__ = None  # NumPy's arrays and numbers leave operators to this class
+    __hash__ = None
+
+    def __init__(self, shape, dtype=float, memptr=None, strides=None, order="C"):
+        shape = (shape,) if np.ndim(shape) == 0 else tuple(shape)
+        if memptr is None:
+            memptr = current_allocator()(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        self.mem = memptr.mem
+        self.view = _at(memptr.ptr, shape, dtype, strides)
+        if order == "F":
+            self.view = self.view.reshape(shape[::-1]).T
+
+    shape = property(lambda self: self.view.shape, lambda self, shape: setattr(self.view, "shape", shape))
+    dtype = property(lambda self: self.view.dtype)
+    size = property(lambda self: self.view.size)
+    ndim = property(lambda self: self.view.ndim)
+    nbytes = property(lambda self: self.view.nbytes)
+    itemsize = property(lambda self: self.view.itemsize)
+    strides = property(lambda self: self.view.strides)
+    flags = property(lambda self: self.view.flags)
+    data = property(lambda self: MemoryPointer(self.mem, self.view.__array_interface__["data"][0]))
+    T = property(lambda self: _wrapped(self.view.T, self.mem))
+
+    @property
+    def device(self):
+        from cupy import cuda
+
+        return cuda.Device(0)
+
+    def get(self):
+        not_while_capturing("copy to the host")
+        return self.view.copy(order="K")
+
+    def set(self, numbers):
+        not_while_capturing("copy from the host")
+        if not isinstance(numbers, np.ndarray):
+            raise TypeError(f"Only numpy.ndarray can be set, not {type(numbers)}.")
+        self.view[...] = numbers
+
+    def item(self):
+        return self.get().item()
+
+    def tolist(self):
+        return self.get().tolist()
+
+    def fill(self, value):
+        run(functools.partial(self.view.fill, _bare(value)))
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed: use `.get()`.")
+
+    def __len__(self):
+        return len(self.view)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __setitem__(self, at, value):
+        view, at, value = self.view, _bare(at), _bare(value)
+        run(functools.partial(view.__setitem__, at, value))
+
+    def __repr__(self):
+        return f"{self.get()!r} (emulated)"
+
+    def __reduce__(self):
+        return asarray, (self.get(),)
+
+    def __copy__(self):
+        return self.copy()
+
+    def __deepcopy__(self, memo):
+        return self.copy()
+
+
+def _wrapped(view, mem):
+    made = object.__new__(ndarray)
+    made.view, made.mem = view, mem
+    return made
+
+
+def _bare(x):
+    """The same with NumPy's views in the places of the device's arrays."""
+    if isinstance(x, ndarray):
+        return x.view
+    if isinstance(x, np.ndarray) and x.ndim:
+        raise TypeError(f"Unsupported type {type(x)}: it is on the host.")
+    if type(x) in (list, tuple):
+        return type(x)(map(_bare, x))
+    if type(x) is slice:
+        return slice(*(i.item() if isinstance(i, ndarray) else i for i in (x.start, x.stop, x.step)))
+    return x
+
+
+def _arrays_of(x):
+    if isinstance(x, ndarray):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for each in x:
+            yield from _arrays_of(each)
+
+
+def device_function(function):
+    """NumPy's function, for arrays of the device: what it makes is made there, what it views stays a view."""
+
+    @functools.wraps(function, updated=())
+    def call(*args, **kwargs):
+        given = [*_arrays_of(args), *_arrays_of(list(kwargs.values()))]
+        views = [x.view for x in given]
+        args, kwargs = _bare(args), {key: _bare(value) for key, value in kwargs.items()}
+
+        def work():
+            with np.errstate(all="ignore"):  # a GPU does not warn
+                return function(*args, **kwargs)
+
+        out = kwargs.get("out")
+        if out is not None:
+            run(work)
+            return next(x for x in given if x.view is out)
+        found = work()  # in a recording of what is there by chance, for its shape
+        filled = []
+        placed = _placed(found, given, filled)
+
+        def fill(found):
+            for there, numbers in zip(filled, _made(found, views), strict=True):
+                there[...] = numbers
+
+        if filled and is_capturing():
+            run(lambda: fill(work()))
+        else:
+            fill(found)
+        return placed
+
+    return call
+
+
+def _placed(found, given, filled):
+    """`found` as arrays of the device; those that have to be filled are added to `filled`."""
+    if isinstance(found, (tuple, list)):
+        parts = [_placed(each, given, filled) for each in found]
+        return type(found)(*parts) if hasattr(found, "_fields") else type(found)(parts)
+    if not isinstance(found, (np.ndarray, np.generic)):
+        return found
+    for x in given:
+        if _shares(found, x.view):
+            return x if found is x.view else _wrapped(found, x.mem)
+    order = "C" if found.flags.c_contiguous or not found.flags.f_contiguous else "F"
+    made = ndarray(found.shape, found.dtype, order=order)
+    filled.append(made.view)
+    return made
+
+
+def _made(found, views):
+    """Of what a function returned, the arrays that are new."""
+    if isinstance(found, (tuple, list)):
+        for each in found:
+            yield from _made(each, views)
+    elif isinstance(found, (np.ndarray, np.generic)) and not any(_shares(found, view) for view in views):
+        yield found
+
+
+def _shares(found, view):
+    return found is view or (isinstance(found, np.ndarray) and np.may_share_memory(found, view))
+
+
+def _item(view, at):
+    found = view[at]
+    if isinstance(found, np.generic):  # CuPy's is a view of no dimension
+        found = view[(*at, ...) if isinstance(at, tuple) else (at, ...)]
+    return found
+
+
+def _in_place(function):
+    def call(self, other):
+        work = functools.partial(function, self.view, _bare(other))
+
+        def quietly():
+            with np.errstate(all="ignore"):
+                work()
+
+        run(quietly)
+        return self
+
+    return call
+
+
+def _to_host(function):
+    return lambda self: function(self.get())
+
+
+OPERATORS = "add sub mul truediv floordiv mod pow matmul lshift rshift"
+for name in [*OPERATORS.split(), "and_", "or_", "xor"]:
+    plain, bare = getattr(operator, name), name.rstrip("_")
+    setattr(ndarray, f"__{bare}__", device_function(plain))
+    setattr(ndarray, f"__r{bare}__", device_function(lambda self, other, plain=plain: plain(other, self)))
+    setattr(ndarray, f"__i{bare}__", _in_place(getattr(operator, "i" + bare)))
+for name in ["lt", "le", "eq", "ne", "ge", "gt", "neg", "pos", "abs", "invert"]:
+    setattr(ndarray, f"__{name}__", device_function(getattr(operator, name)))
+ndarray.__getitem__ = device_function(_item)
+for name in [
+    *[
+        "reshape",
+        "transpose",
+        "swapaxes",
+        "astype",
+        "sum",
+        "mean",
+        "max",
+        "min",
+        "all",
+        "any",
+        "prod",
+        "std",
+        "var",
+    ],
+    *[
+        "ravel",
+        "flatten",
+        "squeeze",
+        "copy",
+        "argmax",
+        "argmin",
+        "argsort",
+        "cumsum",
+        "clip",
+        "round",
+        "repeat",
+    ],
+]:
+    setattr(ndarray, name, device_function(getattr(np.ndarray, name)))
+for name, function in [
+    ("bool", bool),
+    ("int", int),
+    ("float", float),
+    ("complex", complex),
+    ("index", operator.index),
+]:
+    setattr(ndarray, f"__{name}__", _to_host(function))
+
+
+def array(obj, dtype=None, copy=True, order="K", ndmin=0):
+    if isinstance(obj, ndarray):
+        return obj.astype(obj.dtype if dtype is None else dtype, copy=copy)
+    not_while_capturing("copy from the host")
+    return device_function(lambda: np.array(obj, dtype, order=order, ndmin=ndmin))()
+
+
+def asarray(a, dtype=None, order="K"):
+    return array(a, dtype, copy=False, order=order)
+
+
+def ascontiguousarray(a, dtype=None):
+    a = asarray(a, dtype)
+    return a if a.flags.c_contiguous else device_function(np.ascontiguousarray)(a)
+
+
+def asnumpy(a):
+    return a.get() if isinstance(a, ndarray) else np.asarray(a)
+
+
+def empty(shape, dtype=float, order="C"):
+    return ndarray(shape, dtype, order=order)
+
+
+def empty_like(prototype, dtype=None):
+    """In C's order, but for arrays in Fortran's."""
+    order = "C" if prototype.flags.c_contiguous or not prototype.flags.f_contiguous else "F"
+    return ndarray(prototype.shape, dtype or prototype.dtype, order=order)

@@ -1,0 +1,8 @@
+"""``cupy.fft``."""
+
+import numpy as np
+
+from cupy._array import device_function
+
+__all__ = [name for name in np.fft.__all__ if not name.endswith("Error")]
+globals().update({name: device_function(getattr(np.fft, name)) for name in __all__})

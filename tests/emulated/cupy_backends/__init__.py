@@ -1,0 +1,1 @@
+"""What tinydiff asks of ``cupy_backends``: where cuBLAS is."""

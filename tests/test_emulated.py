@@ -1,0 +1,229 @@
+"""The GPU that is not there (``tests/emulated``): that a kernel's mistakes do not pass on it.
+
+Each kernel is one of a few lines, right at first; then with a mistake that a real GPU may well forgive.
+"""
+
+import numpy as np
+import pytest
+from namespaces import space
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cupy():
+    space("cupy")  # or the test is skipped, with the reason
+    cupy = pytest.importorskip("cupy")
+    if "emulated" not in cupy.__version__:
+        pytest.skip("this GPU is there")
+    return cupy
+
+
+def kernel(cupy, body, parameters="const float* x, float* y", **how):
+    source = f'extern "C" __global__ void f({parameters}) {{ int t = threadIdx.x; {body} }}'
+    return cupy.RawKernel(source, "f", **how)
+
+
+def ran(cupy, body, threads=64, shared_mem=0, times=8):
+    """What it makes of 0, 1, 2 …, several times: in other orders of the threads."""
+    made = kernel(cupy, body)
+    results = []
+    for _ in range(times):
+        x, y = cupy.arange(64, dtype=cupy.float32), cupy.empty(64, cupy.float32)
+        made((1,), (threads,), (x, y), shared_mem=shared_mem)
+        results.append(y.get())
+    return np.stack(results)
+
+
+NUMBERS = np.arange(64, dtype=np.float32)
+TURNED = "__shared__ float s[64]; s[t] = x[t]; __syncthreads(); y[t] = s[63 - t];"
+ROUND = TURNED + " __syncthreads(); s[t] = y[t]; __syncthreads(); y[t] = s[63 - t];"
+
+
+def test_threads_of_a_block(cupy):
+    assert (ran(cupy, TURNED) == NUMBERS[::-1]).all()
+    assert (ran(cupy, ROUND) == NUMBERS).all()
+
+
+@pytest.mark.parametrize(
+    ("right", "body"),
+    [
+        (NUMBERS[::-1], TURNED.replace("__syncthreads();", "")),
+        (NUMBERS, ROUND.replace("[63 - t]; __syncthreads(); s", "[63 - t]; s")),
+    ],
+    ids=["what is not written yet", "what is still to be read"],
+)
+def test_a_barrier_that_is_missing(cupy, right, body):
+    assert (ran(cupy, body) != right).any(axis=1).all()
+
+
+def test_blocks_come_in_any_order(cupy):
+    """And threads after a barrier: what depends on who is last differs."""
+    body = "__syncthreads(); if (t == 0) y[0] = blockIdx.x;"
+    y = cupy.empty(1, cupy.float32)
+    seen = set()
+    for _ in range(20):
+        kernel(cupy, body)((8,), (32,), (y, y))
+        seen.add(float(y[0]))
+    assert len(seen) > 3
+    assert len(set(ran(cupy, "y[0] = t;", times=20)[:, 0])) > 3
+
+
+def test_memory_begins_as_nan(cupy):
+    assert np.isnan(cupy.empty(1000).get()).all()
+    assert np.isnan(ran(cupy, "__shared__ float s[64]; y[t] = s[t];")).all()
+    assert np.isnan(ran(cupy, "extern __shared__ float s[]; y[t] = s[t];", shared_mem=256)).all()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("y[t] = x[t + 64 * 2];", "an address out of reach"),
+        ("y[t + 128] = 1;", "an address out of reach"),
+        ("y[t - 4096] = 1;", "an address out of reach"),
+        ("extern __shared__ float s[]; s[t + 4] = 1;", "an address out of reach"),
+        ("float own[4]; own[t] = x[t]; y[t] = own[t];", "undefined"),
+        ("*(float2*)(y + 1) = make_float2(1, 2);", "undefined"),
+        ("int big = 2147483647; y[t] = big + t;", "undefined"),
+        ("y[t] = t / (t - 5);", "division by zero|undefined"),
+        ("if (t < 32) __syncthreads(); else __shfl_xor_sync(0xffffffffu, t * (t < 40), 1);", None),
+        ("if (t < 5) return; y[t] = __shfl_xor_sync(0xffffffffu, t, 1);", "wait"),
+        ("if (t == 40) __shfl_xor_sync(0xffffffffu, t, 1); __syncthreads();", "wait"),
+        ("__shfl_xor_sync(0xffu, t, 1);", "not emulated"),
+    ],
+)
+def test_what_ends_a_launch(cupy, body, said):
+    """Words of memory on either side of 256 bytes belong to the array, to nobody, or to a page of nobody."""
+    made = kernel(cupy, body)
+    x = y = cupy.empty(128, cupy.float32)
+    if said is None:
+        made((1,), (64,), (x, y))
+        return
+    for _ in range(2):  # and the next is as good as the first
+        with pytest.raises(RuntimeError, match=rf"f: thread \d+ of block 0: .*({said})"):
+            made((1,), (64,), (x, y), shared_mem=256)
+    assert (ran(cupy, TURNED) == NUMBERS[::-1]).all()
+
+
+@pytest.mark.parametrize("wrong", ["y[t] = 1;", "y[t - 1] = 1;"])
+def test_a_number_too_many_is_noticed(cupy, wrong):
+    """Where a page that nobody may touch is not reached."""
+    x, y = cupy.empty(3, cupy.float32), cupy.empty(3, cupy.float32)
+    with pytest.raises(RuntimeError, match="f: somebody wrote before or behind its argument 1"):
+        kernel(cupy, wrong)((1,), (4,), (x, y))
+
+
+SENT = r"""
+  extern __shared__ float s[];
+  unsigned at = __cvta_generic_to_shared(s + 4 * t);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
+               ::"r"(at), "l"(x + 4 * t), "r"(t < 12 ? 16 : 0));
+  asm volatile("cp.async.commit_group;" ::: "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(0) : "memory");
+  __syncthreads();
+  for (int i = t; i < 64; i += 16) y[i] = s[63 - i];
+"""
+
+
+def test_copies_in_the_background(cupy):
+    how = dict(threads=16, shared_mem=256)
+    assert (ran(cupy, SENT, **how)[:, ::-1] == np.where(NUMBERS < 48, NUMBERS, 0)).all()
+    assert np.isnan(ran(cupy, SENT.replace("(0)", "(1)"), **how)).all()
+    assert np.isnan(ran(cupy, SENT.replace("__syncthreads();", ""), **how)).any(axis=1).all()
+    with pytest.raises(RuntimeError, match="a copy from"):
+        ran(cupy, SENT.replace("x + 4 * t", "x + 2 * t"), **how)
+    with pytest.raises(RuntimeError, match="a copy to 4 of shared memory"):
+        ran(cupy, SENT.replace("s + 4 * t", "s + 1"), **how)
+    with pytest.raises(RuntimeError, match="not in the shared memory"):
+        ran(cupy, SENT, threads=32, shared_mem=256)
+    with pytest.raises(ValueError, match="may have fewer"):
+        ran(cupy, SENT, threads=32, shared_mem=64 * 1024)
+
+
+@pytest.mark.parametrize("change", [("%2;", "%1;"), (', "r"(t < 12 ? 16 : 0)', ""), ('"l"(x', '"r"(x')])
+def test_an_operand_that_is_not_as_it_should_be(cupy, change):
+    with pytest.raises(Exception, match=r"each of its|static assertion|ptx_|expected"):
+        ran(cupy, SENT.replace(*change), threads=16, shared_mem=256)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "args", "said"),
+    [
+        ("float* y, int n", (1,), "int for a parameter of kind '[?]'"),
+        ("float* y, float n", (1.0,), "float for a parameter of kind '[?]'"),
+        ("float* y, double n", (1,), "int for a parameter of kind 'd'"),
+        ("float* y, long long n", (np.float32(1),), "float32 for a parameter of kind 'i'"),
+        ("float* y, float* n", (1,), "int for a parameter of kind 'p'"),
+        ("float* y", (1,), "f has 1 parameters, not 2"),
+    ],
+)
+def test_an_argument_of_another_type(cupy, parameters, args, said):
+    with pytest.raises(TypeError, match=said):
+        kernel(cupy, "", parameters)((1,), (1,), (cupy.empty(1, cupy.float32), *args))
+
+
+def test_arrays_do_not_mix(cupy):
+    x, there = np.ones(3), cupy.ones(3)
+    for wrong in (
+        lambda: x + there,
+        lambda: there + x,
+        lambda: cupy.sum(x),
+        lambda: np.add(there, there),
+        lambda: np.asarray(there),
+        lambda: there.__setitem__(0, x),
+        lambda: cupy.concatenate([there, x]),
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+    assert (np.float64(2) * there).get().tolist() == [2, 2, 2]
+
+
+def test_views_and_copies(cupy):
+    x = cupy.zeros((3, 4))
+    x[1][2] = 5
+    x[1, 1:][0] += 2
+    x.T[3, 0] = 7
+    cupy.reshape(x, (12,))[0] = 1
+    row = x[2]
+    x[2, 1] = 3
+    assert x.get().tolist() == [[1, 0, 0, 7], [0, 2, 5, 0], [0, 3, 0, 0]] and row.get().tolist() == [
+        0,
+        3,
+        0,
+        0,
+    ]
+    assert x.data.mem is row.data.mem and row.data.ptr == x.data.ptr + 64
+    copy = x.copy()
+    copy[...] = 0
+    assert float(x.sum()) == 18
+    assert cupy.asarray(x) is x and cupy.asarray(x, cupy.float32) is not x
+
+
+def test_what_is_recorded_runs_when_it_is_launched(cupy):
+    """With what is there then, in order; what waits for the host is refused."""
+    x, y = cupy.ones(4, cupy.float32), cupy.zeros(4, cupy.float32)
+    f = kernel(cupy, "y[t] = 2 * x[t];")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        z = x + 1
+        f((1,), (4,), (z, y))
+        y += 1
+        graph = stream.end_capture()
+    assert np.isnan(z.get()).all() and not y.get().any()
+    for value in (1, 5):
+        x[...] = value
+        graph.launch()
+        assert (y.get() == 2 * (value + 1) + 1).all()
+    for wait in (
+        x.get,
+        lambda: float(x[0]),
+        lambda: cupy.asarray(np.ones(3)),
+        lambda: x @ x,
+        lambda: bool(x[0]),
+    ):
+        with cupy.cuda.Stream() as stream:
+            stream.begin_capture()
+            with pytest.raises(RuntimeError, match="StreamCaptureUnsupported"):
+                wait()
+            with pytest.raises(RuntimeError, match="StreamCaptureInvalidated"):
+                stream.end_capture()
