@@ -31,6 +31,15 @@ def pytest_configure(config):
     _leave_flags_alone(config)
 
 
+def pytest_report_header(config):
+    if config.getoption("emulated"):
+        from cupy import _nvrtc
+
+        known = _nvrtc.version()
+        which = f"NVRTC {known}" if known else "no NVRTC (pip install nvidia-cuda-nvrtc-cu12)"
+        return f"a GPU that is not there: kernels are compiled by g++; {which}"
+
+
 def _leave_flags_alone(config):
     """A product by some matrix units (SME, as in Apple's M4) leaves all flags set: NumPy warns of each."""
     with warnings.catch_warnings(record=True) as of_nothing:

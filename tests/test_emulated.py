@@ -11,12 +11,19 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def cupy():
+def emulated():
     space("cupy")  # or the test is skipped, with the reason
     cupy = pytest.importorskip("cupy")
     if "emulated" not in cupy.__version__:
         pytest.skip("this GPU is there")
     return cupy
+
+
+@pytest.fixture
+def cupy(emulated, monkeypatch):
+    """As it is where NVIDIA's compiler is not installed, which would see some of the mistakes before."""
+    monkeypatch.setattr("cupy._nvrtc.version", lambda: None)
+    return emulated
 
 
 def kernel(cupy, body, parameters="const float* x, float* y", **how):
@@ -197,6 +204,18 @@ def test_views_and_copies(cupy):
     copy[...] = 0
     assert float(x.sum()) == 18
     assert cupy.asarray(x) is x and cupy.asarray(x, cupy.float32) is not x
+
+
+def test_nvidias_compiler_has_to_take_it_without_a_word(emulated):
+    from cupy import _nvrtc
+
+    if _nvrtc.version() is None:
+        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc-cu12")
+    with pytest.raises(Exception, match=r"NVRTC, for sm_75: .*memcmp"):
+        ran(emulated, "y[t] = memcmp(x, y, 4);")
+    with pytest.raises(Exception, match=r"NVRTC, for sm_80: .*declared but never referenced"):
+        ran(emulated, SENT + "int unused;", threads=16, shared_mem=256)
+    assert (ran(emulated, TURNED) == NUMBERS[::-1]).all()
 
 
 def test_what_is_recorded_runs_when_it_is_launched(cupy):

@@ -7,10 +7,11 @@ It is slow, and made to be strict:
 - Kernels in CUDA are compiled by g++ (``_kernel.py``). The threads of a block take turns, in a random order
   between barriers (``_threads.cpp``); shared memory begins as NaN, and so does what is copied to it in the
   background until it is waited for. A number that is out of reach, of no kind or not aligned ends the launch.
+- Where NVIDIA's own compiler is installed, which needs no GPU, it has to take them, too (``_nvrtc.py``).
 - Memory begins as NaN and ends at a page that may not be touched (``_memory.py``).
 - cuBLAS is a loop over its arguments (``cublas.cpp``), a CUDA graph a list of what is to be done.
 
-What it cannot show: how fast a GPU is, how its tensor cores round, and what NVIDIA's compiler makes of CUDA.
+What it cannot show: how fast a GPU is, how its tensor cores and its libraries round, and what the drivers do.
 """
 
 # ruff: noqa: F401

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cupy import _nvrtc
 from cupy._array import empty, ndarray
 from cupy._stream import run
 
@@ -40,24 +41,41 @@ class CompileException(Exception):
     """What the compiler says."""
 
 
+def _kept(ending, *of):
+    """Where in the cache directory is kept what was made of these."""
+    name = hashlib.sha256("\0".join(map(str, of)).encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinydiff" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / (name + ending)
+
+
 def built(source, *options):
     """The library that g++ makes of a source in C++; kept in the cache directory."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise CompileException("The emulated GPU needs g++.")
     command = [compiler, *FLAGS[:-3], *options, *FLAGS[-3:]]
-    name = hashlib.sha256("\0".join([*command, source]).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinydiff" / "emulated"
-    library = folder / f"{name}.so"
+    library = _kept(".so", *command, source)
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:  # another process may build the same
+        with tempfile.TemporaryDirectory(dir=library.parent) as beside:  # another process may build the same
             made = Path(beside) / "made.so"
             done = subprocess.run([*command, "-o", made], input=source, capture_output=True, text=True)
             if done.returncode:
                 raise CompileException(done.stderr[:4000])
             made.replace(library)
     return ctypes.CDLL(str(library))
+
+
+def _shown_to_nvidia(source, options):
+    """Whether its own compiler takes it, too, without a word; where it is installed."""
+    shown = _kept(".shown", *options, source, _nvrtc.version())
+    if _nvrtc.version() is None or shown.exists():
+        return
+    for architecture in _nvrtc.architectures(source):
+        said = _nvrtc.said(source, options, architecture)
+        if said:
+            raise CompileException(f"NVRTC, for {architecture}: {said}")
+    shown.touch()
 
 
 @functools.cache
@@ -126,6 +144,7 @@ class RawKernel:
 
     @functools.cached_property
     def _library(self):
+        _shown_to_nvidia(self._code, self._options)
         _emulate()
         source = (HERE / "_cuda.h").read_text() + _in_cpp(self._code) + RUN
         library = built(source, *STRICT, f"-DKERNEL={self._name}", *self._options)
