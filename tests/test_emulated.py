@@ -112,6 +112,13 @@ def test_what_ends_a_launch(cupy, body, said):
     assert (ran(cupy, TURNED) == NUMBERS[::-1]).all()
 
 
+@pytest.mark.parametrize("forever", ["while (x) y[t] += 1;", "while (x) __syncthreads();"])
+def test_a_launch_that_does_not_end(cupy, monkeypatch, forever):
+    monkeypatch.setattr("cupy._kernel.LONGEST", 1)
+    with pytest.raises(RuntimeError, match="it does not come to an end"):
+        ran(cupy, forever)
+
+
 @pytest.mark.parametrize("wrong", ["y[t] = 1;", "y[t - 1] = 1;"])
 def test_a_number_too_many_is_noticed(cupy, wrong):
     """Where a page that nobody may touch is not reached."""

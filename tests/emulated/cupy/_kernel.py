@@ -20,6 +20,7 @@ from cupy._stream import run
 
 __all__ = ["ElementwiseKernel", "RawKernel", "built"]
 
+LONGEST = 60  # seconds of the CPU that a launch may take
 HERE = Path(__file__).parent
 # What is undefined ends the launch: a place past an array's end, a wrong alignment, an overflow.
 FLAGS = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-x", "c++", "-"]
@@ -83,7 +84,7 @@ def _emulate():
     library = built((HERE / "_threads.cpp").read_text(), "-O3")
     emulate = ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL).emulate  # kernels find it, too
     p, u = ctypes.c_void_p, ctypes.c_uint
-    emulate.argtypes = [p, p, u, u, ctypes.c_size_t, p, p, u, ctypes.c_char_p]
+    emulate.argtypes = [p, p, u, u, ctypes.c_size_t, p, p, u, u, ctypes.c_char_p]
     return emulate
 
 
@@ -174,7 +175,7 @@ class RawKernel:
         where = of.shared_begin(), of.shared_end()
         with _turn:
             seed = _seeds.getrandbits(32)
-            ran = _emulate()(of.run_thread, places, blocks, threads, shared_mem, *where, seed, said)
+            ran = _emulate()(of.run_thread, places, blocks, threads, shared_mem, *where, seed, LONGEST, said)
         if not ran:
             raise RuntimeError(f"{self._name}: {said.value.decode()}")
 

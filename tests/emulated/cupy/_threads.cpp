@@ -11,7 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 enum { WARP = 32, MOST = 1024, STACK = (17 << 12) + 320, QUEUE = 256, SHARED = 256 << 10, PAGE = 4096 };
 enum State { READY, AT_BLOCK, AT_SHUFFLE, AT_TILES, DONE };
@@ -69,6 +71,7 @@ static uint32_t dice;
 static void by_signal(int number) {
   give_up("%s", number == SIGSEGV || number == SIGBUS ? "an address out of reach"
                 : number == SIGFPE                    ? "a division by zero"
+                : number == SIGVTALRM                 ? "it does not come to an end"
                                                       : "undefined behaviour (bounds, alignment, overflow, shift)");
 }
 
@@ -233,7 +236,7 @@ void wait_for_copies(int pending) {
 
 // Whether it ran; if not, `message` (256) says why. Static shared memory is from `begin` to `end`.
 int emulate(void (*run)(void**), void** args, unsigned blocks, unsigned count, size_t shared, char* begin,
-            char* end, unsigned seed, char* message) {
+            char* end, unsigned seed, unsigned seconds, char* message) {
   static char* memory = nullptr;
   if (!memory) {
     int how = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -251,11 +254,19 @@ int emulate(void (*run)(void**), void** args, unsigned blocks, unsigned count, s
   threadIdx.x = blockIdx.x = 0;
   dynamic_shared = memory + SHARED - (shared + 15) / 16 * 16;
 
-  struct sigaction ours = {}, before[4];
-  int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+  struct sigaction ours = {}, before[5];
+  int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGVTALRM};
   ours.sa_handler = by_signal;
   ours.sa_flags = SA_NODEFER;
-  for (int i = 0; i < 4; i++) sigaction(signals[i], &ours, before + i);
+  for (int i = 0; i < 5; i++) sigaction(signals[i], &ours, before + i);
+  timer_t timer;  // of this thread of the host alone
+  struct sigevent event = {};
+  event.sigev_notify = SIGEV_THREAD_ID;
+  event.sigev_signo = SIGVTALRM;
+  event._sigev_un._tid = gettid();
+  struct itimerspec longest = {{0, 0}, {seconds, 0}};
+  timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer);
+  timer_settime(timer, 0, &longest, nullptr);
   volatile int ran = 0;
   unsigned* volatile order = (unsigned*)malloc(blocks * sizeof(unsigned));
   if (!sigsetjmp(fault, 1)) {
@@ -273,7 +284,8 @@ int emulate(void (*run)(void**), void** args, unsigned blocks, unsigned count, s
     for (int t = 0; t < MOST; t++) threads[t].begun = false;
   }
   free(order);
-  for (int i = 0; i < 4; i++) sigaction(signals[i], before + i, nullptr);
+  timer_delete(timer);
+  for (int i = 0; i < 5; i++) sigaction(signals[i], before + i, nullptr);
   return ran;
 }
 }
