@@ -1,6 +1,7 @@
 """What every test shares: a Hypothesis profile without deadlines, and reproducible examples in CI."""
 
 import os
+import shutil
 import sys
 import warnings
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("emulated"):
+        if sys.platform != "linux" or not shutil.which("g++"):
+            raise pytest.UsageError("--emulated needs Linux and g++.")
         sys.path.insert(0, str(Path(__file__).parent / "emulated"))
     _leave_flags_alone(config)
 

@@ -254,11 +254,11 @@ int emulate(void (*run)(void**), void** args, unsigned blocks, unsigned count, s
   threadIdx.x = blockIdx.x = 0;
   dynamic_shared = memory + SHARED - (shared + 15) / 16 * 16;
 
-  struct sigaction ours = {}, before[5];
-  int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGVTALRM};
+  struct sigaction ours = {}, before[6];
+  int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE, SIGVTALRM};
   ours.sa_handler = by_signal;
   ours.sa_flags = SA_NODEFER;
-  for (int i = 0; i < 5; i++) sigaction(signals[i], &ours, before + i);
+  for (int i = 0; i < 6; i++) sigaction(signals[i], &ours, before + i);
   timer_t timer;  // of this thread of the host alone
   struct sigevent event = {};
   event.sigev_notify = SIGEV_THREAD_ID;
@@ -285,7 +285,7 @@ int emulate(void (*run)(void**), void** args, unsigned blocks, unsigned count, s
   }
   free(order);
   timer_delete(timer);
-  for (int i = 0; i < 5; i++) sigaction(signals[i], before + i, nullptr);
+  for (int i = 0; i < 6; i++) sigaction(signals[i], before + i, nullptr);
   return ran;
 }
 }
