@@ -310,6 +310,7 @@ def test_sum_pixels(twin, shape, dtype, seed):
 )
 def test_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, tanh, dtype, seed):
     """Also far from zero: a variance taken as E x^2 - (E x)^2 would lose its digits at mean 30 sigma."""
+    assume(h * w * per_group > 1)  # a single number has no variance: its gradient is rounding only
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_norm, "one_plus_tanh", tanh)
         check_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype, seed)
@@ -317,7 +318,6 @@ def test_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, tanh, d
 
 def check_group_norm(twin, n, h, w, groups, per_group, offset, with_silu, dtype, seed):
     twin = module(twin)
-    assume(h * w * per_group > 1)  # a single number has no variance: its gradient is rounding only
     rng = np.random.default_rng(seed)
     c = groups * per_group
     x = normal(rng, (n, h, w, c), dtype) + dtype(offset)
@@ -1181,6 +1181,17 @@ def test_end_to_end_on_the_gpu(dtype, monkeypatch):
     assert end_to_end(parts[1:]).size == flat.size - 12
     np.testing.assert_array_equal(end_to_end([parts[0], parts[2]]).get(), np.delete(flat.get(), 12))
     np.testing.assert_array_equal(end_to_end(parts[::-1])[-12:].get(), parts[0].ravel().get())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_silu", [False, True], ids=["alone", "with SiLU"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("h", "groups", "per_group"), [(2, 1, 130), (2, 2, 256), (2, 1, 257), (23, 2, 4), (5, 1, 200)]
+)
+def test_wide_and_tall_groups_on_the_gpu(h, groups, per_group, dtype, with_silu):
+    """Channels for one row of a block's threads, for all of them, for more than there are; many pixels."""
+    check_group_norm("cupy", 2, h, h, groups, per_group, 1.0, with_silu, dtype, 0)
 
 
 @pytest.mark.gpu
