@@ -4,9 +4,9 @@
 It is slow, and made to be strict:
 
 - NumPy computes what CuPy would; arrays of the two do not mix, and nothing crosses to the host unasked.
-- Kernels in CUDA are compiled by g++ (``_kernel.py``). The threads of a block take turns, in a random order
+- g++ compiles kernels in CUDA (``_build.py``, ``_ptx.py``). The threads of a block take turns, in a random order
   between barriers (``_threads.cpp``); shared memory begins as NaN, and so does what is copied to it in the
-  background until it is waited for. A number that is out of reach, of no kind or not aligned ends the launch.
+  background until it is waited for. An address out of reach, a wrong alignment and the like end the launch.
 - Where NVIDIA's own compiler is installed, which needs no GPU, it has to take them, too (``_nvrtc.py``).
 - Memory begins as NaN and ends at a page that may not be touched (``_memory.py``).
 - cuBLAS is a loop over its arguments (``cublas.cpp``), a CUDA graph a list of what is to be done.
@@ -31,7 +31,8 @@ from cupy._array import (
     empty_like,
     ndarray,
 )
-from cupy._kernel import ElementwiseKernel, RawKernel
+from cupy._elements import ElementwiseKernel
+from cupy._kernel import RawKernel
 from cupy._memory import default_pool
 from cupy._stream import not_while_capturing
 

@@ -6,10 +6,10 @@ In a recording a product is not computed, but kept.
 import ctypes
 from pathlib import Path
 
-from cupy._kernel import built
+from cupy._build import built
 from cupy._stream import is_capturing, run
 
-_library = built(Path(__file__).with_suffix(".cpp").read_text())
+_library = built(Path(__file__).with_suffix(".cpp").read_text(), "-O2")
 __file__ = _library._name
 
 
