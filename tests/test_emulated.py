@@ -259,6 +259,19 @@ def test_what_is_recorded_runs_when_it_is_launched(cupy):
                 stream.end_capture()
 
 
+def test_what_a_graph_reads_has_to_be_kept(cupy):
+    x, y = cupy.ones(4), cupy.ones(4)
+    with cupy.cuda.Stream() as stream:
+        stream.begin_capture()
+        y += x
+        graph = stream.end_capture()
+    graph.launch()
+    assert (y.get() == 2).all()
+    del x
+    graph.launch()
+    assert np.isnan(y.get()).all()
+
+
 # What it shows: where float32's error comes from (docs: A.29)
 
 

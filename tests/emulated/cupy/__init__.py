@@ -4,11 +4,11 @@
 It is slow, and made to be strict:
 
 - NumPy computes what CuPy would; arrays of the two do not mix, and nothing crosses to the host unasked.
-- g++ compiles kernels in CUDA (``_build.py``, ``_ptx.py``). The threads of a block take turns, in a random order
-  between barriers (``_threads.cpp``); shared memory begins as NaN, and so does what is copied to it in the
+- g++ compiles kernels in CUDA (``_build.py``, ``_ptx.py``). A block's threads take turns, in a random order
+  between barriers (``_threads.cpp``). Shared memory begins as NaN, and so does what is copied to it in the
   background until it is waited for. An address out of reach, a wrong alignment and the like end the launch.
 - Where NVIDIA's own compiler is installed, which needs no GPU, it has to take them, too (``_nvrtc.py``).
-- Memory begins as NaN and ends at a page that may not be touched (``_memory.py``).
+- Memory begins as NaN, ends at pages that may not be touched, and is NaN again when let go (``_memory.py``).
 - cuBLAS is a loop over its arguments (``cublas.cpp``), a CUDA graph a list of what is to be done.
 
 What it cannot show: how fast a GPU is, how its tensor cores and its libraries round, and what the drivers do.

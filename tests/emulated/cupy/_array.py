@@ -146,10 +146,7 @@ def device_function(function):
         views = [x.view for x in given]
         args, kwargs = _bare(args), {key: _bare(value) for key, value in kwargs.items()}
 
-        def work():
-            with np.errstate(all="ignore"):  # a GPU does not warn
-                return function(*args, **kwargs)
-
+        work = functools.partial(_quietly, function, *args, **kwargs)
         out = kwargs.get("out")
         if out is not None:
             run(work)
@@ -169,6 +166,11 @@ def device_function(function):
         return placed
 
     return call
+
+
+def _quietly(function, *args, **kwargs):
+    with np.errstate(all="ignore"):  # a GPU does not warn
+        return function(*args, **kwargs)
 
 
 def _placed(found, given, filled):
@@ -209,24 +211,14 @@ def _item(view, at):
 
 def _in_place(function):
     def call(self, other):
-        work = functools.partial(function, self.view, _bare(other))
-
-        def quietly():
-            with np.errstate(all="ignore"):
-                work()
-
-        run(quietly)
+        run(functools.partial(_quietly, function, self.view, _bare(other)))
         return self
 
     return call
 
 
-def _to_host(function):
-    return lambda self: function(self.get())
-
-
-OPERATORS = "add sub mul truediv floordiv mod pow matmul lshift rshift"
-for name in [*OPERATORS.split(), "and_", "or_", "xor"]:
+OPERATORS = "add sub mul truediv floordiv mod pow matmul lshift rshift and_ or_ xor"
+for name in OPERATORS.split():
     plain, bare = getattr(operator, name), name.rstrip("_")
     setattr(ndarray, f"__{bare}__", device_function(plain))
     setattr(ndarray, f"__r{bare}__", device_function(lambda self, other, plain=plain: plain(other, self)))
@@ -234,45 +226,12 @@ for name in [*OPERATORS.split(), "and_", "or_", "xor"]:
 for name in ["lt", "le", "eq", "ne", "ge", "gt", "neg", "pos", "abs", "invert"]:
     setattr(ndarray, f"__{name}__", device_function(getattr(operator, name)))
 ndarray.__getitem__ = device_function(_item)
-for name in [
-    *[
-        "reshape",
-        "transpose",
-        "swapaxes",
-        "astype",
-        "sum",
-        "mean",
-        "max",
-        "min",
-        "all",
-        "any",
-        "prod",
-        "std",
-        "var",
-    ],
-    *[
-        "ravel",
-        "flatten",
-        "squeeze",
-        "copy",
-        "argmax",
-        "argmin",
-        "argsort",
-        "cumsum",
-        "clip",
-        "round",
-        "repeat",
-    ],
-]:
+METHODS = "reshape transpose swapaxes ravel flatten squeeze repeat copy astype clip round"
+METHODS += " sum mean max min all any prod std var argmax argmin argsort cumsum"
+for name in METHODS.split():
     setattr(ndarray, name, device_function(getattr(np.ndarray, name)))
-for name, function in [
-    ("bool", bool),
-    ("int", int),
-    ("float", float),
-    ("complex", complex),
-    ("index", operator.index),
-]:
-    setattr(ndarray, f"__{name}__", _to_host(function))
+for to_host in (bool, int, float, complex, operator.index):
+    setattr(ndarray, f"__{to_host.__name__}__", lambda self, to_host=to_host: to_host(self.get()))
 
 
 def array(obj, dtype=None, copy=True, order="K", ndmin=0):

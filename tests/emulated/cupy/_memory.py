@@ -63,6 +63,7 @@ class Pooled:
         ctypes.memset(first, NAN, self.ptr + size - first)
 
     def __del__(self):
+        ctypes.memset(self.ptr, NAN, self.size)  # whoever still reads it, a graph say, reads NaN
         pool = self._pool()
         if pool is not None:
             pool._back(self._beneath, self.size)
