@@ -1151,8 +1151,14 @@ def test_products_on_the_gpu(dtype, found, monkeypatch):
             factors = (np.swapaxes(x, -1, -2) if t else x for x, t in ((a, ta), (b, tb)))
             x, y = (factor.astype(np.float64) for factor in factors)
             assert_close(c.get(), scale * (x @ y), abs(scale) * (abs(x) @ abs(y)), dtype)
+    other = np.float32 if dtype == np.float64 else np.float64
+    for shape, shape_b, dtype_b in [
+        ((2, 3), (4, 2), dtype),
+        ((2, 3, 4), (3, 4, 3), dtype),
+        ((2, 3), (3, 2), other),
+    ]:
         with pytest.raises(ValueError, match="no product of"):
-            _cupy_products.product(there(np.zeros((2, 3), dtype)), there(np.zeros((4, 2), dtype)))
+            _cupy_products.product(there(np.zeros(shape, dtype)), there(np.zeros(shape_b, dtype_b)))
 
 
 @pytest.mark.gpu
