@@ -81,9 +81,13 @@ def test_blocks_come_in_any_order(cupy):
 
 
 def test_memory_begins_as_nan(cupy):
+    from cupy._build import strict
+
     assert np.isnan(cupy.empty(1000).get()).all()
     assert np.isnan(ran(cupy, "__shared__ float s[64]; y[t] = s[t];")).all()
     assert np.isnan(ran(cupy, "extern __shared__ float s[]; y[t] = s[t];", shared_mem=256)).all()
+    if "-ftrivial-auto-var-init=pattern" in strict():
+        assert (abs(ran(cupy, "float own[2]; y[t] = own[t % 2];")) > 1e30).all()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What compilers make of a kernel: g++ a library, which is kept in the cache directory; NVIDIA's, nothing."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from cupy import _nvrtc
 
-__all__ = ["CompileException", "built", "shown_to_nvidia"]
+__all__ = ["CompileException", "built", "shown_to_nvidia", "strict"]
 
 FLAGS = ["-std=c++17", "-w", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
 
@@ -38,6 +39,18 @@ def built(source, *options):
                 raise CompileException(done.stderr[:4000])
             made.replace(library)
     return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def strict():
+    """Options by which what is undefined is noticed.
+
+    A place past an array's end, a wrong alignment and an overflow end a launch. What a thread has of its own
+    and never wrote is a large number, with a g++ that knows how to (12).
+    """
+    options = ["-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    return (*options, *["-ftrivial-auto-var-init=pattern"] * (int(version.split(".")[0]) >= 12))
 
 
 def shown_to_nvidia(source, options):

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from cupy._array import ndarray
-from cupy._build import built, shown_to_nvidia
+from cupy._build import built, shown_to_nvidia, strict
 from cupy._ptx import in_cpp
 from cupy._stream import run
 
@@ -15,8 +15,6 @@ __all__ = ["RawKernel"]
 
 LONGEST = 60  # seconds of the CPU that a launch may take
 HERE = Path(__file__).parent
-# What is undefined ends a launch: a place past an array's end, a wrong alignment, an overflow.
-STRICT = ["-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 
 RUN = r"""
 extern "C" void run_thread(void** args) { called(KERNEL, args); }
@@ -50,7 +48,7 @@ class RawKernel:
         shown_to_nvidia(self._code, self._options)
         _emulate()
         source = (HERE / "_cuda.h").read_text() + in_cpp(self._code) + RUN
-        library = built(source, *STRICT, f"-DKERNEL={self._name}", *self._options)
+        library = built(source, *strict(), f"-DKERNEL={self._name}", *self._options)
         for of in (library.letters, library.shared_begin, library.shared_end):
             of.restype = ctypes.c_void_p
         library.letters.restype = ctypes.c_char_p
