@@ -1283,6 +1283,24 @@ def test_convolutions_by_tensor_cores(tensor_cores, shape, d, enough, shared, tf
             np.testing.assert_array_equal(actual, again)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "doubled"), [((2, 16, 17, 4), False), ((1, 29, 30, 8), False), ((2, 9, 12, 4), True)]
+)
+def test_a_weights_derivative_shared_out_between_blocks(tensor_cores, shape, doubled):
+    """Two, three and three shares of so many outputs, the last one shorter; twice, the same bits."""
+    conv, rng = tensor_cores(False, 1, LARGE), np.random.default_rng(0)
+    places = tuple(s * (1 + doubled) for s in shape[1:3])
+    x, dy = normal(rng, shape, np.float32), normal(rng, (shape[0], *places, 12), np.float32)
+    found = [conv.weight_gradient(there(x), there(dy), 3, 1, (1, 1), doubled=doubled) for _ in range(2)]
+    image = portable.upsample(x.astype(np.float64)) if doubled else x.astype(np.float64)
+    w = np.zeros((3, 3, shape[3], 12))
+    _, dw, db = portable.conv2d_backward(image, w, dy.astype(np.float64), 1, (1, 1))
+    for actual, again, expected in zip(*found, (dw.reshape(-1, 12), db)):
+        assert np.linalg.norm(actual.get() - expected) <= 1e-6 * np.linalg.norm(expected)
+        np.testing.assert_array_equal(actual.get(), again.get())
+
+
 def there(x):
     import cupy
 
