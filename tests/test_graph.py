@@ -181,6 +181,28 @@ def test_a_recorded_training_ends_where_its_loss_is_not_finite(cupy):
     assert all(np.isfinite(weight).all() for weight in model.state_dict().values())
 
 
+def test_a_recorded_loss_follows_the_batch_and_the_weights(cupy):
+    """Another shape, and weights in other arrays, of which a recording knows nothing."""
+    model, recorded = on_gpu(shaken(td.MLP(hidden=8))), _graph.RecordedLoss(PROCESS)
+
+    def of(loss, n):
+        value, backward = loss(model, cupy.full((n, 2), 0.5, cupy.float32), np.random.default_rng(n))
+        backward()
+        gradients = [p.grad.get() for p in model.named_parameters().values()]
+        model.zero_grad()
+        return [float(value), *gradients]
+
+    for n, change in [(4, False), (3, False), (3, True), (4, True)]:
+        if change:
+            for p in model.named_parameters().values():
+                p.value = p.value * 1.5
+        for _ in range(_graph.WARM_UP + 2):
+            expected = of(lambda *given: td.training_loss(given[0], PROCESS, *given[1:]), n)
+            for found, wanted in zip(of(recorded, n), expected):
+                assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+        assert isinstance(recorded._replayed.replay, _graph.Recording)
+
+
 @networks
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm++"])
 def test_a_recorded_sampling_is_the_sampling(cupy, monkeypatch, name, sampler):
