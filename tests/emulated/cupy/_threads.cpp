@@ -15,7 +15,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-enum { WARP = 32, MOST = 1024, STACK = (17 << 12) + 320, QUEUE = 256, SHARED = 256 << 10, PAGE = 4096 };
+enum { WARP = 32, MOST = 1024, STACK = (17 << 12) + 320, QUEUE = 256, SHARED = 256 << 10, GUARD = 64 << 10 };
 enum State { READY, AT_BLOCK, AT_SHUFFLE, AT_TILES, DONE };
 
 struct Index {
@@ -241,8 +241,8 @@ int emulate(void (*run)(void**), void** args, unsigned blocks, unsigned count, s
   if (!memory) {
     int how = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     char* stacks = (char*)mmap(nullptr, (size_t)MOST * STACK, PROT_READ | PROT_WRITE, how, -1, 0);
-    memory = (char*)mmap(nullptr, SHARED + PAGE, PROT_READ | PROT_WRITE, how, -1, 0);
-    mprotect(memory + SHARED, PAGE, PROT_NONE);
+    memory = (char*)mmap(nullptr, SHARED + GUARD, PROT_READ | PROT_WRITE, how, -1, 0);
+    mprotect(memory + SHARED, GUARD, PROT_NONE);
     for (int t = 0; t < MOST; t++) {
       getcontext(births + t);
       births[t].uc_stack.ss_sp = stacks + (size_t)t * STACK;
