@@ -152,6 +152,8 @@ def test_copies_in_the_background(cupy):
     assert (ran(cupy, SENT, **how)[:, ::-1] == np.where(NUMBERS < 48, NUMBERS, 0)).all()
     assert np.isnan(ran(cupy, SENT.replace("(0)", "(1)"), **how)).all()
     assert np.isnan(ran(cupy, SENT.replace("__syncthreads();", ""), **how)).any(axis=1).all()
+    with pytest.raises(RuntimeError, match="all but -1"):
+        ran(cupy, SENT.replace("(0)", "(-1)"), **how)
     with pytest.raises(RuntimeError, match="a copy from"):
         ran(cupy, SENT.replace("x + 4 * t", "x + 2 * t"), **how)
     with pytest.raises(RuntimeError, match="a copy to 4 of shared memory"):

@@ -219,6 +219,7 @@ void copy_later(unsigned to, const void* from, int bytes, int from_there) {
 void copies_belong_together() { queues[threadIdx.x].group++; }
 
 void wait_for_copies(int pending) {
+  if (pending < 0) give_up("a wait for all but %d copies", pending);
   Queue& queue = queues[threadIdx.x];
   int kept = 0;
   for (int i = 0; i < queue.count; i++) {
