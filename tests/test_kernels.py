@@ -1217,6 +1217,19 @@ def test_long_attention_on_the_gpu(length, d, dtype):
         np.testing.assert_array_equal(actual, again)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_more_keys_than_queries_on_the_gpu(dtype):
+    """Of narrow heads, whose own kernel takes as many of both."""
+    rng, results = np.random.default_rng(0), []
+    q, do, k, v = (normal(rng, (2, 3, length, 4), dtype) for length in (5, 5, 9, 9))
+    for kernels, cast in ((module("cupy"), dtype), (portable, np.float64)):
+        o, saved = kernels.attention(*(a.astype(cast) for a in (q, k, v)), 0.5)
+        results.append([o, *kernels.attention_backward(saved, do.astype(cast))])
+    for actual, expected in zip(*results):
+        assert np.linalg.norm(actual - expected) <= 40 * np.finfo(dtype).eps * np.linalg.norm(expected)
+
+
 @pytest.fixture
 def tensor_cores(monkeypatch):
     """The file of convolutions by tensor cores, and how to set it up: float32 or TF32, and as on what GPU."""
@@ -1326,6 +1339,20 @@ def test_tensor_cores_leave_no_number_out_and_none_in(tensor_cores, tf32):
         assert seen[1, 1:4, 2:5].any(axis=-1).all()
         seen[1, 1:4, 2:5] = False
         assert not seen.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("c", "d"), [(5, 8), (6, 8), (8, 5), (8, 6)])
+def test_channels_that_tensor_cores_take_on_one_side_only(tensor_cores, c, d):
+    tensor_cores(False, 1, LARGE)
+    rng, results = np.random.default_rng(0), []
+    x, w, b, dy = (normal(rng, s, np.float32) for s in ((2, 5, 6, c), (3, 3, c, d), (d,), (2, 5, 6, d)))
+    for kernels, cast in ((module("cupy"), np.float32), (portable, np.float64)):
+        x, w, b, dy = (a.astype(cast) for a in (x, w, b, dy))
+        y = kernels.conv2d(x, w, b, 1, (1, 1))
+        results.append([y, *kernels.conv2d_backward(x, w, dy, 1, (1, 1))])
+    for actual, expected in zip(*results):
+        assert np.linalg.norm(actual - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
 @pytest.mark.gpu
