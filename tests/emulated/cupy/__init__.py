@@ -25,7 +25,6 @@ from cupy._array import (
     array,
     asarray,
     ascontiguousarray,
-    asnumpy,
     device_function,
     empty,
     empty_like,
@@ -65,6 +64,6 @@ for _name in {*np.__all__} - {*globals()}:
         globals()[_name] = _found
 for _name in ("matmul", "dot", "tensordot", "vdot", "inner", "einsum"):
     globals()[_name] = _by_cublas(getattr(np, _name))
-ndarray.__matmul__ = lambda self, other: globals()["matmul"](self, other)
+ndarray.__matmul__ = globals()["matmul"]
 
 __all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("np", "types"))

@@ -16,21 +16,11 @@ __all__ = [
     "array",
     "asarray",
     "ascontiguousarray",
-    "asnumpy",
     "device_function",
     "empty",
     "empty_like",
     "ndarray",
 ]
-
-
-def _at(address, shape, dtype, strides=None):
-    """NumPy's array of what is there, which keeps nothing alive."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    if strides is None:
-        return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(address))
-    return np.lib.stride_tricks.as_strided(_at(address, (0,), dtype), shape, strides)
 
 
 class ndarray:
@@ -39,14 +29,13 @@ class ndarray:
     __array_ufunc__ = None  # NumPy's arrays and numbers leave operators to this class
     __hash__ = None
 
-    def __init__(self, shape, dtype=float, memptr=None, strides=None, order="C"):
-        shape = (shape,) if np.ndim(shape) == 0 else tuple(shape)
+    def __init__(self, shape, dtype=float, memptr=None, order="C"):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if memptr is None:
-            memptr = current_allocator()(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            memptr = current_allocator()(size)
         self.mem = memptr.mem
-        self.view = _at(memptr.ptr, shape, dtype, strides)
-        if order == "F":
-            self.view = self.view.reshape(shape[::-1]).T
+        there = (ctypes.c_char * size).from_address(memptr.ptr)  # which keeps nothing alive
+        self.view = np.ndarray(shape, dtype, there, order=order)
 
     shape = property(lambda self: self.view.shape, lambda self, shape: setattr(self.view, "shape", shape))
     dtype = property(lambda self: self.view.dtype)
@@ -183,8 +172,7 @@ def _placed(found, given, filled):
     for x in given:
         if _shares(found, x.view):
             return x if found is x.view else _wrapped(found, x.mem)
-    order = "C" if found.flags.c_contiguous or not found.flags.f_contiguous else "F"
-    made = ndarray(found.shape, found.dtype, order=order)
+    made = empty_like(found)
     filled.append(made.view)
     return made
 
@@ -217,7 +205,7 @@ def _in_place(function):
     return call
 
 
-OPERATORS = "add sub mul truediv floordiv mod pow matmul lshift rshift and_ or_ xor"
+OPERATORS = "add sub mul truediv floordiv mod pow lshift rshift and_ or_ xor"
 for name in OPERATORS.split():
     plain, bare = getattr(operator, name), name.rstrip("_")
     setattr(ndarray, f"__{bare}__", device_function(plain))
@@ -248,10 +236,6 @@ def asarray(a, dtype=None, order="K"):
 def ascontiguousarray(a, dtype=None):
     a = asarray(a, dtype)
     return a if a.flags.c_contiguous else device_function(np.ascontiguousarray)(a)
-
-
-def asnumpy(a):
-    return a.get() if isinstance(a, ndarray) else np.asarray(a)
 
 
 def empty(shape, dtype=float, order="C"):

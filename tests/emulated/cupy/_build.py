@@ -54,7 +54,7 @@ def strict():
 
 
 def shown_to_nvidia(source, options):
-    """Whether its own compiler takes it, too, without a word; where it is installed."""
+    """CompileException unless its own compiler takes it, too, without a word; where it is installed."""
     shown = _kept(".shown", *options, source, _nvrtc.version())
     if _nvrtc.version() is None or shown.exists():
         return

@@ -1,4 +1,4 @@
-// CUDA's words for g++: what a kernel's source may say, and what `_kernel.py` makes of its PTX.
+// CUDA's words for g++: what a kernel's source may say, and what `_ptx.py` makes of its PTX.
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>

@@ -65,7 +65,7 @@ class ElementwiseKernel:
         for (*raw, kind, _), x in zip(self._inputs, given):
             if kind == "T" and not raw:
                 x = np.broadcast_to(x, shape)
-            arrays.append(np.ascontiguousarray(x, {"float64": np.float64, "int64": np.int64}.get(kind)))
+            arrays.append(np.ascontiguousarray(x))
         whole = [np.ascontiguousarray(x) for x in outputs]
         places = [x.ctypes.data for x in (*arrays, *whole)]
         library.elements(ctypes.c_ssize_t(int(np.prod(shape))), (ctypes.c_void_p * len(places))(*places))

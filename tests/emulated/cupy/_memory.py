@@ -34,7 +34,6 @@ class Memory:
     """`size` bytes from `ptr` on, a multiple of `ROUND`."""
 
     def __init__(self, size):
-        self.size = size
         pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             self._mapped = mmap.mmap(-1, GUARD + pages + GUARD)  # let go after all that is in the same cycle
