@@ -257,7 +257,7 @@ def test_what_is_recorded_runs_when_it_is_launched(cupy):
         lambda: x @ x,
         lambda: bool(x[0]),
     ):
-        with cupy.cuda.Stream() as stream:
+        with cupy.cuda.Stream(non_blocking=True) as stream:
             stream.begin_capture()
             with pytest.raises(RuntimeError, match="StreamCaptureUnsupported"):
                 wait()
@@ -265,9 +265,60 @@ def test_what_is_recorded_runs_when_it_is_launched(cupy):
                 stream.end_capture()
 
 
+def test_a_stream_that_nobody_waits_for(cupy):
+    """What it was asked for is not there; what it will read is what is there when it comes to it."""
+    x, y, z = cupy.ones(4, cupy.float32), cupy.zeros(4, cupy.float32), cupy.zeros(4, cupy.float32)
+    f = kernel(cupy, "y[t] = 2 * x[t];")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        f((1,), (4,), (x + 1, y))
+        z[...] = y + 1
+        cupy.sqrt(z - 1, out=z)
+        total = z.sum()
+    assert not y.get().any() and not z.get().any() and np.isnan(float(total))
+    stream.synchronize()
+    assert (y.get() == 4).all() and (z.get() == 2).all() and total.get() == 8
+    with stream:
+        f((1,), (4,), (x, y))
+        x[...] = 5
+        assert (y.get() == 2).all()  # waits for it, where it is the current one
+        f((1,), (4,), (x, y))
+    x[...] = 7
+    cupy.cuda.Device().synchronize()
+    assert (y.get() == 14).all()
+
+
+def test_memory_comes_back_in_the_order_of_its_stream(cupy):
+    """So what was let go before is read right there; what another stream was given is not."""
+    x = cupy.ones(4, cupy.float32)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        y = x + (x + 1)
+        again = cupy.empty(4, cupy.float32)
+        again[...] = 3
+        assert (y.get() == 3).all() and (again.get() == 3).all()
+        y = x + again
+    del again
+    beside = cupy.zeros(4, cupy.float32)
+    del x
+    stream.synchronize()
+    assert np.isnan(y.get()).all() and not beside.get().any()
+
+
+def test_a_product_is_of_the_stream_that_its_handle_was_given(cupy):
+    from tinydiff.kernels import _cupy_products
+
+    x = cupy.ones((4, 4), cupy.float32)
+    _cupy_products.product(x, x)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        y = _cupy_products.product(x, x)
+        z = y + 1
+    assert np.isnan(y.get()).all()
+    stream.synchronize()
+    assert (z.get() == 5).all()
+
+
 def test_what_a_graph_reads_has_to_be_kept(cupy):
     x, y = cupy.ones(4), cupy.ones(4)
-    with cupy.cuda.Stream() as stream:
+    with cupy.cuda.Stream(non_blocking=True) as stream:
         stream.begin_capture()
         y += x
         graph = stream.end_capture()

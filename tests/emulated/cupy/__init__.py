@@ -10,6 +10,7 @@ It is slow, and made to be strict:
 - Where NVIDIA's own compiler is installed, which needs no GPU, it has to take them, too (``_nvrtc.py``).
 - Memory begins as NaN, ends at pages that may not be touched, and is NaN again when let go (``_memory.py``).
 - cuBLAS is a loop over its arguments (``cublas.cpp``), a CUDA graph a list of what is to be done.
+- A stream other than the null one does nothing until the host waits for it (``_stream.py``).
 
 What it cannot show: how fast a GPU is, how its tensor cores and its libraries round, and what the drivers do.
 """
@@ -46,6 +47,11 @@ def _by_cublas(function):
         return product(*args, **kwargs)
 
     return call
+
+
+@device_function
+def take(a, indices, axis):
+    return np.take(a, np.mod(indices, a.shape[axis]), axis)  # CuPy's does not ask whether an index fits
 
 
 def get_default_memory_pool():

@@ -10,7 +10,7 @@ import operator
 import numpy as np
 
 from cupy._memory import MemoryPointer, current_allocator
-from cupy._stream import is_capturing, not_while_capturing, run
+from cupy._stream import get_current_stream, is_capturing, is_put_off, not_while_capturing, run
 
 __all__ = [
     "array",
@@ -56,13 +56,14 @@ class ndarray:
 
     def get(self):
         not_while_capturing("copy to the host")
+        get_current_stream().synchronize()
         return self.view.copy(order="K")
 
     def set(self, numbers):
         not_while_capturing("copy from the host")
         if not isinstance(numbers, np.ndarray):
             raise TypeError(f"Only numpy.ndarray can be set, not {type(numbers)}.")
-        self.view[...] = numbers
+        run(functools.partial(self.view.__setitem__, ..., numbers))  # read when it is its turn
 
     def item(self):
         return self.get().item()
@@ -148,10 +149,10 @@ def device_function(function):
             for there, numbers in zip(filled, _made(found, views), strict=True):
                 there[...] = numbers
 
-        if filled and is_capturing():
-            run(lambda: fill(work()))
+        if filled and is_put_off() and (given or is_capturing()):
+            run(lambda: fill(work()))  # with what is there by then
         else:
-            fill(found)
+            run(lambda: fill(found))
         return placed
 
     return call

@@ -3,11 +3,11 @@
 import ctypes
 import functools
 import random
-import threading
 from pathlib import Path
 
 from cupy._array import ndarray
 from cupy._build import built, shown_to_nvidia, strict
+from cupy._memory import is_untouched
 from cupy._ptx import in_cpp
 from cupy._stream import run
 
@@ -24,7 +24,6 @@ extern "C" char* shared_end() { return &__stop_shared_memory; }
 """
 
 _seeds = random.Random(0)
-_turn = threading.Lock()  # threads of the host take turns
 
 
 @functools.cache
@@ -64,20 +63,19 @@ class RawKernel:
         values = [
             _as(letter, arg, f"{self._name}, {i}") for i, (letter, arg) in enumerate(zip(letters, args))
         ]
-        run(functools.partial(self._launch, blocks, threads, values, shared_mem))
-        for i, arg in enumerate(args):
-            if isinstance(arg, ndarray) and not arg.mem.is_alone():
-                raise RuntimeError(f"{self._name}: somebody wrote before or behind its argument {i}.")
+        beside = {i: arg.mem.beside() for i, arg in enumerate(args) if isinstance(arg, ndarray)}
+        run(functools.partial(self._launch, blocks, threads, values, shared_mem, beside))
 
-    def _launch(self, blocks, threads, values, shared_mem):
+    def _launch(self, blocks, threads, values, shared_mem, beside):
         places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         said, of = ctypes.create_string_buffer(256), self._library
         where = of.shared_begin(), of.shared_end()
-        with _turn:
-            seed = _seeds.getrandbits(32)
-            ran = _emulate()(of.run_thread, places, blocks, threads, shared_mem, *where, seed, LONGEST, said)
-        if not ran:
+        seed = _seeds.getrandbits(32)
+        if not _emulate()(of.run_thread, places, blocks, threads, shared_mem, *where, seed, LONGEST, said):
             raise RuntimeError(f"{self._name}: {said.value.decode()}")
+        for i, each in beside.items():
+            if not is_untouched(each):
+                raise RuntimeError(f"{self._name}: somebody wrote before or behind its argument {i}.")
 
 
 def _as(letter, arg, what):

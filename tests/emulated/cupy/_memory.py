@@ -5,9 +5,13 @@ Before and behind every piece are pages that may not be touched; what lies betwe
 
 import contextlib
 import ctypes
+import functools
 import mmap
+import sys
 import threading
 import weakref
+
+from cupy._stream import Stream, get_current_stream, is_capturing, synchronize_all, turn
 
 __all__ = [
     "Memory",
@@ -15,6 +19,7 @@ __all__ = [
     "MemoryPool",
     "OutOfMemoryError",
     "current_allocator",
+    "is_untouched",
     "using_allocator",
 ]
 
@@ -41,8 +46,13 @@ class Memory:
             raise OutOfMemoryError(f"the host has no {size} bytes for the emulated device.") from error
         begin = ctypes.addressof(ctypes.c_char.from_buffer(self._mapped))
         self.first, self.ptr = begin + GUARD, begin + GUARD + pages - size
+        ctypes.memset(self.first, NAN, pages)
         for guarded in (begin, begin + GUARD + pages):
             _libc.mprotect(guarded, GUARD, 0)
+
+    def __del__(self):
+        if not sys.is_finalizing():
+            synchronize_all()  # as CUDA does before it takes memory away
 
 
 class MemoryPointer:
@@ -58,37 +68,40 @@ class Pooled:
     def __init__(self, pool, beneath, size, asked):
         self._pool, self._beneath, self.size, self._asked = weakref.ref(pool), beneath, size, asked
         self.ptr = beneath.ptr
-        first = getattr(beneath.mem, "first", self.ptr)
-        ctypes.memset(first, NAN, self.ptr + size - first)
+        self._home = get_current_stream()
+        self._stream = Stream.null if is_capturing() else self._home  # in whose order it is used
 
     def __del__(self):
-        ctypes.memset(self.ptr, NAN, self.size)  # whoever still reads it, a graph say, reads NaN
+        first = getattr(self._beneath.mem, "first", self.ptr)
+        end = self.ptr + self.size  # whoever still reads it, a graph say, reads NaN
+        self._stream.do(functools.partial(ctypes.memset, first, NAN, end - first))
         pool = self._pool()
         if pool is not None:
-            pool._back(self._beneath, self.size)
+            pool._back(self._beneath, (self._home, self.size))
 
-    def is_alone(self):
-        """Whether nobody wrote beside it. (Of a recording's memory, cut anew at every replay: unknown.)"""
-        of = self._beneath.mem
+    def beside(self):
+        """Where nobody may write. (Of a recording's memory, cut anew at every replay: unknown.)"""
+        of, end = self._beneath.mem, self.ptr + self._asked
         if not isinstance(of, Memory):
-            return True
-        end = self.ptr + self._asked
-        beside = (of.first, self.ptr - of.first), (end, self.ptr + self.size - end)
-        return not any(ctypes.string_at(*where).strip(bytes([NAN])) for where in beside)
+            return ()
+        return (of.first, self.ptr - of.first), (end, self.ptr + self.size - end)
+
+
+def is_untouched(beside):
+    return not any(ctypes.string_at(*where).strip(bytes([NAN])) for where in beside)
 
 
 class MemoryPool:
-    """As ``cupy.cuda.MemoryPool``: it keeps what comes back, by size."""
+    """As ``cupy.cuda.MemoryPool``: it keeps what comes back, by stream and size."""
 
     def __init__(self, allocator=None):
         self._allocator = allocator or (lambda size: MemoryPointer(found := Memory(size), found.ptr))
         self._free, self._used, self._limit = {}, 0, 0
-        self._turn = threading.RLock()
 
     def malloc(self, size):
         rounded = max(1, -(-size // ROUND)) * ROUND
-        with self._turn:
-            kept = self._free.get(rounded)
+        with turn:
+            kept = self._free.get((get_current_stream(), rounded))
             if kept:
                 beneath = kept.pop()
             else:
@@ -104,17 +117,17 @@ class MemoryPool:
         lent = Pooled(self, beneath, rounded, size)
         return MemoryPointer(lent, lent.ptr)
 
-    def _back(self, beneath, size):
-        with self._turn:
-            self._free.setdefault(size, []).append(beneath)
-            self._used -= size
+    def _back(self, beneath, where):
+        with turn:
+            self._free.setdefault(where, []).append(beneath)
+            self._used -= where[1]
 
     def free_all_blocks(self, stream=None):
-        with self._turn:
+        with turn:
             self._free.clear()
 
     def free_bytes(self):
-        return sum(size * len(kept) for size, kept in self._free.items())
+        return sum(size * len(kept) for (_, size), kept in self._free.items())
 
     def used_bytes(self):
         return self._used

@@ -1,16 +1,32 @@
 """Streams, and what is recorded of them.
 
-Work is done at once, unless the current stream is being captured: then it is kept, and done when the graph is
-launched. What is kept knows addresses only: it keeps no array alive.
+What the null stream is asked for is done at once. What another is asked for is put off until the host waits
+for that stream: whoever should wait, and does not, reads what is not there yet. In a recording it is kept,
+and asked for when the graph is launched. Either knows addresses only: it keeps no array alive.
 """
 
+import collections
 import itertools
+import sys
 import threading
+import weakref
 
-__all__ = ["Graph", "Stream", "get_current_stream", "is_capturing", "not_while_capturing", "run"]
+__all__ = [
+    "Graph",
+    "Stream",
+    "get_current_stream",
+    "is_capturing",
+    "is_put_off",
+    "not_while_capturing",
+    "run",
+    "synchronize_all",
+    "turn",
+]
 
+turn = threading.RLock()  # threads of the host take turns
 _numbers = itertools.count(1)
 _of_this_thread = threading.local()
+_streams = weakref.WeakValueDictionary()  # by number
 
 
 class Graph:
@@ -24,8 +40,12 @@ class Graph:
 
 class Stream:
     def __init__(self, null=False, non_blocking=False):
+        if not null and not non_blocking:
+            raise NotImplementedError("A stream that the null stream waits for is not emulated.")
         self.ptr = 0 if null else next(_numbers)
         self._captured, self._broken, self._before = None, False, []
+        self._asked = collections.deque()
+        _streams[self.ptr] = self
 
     def __eq__(self, other):
         return isinstance(other, Stream) and self.ptr == other.ptr
@@ -41,9 +61,34 @@ class Stream:
     def __exit__(self, *error):
         _of_this_thread.current = self._before.pop()
 
+    def __del__(self):
+        if not sys.is_finalizing():
+            self._finish()  # as CUDA does
+
+    def ask(self, work):
+        """Let it do something, or, in a recording, keep it."""
+        if self._captured is not None:
+            self._captured.append(work)
+        else:
+            self.do(work)
+
+    def do(self, work):
+        """Let it do something that is not recorded."""
+        if self.ptr == 0:
+            with turn:
+                work()
+        else:
+            self._asked.append(work)
+
+    def _finish(self):
+        with turn:
+            while self._asked:
+                self._asked.popleft()()
+
     def synchronize(self):
         if self._captured is not None:
             self.refuse("synchronise")
+        self._finish()
 
     def begin_capture(self):
         self._captured, self._broken = [], False
@@ -70,16 +115,23 @@ def is_capturing():
     return get_current_stream()._captured is not None
 
 
+def is_put_off():
+    """Whether what is asked for now is done later."""
+    return is_capturing() or get_current_stream().ptr != 0
+
+
 def not_while_capturing(what):
     """What waits for the device, or copies from or to the host, is refused in a recording."""
     if is_capturing():
         get_current_stream().refuse(what)
 
 
-def run(work):
-    """Do it, or, in a recording, keep it."""
-    captured = get_current_stream()._captured
-    if captured is None:
-        work()
-    else:
-        captured.append(work)
+def run(work, on=None):
+    """Ask the current stream for it, or that of a number."""
+    (get_current_stream() if on is None else _streams[on]).ask(work)
+
+
+def synchronize_all():
+    for stream in list(_streams.values()):
+        if stream._captured is None:
+            stream.synchronize()

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from cupy._stream import get_current_stream
+from cupy._stream import synchronize_all
 
 __all__ = ["Device"]
 
@@ -28,4 +28,4 @@ class Device(contextlib.nullcontext):
         return self
 
     def synchronize(self):
-        get_current_stream().synchronize()
+        synchronize_all()
