@@ -1356,6 +1356,25 @@ def test_channels_that_tensor_cores_take_on_one_side_only(tensor_cores, c, d):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("doubled", [False, True])
+def test_a_tall_image_at_uneven_distances(tensor_cores, doubled):
+    """Doubled, or turned between strides: a pixel's place is kept in half a register for each axis."""
+    tensor_cores(False, 1, LARGE)
+    rng, h, results = np.random.default_rng(0), 2**15 + 2, []
+    shapes = ((1, h // 2, 1, 4), (1, h, 2, 4)) if doubled else ((1, h, 1, 4), (1, h // 2, 1, 4))
+    x, w, b, dy = (normal(rng, s, np.float32) for s in (shapes[0], (3, 3, 4, 4), (4,), shapes[1]))
+    for kernels, cast in ((module("cupy"), np.float32), (portable, np.float64)):
+        x, w, b, dy = (a.astype(cast) for a in (x, w, b, dy))
+        if doubled:
+            y, grads = kernels.upsample_conv2d(x, w, b), kernels.upsample_conv2d_backward(x, w, dy)
+        else:
+            y, grads = kernels.conv2d(x, w, b, 2, (1, 1)), kernels.conv2d_backward(x, w, dy, 2, (1, 1))
+        results.append([y, *grads])
+    for actual, expected in zip(*results):
+        assert np.linalg.norm(actual - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
 def test_what_tensor_cores_cannot_take_goes_by_rows(tensor_cores, monkeypatch):
     conv = tensor_cores(False, 1, LARGE)
     x = there(np.zeros((2, 3, 3, 8), np.float32))

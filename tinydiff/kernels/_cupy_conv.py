@@ -30,6 +30,7 @@ __all__ = ["convolved", "fits", "weight_gradient"]
 DEPTH = 32  # of the sum, in shared memory at a time
 STAGES = 3  # of them, or two where they do not fit: one is multiplied, the others are under way
 WIDEST = 5  # taps along an axis: each of the k k has a bit
+LONGEST = 2**15  # places along an axis, where taps are not EVEN: two share a register, which has a sign
 ENOUGH = 96  # blocks, to keep most of an H100's 132 multiprocessors busy
 SHARES = 264  # blocks for the derivative by the weights, about
 
@@ -341,10 +342,14 @@ extern "C" __global__ void __launch_bounds__(LANES) convolve_dw(
 )
 
 
-def fits(k: int, *arrays: Any) -> bool:
-    """Whether images (..., channels) and weights of k k taps are such that this file can take them here."""
+def fits(k: int, *arrays: Any, uneven: tuple[int, ...] = ()) -> bool:
+    """Whether images (..., channels) and weights of k k taps are such that this file can take them here.
+
+    `uneven` are the sizes of a result, where that is `doubled`, or `turned` with a stride.
+    """
     return (
         k <= WIDEST
+        and max(uneven, default=0) <= LONGEST
         and all(
             kind_of(x) == "f"
             and x.shape[-1] % 4 == 0

@@ -62,7 +62,7 @@ def _conv(x: Any, w: Any, b: Any, stride: int, padding: Padding, doubled: bool) 
     x = cupy.ascontiguousarray(x)
     n, *sizes, _ = x.shape
     h, width = (((size << doubled) + sum(padding) - k) // stride + 1 for size in sizes)
-    if fits(k, x, w, b):
+    if fits(k, x, w, b, uneven=(h, width) if doubled else ()):
         return convolved(x, w, b, (h, width), stride, padding, doubled=doubled)
     y = product(seen_rows(x, k, stride, padding, doubled), w.reshape(-1, d))
     y += b
@@ -79,7 +79,7 @@ def conv2d_backward(x: Any, w: Any, dy: Any, stride: int, padding: Padding) -> t
 def _conv_dx(w: Any, dy: Any, sizes: tuple[int, int], stride: int, padding: Padding) -> Any:
     """The outputs that each pixel reaches, times the taps' transposes."""
     k, _, c, d = w.shape
-    if fits(k, dy, w) and c % 4 == 0:
+    if fits(k, dy, w, uneven=tuple(sizes) if stride > 1 else ()) and c % 4 == 0:
         return convolved(dy, w, None, sizes, stride, padding, turned=True)
     rows = reached_rows(dy, sizes, k, stride, padding)
     if k == 1:
