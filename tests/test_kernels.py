@@ -1201,6 +1201,25 @@ def test_wide_and_tall_groups_on_the_gpu(h, groups, per_group, dtype, with_silu)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("odd", range(3))
+@pytest.mark.parametrize("name", ["group_norm", "group_norm_silu"])
+def test_a_norm_of_two_precisions_on_the_gpu(name, odd):
+    """The kernel is compiled for one, and would read past the end of the others."""
+    rng, results = np.random.default_rng(0), []
+    given_arrays = [
+        normal(rng, shape, np.float64 if i == odd else np.float32)
+        for i, shape in enumerate([(2, 3, 4, 8), 8, 8])
+    ]
+    dy = normal(rng, (2, 3, 4, 8), np.float64)
+    for kernels in (module("cupy"), portable):
+        y, saved = getattr(kernels, name)(*given_arrays, 4, 1e-5)
+        results.append([y, *getattr(kernels, name + "_backward")(saved, given_arrays[1], dy)])
+    for actual, expected in zip(*results):
+        assert actual.dtype == expected.dtype
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("length", "d"), [(64, 8), (65, 8), (130, 3), (63, 32), (40, 33)])
 def test_long_attention_on_the_gpu(length, d, dtype):

@@ -197,14 +197,14 @@ def _backward(saved: Normed, weight: Any, dy: Any) -> tuple[Any, Any, Any]:
     return dx, dweight, dbias
 
 
-def _fits(x: Any, groups: int) -> bool:
-    """Whether a group's channels have a thread each."""
-    return x.shape[3] // groups <= THREADS and x.size > 0
+def _fits(x: Any, weight: Any, bias: Any, groups: int) -> bool:
+    """Whether a group's channels have a thread each, and all numbers are of one kind."""
+    return x.shape[3] // groups <= THREADS and x.size > 0 and x.dtype == weight.dtype == bias.dtype
 
 
 def group_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> tuple[Any, Any]:
     """As ``portable.group_norm``."""
-    if not _fits(x, groups):
+    if not _fits(x, weight, bias, groups):
         return portable.group_norm(x, weight, bias, groups, eps)
     return _forward(x, weight, bias, groups, eps, silu=False)
 
@@ -218,7 +218,7 @@ def group_norm_backward(saved: Any, weight: Any, dy: Any) -> tuple[Any, Any, Any
 
 def group_norm_silu(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> tuple[Any, Any]:
     """As ``portable.group_norm_silu``."""
-    if not _fits(x, groups):
+    if not _fits(x, weight, bias, groups):
         return portable.group_norm_silu(x, weight, bias, groups, eps)
     return _forward(x, weight, bias, groups, eps, silu=True)
 
