@@ -1162,6 +1162,23 @@ def test_products_on_the_gpu(dtype, found, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("status", "memory"), [(1, True), (3, True), (14, False)])
+def test_a_cublas_that_finds_no_memory_says_so(status, memory, monkeypatch):
+    """Asked directly, it returns a number; who looks for a smaller batch looks for a name."""
+    space("cupy")
+    from tinydiff.kernels import _cupy_products
+    from tinydiff.memory import is_out_of_memory
+
+    if _cupy_products._library() is None:
+        pytest.skip("CuPy's own product says it itself")
+    monkeypatch.setattr(_cupy_products, "_mine", threading.local())  # a thread without a handle
+    monkeypatch.setattr(_cupy_products._library(), "cublasCreate_v2", lambda handle: status)
+    with pytest.raises(RuntimeError, match=rf"^cublasCreate returned {status} ") as caught:
+        _cupy_products.product(there(np.ones((2, 2))), there(np.ones((2, 2))))
+    assert is_out_of_memory(caught.value) is memory
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_end_to_end_on_the_gpu(dtype, monkeypatch):
     """By one launch; and without one, as a view, where all lies so already."""

@@ -27,6 +27,9 @@ COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77  # of cuBLAS
 WORKSPACE = 2**25  # bytes: what NVIDIA advises for Hopper
 NUMBER = {"f": (0, ctypes.c_float), "d": (1, ctypes.c_double)}  # CUDA_R_32F, CUDA_R_64F
 
+# cublasStatus_t that may mean that there is no memory, by the names by which ``memory.py`` knows them
+STATUS = {1: "CUBLAS_STATUS_NOT_INITIALIZED", 3: "CUBLAS_STATUS_ALLOC_FAILED"}
+
 _mine = threading.local()
 
 
@@ -95,7 +98,7 @@ def _handle() -> _Handle:
 
 def _check(what: str, status: int) -> None:
     if status:
-        raise RuntimeError(f"{what} returned {status} (cublasStatus_t).")
+        raise RuntimeError(f"{what} returned {status} ({STATUS.get(status, 'cublasStatus_t')}).")
 
 
 @functools.lru_cache(maxsize=64)
