@@ -460,6 +460,27 @@ def test_what_is_recorded_of_a_model_is_let_go_when_it_is_trained(cupy):
     assert model not in _graph._recorded
 
 
+def test_a_thread_that_records_has_its_cublas_handle_before(cupy, monkeypatch):
+    """Others may have taken the steps before: to make one allocates, and a recording is no place for that."""
+    from tinydiff.kernels import _cupy_products
+
+    if _cupy_products._library() is None:
+        pytest.skip("CuPy's own product cannot be recorded")
+    monkeypatch.setattr(_cupy_products, "_mine", threading.local())
+    monkeypatch.setattr(_cupy_products, "_idle", {})
+    library, capturing, stream = _cupy_products._library(), [], cupy.cuda.get_current_stream()
+    create = library.cublasCreate_v2
+
+    def noting(handle):
+        capturing.append(cupy.cuda.get_current_stream() != stream)
+        return create(handle)
+
+    monkeypatch.setattr(library, "cublasCreate_v2", noting)
+    a, b = cupy.ones((2, 3)), cupy.ones((3, 2))
+    recorded = _graph.Recording(lambda: _cupy_products.product(a, b))
+    assert bool((recorded() == 3).all()) and capturing == [False]
+
+
 def test_a_recording_that_fails_leaves_nothing_behind(cupy):
     """Its memory is given back, its stream's capture has ended, and what was wrong is what is said."""
     pool = cupy.get_default_memory_pool()

@@ -1162,6 +1162,32 @@ def test_products_on_the_gpu(dtype, found, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_a_thread_takes_the_cublas_handle_of_one_that_has_ended(monkeypatch):
+    """A server may ask every time in a new thread, and a handle is never destroyed."""
+    space("cupy")
+    from tinydiff.kernels import _cupy_products
+
+    if _cupy_products._library() is None:
+        pytest.skip("CuPy's own product keeps CuPy's handles")
+    monkeypatch.setattr(_cupy_products, "_idle", {})
+    library, made, found = _cupy_products._library(), [], []
+    create = library.cublasCreate_v2
+    monkeypatch.setattr(library, "cublasCreate_v2", lambda handle: made.append(1) or create(handle))
+
+    def ask():
+        found.append(_cupy_products.product(there(np.ones((2, 3))), there(np.ones((3, 2)))).get())
+
+    for _ in range(3):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    assert len(found) == 3 and all((c == 3).all() for c in found)
+    assert len(made) == 1
+    (idle,) = _cupy_products._idle.values()
+    assert [handle.workspaces for handle in idle] == [{}]  # their memory went back to CuPy's pool
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("status", "memory"), [(1, True), (3, True), (14, False)])
 def test_a_cublas_that_finds_no_memory_says_so(status, memory, monkeypatch):
     """Asked directly, it returns a number; who looks for a smaller batch looks for a name."""
@@ -1172,6 +1198,7 @@ def test_a_cublas_that_finds_no_memory_says_so(status, memory, monkeypatch):
     if _cupy_products._library() is None:
         pytest.skip("CuPy's own product says it itself")
     monkeypatch.setattr(_cupy_products, "_mine", threading.local())  # a thread without a handle
+    monkeypatch.setattr(_cupy_products, "_idle", {})  # and none to be had
     monkeypatch.setattr(_cupy_products._library(), "cublasCreate_v2", lambda handle: status)
     with pytest.raises(RuntimeError, match=rf"^cublasCreate returned {status} ") as caught:
         _cupy_products.product(there(np.ones((2, 2))), there(np.ones((2, 2))))

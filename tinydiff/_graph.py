@@ -125,7 +125,7 @@ class Recording:
         import cupy
 
         from tinydiff.kernels._cupy_flat import late
-        from tinydiff.kernels._cupy_products import workspace_of
+        from tinydiff.kernels._cupy_products import ready, workspace_of
 
         self._current_stream = cupy.cuda.get_current_stream
         self._ran = before = self._current_stream()
@@ -138,6 +138,7 @@ class Recording:
         stream = cupy.cuda.Stream(non_blocking=True)
         before.synchronize()  # nothing is under way that the other stream could miss
         let_go(cupy.empty(0))  # what the runs before it held, it takes for itself
+        ready()  # those runs may have been another thread's
         try:
             with cupy.cuda.using_allocator(self._pool.malloc), stream, late() as unsent:
                 stream.begin_capture()

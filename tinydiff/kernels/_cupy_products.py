@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from contextlib import suppress
 from typing import Any
 
 import cupy
@@ -20,7 +21,7 @@ from cupy_backends.cuda.libs import cublas
 
 from tinydiff.kernels._cupy_compile import kind_of
 
-__all__ = ["is_tf32", "product", "workspace_of"]
+__all__ = ["is_tf32", "product", "ready", "workspace_of"]
 
 COMPUTE_TYPE_TF32 = 7  # of CuPy: CUPY_TF32 asked for it
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77  # of cuBLAS
@@ -77,6 +78,23 @@ class _Handle:
         self.stream = stream
 
 
+class _Handles(dict[int, _Handle]):
+    """Those of a thread, by device. When it ends they are for others.
+
+    They are not destroyed: that waits for the device, and something recorded may still know their memory.
+    """
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # the interpreter may be ending
+            for device, handle in self.items():
+                handle.stream = None
+                handle.workspaces.clear()
+                _idle.setdefault(device, []).append(handle)
+
+
+_idle: dict[int, list[_Handle]] = {}  # by device, those of threads that have ended
+
+
 def workspace_of(stream: int) -> Any:
     """The workspace that this thread's products had on a stream, or None; it is the caller's from now on."""
     handle = _mine.__dict__.get("handles", {}).get(cupy.cuda.runtime.getDevice())
@@ -86,12 +104,28 @@ def workspace_of(stream: int) -> Any:
     return handle.workspaces.pop(stream, None)
 
 
-def _handle() -> _Handle:
-    handles = _mine.__dict__.setdefault("handles", {})
+def ready() -> None:
+    """Make this thread's handle now, if products need one: not in a recording, since that allocates."""
+    if _library() is not None:
+        _own()
+
+
+def _own() -> _Handle:
+    handles = _mine.__dict__.get("handles")
+    if handles is None:
+        handles = _mine.handles = _Handles()
     device = cupy.cuda.runtime.getDevice()
     if device not in handles:
-        handles[device] = _Handle()
+        try:
+            handles[device] = _idle[device].pop()
+        except (KeyError, IndexError):
+            handles[device] = _Handle()
     handle: _Handle = handles[device]
+    return handle
+
+
+def _handle() -> _Handle:
+    handle = _own()
     handle.follow(cupy.cuda.get_current_stream().ptr)
     return handle
 
