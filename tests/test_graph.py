@@ -435,6 +435,27 @@ def test_training_and_sampling_on_another_stream(cupy, name):
     assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_stream_that_every_thread_calls_the_same_is_waited_for(cupy):
+    """CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1: by its name nobody can tell, nor wait for, another thread's."""
+    model = on_gpu(shaken(td.MLP(hidden=8)))
+    x, t, waited = cupy.ones((3, 2), cupy.float32), np.array([1, 5, 7]), []
+
+    class Noting(cupy.cuda.Stream):
+        def synchronize(self):
+            waited.append(self.ptr)
+            super().synchronize()
+
+    for stream, often in [(Noting(non_blocking=True), 0), (Noting(ptds=True), 5)]:
+        with stream:
+            for _ in range(_graph.WARM_UP + 1):
+                _graph.predictor(model)(x, t)
+            waited.clear()
+            for _ in range(5):
+                _graph.predictor(model)(x, t)
+        assert waited == [stream.ptr] * often
+        _graph.forget(model)
+
+
 def test_somebody_elses_class_is_recorded_only_where_that_is_asked_for(cupy, monkeypatch):
     points = np.random.default_rng(2).standard_normal((10, 2)).astype(np.float32)
     made = []

@@ -283,6 +283,7 @@ class RecordedPredict:
 
         self._current_stream = cupy.cuda.get_current_stream
         self._stream = self._current_stream()
+        self._per_thread = cupy.cuda.runtime.streamPerThread
         self._model = weakref.ref(model)  # which holds on to this
         self._weights = Weights(model)
         self._like = weight_of(model)
@@ -319,7 +320,10 @@ class RecordedPredict:
                 self._by_shape = {x.shape: (x_there, t_there, replayed)}
                 let_go(x)
                 y = replayed()
-            return xp.asarray(y, copy=True)
+            y = xp.asarray(y, copy=True)
+            if stream.ptr == self._per_thread:  # by this name each thread has another, and cannot wait for it
+                stream.synchronize()
+            return y
 
     def _begun(self, x: Array) -> tuple[Array, Array, Replayed]:
         xp, model = array_namespace(x), self._model

@@ -12,6 +12,7 @@ import threading
 import weakref
 
 __all__ = [
+    "PER_THREAD",
     "Graph",
     "Stream",
     "get_current_stream",
@@ -24,7 +25,8 @@ __all__ = [
 ]
 
 turn = threading.RLock()  # threads of the host take turns
-_numbers = itertools.count(1)
+PER_THREAD = 2  # by this name each thread has another
+_numbers = itertools.count(PER_THREAD + 1)
 _of_this_thread = threading.local()
 _streams = weakref.WeakValueDictionary()  # by number
 
@@ -39,10 +41,10 @@ class Graph:
 
 
 class Stream:
-    def __init__(self, null=False, non_blocking=False):
-        if not null and not non_blocking:
+    def __init__(self, null=False, non_blocking=False, ptds=False):
+        if not null and not non_blocking and not ptds:
             raise NotImplementedError("A stream that the null stream waits for is not emulated.")
-        self.ptr = 0 if null else next(_numbers)
+        self.ptr = 0 if null else PER_THREAD if ptds else next(_numbers)
         self._captured, self._broken, self._before = None, False, []
         self._asked = collections.deque()
         _streams[self.ptr] = self

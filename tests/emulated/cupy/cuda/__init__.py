@@ -1,7 +1,7 @@
 """``cupy.cuda``, of one device."""
 
 from cupy._memory import MemoryPointer, MemoryPool, OutOfMemoryError, using_allocator
-from cupy._stream import Graph, Stream, get_current_stream
+from cupy._stream import PER_THREAD, Graph, Stream, get_current_stream
 from cupy.cuda.device import Device
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
 
 class runtime:
     is_hip = False
+    streamPerThread = PER_THREAD
 
     @staticmethod
     def getDevice():
