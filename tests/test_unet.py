@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 import tinydiff as td
+from tinydiff.models import _checks
 
 SMALL = dict(
     in_channels=2,
@@ -361,6 +362,33 @@ def test_inputs_that_do_not_fit(run, x, t, message):
 def test_mlp_inputs_that_do_not_fit(run, x, t, message):
     with pytest.raises((ValueError, TypeError), match=message):
         getattr(td.MLP(), run)(x, t)
+
+
+@pytest.mark.parametrize(("of_x", "of_weights"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_all_is_on_the_gpu_that_is_current(monkeypatch, of_x, of_weights):
+    """In a new thread that is the first one, wherever the weights are; there a kernel may not reach them."""
+
+    class Device:
+        def __init__(self, number=0):
+            self.number = number
+
+        def __eq__(self, other):
+            return self.number == other.number
+
+        def __repr__(self):
+            return f"<CUDA Device {self.number}>"
+
+    class There(np.ndarray):
+        device = property(lambda self: Device(self.number))
+
+    x, weights = (np.ones(3, np.float32).view(There) for _ in range(2))
+    x.number, weights.number = of_x, of_weights
+    monkeypatch.setattr(_checks, "is_cupy_array", lambda array: type(array) is There)
+    if of_x == of_weights == 0:
+        return _checks.check_like_weights(x, weights)
+    says = f"^x is on <CUDA Device {of_x}>, the model's weights are on <CUDA Device {of_weights}>.*Device 0>"
+    with pytest.raises(ValueError, match=says):
+        _checks.check_like_weights(x, weights)
 
 
 @pytest.mark.parametrize(("model", "x"), [(td.UNet(**SMALL), X), (td.MLP(), X[:, 0, 0])])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import check_array
-from tinydiff.backend import Array, array_namespace, library_of
+from tinydiff.backend import Array, array_namespace, is_cupy_array, library_of
 from tinydiff.nn.module import Module
 
 __all__ = ["check_like_model", "check_like_weights", "check_model", "check_times", "plain"]
@@ -25,10 +25,11 @@ def plain(**config: Any) -> dict[str, Any]:
 
 
 def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
-    """TypeError unless x is an array, ValueError unless it is of the weights' library and dtype.
+    """TypeError unless x is an array, ValueError unless it is of the weights' library, device and dtype.
 
-    That must be float32 or float64: in float16 a sum over the pixels of an image overflows, and what a group
-    normalisation makes of an infinite variance is finite and wrong. `name` is what x is called in messages.
+    The dtype must be float32 or float64: in float16 a sum over the pixels of an image overflows, and what a
+    group normalisation makes of an infinite variance is finite and wrong. `name` is what x is called in
+    messages.
     """
     check_array(**{name: x})
     if array_namespace(x) is not array_namespace(weight) or x.dtype != weight.dtype:
@@ -38,6 +39,18 @@ def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
         )
     if array_namespace(weight).finfo(weight.dtype).bits not in (32, 64):
         raise ValueError(f"the model's weights are of {weight.dtype}; expected float32 or float64.")
+    if is_cupy_array(x):
+        _check_device(name, x.device, weight.device)
+
+
+def _check_device(name: str, of_x: Any, of_weights: Any) -> None:
+    """ValueError unless both are the current GPU: a kernel runs there, and may reach no other's memory."""
+    here = type(of_x)()
+    if not of_x == of_weights == here:
+        raise ValueError(
+            f"{name} is on {of_x}, the model's weights are on {of_weights}, and this thread launches on "
+            f"{here}; expected one device (get_backend('cupy', device=...) chooses a thread's)."
+        )
 
 
 def check_like_model(model: Any, **inputs: Any) -> None:
