@@ -16,6 +16,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1435,6 +1436,22 @@ def test_a_tall_image_at_uneven_distances(tensor_cores, doubled):
         results.append([y, *grads])
     for actual, expected in zip(*results):
         assert np.linalg.norm(actual - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("side", "stride"), [(2**16, 2**12), (2**15, 1)])
+def test_rows_or_an_image_that_a_thread_cannot_count_are_refused(monkeypatch, side, stride):
+    """Few rows of a large image, too: its pixels' places are unsigned numbers of 32 bits."""
+    space("cupy")
+    from tinydiff.kernels import _cupy_gather
+
+    image = SimpleNamespace(shape=(1, side, side, 1), size=side**2, itemsize=4, dtype=np.dtype(np.float32))
+    image.data = SimpleNamespace(ptr=0)
+    empty = SimpleNamespace(size=(side // stride) ** 2 * 4)
+    names = SimpleNamespace(ascontiguousarray=lambda x: x, empty=lambda shape, dtype: empty)
+    monkeypatch.setattr(_cupy_gather, "cupy", names)
+    with pytest.raises(MemoryError, match="take a smaller batch"):
+        _cupy_gather.seen_rows(image, 2, stride, (0, 0))
 
 
 @pytest.mark.gpu

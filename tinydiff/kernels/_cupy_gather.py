@@ -82,8 +82,10 @@ def _windows(
     if x.data.ptr % 16:
         pack = 1
     total = rows.size // pack
-    if total >= 2**31:
-        raise MemoryError(f"a convolution's rows are {rows.size:,} numbers: take a smaller batch.")
+    if total >= 2**31 or x.size // pack >= 2**32:
+        raise MemoryError(
+            f"a convolution's rows are {rows.size:,} numbers, of {x.size:,}: take a smaller batch."
+        )
     if total:
         args = (x, rows, total, h, w, c // pack, *of, k, stride, padding[0], int(turned), int(doubled))
         compiled(SOURCE, "windows", kind_of(x), f"PACK={pack}")((blocks_of(total),), (THREADS,), args)
