@@ -302,6 +302,11 @@ def constant_like(make: Callable[..., np.ndarray], *of: Any, like: Array, dtype:
     if key in _constants:
         return _constants[key]
     made = asarray_like(make(*of), like, dtype)
+    if is_cupy_array(made):
+        import cupy
+
+        with made.device:  # the host waits for it, this once: another thread's stream would not
+            cupy.cuda.get_current_stream().synchronize()
     if not is_jax_array(made):  # what is made while JAX traces is good for that trace only
         _constants[key] = made
     return made
