@@ -502,6 +502,25 @@ def test_a_thread_that_records_has_its_cublas_handle_before(cupy, monkeypatch):
     assert bool((recorded() == 3).all()) and capturing == [False]
 
 
+def test_a_recording_is_let_go_on_its_own_device(cupy, monkeypatch):
+    """By whatever thread: the stream it ran on may have a name that each device has, and so has the pool."""
+    entered, ended = [], []
+
+    class Noting(cupy.cuda.Device):
+        def __enter__(self):
+            entered.append(len(ended))
+            return super().__enter__()
+
+    monkeypatch.setattr(cupy.cuda, "Device", Noting)
+    a = cupy.ones(3)
+    recorded = _graph.Recording(lambda: a + a)
+    assert bool((recorded() == 2).all())
+    entered.clear()
+    recorded._pool = SimpleNamespace(free_all_blocks=lambda: ended.append(1))
+    del recorded
+    assert entered == [0] and ended == [1]
+
+
 def test_a_recording_that_fails_leaves_nothing_behind(cupy):
     """Its memory is given back, its stream's capture has ended, and what was wrong is what is said."""
     pool = cupy.get_default_memory_pool()

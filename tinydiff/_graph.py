@@ -129,6 +129,7 @@ class Recording:
 
         self._current_stream = cupy.cuda.get_current_stream
         self._ran = before = self._current_stream()
+        self._device = cupy.cuda.Device()
 
         def beneath(size: int) -> Any:
             with before:  # in whose order it comes back
@@ -164,7 +165,7 @@ class Recording:
         return self.result
 
     def __del__(self) -> None:
-        with suppress(Exception):  # the interpreter may be ending
+        with suppress(Exception), self._device:  # the interpreter may be ending, or the thread another
             self._ran.synchronize()
             self.result = self._graph = None
             self._pool.free_all_blocks()  # without that they would never go back: CuPy's pool keeps its own
