@@ -607,3 +607,32 @@ def test_an_input_of_another_shape_is_refused_before_a_kernel_sees_it(make, expe
     layer = make(np.random.default_rng(0))
     with pytest.raises(ValueError, match=re.escape(f"x has shape {shape}; expected {expected}.")):
         layer(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rng: nn.silu,
+        lambda rng: nn.Conv2d(16, 4, 3, rng=rng),
+        lambda rng: nn.GroupNorm(4, 16),
+        lambda rng: nn.GroupNorm(4, 16, then_silu=True),
+        lambda rng: nn.Upsample(16, rng),
+        lambda rng: nn.SelfAttention(16, 8, 4, 1e-5, rng),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.complex64])
+def test_an_input_of_other_numbers_is_refused(make, dtype):
+    layer = make(np.random.default_rng(0))
+    expected = f"x has dtype {np.dtype(dtype)}; expected a real floating one."
+    with pytest.raises(TypeError, match=re.escape(expected)):
+        layer(np.ones((2, 8, 8, 16), dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_silu_of_the_other_byte_order(dtype):
+    """As a file of another machine may have it."""
+    x = np.array([-1e4, -1.0, 0.0, 2.0, 1e4], dtype)
+    y, backward = nn.silu(x.astype(x.dtype.newbyteorder()))
+    expected, backward_expected = nn.silu(x)
+    assert_array_equal(y, expected)
+    assert_array_equal(backward(np.ones_like(x)), backward_expected(np.ones_like(x)))

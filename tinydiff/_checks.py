@@ -16,6 +16,7 @@ __all__ = [
     "check_choice",
     "check_counts",
     "check_features",
+    "check_floating",
     "check_images",
     "check_number",
     "check_rng",
@@ -51,8 +52,19 @@ def check_features(x: Any, features: int) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {features}).")
 
 
+def check_floating(x: Any) -> None:
+    """TypeError unless x is an array of real floating numbers: among others a derivative means nothing."""
+    check_array(x=x)
+    if getattr(x.dtype, "kind", "f") in "biucO":  # not every library has it
+        raise TypeError(f"x has dtype {x.dtype}; expected a real floating one.")
+
+
 def check_images(x: Any, channels: int) -> None:
-    """ValueError unless x is of images of so many channels: a kernel goes as far as its weights do."""
+    """ValueError unless x is of images of so many channels: a kernel goes as far as its weights do.
+
+    TypeError unless they are of real floating numbers.
+    """
+    check_floating(x)
     if len(x.shape) != 4 or x.shape[3] != channels:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, H, W, {channels}).")
 

@@ -23,8 +23,11 @@ __all__ = [
 # Fewer multiplications than this are not worth a second thread, which has to be woken for them.
 PARALLEL_PRODUCTS = 2**23
 
-# By dtype: less than the largest x for which exp(x) is finite, and so large that 1 + exp(x) rounds to exp(x).
-LARGEST = {np.dtype(t): float(np.log(np.finfo(t).max)) - 1.0 for t in (np.float16, np.float32, np.float64)}
+
+@functools.cache
+def _largest(dtype: np.dtype) -> float:
+    """Less than the largest x for which exp(x) is finite, and so large that 1 + exp(x) rounds to exp(x)."""
+    return float(np.log(np.finfo(dtype).max)) - 1.0
 
 
 @functools.lru_cache(maxsize=16)
@@ -106,7 +109,7 @@ def linear_backward(
 
 def silu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As ``portable.silu``, by exp(x) / (1 + exp(x)) with x held where exp is finite.  (docs: A.12)"""
-    s = np.minimum(x, LARGEST[x.dtype])
+    s = np.minimum(x, _largest(x.dtype))
     np.exp(s, out=s)
     y = 1.0 + s
     s /= y

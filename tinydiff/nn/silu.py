@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tinydiff._checks import check_floating
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn.module import derivative_of
@@ -13,6 +14,7 @@ __all__ = ["silu"]
 
 def silu(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     """y = x s,  s = sigmoid(x),  element by element; any shape.  (docs: B.3)"""
+    check_floating(x)
     kernels = kernels_for(x)
     y, s = kernels.silu(x)
 
