@@ -1,6 +1,8 @@
 """Progress bars: on the standard error stream, if it is wanted and there."""
 
+import os
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -56,3 +58,16 @@ def test_a_bar_ends_at_its_total(what, monkeypatch):
     monkeypatch.setattr(tqdm, "close", closed)
     LONG[what]()
     assert ends and all(n == total for n, total in ends)
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_what_nobody_reads_any_more_ends_nothing(what, monkeypatch):
+    """As in ``2>&1 | head -3``, or where the reader of a log has died."""
+    shown, made = LONG[what](), []
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(OSError), open(writer, "w") as stream:  # which on closing tries once more
+        monkeypatch.setattr(sys, "stderr", stream)
+        for _ in range(2):  # a second bar comes where the first has left what it could not write
+            made.append(LONG[what]())
+    np.testing.assert_array_equal(made, [shown, shown])

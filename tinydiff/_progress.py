@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["progress_bar"]
@@ -23,4 +24,26 @@ def progress_bar(shown: bool, over: Iterable[Any] | None = None, **how: Any) -> 
     """
     from tqdm import tqdm
 
-    return tqdm(over, disable=not shown or sys.stderr is None, **how)
+    disable = not shown or sys.stderr is None
+    return tqdm(over, disable=disable, file=_Stderr(), dynamic_ncols=True, **how)
+
+
+class _Stderr:
+    """The standard error stream, but that what it cannot take is lost: no bar is worth the work it is about.
+
+    Nobody may be reading it any more, as with ``2>&1 | head -3``, or a disk is full.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
