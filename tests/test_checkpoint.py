@@ -18,6 +18,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.testing import assert_array_equal
 
 import tinydiff as td
+from tinydiff import checkpoint
 from tinydiff.checkpoint import load_arrays, replace_file, save_arrays
 
 DTYPES = st.sampled_from(["float32", "float64", ">f4", "int64", "uint8", "bool"])
@@ -245,6 +246,25 @@ def test_what_is_not_a_model_is_refused(path, metadata, match):
     with pytest.raises(ValueError, match=match) as caught:
         td.load_model(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (small_mlp, {"in_features": 10**9}),
+        (small_mlp, {"blocks": 10**9}),
+        (small_unet, {"block_channels": [4, 10**9]}),
+    ],
+)
+def test_a_network_larger_than_its_file_is_refused_before_it_is_made(path, make, config, monkeypatch):
+    model = make()
+    name = type(model).__name__
+    save_arrays(path, model.state_dict(), {"model": name, "config": {**model.config, **config}})
+    monkeypatch.setitem(checkpoint.MODELS, name, None)
+    (key,) = config
+    said = f"{re.escape(str(path))} does not hold a whole {name}: {key} is .*1000000000"
+    with pytest.raises(ValueError, match=said):
+        td.load_model(path)
 
 
 # Models

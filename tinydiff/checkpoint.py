@@ -222,6 +222,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
             f"{metadata.get('model')!r}; expected one of {', '.join(MODELS)})."
         )
     try:
+        _check_sizes(metadata["config"], arrays)
         model = MODELS[metadata["model"]](**metadata["config"], backend=backend)
         if any(array.dtype == np.float64 for array in arrays.values()):
             xp = get_backend(backend)
@@ -230,3 +231,15 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a whole {metadata['model']}: {error}") from None
     return model, metadata
+
+
+def _check_sizes(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """ValueError naming an integer beyond how many weights there are: a layer has one for each of its size.
+
+    Such a network is not made first: that would take all memory there is.
+    """
+    weights = sum(array.size for array in arrays.values())
+    for name, value in config.items():
+        for size in value if isinstance(value, list) else [value]:
+            if isinstance(size, int) and size > weights:
+                raise ValueError(f"{name} is {value!r}, and there are {weights} weights in all.")
