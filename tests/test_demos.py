@@ -541,7 +541,7 @@ def test_the_comparison_leaves_a_table_a_picture_and_the_numbers(compared):
         ("learned", "continuous bound", "fixed_large"),
         ("learned", "continuous bound", "fixed_small"),
     ]
-    table = (compared / "table.md").read_text()
+    table = (compared / "table.md").read_text(encoding="utf-8")
     for row in rows:
         assert list(row["bound"]) == ["2", "5", "20"] and list(row["frechet_distance"]) == ["2", "5"]
         for measured in row["bound"].values():
@@ -608,7 +608,7 @@ def test_an_interrupted_comparison_continues(owner, name, at, compared, tmp_path
         said = run("compare_schedules", *flags, capsys=capsys, expect=130)
     assert len(said.err.splitlines()) == 1 and "same command continues" in said.err
     run("compare_schedules", *flags)
-    assert (tmp_path / "table.md").read_text() == (compared / "table.md").read_text()
+    assert (tmp_path / "table.md").read_bytes() == (compared / "table.md").read_bytes()
 
 
 def test_the_comparison_s_bound_is_the_bound():

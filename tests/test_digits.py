@@ -68,12 +68,12 @@ def test_the_distance_of_real_digits_strays_as_the_card_of_the_weights_says(full
     of_data, of_test = (digit_features(mnist.to_model_range(full(split)[0])) for split in ("train", "test"))
     rng = np.random.default_rng(0)
     draws = [frechet_distance(rng.permutation(of_test)[:1000], of_data) for _ in range(200)]
-    card = (ROOT / "tinydiff" / "pretrained" / "mnist_unet.md").read_text()
+    card = (ROOT / "tinydiff" / "pretrained" / "mnist_unet.md").read_text(encoding="utf-8")
     (card,) = re.findall(r"it is (.*?)\. The first row", card.replace("\n", " "))
     numbers = re.findall(r"\d\.\d+", card)
     found = [np.mean(draws), np.std(draws), *np.quantile(draws, [0.05, 0.95])]
     assert_allclose(np.array(numbers, float), found, atol=6e-4)
-    assert " ± ".join(numbers[:2]) in (ROOT / "README.md").read_text()
+    assert " ± ".join(numbers[:2]) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_classifier_is_right_about_the_shipped_digits(subset):

@@ -224,7 +224,7 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
             lambda x0, t, noise: namespace["yours"](x0, t, noise * (1 - namespace["abar"][t]) ** 0.5),
             tinydiff.linear_schedule(),
         )
-    said = Page(ROOT / "README.md").path.read_text().replace("\n", " ")
+    said = Page(ROOT / "README.md").path.read_text(encoding="utf-8").replace("\n", " ")
     assert f"AssertionError: {error.value}".replace("\n", " ") in said
     assert namespace["points"].shape == (1000, 2) and namespace["dx"].shape == (1000, 2)
     pictures = namespace["pictures"]

@@ -88,7 +88,7 @@ def test_what_one_file_imports_another_offers():
     """A name that is taken from a module of tinydiff, unless private, is in that module's ``__all__``."""
     root = Path(__file__).parents[1]
     trees = {
-        path: ast.parse(path.read_text())
+        path: ast.parse(path.read_bytes())
         for top in ("tinydiff", "demos", "tools")
         for path in (root / top).rglob("*.py")
     }

@@ -83,7 +83,7 @@ def test_calls_of_a_step_are_those_of_the_page(networks, name):
             shape = (2, *config.shape)
             td.sample(model, PROCESS, shape, "ddim", n, rng=rng, progress=False)
         counts.append(len(seen))
-    page = (ROOT / "docs" / "12-gpu.md").read_text()
+    page = (ROOT / "docs" / "12-gpu.md").read_text(encoding="utf-8")
     rows = re.findall(rf"^\| `{name}` \| ([\d,]+) \| ([\d,]+) \|", page, re.MULTILINE)
     assert rows == [(f"{len(steps[0]):,}", f"{counts[1] - counts[0]:,}")]
 

@@ -114,7 +114,7 @@ def test_the_shipped_weights_are_of_digits_and_small():
     model, diffusion, about = td.pretrained.mnist()
     assert pretrained.MNIST.stat().st_size <= 5e6
     assert model.config["in_channels"] == 1 and about["T"] == diffusion.T
-    card = pretrained.MNIST.with_suffix(".md").read_text()
+    card = pretrained.MNIST.with_suffix(".md").read_text(encoding="utf-8")
     assert f"{sum(p.value.size for p in model.named_parameters().values()):,} numbers" in card
     assert f"--data {about['data']} " in card and f"--steps {about['steps']} " in card
     assert f"Seed {about['seed']};" in card and f"{about['schedule']} schedule of {about['T']} steps" in card
