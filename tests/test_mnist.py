@@ -471,6 +471,20 @@ def test_where_nothing_can_be_kept_the_subset_takes_its_place(world, subset, mon
     assert world.asked == []
 
 
+def test_without_a_home_the_subset_takes_its_place(world, subset, monkeypatch):
+    """In a container whose user has neither a name nor a HOME."""
+
+    def homeless(project):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr("pooch.os_cache", homeless)
+    with pytest.warns(UserWarning, match=r"^using the .*could not determine the home .*TINYDIFF_DATA"):
+        np.testing.assert_array_equal(mnist.load("train")[0], subset[0])
+    with pytest.raises(mnist.MNISTUnavailableError, match="cache_dir"):
+        mnist.load("test")
+    assert world.asked == []
+
+
 @pytest.mark.parametrize("cache_dir", [None, "here"])
 def test_without_pooch(world, monkeypatch, tmp_path, cache_dir):
     monkeypatch.setitem(sys.modules, "pooch", None)  # makes `import pooch` fail

@@ -214,7 +214,11 @@ def _from_folder(source: str, folder: Path, name: str) -> np.ndarray:
 def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir)
-    return Path(_pooch().os_cache("tinydiff"))
+    pooch = _pooch()
+    try:
+        return Path(pooch.os_cache("tinydiff"))
+    except RuntimeError as error:  # whose home it is in is not known
+        raise MNISTUnavailableError(f"no cache ({error}): set TINYDIFF_DATA, or pass cache_dir") from None
 
 
 def _from_cache(cache: Path, name: str, download: bool) -> np.ndarray:
