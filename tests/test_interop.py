@@ -544,6 +544,15 @@ def test_damaged_config(directory, text, message):
         load_diffusers(directory)
 
 
+@pytest.mark.parametrize("entry", [{"in_channels": 10**9}, {"layers_per_block": 10**9}])
+def test_a_network_larger_than_its_file_is_refused_before_it_is_made(directory, entry, monkeypatch):
+    (directory / CONFIG_FILE).write_text(json.dumps({**CONFIG, **entry}))
+    monkeypatch.setattr("tinydiff.interop.UNet", None)
+    (key,) = entry
+    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE} does not hold .*: {key} is 1000000000, and there"):
+        load_diffusers(directory)
+
+
 def test_what_is_no_mapping_is_named():
     with pytest.raises(TypeError, match="config is a str; expected a mapping"):
         unet_from_diffusers("config.json", {})

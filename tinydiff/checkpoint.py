@@ -23,6 +23,7 @@ from tinydiff.models import MLP, UNet
 from tinydiff.nn.module import Module
 
 __all__ = [
+    "check_sizes",
     "load_arrays",
     "load_model",
     "naming",
@@ -222,7 +223,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
             f"{metadata.get('model')!r}; expected one of {', '.join(MODELS)})."
         )
     try:
-        _check_sizes(metadata["config"], arrays)
+        check_sizes(metadata["config"], arrays)
         model = MODELS[metadata["model"]](**metadata["config"], backend=backend)
         if any(array.dtype == np.float64 for array in arrays.values()):
             xp = get_backend(backend)
@@ -233,7 +234,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     return model, metadata
 
 
-def _check_sizes(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def check_sizes(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """ValueError naming an integer beyond how many weights there are: a layer has one for each of its size.
 
     Such a network is not made first: that would take all memory there is.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff.backend import Array, get_backend, to_numpy
-from tinydiff.checkpoint import load_arrays
+from tinydiff.checkpoint import check_sizes, load_arrays
 from tinydiff.models._checks import plain
 from tinydiff.models.unet import UNet
 
@@ -305,6 +305,11 @@ def load_diffusers(directory: str | os.PathLike[str], backend: str | None = None
     if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"{config_file} does not describe a UNet2DModel.")
     state, _ = load_arrays(weights_file)
+    arguments = _unet_arguments(config)
+    try:
+        check_sizes(arguments, state)
+    except ValueError as error:
+        raise ValueError(f"{weights_file} does not hold a whole UNet2DModel: {error}") from None
     return unet_from_diffusers(config, state, backend)
 
 
