@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -292,8 +293,10 @@ def folder(text: str) -> Path:
 def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None]:
     """End what a user can put right in one sentence and exit code 2, and Ctrl-C in one line and 130.
 
-    `interrupted` is that line; the default says whether there is a checkpoint in `out`.
+    `interrupted` is that line; the default says whether there is a checkpoint in `out`. SIGTERM, by which a
+    cluster or a container ends what runs in it, is as Ctrl-C.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
@@ -302,6 +305,8 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
     except EXPLAINED as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _what_is_kept(out: Path) -> str:

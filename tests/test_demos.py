@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -462,28 +463,31 @@ def test_out_of_memory_ends_in_one_sentence(tmp_path, capsys, monkeypatch):
 
 
 class Interrupting:
-    """toy2d.sample, but the user presses Ctrl-C at the given training step."""
+    """toy2d.sample, but the user presses Ctrl-C, or somebody sends SIGTERM, at the given training step."""
 
-    def __init__(self, at):
-        self.batches, self.at, self.sample = 0, at, td.datasets.toy2d.sample
+    def __init__(self, at, by):
+        self.batches, self.at, self.by, self.sample = 0, at, by, td.datasets.toy2d.sample
 
     def __call__(self, name, n, rng):
         self.batches += n == 16
         if self.batches > self.at:
+            if self.by == "SIGTERM":
+                signal.raise_signal(signal.SIGTERM)
             raise KeyboardInterrupt
         return self.sample(name, n, rng)
 
 
-def interrupted(tmp_path, capsys, at):
+def interrupted(tmp_path, capsys, at, by="Ctrl-C"):
     """Run a toy demo that is interrupted at a step; return what it said."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(td.datasets.toy2d, "sample", Interrupting(at))
+        patch.setattr(td.datasets.toy2d, "sample", Interrupting(at, by))
         flags = [*TOY, "--shape", "rings", "--out", tmp_path, "--quiet"]
         return run("train_toy2d", *flags, capsys=capsys, expect=130)
 
 
-def test_ctrl_c_keeps_a_checkpoint_from_which_resume_makes_the_same_run(toy, tmp_path, capsys):
-    said = interrupted(tmp_path, capsys, at=14)
+@pytest.mark.parametrize("by", ["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_run_keeps_a_checkpoint_from_which_resume_makes_the_same(by, toy, tmp_path, capsys):
+    said = interrupted(tmp_path, capsys, at=14, by=by)
     assert said.out == "" and len(said.err.splitlines()) == 1
     assert "checkpoint.safetensors" in said.err and "--resume" in said.err
     assert load_arrays(tmp_path / "checkpoint.safetensors")[1]["step"] == 14

@@ -551,6 +551,17 @@ def test_a_worker_that_died_is_reported_and_replaced():
         assert_close(shared.predict(x, t), model.predict(x, t), "the prediction of its successor")
 
 
+def test_a_worker_ends_at_sigterm_whatever_the_process_that_leads_does_at_it(request):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
+    with DataParallel(unet(), 2) as shared:
+        process = shared._workers[0][0]
+        shared.predict(*batch(4, np.random.default_rng(0)))  # it is at work by now
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(timeout=10)
+        assert process.exitcode == -signal.SIGTERM
+
+
 def test_a_derivative_whose_processes_have_ended_says_so():
     """After `close`, and after a fork anew: for other weights, or because a call was interrupted."""
     model, rng = unet(), np.random.default_rng(0)

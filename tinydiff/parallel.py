@@ -295,6 +295,7 @@ def _serve(
 ) -> None:
     """A worker: answer what comes through the line until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which that one ends it, whatever it does itself
     gc.freeze()  # what was there before the fork belongs to the other process
     for other in others:
         other.close()
