@@ -293,6 +293,37 @@ def test_pure_noise_is_asked_about_if_the_output_says_something_there(prediction
         assert set(asked) == set(range(last + 1))
 
 
+def test_data_that_is_asked_about_fills_its_range_and_keeps_to_it():
+    """Yours may refuse data outside [-1, 1]; of data all alike some mistakes could not be told."""
+    asked = []
+
+    def listening(function, place):
+        return lambda *given: asked.append(given[place]) or function(*given)
+
+    for check, function, place, against, options in [
+        (testing.assert_q_sample, EPS.q_sample, 0, LINEAR, {}),
+        (testing.assert_training_target, V.training_target, 0, V, {}),
+        (testing.assert_loss, simple_loss_of(V), 1, V, {}),
+        (testing.assert_loss, lambda *given: np.mean(simple_loss_of(V)(*given)), 1, V, {}),
+        (testing.assert_bound_terms, terms_of(V), 0, V, {}),
+        (testing.assert_bound_terms, terms_of(V, "8bit"), 0, V, dict(decoder="8bit")),
+    ]:
+        asked.clear()
+        check(listening(function, place), against, **options)
+        for x0 in asked:
+            assert np.max(np.abs(x0)) <= 1 and np.min(x0) < -0.9 and np.max(x0) > 0.9
+
+
+@pytest.mark.parametrize("gamma", [1e-3, 1, 1e3])
+def test_any_positive_gamma_will_do_and_a_refusal_says_that_there_is_one(gamma):
+    process = td.GaussianDiffusion(td.linear_schedule(10), "v")
+    right, options = simple_loss_of(process, gamma), dict(min_snr_gamma=gamma)
+    testing.assert_loss(right, process, **options)
+    said = refusal(testing.assert_loss, lambda *given: 3 * right(*given), process, **options)
+    assert "(docs: L.9), weighed (docs: L.10);" in said
+    assert "weighed" not in refusal(testing.assert_loss, lambda *given: 3 * right(*given), process)
+
+
 def test_functions_may_write_into_what_they_are_given():
     def q_sample(x0, t, noise, power=0.5):
         x0 *= column(np.sqrt(ABAR[t]))
@@ -667,6 +698,7 @@ def test_what_is_no_walk_is_said(ask, said):
         (lambda network, x0, t, noise: 0.0, "loss does not ask the network."),
         (lambda network, x0, t, noise: network(x0, t), "an x_t that is off by "),
         (lambda network, x0, t, noise: network(x0[:2], t), "x of shape (2, 3, 4, 8); expected (8, 3, 4, 8)."),
+        (lambda network, *given: network(EPS.q_sample(*given), given[1] - 1), "(E.13)."),
         (lambda network, *given: network(EPS.q_sample(*given), given[1] + 1), "(E.13)."),
         (
             lambda network, *given: network(EPS.q_sample(*given), given[1] / 200),
