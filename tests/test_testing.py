@@ -1,5 +1,6 @@
 """tinydiff.testing: what is right passes, and a mistake is called by its name."""
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -881,6 +882,30 @@ def test_nothing_is_left_of_the_data_by_whatever_rounding():
     f = np.cos((np.arange(41) / 40 + 0.008) / 1.008 * np.pi / 2) ** 2
     assert f[-1] > TO_NOISE.alphas_cumprod[-1] == 0
     testing.assert_schedule(f[1:] / f[0], TO_NOISE)
+
+
+@pytest.mark.parametrize(
+    ("check", "yours", "against"),
+    [
+        (testing.assert_q_sample, EPS.q_sample, LINEAR),
+        (testing.assert_training_target, EPS.training_target, EPS),
+        (testing.assert_predict_x0, EPS.predict_x0, EPS),
+        (testing.assert_q_posterior, EPS.q_posterior_mean_variance, LINEAR),
+        (testing.assert_p_mean_variance, EPS.p_mean_variance, EPS),
+        (testing.assert_bound_terms, terms_of(EPS), EPS),
+        (testing.assert_loss, loss(), EPS),
+        (testing.assert_sampler, ddim(), EPS),
+    ],
+)
+def test_a_shape_or_an_axis_that_fits_no_batch_is_named_by_every_check(check, yours, against):
+    for shape in ((4,), (), 4, [4, 3], None, (0, 3), (4, 0), (4, 1.0), (4, 3, -1)):
+        with pytest.raises(ValueError, match=r"^shape is .*; expected") as caught:
+            check(yours, against, shape=shape)
+        assert f"shape is {shape!r}; expected (N, ...), two or more integers" in str(caught.value)
+    if "axis" in inspect.signature(check).parameters:
+        for axis in (0, 4, -2, 1.5):
+            with pytest.raises(ValueError, match=rf"^axis is {axis}; expected one of the data, 1 … 3 or -1"):
+                check(yours, against, axis=axis)
 
 
 @pytest.mark.parametrize(
