@@ -448,6 +448,15 @@ def test_what_a_network_of_a_learned_variance_says_is_in_its_range():
 
     refusal(testing.assert_sampler, listening, process, steps=5)
     assert said[0].shape == (4, 3, 4, 4) and np.max(np.abs(said[0])) <= 1
+    for check, function in [
+        (testing.assert_p_mean_variance, process.p_mean_variance),
+        (testing.assert_bound_terms, terms_of(process)),
+    ]:
+        said.clear()
+        check(lambda *given, f=function: said.append(given[-1][..., 8:]) or f(*given), process)
+        for nu in said:
+            assert nu.shape == (8, 3, 4, 8) and np.max(np.abs(nu)) <= 1
+            assert np.min(nu) < -0.9 and np.max(nu) > 0.9
 
 
 # A mistake is called by its name
