@@ -294,6 +294,23 @@ def test_pure_noise_is_asked_about_if_the_output_says_something_there(prediction
         assert set(asked) == set(range(last + 1))
 
 
+@pytest.mark.parametrize("betas", [[1.0], [1.0, 0.1]])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_a_chain_of_pure_noise_is_one_of_which_an_eps_says_nothing(betas, prediction):
+    process = td.GaussianDiffusion(td.NoiseSchedule(betas), prediction)
+    for check, function in [
+        (testing.assert_predict_x0, process.predict_x0),
+        (testing.assert_p_mean_variance, process.p_mean_variance),
+        (testing.assert_bound_terms, terms_of(process)),
+        (partial(testing.assert_sampler, name="ddim"), ours("ddim", process)),
+    ]:
+        if prediction == "eps":
+            with pytest.raises(ValueError, match=r"^diffusion has prediction 'eps', .* expected 'x0' or 'v'"):
+                check(function, process)
+        else:
+            check(function, process)
+
+
 def test_data_that_is_asked_about_fills_its_range_and_keeps_to_it():
     """Yours may refuse data outside [-1, 1]; of data all alike some mistakes could not be told."""
     asked = []

@@ -35,9 +35,19 @@ SHAPE = (8, 3, 4, 8)
 
 
 def asked_up_to(diffusion: GaussianDiffusion) -> int:
-    """T; or fewer times if the network says eps, which says nothing of x_0 where x_t is all noise."""
-    eps = diffusion.prediction == "eps"
-    return int(np.count_nonzero(diffusion.schedule.alphas_cumprod)) if eps else diffusion.T
+    """T; or fewer times if the network says eps, which says nothing of x_0 where x_t is all noise.
+
+    ValueError if there is no such time.
+    """
+    if diffusion.prediction != "eps":
+        return diffusion.T
+    T = int(np.count_nonzero(diffusion.schedule.alphas_cumprod))
+    if T == 0:
+        raise ValueError(
+            "diffusion has prediction 'eps', which says nothing of x0 where alphas_cumprod is 0, as it is at "
+            "every t; expected 'x0' or 'v'."
+        )
+    return T
 
 
 def times(T: int, N: int, rng: np.random.Generator) -> np.ndarray:
