@@ -74,6 +74,15 @@ def test_two_steps_by_hand():
     assert optimizer.steps == 2
 
 
+def test_with_nothing_remembered_each_step_is_the_sign_of_its_gradient():
+    p = parameter([1.0, -2.0])
+    optimizer = td.Adam([p], lr=0.25, betas=(0.0, 0.0), eps=1e-20)
+    for k, sign in enumerate([np.array([1, -1]), np.array([-1, -1]), np.array([1, 1])], 1):
+        before, p.grad = p.value.copy(), sign * np.array([1e3, 1e-3]) * k
+        optimizer.step()
+        assert_allclose(p.value, before - 0.25 * sign, rtol=1e-14)
+
+
 def test_no_gradient_moves_nothing_but_by_decay():
     p, q = parameter([1.0, 2.0]), parameter([1.0, 2.0])
     td.Adam([p]).step()
@@ -135,7 +144,9 @@ def test_under_array_api_strict_and_in_the_given_dtype(dtype):
         ({"betas": (-0.1, 0.9)}, "betas is"),
         ({"betas": (0.9,)}, "betas is"),
         ({"eps": 0.0}, "eps is 0.0"),
+        ({"eps": math.inf}, "eps is inf"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"weight_decay": math.inf}, "weight_decay is inf"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, match):
@@ -489,7 +500,7 @@ def test_clipping_counts_a_shared_parameter_once():
 
 
 def test_clipping_leaves_zero_and_small_gradients_alone():
-    for grad in ([0.0, 0.0], [0.3, 0.4]):
+    for grad in ([0.0, 0.0], [0.3, 0.4], [3e-10, 4e-10], [0.0, 1e-12], [-3e-14, 4e-14], [1e-150, 0.0]):
         p = parameter([0.0, 0.0], grad)
         td.clip_grad_norm([p], 1.0)
         assert_array_equal(p.grad, grad)
@@ -535,6 +546,10 @@ def test_warmup_cosine_rises_then_falls(data, steps, final):
         assert np.all(factors[warmup:] >= final - 1e-15)
 
 
+def test_by_default_there_is_no_rise_and_the_fall_ends_at_nothing():
+    assert_allclose([td.warmup_cosine(step, 8) for step in (0, 4, 8)], [1.0, 0.5, 0.0], rtol=1e-15)
+
+
 def test_no_fall():
     assert {td.warmup_cosine(step, 10, 0, 1.0) for step in range(10)} == {1.0}
 
@@ -546,7 +561,8 @@ def test_no_fall():
         ((0, 0), "steps is 0"),
         ((0, 10, -1), "warmup is -1"),
         ((0, 10, 11), "warmup is 11"),
-        ((0, 10, 0, 1.5), "final is 1.5"),
+        ((0, 10, 0, 1.0625), "final is 1.0625"),
+        ((0, 10, 0, -0.0625), "final is -0.0625"),
         ((0, 10, 0, math.nan), "final is nan"),
     ],
 )
