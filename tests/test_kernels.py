@@ -840,10 +840,11 @@ def test_shares_cover_the_range_in_order_and_errors_come_out():
 
 @pytest.mark.skipif(not _threads._blas, reason="needs a BLAS whose threads can be counted")
 @for_each_twin_on_the_cpu
-def test_a_convolution_wakes_a_thread_where_it_has_work_for_one(twin, monkeypatch):
+def test_a_layer_wakes_a_thread_where_it_has_work_for_one(twin, monkeypatch):
     """Neither it nor BLAS is given a second one where there is a multiplication too few."""
     K, rng = module(twin), np.random.default_rng(0)
     x, w, b = (normal(rng, shape, np.float32) for shape in [(3, 4, 4, 16), (3, 3, 16, 16), (16,)])
+    rows, matrix, dy = normal(rng, (6, 144), np.float32), w.reshape(144, 16), normal(rng, (6, 16), np.float32)
     asked = []
     monkeypatch.setattr(_threads, "threads_in_reach", lambda: 2)
     begin, blas_threads = _threads._begin, _threads._blas[0]
@@ -860,6 +861,10 @@ def test_a_convolution_wakes_a_thread_where_it_has_work_for_one(twin, monkeypatc
         (lambda: K.conv2d(x[..., :8].copy(), w[:, :, :8, :4].copy(), b[:4], 1, (1, 1)), 6),
         (lambda: K.upsample_conv2d(x, w, b), 192),
         (lambda: K.upsample_conv2d_backward(x, w, x.repeat(2, 1).repeat(2, 2)), 192),
+        (lambda: K.linear(rows, matrix, b), 6),
+        (lambda: K.linear(rows.reshape(2, 3, 144), matrix, b), 6),
+        (lambda: K.linear_backward(rows, matrix, dy), 6),
+        (lambda: K.linear_backward(rows.reshape(2, 3, 144), matrix, dy.reshape(2, 3, 16)), 6),
     ]:
         for limit, woken in [(pixels * w.size, True), (pixels * w.size + 1, False)]:
             monkeypatch.setattr(_linear, "PARALLEL_PRODUCTS", limit)
