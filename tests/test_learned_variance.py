@@ -363,6 +363,13 @@ def test_probabilities_depend_on_neither_unit_nor_sign(T, unit, seed):
     assert_allclose(full_sampler(unit * losses).probabilities(), expected, rtol=1e-12)
 
 
+def test_a_share_of_one_is_uniform_whatever_is_remembered():
+    sampler = full_sampler([100.0, 1.0, 0.0], uniform=1)
+    assert_allclose(sampler.probabilities(), 1 / 3, rtol=1e-15)
+    _, weights = sampler.sample(20, np.random.default_rng(0))
+    assert_allclose(weights, 1, rtol=1e-15)
+
+
 def test_by_default_ten_terms_are_remembered_and_one_t_in_a_thousand_is_uniform():
     sampler = LossSecondMomentSampler(2)
     for losses in ([9.0, 9.0], *[[1.0, 0.0]] * 9):
