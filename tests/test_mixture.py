@@ -395,6 +395,8 @@ def test_points_have_denoisers_though_no_density(variance, T):
     assert_allclose(output[:, 1], 0, atol=1e-15)
     if variance == "learned_range" and T > 1:
         assert_array_equal(output[:, 3], -1)  # both points agree in it, its variance is 0: the lower end
+    if variance == "learned_range" and T == 1:
+        assert_array_equal(output[:, 2:], 0)  # both ends are one
     assert np.isfinite(points.optimal_bound(diffusion, nodes=21).value)
     assert set(np.unique(points.sample(50, np.random.default_rng(0)))) == {-1, 0, 1}
 
