@@ -1,5 +1,7 @@
 """The exact judge, judged: against quadrature, finite differences, and itself at other times."""
 
+import itertools
+
 import array_api_strict as strict
 import numpy as np
 import pytest
@@ -135,6 +137,15 @@ def test_nodes_are_the_quadrature_s_and_by_default_enough():
                 method(nodes)
     enough, more = (line.optimal_bound(diffusion, *nodes).L_t for nodes in ((), (301,)))
     assert_allclose(enough, more, rtol=1e-10)
+
+
+@pytest.mark.parametrize("D", [1, 2])
+def test_the_fewest_nodes_are_the_corners(D):
+    """Far too few; but some of them, though in the plane they lie where no other quadrature looks."""
+    mixture = GaussianMixture([0.5, 0.5], [[0.0] * D, [1.0] * D], 0.25)
+    corners = np.array(list(itertools.product([-4.5, 4.5], repeat=D)))  # nine deviations away
+    x = (mixture.means[:, None, :] + corners).reshape(-1, D)
+    assert_allclose(mixture.entropy(nodes=2), -np.mean(mixture.log_prob(x)), rtol=1e-12)
 
 
 @given(mixtures())

@@ -464,7 +464,7 @@ class GaussianMixture:
             lines = [np.linspace(-REACH, REACH, math.ceil(nodes * f)) for f in finer[k]]
             grid = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, self.D)
             density = np.exp(-np.sum(np.square(grid), axis=1) / 2)
-            inside = density > 1e-20  # not the corners
+            inside = density > 1e-20 * np.max(density)  # not the corners, unless there is nothing else
             points.append(self.means[k] + (deviations[k] * grid[inside]) @ self._axes[k].T)
             weights.append(self.weights[k] * density[inside] / np.sum(density[inside]))
         return np.concat(points), np.concat(weights)
