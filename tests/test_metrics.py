@@ -293,7 +293,7 @@ def test_divisions_as_discrepant_as_the_observed_count_against_it():
     for name in DISCREPANCIES:
         p = permutation_test(x, y, statistic=name, permutations=6000).p_value
         assert abs(p - 1 / 3) < 5 * np.sqrt(2 / 9 / 6000)
-    assert permutation_test(np.zeros((3, 2)), np.zeros((4, 2))).p_value == 1
+        assert permutation_test(np.zeros((3, 2)), np.zeros((4, 2)), statistic=name).p_value == 1
 
 
 def test_more_permutations_than_a_batch_and_the_seed():
