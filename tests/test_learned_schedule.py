@@ -12,10 +12,10 @@ import pytest
 from gradients import Case, assert_central_differences_agree, normal, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import raising
+from runs import lines, raising
 
 import tinydiff as td
-from tinydiff import nn, schedule_training
+from tinydiff import _loop, nn, schedule_training
 from tinydiff._loop import STEP
 from tinydiff.checkpoint import load_arrays
 from tinydiff.continuous_bound import (
@@ -786,6 +786,18 @@ def small(**options):
     data = DATA.sample(200, rng).astype(np.float32)
     options = dict(T=20, steps=6, batch_size=16, seed=3, gamma_0=-6.0, progress=False) | options
     return model, td.train_learned_schedule(model, options.pop("data", data), **options)
+
+
+def test_the_norm_in_the_metrics_is_of_the_network_s_gradient_and_the_schedule_s_together(
+    tmp_path, monkeypatch
+):
+    clip, norms = _loop.clip_grad_norm, []
+    monkeypatch.setattr(_loop, "clip_grad_norm", lambda *given: norms.append(clip(*given)) or norms[-1])
+    small(run_dir=tmp_path, log_every=1)
+    of_network, of_schedule = np.array(norms).reshape(6, 2).T
+    assert np.min(of_network) > 0 and np.min(of_schedule) > 0
+    logged = [line["grad_norm"] for line in lines(tmp_path)]
+    np.testing.assert_allclose(logged, np.sqrt(of_network**2 + of_schedule**2), rtol=1e-6)
 
 
 def test_the_loop_is_a_function_of_its_seed():
