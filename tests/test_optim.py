@@ -83,6 +83,18 @@ def test_with_nothing_remembered_each_step_is_the_sign_of_its_gradient():
         assert_allclose(p.value, before - 0.25 * sign, rtol=1e-14)
 
 
+def test_by_default_the_settings_are_those_of_the_paper_without_decay():
+    """Kingma & Ba 2015, algorithm 1; and an average over about a thousand steps."""
+    ours, theirs = parameter([1.0, -2.0]), parameter([1.0, -2.0])
+    optimizers = td.Adam([ours]), td.Adam([theirs], 0.001, (0.9, 0.999), 1e-8, 0.0)
+    for grad in np.random.default_rng(0).standard_normal((4, 2)) * 1e-6:  # where eps counts, too
+        for p, optimizer in zip((ours, theirs), optimizers):
+            p.grad = grad.copy()
+            optimizer.step()
+        assert_array_equal(ours.value, theirs.value)
+    assert td.EMA(small_model()).decay == 0.999
+
+
 def test_no_gradient_moves_nothing_but_by_decay():
     p, q = parameter([1.0, 2.0]), parameter([1.0, 2.0])
     td.Adam([p]).step()
