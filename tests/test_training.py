@@ -756,6 +756,25 @@ def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path, make, left_ou
 # Numbers that are not finite
 
 
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_what_numpy_warns_of_is_afterwards_what_it_was(error):
+    """In the loop it says nothing of numbers that are not finite; the loop does."""
+    within = []
+
+    def data(n, rng):
+        within.append(np.geterr())
+        if error is not None and len(within) == 3:
+            raise error
+        return drawn(n, rng)
+
+    with np.errstate(over="raise", invalid="print"):
+        before = np.geterr()
+        with contextlib.nullcontext() if error is None else pytest.raises(error):
+            td.train(small_mlp(), DIFFUSION, data, **SETTINGS)
+        assert np.geterr() == before
+    assert all(now["over"] == now["invalid"] == "ignore" for now in within)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     calls = iter(range(10**9))
