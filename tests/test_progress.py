@@ -71,3 +71,15 @@ def test_what_nobody_reads_any_more_ends_nothing(what, monkeypatch):
         for _ in range(2):  # a second bar comes where the first has left what it could not write
             made.append(LONG[what]())
     np.testing.assert_array_equal(made, [shown, shown])
+
+
+def test_the_bar_of_a_training_says_a_mean_of_the_last_losses(monkeypatch):
+    """In which each step counts a fiftieth, and the first for all before it."""
+    said = []
+    monkeypatch.setattr(tqdm, "set_postfix", lambda bar, what, refresh: said.append(what))
+    losses = td.train(network(), DIFFUSION, DATA, steps=4, batch_size=4).losses
+    mean, expected = losses[0], []
+    for loss in losses:
+        mean += (loss - mean) / 50
+        expected.append({"loss": f"{mean:.4f}"})
+    assert said == expected
