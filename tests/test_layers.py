@@ -634,5 +634,6 @@ def test_silu_of_the_other_byte_order(dtype):
     x = np.array([-1e4, -1.0, 0.0, 2.0, 1e4], dtype)
     y, backward = nn.silu(x.astype(x.dtype.newbyteorder()))
     expected, backward_expected = nn.silu(x)
-    assert_array_equal(y, expected)
-    assert_array_equal(backward(np.ones_like(x)), backward_expected(np.ones_like(x)))
+    rtol = 4 * np.finfo(dtype).eps  # the compiled twin leaves it to NumPy's
+    assert_allclose(y, expected, rtol=rtol)
+    assert_allclose(backward(np.ones_like(x)), backward_expected(np.ones_like(x)), rtol=rtol)
