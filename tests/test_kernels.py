@@ -1269,18 +1269,25 @@ def test_a_norm_of_two_precisions_on_the_gpu(name, odd):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def on_the_gpu_and_defined(compute, arrays, dtype, times=1):
+    """Each result of `compute`, by CuPy's kernels in `dtype` and, last, by the definition in float64."""
+    twins = [(module("cupy"), dtype)] * times + [(portable, np.float64)]
+    return zip(*(compute(kernels, *(a.astype(cast) for a in arrays)) for kernels, cast in twins))
+
+
+def attention_and_gradients(kernels, q, k, v, do, scale):
+    o, saved = kernels.attention(q, k, v, scale)
+    return [o, *kernels.attention_backward(saved, do)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("length", "d"), [(64, 8), (65, 8), (130, 3), (63, 32), (40, 33)])
 def test_long_attention_on_the_gpu(length, d, dtype):
     """More queries and keys than a block has; and a head too wide for its threads.  Twice, the same bits."""
-    twin, rng = module("cupy"), np.random.default_rng(0)
-    q, k, v, do = (normal(rng, (2, length, 3, d), dtype).transpose(0, 2, 1, 3) for _ in range(4))
-    results = []
-    for kernels, cast in ((twin, dtype), (twin, dtype), (portable, np.float64)):
-        o, saved = kernels.attention(*(a.astype(cast) for a in (q, k, v)), d**-0.5)
-        results.append([o, *kernels.attention_backward(saved, do.astype(cast))])
-    for actual, again, expected in zip(*results):
+    rng, compute = np.random.default_rng(0), functools.partial(attention_and_gradients, scale=d**-0.5)
+    arrays = [normal(rng, (2, length, 3, d), dtype).transpose(0, 2, 1, 3) for _ in range(4)]
+    for actual, again, expected in on_the_gpu_and_defined(compute, arrays, dtype, times=2):
         error = np.linalg.norm(actual - expected)
         assert error <= 40 * np.finfo(dtype).eps * np.linalg.norm(expected)
         np.testing.assert_array_equal(actual, again)
@@ -1290,12 +1297,9 @@ def test_long_attention_on_the_gpu(length, d, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_more_keys_than_queries_on_the_gpu(dtype):
     """Of narrow heads, whose own kernel takes as many of both."""
-    rng, results = np.random.default_rng(0), []
-    q, do, k, v = (normal(rng, (2, 3, length, 4), dtype) for length in (5, 5, 9, 9))
-    for kernels, cast in ((module("cupy"), dtype), (portable, np.float64)):
-        o, saved = kernels.attention(*(a.astype(cast) for a in (q, k, v)), 0.5)
-        results.append([o, *kernels.attention_backward(saved, do.astype(cast))])
-    for actual, expected in zip(*results):
+    rng, compute = np.random.default_rng(0), functools.partial(attention_and_gradients, scale=0.5)
+    arrays = [normal(rng, (2, 3, length, 4), dtype) for length in (5, 9, 9, 5)]
+    for actual, expected in on_the_gpu_and_defined(compute, arrays, dtype):
         assert np.linalg.norm(actual - expected) <= 40 * np.finfo(dtype).eps * np.linalg.norm(expected)
 
 
@@ -1324,6 +1328,13 @@ def tensor_cores(monkeypatch):
 LARGE, SMALL = 232_448, 101_376  # bytes of shared memory that a block may have: of an H100, of an RTX 4090
 
 
+def convolution_and_gradients(kernels, x, w, b, dy, stride=1, padding=(1, 1), doubled=False):
+    how = () if doubled else (stride, padding)
+    name = "upsample_conv2d" if doubled else "conv2d"
+    y = getattr(kernels, name)(x, w, b, *how)
+    return [y, *getattr(kernels, name + "_backward")(x, w, dy, *how)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
 @pytest.mark.parametrize(
@@ -1343,22 +1354,14 @@ def test_convolutions_by_tensor_cores(tensor_cores, shape, d, enough, shared, tf
         (5, 1, (2, 2), False),
         (3, 1, (1, 1), True),
     ]:
+        compute = functools.partial(
+            convolution_and_gradients, stride=stride, padding=padding, doubled=doubled
+        )
         h, width = ((s * (1 + doubled) + sum(padding) - k) // stride + 1 for s in shape[1:3])
         shapes = shape, (k, k, c, d), (d,), (shape[0], h, width, d)
         single = [normal(rng, s, np.float32) for s in shapes]
         assert conv.fits(k, *map(there, single))
-        how = () if doubled else (stride, padding)
-        name = "upsample_conv2d" if doubled else "conv2d"
-        found = []
-        for kernels, dtype in (
-            (module("cupy"), np.float32),
-            (module("cupy"), np.float32),
-            (portable, np.float64),
-        ):
-            x, w, b, dy = (a.astype(dtype) for a in single)
-            y = getattr(kernels, name)(x, w, b, *how)
-            found.append([y, *getattr(kernels, name + "_backward")(x, w, dy, *how)])
-        for actual, again, expected in zip(*found):
+        for actual, again, expected in on_the_gpu_and_defined(compute, single, np.float32, times=2):
             assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
             # Nor are they all too small, by the 3.5e-4 that a factor loses where digits are cut off.
             assert abs(np.sum(actual * expected) / np.sum(expected**2) - 1) <= 0.2 * tolerance + 4e-7
@@ -1414,13 +1417,9 @@ def test_tensor_cores_leave_no_number_out_and_none_in(tensor_cores, tf32):
 @pytest.mark.parametrize(("c", "d"), [(5, 8), (6, 8), (8, 5), (8, 6)])
 def test_channels_that_tensor_cores_take_on_one_side_only(tensor_cores, c, d):
     tensor_cores(False, 1, LARGE)
-    rng, results = np.random.default_rng(0), []
-    x, w, b, dy = (normal(rng, s, np.float32) for s in ((2, 5, 6, c), (3, 3, c, d), (d,), (2, 5, 6, d)))
-    for kernels, cast in ((module("cupy"), np.float32), (portable, np.float64)):
-        x, w, b, dy = (a.astype(cast) for a in (x, w, b, dy))
-        y = kernels.conv2d(x, w, b, 1, (1, 1))
-        results.append([y, *kernels.conv2d_backward(x, w, dy, 1, (1, 1))])
-    for actual, expected in zip(*results):
+    rng = np.random.default_rng(0)
+    arrays = [normal(rng, s, np.float32) for s in ((2, 5, 6, c), (3, 3, c, d), (d,), (2, 5, 6, d))]
+    for actual, expected in on_the_gpu_and_defined(convolution_and_gradients, arrays, np.float32):
         assert np.linalg.norm(actual - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
@@ -1429,17 +1428,11 @@ def test_channels_that_tensor_cores_take_on_one_side_only(tensor_cores, c, d):
 def test_a_tall_image_at_uneven_distances(tensor_cores, doubled):
     """Doubled, or turned between strides: a pixel's place is kept in half a register for each axis."""
     tensor_cores(False, 1, LARGE)
-    rng, h, results = np.random.default_rng(0), 2**15 + 2, []
-    shapes = ((1, h // 2, 1, 4), (1, h, 2, 4)) if doubled else ((1, h, 1, 4), (1, h // 2, 1, 4))
-    x, w, b, dy = (normal(rng, s, np.float32) for s in (shapes[0], (3, 3, 4, 4), (4,), shapes[1]))
-    for kernels, cast in ((module("cupy"), np.float32), (portable, np.float64)):
-        x, w, b, dy = (a.astype(cast) for a in (x, w, b, dy))
-        if doubled:
-            y, grads = kernels.upsample_conv2d(x, w, b), kernels.upsample_conv2d_backward(x, w, dy)
-        else:
-            y, grads = kernels.conv2d(x, w, b, 2, (1, 1)), kernels.conv2d_backward(x, w, dy, 2, (1, 1))
-        results.append([y, *grads])
-    for actual, expected in zip(*results):
+    rng, h = np.random.default_rng(0), 2**15 + 2
+    of_x, of_dy = ((1, h // 2, 1, 4), (1, h, 2, 4)) if doubled else ((1, h, 1, 4), (1, h // 2, 1, 4))
+    arrays = [normal(rng, s, np.float32) for s in (of_x, (3, 3, 4, 4), (4,), of_dy)]
+    compute = functools.partial(convolution_and_gradients, stride=2, doubled=doubled)
+    for actual, expected in on_the_gpu_and_defined(compute, arrays, np.float32):
         assert np.linalg.norm(actual - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
