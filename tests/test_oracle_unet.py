@@ -9,6 +9,7 @@ import pytest
 
 import tinydiff as td
 from tinydiff import interop
+from tinydiff.interop._unet import unet_arguments
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -263,7 +264,7 @@ def test_names_and_shapes_of_the_published_networks(config):
     """Every parameter of diffusers' network (built without memory), and no other, is asked for and fits."""
     with torch.device("meta"):
         theirs = diffusers.UNet2DModel(**config).state_dict()
-    ours = td.UNet(**interop._unet_arguments(config)).named_parameters()
+    ours = td.UNet(**unet_arguments(config)).named_parameters()
     assert {n: _torch_shape(p.shape) for n, p in ours.items()} == {
         n: tuple(v.shape) for n, v in theirs.items()
     }

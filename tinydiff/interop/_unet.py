@@ -1,4 +1,4 @@
-"""Weights across the border to diffusers' ``UNet2DModel``, in both directions, without torch.
+"""A U-Net across the border to diffusers' ``UNet2DModel``, in both directions.
 
 Parameter names are the same on both sides; the layouts are not. PyTorch keeps a linear weight as (out, in)
 and a convolution as (out, in, k, k); tinydiff as (in, out) and (k, k, in, out). A configuration that
@@ -7,20 +7,19 @@ tinydiff's U-Net does not compute exactly is refused by name.
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinydiff.backend import Array, get_backend, to_numpy
-from tinydiff.checkpoint import check_sizes, load_arrays
+from tinydiff.checkpoint import check_sizes
+from tinydiff.interop._config import check_mapping, is_count, is_number, require, require_fixed
 from tinydiff.models._checks import plain
 from tinydiff.models.unet import UNet
 
-__all__ = ["load_diffusers", "unet_from_diffusers", "unet_to_diffusers"]
+__all__ = ["DEFAULTS", "FIXED", "IRRELEVANT", "unet_arguments", "unet_from_diffusers", "unet_to_diffusers"]
 
 # What diffusers 0.42's UNet2DModel assumes where its config is silent, and tinydiff's U-Net can vary.
 DEFAULTS: dict[str, Any] = {
@@ -72,7 +71,7 @@ AVERAGING = {
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `UNet` that `config` asks for.
 
     Raises
@@ -83,14 +82,14 @@ def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
     _check(c)
+    require_fixed(config, FIXED)
     for key, value in config.items():
-        if key in FIXED:
-            _require(key, value, value in FIXED[key], " or ".join(map(repr, FIXED[key])))
-        elif key == "time_embedding_dim":
-            _require(key, value, value in (None, 4 * c["block_out_channels"][0]), "4 * block_out_channels[0]")
+        if key == "time_embedding_dim":
+            four = 4 * c["block_out_channels"][0]
+            require(config, key, value in (None, four), f"None, or 4 * block_out_channels[0] = {four}")
         elif key == "attn_norm_num_groups":
-            _require(key, value, value in (None, c["norm_num_groups"]), "None, or norm_num_groups")
-        elif key not in DEFAULTS and key not in IRRELEVANT | AVERAGING:
+            require(config, key, value in (None, c["norm_num_groups"]), "None, or norm_num_groups")
+        elif key not in {*DEFAULTS, *FIXED, *IRRELEVANT, *AVERAGING}:
             raise ValueError(f"config[{key!r}] = {value!r} is not known to tinydiff's U-Net.")
     attention = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
     return dict(
@@ -112,60 +111,40 @@ def _unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(c: Mapping[str, Any]) -> None:
     """ValueError naming the first entry of `c` that is not supported, by itself or beside the others."""
-
-    def require(key: str, fits: bool, expected: str) -> None:
-        _require(key, c[key], fits, expected)
-
+    ask = functools.partial(require, c)
     for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-        require(key, _is_count(c[key]), "a positive integer")
+        ask(key, is_count(c[key]), "a positive integer")
     for key in ("flip_sin_to_cos", "add_attention"):
-        require(key, isinstance(c[key], bool), "True or False")
+        ask(key, isinstance(c[key], bool), "True or False")
     for key in ("block_out_channels", "down_block_types", "up_block_types"):
-        require(key, isinstance(c[key], (list, tuple)), "a list")
+        ask(key, isinstance(c[key], (list, tuple)), "a list")
     channels, groups, head_dim = c["block_out_channels"], c["norm_num_groups"], c["attention_head_dim"]
-    require("block_out_channels", bool(channels) and all(map(_is_count, channels)), "positive integers")
+    ask("block_out_channels", bool(channels) and all(map(is_count, channels)), "positive integers")
     down, up = c["down_block_types"], c["up_block_types"]
     mirror = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
-    require("down_block_types", all(name in list(mirror) for name in down), f"only {' and '.join(mirror)}")
-    require("block_out_channels", len(channels) == len(down), "as many as down_block_types")
-    require(
+    ask("down_block_types", all(name in list(mirror) for name in down), f"only {' and '.join(mirror)}")
+    ask("block_out_channels", len(channels) == len(down), "as many as down_block_types")
+    ask(
         "up_block_types",
         list(up) == [mirror[name] for name in reversed(down)],
         "the mirror of down_block_types",
     )
-    require(
-        "norm_num_groups", all(n % groups == 0 for n in channels), "a divisor of every block_out_channels"
-    )
+    ask("norm_num_groups", all(n % groups == 0 for n in channels), "a divisor of every block_out_channels")
     attended = [n for n, name in zip(channels, down, strict=True) if name == "AttnDownBlock2D"]
     attended += [channels[-1]] if c["add_attention"] else []
-    require(
+    ask(
         "attention_head_dim",
-        head_dim is None or (_is_count(head_dim) and all(n % head_dim == 0 for n in attended)),
+        head_dim is None or (is_count(head_dim) and all(n % head_dim == 0 for n in attended)),
         "None, or a divisor of block_out_channels wherever there is attention",
     )
-    require("norm_eps", _is_number(c["norm_eps"]) and c["norm_eps"] > 0, "a positive number")
-    require("dropout", _is_number(c["dropout"]) and 0 <= c["dropout"] < 1, "a number in [0, 1)")
-    require("downsample_padding", c["downsample_padding"] in (0, 1), "0 or 1")
-    require(
+    ask("norm_eps", is_number(c["norm_eps"]) and c["norm_eps"] > 0, "a positive number")
+    ask("dropout", is_number(c["dropout"]) and 0 <= c["dropout"] < 1, "a number in [0, 1)")
+    ask("downsample_padding", c["downsample_padding"] in (0, 1), "0 or 1")
+    ask(
         "freq_shift",
-        _is_number(c["freq_shift"]) and c["freq_shift"] < max(channels[0] // 2, 1),
+        is_number(c["freq_shift"]) and c["freq_shift"] < max(channels[0] // 2, 1),
         "a number less than block_out_channels[0] // 2",
     )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _require(key: str, value: Any, fits: bool, expected: str) -> None:
-    if not fits:
-        raise ValueError(
-            f"config[{key!r}] = {value!r} is not supported by tinydiff's U-Net; expected {expected}."
-        )
 
 
 def unet_from_diffusers(
@@ -197,16 +176,18 @@ def unet_from_diffusers(
     TypeError
         If `config` or `state` is not a mapping.
     """
-    for name, mapping in (("config", config), ("state", state)):
-        if not isinstance(mapping, Mapping):
-            raise TypeError(f"{name} is a {type(mapping).__name__}; expected a mapping.")
+    check_mapping("config", config)
+    check_mapping("state", state)
     xp = get_backend(backend)
-    model = UNet(**_unet_arguments(config), rng=np.random.default_rng(0), backend="numpy")
+    arguments = unet_arguments(config)
+    weights = {given: _on_the_host(given, weight) for given, weight in state.items()}
+    check_sizes(arguments, weights)
+    model = UNet(**arguments, rng=np.random.default_rng(0), backend="numpy")
     parameters = model.named_parameters()
     arrays = {}
     given_as: dict[str, str] = {}
-    for given, array in state.items():
-        name, array = _present_name(str(given)), _on_the_host(given, array)
+    for given, array in weights.items():
+        name = _present_name(str(given))
         other = given_as.setdefault(name, given)
         if other != given:
             raise ValueError(f"state has both {other!r} and {given!r}, one weight's names; expected one.")
@@ -269,66 +250,6 @@ def unet_to_diffusers(
         **{key: accepted[0] for key, accepted in FIXED.items()},
     }
     return config, {name: _to_torch_layout(array) for name, array in model.state_dict().items()}
-
-
-def load_diffusers(directory: str | os.PathLike[str], backend: str | None = None) -> UNet:
-    """Read a ``UNet2DModel`` as diffusers writes it, without torch.
-
-    Parameters
-    ----------
-    directory : path
-        Holds ``config.json`` and ``diffusion_pytorch_model.safetensors``.
-    backend : {"numpy", "cupy"}, optional
-        Where the weights go. Default: ``TINYDIFF_BACKEND``.
-
-    Returns
-    -------
-    UNet
-
-    Raises
-    ------
-    FileNotFoundError
-        If one of the two files is missing.
-    ValueError
-        If a file is damaged, or the model is not one that tinydiff computes exactly.
-    """
-    directory = Path(directory)
-    config_file = directory / "config.json"
-    weights_file = directory / "diffusion_pytorch_model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"no {file.name} in {directory}{_hint(directory)}.")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config_file} is not JSON: {error}.") from None
-    if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"{config_file} does not describe a UNet2DModel.")
-    state, _ = load_arrays(weights_file)
-    arguments = _unet_arguments(config)
-    try:
-        check_sizes(arguments, state)
-    except ValueError as error:
-        raise ValueError(f"{weights_file} does not hold a whole UNet2DModel: {error}") from None
-    return unet_from_diffusers(config, state, backend)
-
-
-def _hint(directory: Path) -> str:
-    if (directory / "unet" / "config.json").is_file():
-        return f"; this looks like a whole pipeline, whose model is in {directory / 'unet'}"
-    if list(directory.glob("diffusion_pytorch_model*-of-*.safetensors")):
-        return (
-            "; its weights are in several files: save the model again with diffusers' "
-            'save_pretrained(..., max_shard_size="1TB")'
-        )
-    for variant in sorted(directory.glob("diffusion_pytorch_model.*.safetensors")):
-        return f"; it holds a variant, {variant.name}: rename that to load it"
-    if list(directory.glob("*.bin")):
-        return (
-            "; it holds pickled weights, which tinydiff does not load: save the model again with "
-            "diffusers' save_pretrained(..., safe_serialization=True)"
-        )
-    return ""
 
 
 def _present_name(name: str) -> str:

@@ -1,0 +1,39 @@
+"""What is asked of an entry of diffusers' configurations, and how one that does not fit is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["check_mapping", "is_count", "is_number", "require", "require_fixed"]
+
+
+def require(config: Mapping[str, Any], key: str, fits: bool, expected: str) -> None:
+    """ValueError with what came and what was expected, unless the entry fits."""
+    if not fits:
+        raise ValueError(
+            f"config[{key!r}] = {config[key]!r} is not supported by tinydiff; expected {expected}."
+        )
+
+
+def require_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
+    """ValueError naming an entry that is there and has none of the values that are accepted."""
+    for key, accepted in fixed.items():
+        if key in config:
+            require(config, key, config[key] in accepted, " or ".join(map(repr, accepted)))
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """TypeError naming what is no mapping."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a mapping.")
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number as JSON has them."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

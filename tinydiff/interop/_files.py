@@ -1,0 +1,193 @@
+"""Directories as diffusers writes them: a model's, and a pipeline's, which has its scheduler, too."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinydiff.checkpoint import load_arrays, replace_file
+from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.interop._process import diffusion_from_diffusers, diffusion_to_diffusers
+from tinydiff.interop._unet import unet_from_diffusers, unet_to_diffusers
+from tinydiff.models.unet import UNet
+
+__all__ = ["load_diffusers", "load_pipeline", "save_diffusers", "save_pipeline"]
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+SCHEDULER, PIPELINE = "scheduler_config.json", "model_index.json"
+
+
+def load_diffusers(directory: str | os.PathLike[str], backend: str | None = None) -> UNet:
+    """Read a ``UNet2DModel`` as diffusers writes it, without torch.
+
+    Parameters
+    ----------
+    directory : path
+        Holds ``config.json`` and ``diffusion_pytorch_model.safetensors``.
+    backend : {"numpy", "cupy"}, optional
+        Where the weights go. Default: ``TINYDIFF_BACKEND``.
+
+    Returns
+    -------
+    UNet
+
+    Raises
+    ------
+    FileNotFoundError
+        If one of the two files is missing.
+    ValueError
+        If a file is damaged, or the model is not one that tinydiff computes exactly.
+    """
+    directory = Path(directory)
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"no {name} in {directory}{_hint(directory)}.")
+    config = _read(directory / CONFIG)
+    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise ValueError(f"{directory / CONFIG} does not describe a UNet2DModel.")
+    state, _ = load_arrays(directory / WEIGHTS)
+    try:
+        return unet_from_diffusers(config, state, backend)
+    except ValueError as error:
+        raise ValueError(f"{directory} does not hold a UNet2DModel that can be loaded: {error}") from None
+
+
+def save_diffusers(directory: str | os.PathLike[str], model: UNet, sample_size: int | None = None) -> None:
+    """Write a model as diffusers writes it: ``UNet2DModel.from_pretrained(directory)`` reads it.
+
+    Parameters
+    ----------
+    directory : path
+        Gets ``config.json`` and ``diffusion_pytorch_model.safetensors``; each replaces what was there only
+        once it is complete.
+    model : UNet
+        The model.
+    sample_size : int, optional
+        Height and width of its images, which diffusers' pipelines read from the config.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a `UNet`; a subclass may compute something else.
+    """
+    from safetensors.numpy import save
+
+    config, state = unet_to_diffusers(model, sample_size)
+    replace_file(Path(directory, WEIGHTS), save(state, {"format": "pt"}))
+    _write(Path(directory, CONFIG), config)
+
+
+def load_pipeline(
+    directory: str | os.PathLike[str], backend: str | None = None
+) -> tuple[UNet, GaussianDiffusion]:
+    """Read a diffusers pipeline of a ``UNet2DModel`` and a scheduler, without torch.
+
+    Parameters
+    ----------
+    directory : path
+        As ``DDPMPipeline.save_pretrained`` writes it, with the folders ``unet`` and ``scheduler``, or with
+        the files of both side by side, as the published DDPM checkpoints are.
+    backend : {"numpy", "cupy"}, optional
+        Where the weights go. Default: ``TINYDIFF_BACKEND``.
+
+    Returns
+    -------
+    model : UNet
+    diffusion : GaussianDiffusion
+        See `diffusion_from_diffusers`. How the pipeline samples is not in it: most of those for images clip
+        (``tinydiff.sample(..., clip=True)``).
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If a file is damaged, or model or scheduler is not one that tinydiff computes exactly.
+    """
+    file = _part(directory, "scheduler") / SCHEDULER
+    if not file.is_file():
+        raise FileNotFoundError(f"no {SCHEDULER} in {file.parent}; expected a diffusers pipeline.")
+    try:
+        diffusion = diffusion_from_diffusers(_read(file))
+    except ValueError as error:
+        raise ValueError(f"{file} does not hold a scheduler that can be loaded: {error}") from None
+    return load_diffusers(_part(directory, "unet"), backend), diffusion
+
+
+def save_pipeline(
+    directory: str | os.PathLike[str],
+    model: UNet,
+    diffusion: GaussianDiffusion,
+    sample_size: int,
+    clip: bool = False,
+) -> None:
+    """Write a model and its process: ``DDPMPipeline.from_pretrained(directory)`` of diffusers reads them.
+
+    Parameters
+    ----------
+    directory : path
+        Gets ``model_index.json`` and the folders ``unet`` and ``scheduler``; each file replaces what was
+        there only once it is complete.
+    model : UNet
+        The model.
+    diffusion : GaussianDiffusion
+        The process it was trained for.
+    sample_size : int
+        Height and width of its images.
+    clip : bool
+        Whether the pipeline clips x0 to [-1, 1], as the argument of `tinydiff.sample`.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a `UNet` (a subclass may compute something else), or `diffusion` is not a
+        `GaussianDiffusion`.
+    """
+    scheduler = diffusion_to_diffusers(diffusion, clip)
+    save_diffusers(Path(directory, "unet"), model, sample_size)
+    _write(Path(directory, "scheduler", SCHEDULER), scheduler)
+    parts = {"scheduler": scheduler["_class_name"], "unet": "UNet2DModel"}
+    index = {name: ["diffusers", which] for name, which in parts.items()}
+    _write(Path(directory, PIPELINE), {"_class_name": "DDPMPipeline", **index})
+
+
+def _part(directory: str | os.PathLike[str], name: str) -> Path:
+    """The folder of one part of a pipeline, or that of all parts."""
+    folder = Path(directory, name)
+    return folder if folder.is_dir() else Path(directory)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}; expected a JSON object.")
+    return config
+
+
+def _write(file: Path, config: Mapping[str, Any]) -> None:
+    replace_file(file, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _hint(directory: Path) -> str:
+    if (directory / "unet" / CONFIG).is_file():
+        model = directory / "unet"
+        return f"; this looks like a whole pipeline, which load_pipeline reads, and whose model is in {model}"
+    if list(directory.glob("diffusion_pytorch_model*-of-*.safetensors")):
+        return (
+            "; its weights are in several files: save the model again with diffusers' "
+            'save_pretrained(..., max_shard_size="1TB")'
+        )
+    for variant in sorted(directory.glob("diffusion_pytorch_model.*.safetensors")):
+        return f"; it holds a variant, {variant.name}: rename that to load it"
+    if list(directory.glob("*.bin")):
+        return (
+            "; it holds pickled weights, which tinydiff does not load: save the model again with "
+            "diffusers' save_pretrained(..., safe_serialization=True)"
+        )
+    return ""
