@@ -1168,6 +1168,20 @@ def test_products_on_the_gpu(dtype, found, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2**31, 1), (2**31, 1, 1)])
+def test_a_product_that_cublas_cannot_count_is_refused(monkeypatch, shape):
+    """Rows, or matrices; a number of 32 bits would be cut."""
+    space("cupy")
+    from tinydiff.kernels import _cupy_products
+
+    monkeypatch.setattr(_cupy_products, "cupy", SimpleNamespace(ascontiguousarray=lambda x: x))
+    a = SimpleNamespace(shape=shape, dtype=np.dtype(np.float32))
+    b = SimpleNamespace(shape=(*shape[:-2], 1, 1), dtype=np.dtype(np.float32))
+    with pytest.raises(MemoryError, match=rf"a product of \({2**31}, .*take a smaller batch"):
+        _cupy_products.product(a, b)
+
+
+@pytest.mark.gpu
 def test_a_thread_takes_the_cublas_handle_of_one_that_has_ended(monkeypatch):
     """A server may ask every time in a new thread, and a handle is never destroyed."""
     space("cupy")

@@ -163,6 +163,8 @@ def product(a: Any, b: Any, *, ta: bool = False, tb: bool = False, scale: float 
     lead = a.shape[:-2]
     if k != k_b or lead != b.shape[:-2] or a.dtype != b.dtype:
         raise ValueError(f"no product of {a.shape} {a.dtype} and {b.shape} {b.dtype} (ta={ta}, tb={tb}).")
+    if max(m, k, n, *lead) >= 2**31:  # beyond cuBLAS's int, to which ctypes would cut it without a word
+        raise MemoryError(f"a product of {a.shape} and {b.shape}: take a smaller batch.")
     c = cupy.empty((*lead, m, n), a.dtype)
     if not c.size or not k:
         c.fill(0)
