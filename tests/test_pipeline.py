@@ -52,9 +52,10 @@ def test_the_published_process():
     diffusion = diffusion_from_diffusers(PUBLISHED)
     assert (diffusion.prediction, diffusion.variance) == ("eps", "fixed_large")
     assert_array_equal(diffusion.schedule.betas, td.linear_schedule(1000).betas)
+    assert_array_equal(betas(), diffusion.schedule.betas)  # what it leaves out is the same
 
 
-@given(st.integers(1, 40), st.floats(1e-5, 0.1), st.floats(0.2, 0.9))
+@given(st.integers(1, 40), st.floats(1e-5, 0.1), st.floats(0.2, 1.0))
 def test_betas_by_what_is_even_in_them(T, start, end):
     """Of each kind, numbers that lie on a line, with its ends."""
     entries = dict(num_train_timesteps=T, beta_start=start, beta_end=end)
@@ -76,6 +77,7 @@ def test_rescaled_betas_end_in_noise_and_begin_as_before():
     old, new = np.sqrt(before.alphas_cumprod), np.sqrt(after.alphas_cumprod)
     slopes = np.diff(new) / np.diff(old)  # shifted and scaled, nothing else
     assert_allclose(slopes, slopes[0], rtol=1e-10)
+    assert_array_equal(betas(num_train_timesteps=2, rescale_betas_zero_snr=True), [1e-4, 1])
     single = dict(num_train_timesteps=1, beta_end=0.5)
     assert_array_equal(betas(**single, rescale_betas_zero_snr=True), betas(**single))
 
@@ -107,6 +109,7 @@ def test_every_process_crosses_the_border_and_comes_back(betas, prediction, vari
     assert (back.prediction, back.variance) == (prediction, variance)
     assert_array_equal(back.schedule.betas, diffusion.schedule.betas)
     assert config["clip_sample"] is clip
+    assert diffusion_to_diffusers(diffusion)["clip_sample"] is False
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,7 @@ def test_every_process_crosses_the_border_and_comes_back(betas, prediction, vari
         ({"variance_type": "fixed_large_log"}, "one of None, 'fixed_small'"),
         ({"beta_schedule": "laplace"}, "one of linear, .* or trained_betas"),
         ({"beta_start": 0.0}, r"a number in \(0, 1\]"),
+        ({"beta_end": 1.5}, r"a number in \(0, 1\]"),
         ({"beta_end": "0.02"}, r"a number in \(0, 1\]"),
         ({"num_train_timesteps": 0}, "a positive integer"),
         ({"num_train_timesteps": 10.0}, "a positive integer"),

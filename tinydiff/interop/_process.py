@@ -124,10 +124,11 @@ def _betas(c: Mapping[str, Any]) -> np.ndarray:
 def _ending_in_noise(schedule: NoiseSchedule) -> np.ndarray:
     """The betas of a sqrt(abar) that is shifted to end at 0, and scaled to begin as it did.
 
-    (Lin et al. 2023, *Common diffusion noise schedules and sample steps are flawed*, algorithm 1.)
+    (Lin et al. 2023, *Common diffusion noise schedules and sample steps are flawed*, algorithm 1. All betas
+    but the first are ratios, from which a scale cancels.)
     """
     root = np.sqrt(schedule.alphas_cumprod)
-    abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    abar = (root - root[-1]) ** 2
     return np.concat([schedule.betas[:1], 1 - abar[1:] / abar[:-1]])
 
 
