@@ -691,7 +691,7 @@ def test_a_run_whose_rate_stays_becomes_longer(tmp_path, at):
 def test_a_run_whose_rate_falls_does_not_become_longer(tmp_path):
     td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"steps was 12, is 13.*of a run with final_lr=1 the steps may"):
+    with pytest.raises(ValueError, match=r"steps was 12, is 13.*final_lr=1 and the same warmup the steps"):
         td.train(small_mlp(), DIFFUSION, drawn, **dict(SETTINGS, steps=13), run_dir=tmp_path, resume=True)
     assert contents(tmp_path) == before
 

@@ -167,7 +167,8 @@ class Run:
             what = ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in changed)
             raise ValueError(
                 f"{self.checkpoint} belongs to a run with other settings ({what}): resume with the same "
-                "settings (of a run with final_lr=1 the steps may become more), or choose another directory."
+                "settings (of a run with final_lr=1 and the same warmup the steps may become more), or "
+                "choose another directory."
             )
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> list[float]:

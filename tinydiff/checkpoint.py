@@ -181,7 +181,10 @@ def save_model(
     """
     if type(model) not in MODELS.values():
         expected = f"one of {', '.join(MODELS)}, of tinydiff's own"
-        raise TypeError(f"model is a {type(model).__name__}; expected {expected}.")
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected {expected} (what another network's state_dict() "
+            "returns is kept by checkpoint.save_arrays)."
+        )
     about = {"model": type(model).__name__, "config": model.config}  # type: ignore[attr-defined]
     save_arrays(path, model.state_dict(), {**(metadata or {}), **about})
 
