@@ -234,7 +234,9 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(path, monkeypatch):
         ({"model": "VAE", "config": {}}, "'VAE'; expected one of MLP, UNet"),
         ({"model": ["MLP"]}, "does not say which"),
         ({"model": "MLP"}, "does not say which"),
-        ({"step": 3, "settings": {}}, r"is a checkpoint of a training: .*resume=True.*save_model"),
+        ({"step": 3, "settings": {}}, "does not say which"),
+        ({"step": 3, "settings": {"model": "Mine", "config": None}}, "'Mine'; expected one of MLP, UNet"),
+        ({"step": 3, "settings": {"model": "MLP", "config": {}}}, "does not hold a whole MLP"),
         ({"model": "MLP", "config": [1]}, "does not say which"),
         ({"model": "MLP", "config": {"depth": 3}}, "does not hold a whole MLP: .*depth"),
         ({"model": "MLP", "config": {"hidden": 0}}, "does not hold a whole MLP: hidden is 0"),
@@ -246,6 +248,28 @@ def test_what_is_not_a_model_is_refused(path, metadata, match):
     with pytest.raises(ValueError, match=match) as caught:
         td.load_model(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [small_mlp, small_unet])
+@pytest.mark.parametrize("older", [False, True])
+def test_of_a_checkpoint_the_average_is_loaded(tmp_path, make, older):
+    """So that a training is looked at before it ends. What it has been given is not what it saves."""
+    shape = (6, 2) if make is small_mlp else (6, 8, 8, 1)
+    data = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    how = dict(steps=3, batch_size=2, run_dir=tmp_path, progress=False)
+    result = td.train(make(), td.GaussianDiffusion(td.linear_schedule(9)), data, **how)
+    file = tmp_path / "checkpoint.safetensors"
+    if older:
+        arrays, metadata = load_arrays(file)
+        arrays = {re.sub(r"^ema\.model\.", "ema.", name): x for name, x in arrays.items()}
+        save_arrays(file, {name: x for name, x in arrays.items() if not name.endswith("steps")}, metadata)
+    model, metadata = td.load_model(file)
+    assert type(model) is type(result.model) and metadata["step"] == 3
+    assert metadata["settings"]["batch_size"] == 2
+    for name, weight in result.model.state_dict().items():
+        assert_array_equal(model.state_dict()[name], weight)
+    td.save_model(tmp_path / "model.safetensors", model, metadata)
+    assert td.load_model(tmp_path / "model.safetensors")[1]["model"] == type(model).__name__
 
 
 @pytest.mark.parametrize(

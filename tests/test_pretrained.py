@@ -60,11 +60,15 @@ def test_metadata_suffices_to_rebuild_the_process(schedule, variance, tmp_path):
 
 def test_a_schedule_that_is_none_of_the_demos_is_known_by_its_betas(tmp_path):
     schedule = td.linear_schedule(100, 1e-3, 0.1)
-    about = dict(betas=schedule.betas.tolist(), prediction="v", variance="fixed_large")
-    td.save_model(tmp_path / "m.safetensors", tiny(), about)
-    _, diffusion, _ = pretrained.load(tmp_path / "m.safetensors")
+    process = td.GaussianDiffusion(schedule, "v", "fixed_large")
+    td.save_model(tmp_path / "m.safetensors", tiny(), {"data": "digits"}, diffusion=process)
+    _, diffusion, metadata = pretrained.load(tmp_path / "m.safetensors")
     np.testing.assert_array_equal(diffusion.schedule.betas, schedule.betas)
     assert diffusion.prediction == "v" and diffusion.variance == "fixed_large"
+    assert metadata["data"] == "digits"
+    with pytest.raises(TypeError, match="diffusion is a NoiseSchedule; expected a GaussianDiffusion"):
+        td.save_model(tmp_path / "n.safetensors", tiny(), diffusion=schedule)
+    assert not (tmp_path / "n.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,10 @@ def test_a_schedule_that_is_none_of_the_demos_is_known_by_its_betas(tmp_path):
         ({"betas": [0.1, 2.0]}, ["betas[1] is 2.0"]),
         ({"betas": "many"}, ["betas"]),
         ({"betas": [0.1], "prediction": None}, ["does not say the prediction"]),
-        ({"schedule": None}, ["does not say the schedule"]),
+        (
+            {"schedule": None},
+            ["does not say the schedule", "load_model", "save_model(path, model, diffusion="],
+        ),
         ({"T": None}, ["does not say the T"]),
         ({"prediction": None}, ["does not say the prediction"]),
         ({"schedule": "quadratic"}, ["'quadratic'", "linear", "cosine"]),

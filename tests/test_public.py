@@ -41,7 +41,7 @@ min_snr_weight(diffusion, t, gamma=5.0)
 ode_log_likelihood(model, diffusion, x, steps=None, *, probes=None, rng=None, progress=True)
 sample(denoise, diffusion, shape, sampler='ddpm', steps=None, *, rng, eta=0.0, clip=False, x_T=None,
     batch_size=None, workers=None, progress=True)
-save_model(path, model, metadata=None)
+save_model(path, model, metadata=None, diffusion=None)
 simple_loss(diffusion, output, x0, t, noise, weights=None)
 train(model, diffusion, data, *, steps, batch_size, loss='simple', min_snr_gamma=None, decoder='density',
     importance_sampling=False, seed=0, lr=0.001, warmup=None, final_lr=0.0, weight_decay=0.0,

@@ -688,6 +688,31 @@ def test_a_run_whose_rate_stays_becomes_longer(tmp_path, at):
     assert_same_checkpoints(tmp_path, long)
 
 
+@pytest.mark.parametrize("done", [7, STEPS])
+def test_data_of_another_scale_is_not_that_of_the_run(tmp_path, done, monkeypatch):
+    """An unfinished run would mix the two, and a finished one would hand out the weights that it has."""
+    data = POINTS
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(_loop, "clip_grad_norm", raising(_loop.clip_grad_norm, done))
+        td.train(small_mlp(), DIFFUSION, data, **SETTINGS, run_dir=tmp_path)
+    assert steps_saved(tmp_path) == done
+    again = dict(**SETTINGS, run_dir=tmp_path, resume=True)
+    for other in (2 * data, data + 1e-3, data[:, ::-1] * [1, -1]):
+        with pytest.raises(ValueError, match=r"other settings \(data_moments was \[.*\], is \["):
+            td.train(small_mlp(), DIFFUSION, other.astype(np.float32), **again)
+    rounded = (data.astype(np.float64) * (1 + 1e-6)).astype(np.float32)  # elsewhere computed again
+    td.train(small_mlp(), DIFFUSION, rounded, **again)
+
+
+def test_of_data_elsewhere_and_in_older_checkpoints_no_moments_are_known(tmp_path):
+    td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    arrays, metadata = load_arrays(path)
+    del metadata["settings"]["data_moments"]
+    save_arrays(path, arrays, metadata)
+    td.train(small_mlp(), DIFFUSION, 2 * POINTS, **SETTINGS, run_dir=tmp_path, resume=True)
+
+
 def test_a_run_whose_rate_falls_does_not_become_longer(tmp_path):
     td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)
     before = contents(tmp_path)
@@ -964,6 +989,20 @@ def test_pictures_that_were_not_scaled_are_noticed():
         warnings.simplefilter("error")
         td.train(small_mlp(), DIFFUSION, data / 127.5 - 1, **SETTINGS)
         td.train(small_mlp(), DIFFUSION, lambda n, rng: data[:n] / 127.5 - 1, **SETTINGS)
+
+
+@pytest.mark.parametrize(("low", "high", "warned"), [(0, 1, True), (-1, 1, False), (0.2, 1.5, False)])
+def test_pictures_that_are_not_centred_are_warned_of(low, high, warned):
+    pictures = np.linspace(low, high, 4 * 64, dtype=np.float32).reshape(4, 8, 8, 1)
+    settings = {**SETTINGS, "steps": 1, "warmup": 0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        td.train(small_unet(), DIFFUSION, pictures, **settings)
+        td.train(small_unet(), DIFFUSION, lambda n, rng: pictures[:n], **settings)
+        flat = td.MLP(64, hidden=8, blocks=1, time_features=4)
+        td.train(flat, DIFFUSION, pictures.reshape(4, 64), **settings)  # of vectors nothing is expected
+    assert [str(w.message)[:32] for w in caught] == ["data are pictures in [0, 1], and"] * 2 * warned
+    assert all(w.filename == __file__ for w in caught)
 
 
 def test_data_mapped_from_a_file_is_looked_at_part_by_part(tmp_path):

@@ -65,6 +65,8 @@ Objective: TypeAlias = Callable[[Any, Array, np.random.Generator], tuple[Array, 
 # A root mean square beyond which data is taken to be unscaled by mistake: 8-bit levels have about 100.
 LARGE = 10
 
+SEEN = 256  # samples that are looked at, for the scale of the data
+
 # The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
 # that [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
 STEP, EPOCH = 1, 2
@@ -294,6 +296,7 @@ def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: An
         "config": dict(config_of(model)) or None,
         "dtype": str(to_numpy(weight_of(model)).dtype),
         "data": "callable" if callable(data) else [int(size) for size in data.shape],
+        "data_moments": _moments(data),
         "data_name": data_name,
         **plan.settings(),
         **others,
@@ -337,11 +340,26 @@ def check_data(data: Data) -> None:
     _check_values("data", data)
 
 
+def _moments(data: Data) -> list[float] | None:
+    """Mean and root mean square of some samples, by which other data are told; None if not on the host."""
+    if not is_numpy_array(data) or not data.size:
+        return None
+    some = data[:: -(-len(data) // SEEN)].astype(np.float64)
+    return [float(np.mean(some)), math.sqrt(np.mean(some**2))]
+
+
 def _warn_of_scale(data: Data) -> None:
-    """Warn whoever called the training of data that the noise hardly hides."""
+    """Warn whoever called the training of data that the noise hardly hides, and of pictures not centred."""
     if not is_numpy_array(data) or not data.size:
         return
-    scale = math.sqrt(np.mean(data[:256].astype(np.float64) ** 2))
+    some = data[:SEEN].astype(np.float64)
+    scale = math.sqrt(np.mean(some**2))
+    if some.ndim == 4 and np.min(some) >= 0 and np.max(some) <= 1:
+        warnings.warn(
+            f"data are pictures in [{np.min(some):.3g}, {np.max(some):.3g}], and expected in [-1, 1] (from "
+            "[0, 1], 2 * x - 1): the noise has a mean of 0.",
+            stacklevel=5,  # as below
+        )
     if scale > LARGE:
         warnings.warn(
             f"data has a root mean square of {scale:.3g}, and the noise 1, which hardly hides it: is it "

@@ -8,6 +8,7 @@ lock on the directory, which the system releases when the process ends.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -160,7 +161,7 @@ class Run:
     def _check_settings(self, before: dict[str, Any], done: int) -> None:
         """ValueError unless going on is the run that these settings would have been from its first step."""
         before = SIMPLE | _as_json(before)
-        changed = [k for k, v in self.settings.items() if before.get(k) != v]
+        changed = [k for k, v in self.settings.items() if _differ(k, before.get(k), v)]
         if changed == ["steps"] and self.settings["final_lr"] == 1 and self.settings["steps"] >= done:
             return  # the rate of no step depends on how many there are
         if changed:
@@ -203,6 +204,13 @@ def _is_ours(line: Any) -> bool:
     """Whether it is as `Run.log` writes one."""
     numbers = isinstance(line, dict) and all(type(number) in (int, float) for number in line.values())
     return numbers and list(line) == KEYS and type(line["step"]) is int
+
+
+def _differ(name: str, before: Any, now: Any) -> bool:
+    """Whether a setting has changed; moments by more than rounding, and only where both are known."""
+    if name != "data_moments":
+        return bool(before != now)
+    return None not in (before, now) and math.dist(before, now) > 1e-4 * now[1]
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

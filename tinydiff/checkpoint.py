@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tinydiff.backend import get_backend
+from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.models import MLP, UNet
 from tinydiff.nn.module import Module
 
@@ -156,7 +157,10 @@ def _decode(text: str) -> Any:
 
 
 def save_model(
-    path: str | os.PathLike[str], model: Module, metadata: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    model: Module,
+    metadata: Mapping[str, Any] | None = None,
+    diffusion: GaussianDiffusion | None = None,
 ) -> None:
     """Write a `UNet` or `MLP`, with what is needed to build it again.
 
@@ -167,15 +171,17 @@ def save_model(
     model : UNet or MLP
         The model.
     metadata : mapping, optional
-        More to remember, JSON-serialisable: the schedule, the prediction, what it was trained on; with
-        ``dict(betas=schedule.betas.tolist(), prediction=..., variance=...)`` `tinydiff.pretrained.load` gives
-        the process, too. What `load_model` handed out can go in again: ``"model"`` and ``"config"`` are this
-        model's in any case.
+        More to remember, JSON-serialisable: what it was trained on, say. What `load_model` handed out can go
+        in again: ``"model"`` and ``"config"`` are this model's in any case.
+    diffusion : GaussianDiffusion, optional
+        The process that it was trained for, which `tinydiff.pretrained.load` then gives back with the model.
+        Its betas, prediction and variance are kept.
 
     Raises
     ------
     TypeError
-        If `model` is neither a `UNet` nor an `MLP`, or `metadata` cannot be written as JSON.
+        If `model` is neither a `UNet` nor an `MLP`, `diffusion` is not a `GaussianDiffusion`, or `metadata`
+        cannot be written as JSON.
     IsADirectoryError
         If `path` is a directory.
     """
@@ -186,16 +192,24 @@ def save_model(
             "returns is kept by checkpoint.save_arrays)."
         )
     about = {"model": type(model).__name__, "config": model.config}  # type: ignore[attr-defined]
+    if diffusion is not None:
+        check_diffusion(diffusion)
+        about |= {
+            "betas": diffusion.schedule.betas.tolist(),
+            "prediction": diffusion.prediction,
+            "variance": diffusion.variance,
+        }
     save_arrays(path, model.state_dict(), {**(metadata or {}), **about})
 
 
 def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """Read what `save_model` wrote.
+    """Read what `save_model` wrote; of a training's checkpoint, the average of the weights so far.
 
     Parameters
     ----------
     path : path
-        A ``model.safetensors`` of tinydiff (diffusers' are read by ``interop.load_diffusers``).
+        A ``model.safetensors`` of tinydiff (diffusers' are read by ``interop.load_diffusers``), or the
+        ``checkpoint.safetensors`` in the `run_dir` of `tinydiff.train`, which may go on training.
     backend : {"numpy", "cupy"}, optional
         Where the weights go. Default: ``TINYDIFF_BACKEND``.
 
@@ -204,6 +218,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     model : UNet or MLP
         With weights of the dtype in which they were saved, of float16 in float32.
     metadata : dict
+        Of a checkpoint its ``"step"`` and the run's ``"settings"``.
 
     Raises
     ------
@@ -215,11 +230,8 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
         If the file is damaged, or not a model of tinydiff's.
     """
     arrays, metadata = load_arrays(path)
-    if "model" not in metadata and {"step", "settings"} <= metadata.keys():
-        raise ValueError(
-            f"{path} is a checkpoint of a training: call train again with resume=True, and save_model "
-            "what it returns."
-        )
+    if "model" not in metadata and isinstance(metadata.get("settings"), dict):
+        arrays, metadata = _average(arrays, metadata)
     if metadata.get("model") not in list(MODELS) or not isinstance(metadata.get("config"), dict):
         raise ValueError(
             f"{path} does not say which tinydiff model it holds (metadata 'model' is "
@@ -235,6 +247,16 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a whole {metadata['model']}: {error}") from None
     return model, metadata
+
+
+def _average(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The average in a training's checkpoint, and what is known of it, as `save_model` writes a model."""
+    prefix = "ema.model." if "adam.steps" in arrays else "ema."  # before its parts had states of their own
+    about = {name: metadata["settings"].get(name) for name in ("model", "config")}
+    average = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+    return average, {**metadata, **about}
 
 
 def check_sizes(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

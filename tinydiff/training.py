@@ -223,7 +223,8 @@ def train(
     ema_decay : float
         Decay of the moving average of the weights.
     data_name : str
-        What the data is called: a run is only resumed on data of the same name (and shape).
+        What the data is called: a run is only resumed on data of the same name (and shape; and of an array
+        on the host the same mean and root mean square, to four digits, of some of its samples).
     run_dir : path, optional
         Directory for ``metrics.jsonl`` (a line every `log_every` steps) and ``checkpoint.safetensors``.
         Default: nothing is written.
@@ -255,7 +256,7 @@ def train(
     -----
     UserWarning
         If `data`, or the first batch that it draws, is on the host and the noise hardly hides it: pictures in
-        0 … 255, say.
+        0 … 255, say; or if these are pictures in [0, 1].
 
     Raises
     ------

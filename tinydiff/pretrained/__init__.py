@@ -3,7 +3,7 @@
 ``mnist()`` is the one that travels with the package; ``mnist_unet.md`` beside it says how it was made, and
 what it draws. ``load`` reads any ``model.safetensors`` that the demos leave; its metadata names the schedule,
 its length T, the prediction and the variance, which determine the `GaussianDiffusion`. Of a schedule that is
-none of theirs it has the betas.
+none of theirs it has the betas, as `tinydiff.save_model` writes them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
     """
     for key in ("prediction",) if "betas" in metadata else ("schedule", "T", "prediction"):
         if key not in metadata:
-            raise ValueError(f"metadata does not say the {key}, without which its diffusion is not known.")
+            raise ValueError(
+                f"metadata does not say the {key}, without which its diffusion is not known: load_model "
+                "reads the model alone, and save_model(path, model, diffusion=...) writes both."
+            )
     if "betas" in metadata:
         schedule = NoiseSchedule(metadata["betas"])
     elif metadata["schedule"] in SCHEDULES:
