@@ -76,6 +76,16 @@ def test_import_warns_of_nothing_and_prints_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_what_few_need_is_imported_when_it_is_asked_for():
+    asked = "print(len(tinydiff.plotting.__all__) * len(tinydiff.testing.__all__) > 0)"
+    done = run(
+        "import sys, tinydiff; print({'tinydiff.plotting', 'tinydiff.testing'} & set(sys.modules));" + asked
+    )
+    assert (done.returncode, done.stdout) == (0, "set()\nTrue\n")
+    done = run("import tinydiff; tinydiff.ploting")
+    assert "AttributeError: module 'tinydiff' has no attribute 'ploting'" in done.stderr
+
+
 def test_every_public_name_is_there():
     import tinydiff
 

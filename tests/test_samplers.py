@@ -509,6 +509,14 @@ def test_what_predicts_nothing_is_named(denoise):
             walk(denoise, diffusion, (3, 2), rng=rng)
 
 
+def test_what_train_returns_is_told_from_its_model():
+    diffusion, rng = td.GaussianDiffusion(td.linear_schedule(T=10)), np.random.default_rng(0)
+    result = td.training.TrainingResult(td.MLP(), np.zeros(1), 0.0)
+    said = "^denoise is a TrainingResult; expected a network, .*; its attribute model is one\\.$"
+    with pytest.raises(TypeError, match=said):
+        td.sample(result, diffusion, (3, 2), rng=rng)
+
+
 def test_a_state_may_be_written_into():
     """As inpainting does; the start that was given is another's."""
     diffusion, rng = td.GaussianDiffusion(td.linear_schedule(T=10)), np.random.default_rng(0)
@@ -562,6 +570,27 @@ def test_a_first_step_of_edm_that_overshoots_is_told(schedule, sampler, steps, w
     if warned:
         assert "divided by 158 in the first of 20 steps" in str(said[0].message)
         assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "left"),
+    [
+        (td.linear_schedule(), None, None),
+        (td.linear_schedule(), list(range(0, 300, 30)), "t = 270, where 0.47 of"),
+        (td.linear_schedule(100, 1e-4, 0.02), 10, "t = 99, where 0.36 of"),
+        (td.cosine_schedule(), list(range(0, 800, 100)), "t = 700, where 0.2 of"),
+        (td.cosine_schedule(), list(range(0, 1000, 100)), None),
+    ],
+)
+def test_pure_noise_where_data_are_left_is_told(schedule, steps, left):
+    diffusion, rng = td.GaussianDiffusion(schedule, "x0"), np.random.default_rng(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for x_T in (None, np.zeros((3, 2))):
+            td.sample(lambda x, t: x, diffusion, (3, 2), "ddim", steps, rng=rng, x_T=x_T, progress=False)
+    assert len(said) == (left is not None)
+    if left:
+        assert left in str(said[0].message) and said[0].filename == __file__
 
 
 def test_an_output_of_the_wrong_shape_is_named():

@@ -10,6 +10,9 @@ derived, proved in a test, and runs unchanged on a GPU through CuPy.
 >>> x = td.datasets.toy2d.sample("moons", 1000, rng=rng)
 """
 
+import importlib
+from typing import Any
+
 from tinydiff import datasets, interop, metrics, nn, pretrained
 from tinydiff._version import __version__
 from tinydiff.backend import BackendError, get_backend
@@ -74,3 +77,10 @@ __all__ = [
     "vlb_loss",
     "warmup_cosine",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Modules that only some programs need are imported when they are asked for."""
+    if name in ("plotting", "testing"):
+        return importlib.import_module(f"tinydiff.{name}")
+    raise AttributeError(f"module 'tinydiff' has no attribute {name!r}")

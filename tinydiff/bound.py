@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -385,7 +385,7 @@ class Bound:
     value: float
     standard_error: float
     L_T: float
-    L_t: np.ndarray
+    L_t: np.ndarray = field(repr=False)
     exact: bool
     unit: Literal["nats", "bits/dim"]
 

@@ -83,6 +83,9 @@ SAMPLERS = ("ddpm", "ddim", "dpm++", "heun", "edm")
 # where that of "heun" is 0.022; at 63 it was 0.028 (the exact network of two Gaussians, T = 100).
 LARGEST_LEAP = 100
 
+# How much of the data's variance may be left where a walk begins with pure noise.
+LEFT = 0.1
+
 
 @dataclass(frozen=True)
 class SamplerState:
@@ -270,7 +273,9 @@ def _estimator(
 
 def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> None:
     if isinstance(denoise, type) or not callable(denoise):
-        raise TypeError(f"denoise is {denoise!r}; expected a network, or another function of x and t.")
+        came = f"the class {denoise.__name__}" if isinstance(denoise, type) else f"a {type(denoise).__name__}"
+        within = "; its attribute model is one" if callable(getattr(denoise, "model", None)) else ""
+        raise TypeError(f"denoise is {came}; expected a network, or another function of x and t{within}.")
     sizes = shape if np.ndim(shape) == 1 else ()
     if len(sizes) == 0 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
         raise ValueError(f"shape is {shape!r}; expected (N, ...), integers of at least 1.")
@@ -297,6 +302,18 @@ def _warn_of_a_leap(walk: GaussianDiffusion) -> None:
             f"sampler is 'edm', whose clock s/a is divided by {leap:.0f} in the first of {walk.T} steps, and "
             "overshoots; 'heun' does not, nor does 'edm' with many more steps, or where s/a ends lower.",
             stacklevel=4,  # _warn_of_a_leap, sample, many_steps, the caller
+        )
+
+
+def _warn_of_a_start(walk: GaussianDiffusion, timesteps: np.ndarray) -> None:
+    """Warn who called `sample` if pure noise is not what the network has seen at the first of the times."""
+    left = walk.schedule.alphas_cumprod[-1]
+    if left > LEFT:
+        warnings.warn(
+            f"the walk begins with pure noise at t = {timesteps[-1]}, where {left:.2g} of the data's "
+            "variance is left (alphas_cumprod): pass x_T, data noised up to there, or begin later; or the "
+            "schedule does not end in noise.",
+            stacklevel=4,  # as above
         )
 
 
@@ -372,7 +389,8 @@ def sample(
     Warns
     -----
     UserWarning
-        If "edm" is to begin with a step that overshoots by far: see the notes.
+        If "edm" is to begin with a step that overshoots by far: see the notes. If the walk begins with pure
+        noise where much of the data is left.
 
     Notes
     -----
@@ -395,10 +413,12 @@ def sample(
     check_counts(batch_size=size)
     starts = range(0, total, size)
     parts = []
-    chain, _ = respaced(diffusion, steps)
+    chain, timesteps = respaced(diffusion, steps)
     steps_in_all = chain.T * len(starts)
     if sampler == "edm":
         _warn_of_a_leap(chain)
+    if x_T is None:
+        _warn_of_a_start(chain, timesteps)
 
     def walk(denoise: Any, start: int, stop: int, rng: Any) -> Iterator[SamplerState]:
         return iterate_samples(
