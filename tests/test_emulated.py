@@ -223,6 +223,34 @@ def test_views_and_copies(cupy):
     assert cupy.asarray(x) is x and cupy.asarray(x, cupy.float32) is not x
 
 
+def test_what_is_computed_lies_in_order(cupy):
+    """And a copy, an array like it and one in another dtype, as what it is made from: a kernel sees none."""
+    x = cupy.zeros((2, 3, 4), cupy.float32).transpose(2, 0, 1)
+    assert not x.flags.c_contiguous
+    for there in (x + 1, cupy.sqrt(x), x.copy(), cupy.add(x, x), cupy.concatenate([x, x])):
+        assert there.flags.c_contiguous
+    for like in (cupy.empty_like(x), cupy.ones_like(x), cupy.array(x), x.astype(cupy.float64)):
+        assert np.argsort(like.strides).tolist() == np.argsort(x.strides).tolist()
+    turned = np.ones((2, 3, 4)).transpose(2, 0, 1)
+    assert cupy.asarray(turned).flags.c_contiguous and cupy.asarray(np.ones((2, 3)).T).flags.f_contiguous
+    assert x.get().flags.c_contiguous
+
+
+def test_what_is_set_has_to_fit(cupy):
+    x = cupy.zeros((2, 3), cupy.float32)
+    for wrong, error in [
+        (np.ones((2, 3)), TypeError),
+        (np.ones(3, np.float32), ValueError),
+        ([1], TypeError),
+    ]:
+        with pytest.raises(error, match=r"cannot be set|Old shape|Only numpy"):
+            x.set(wrong)
+    with pytest.raises(RuntimeError, match="non-contiguous"):
+        x[:, :2].set(np.ones((2, 2), np.float32))
+    x.set(np.ones((2, 3), np.float32))
+    assert (x.get() == 1).all()
+
+
 def test_nvidias_compiler_has_to_take_it_without_a_word(emulated):
     from cupy import _nvrtc
 
@@ -256,6 +284,9 @@ def test_what_is_recorded_runs_when_it_is_launched(cupy):
         lambda: cupy.asarray(np.ones(3)),
         lambda: x @ x,
         lambda: bool(x[0]),
+        lambda: x[x > 0],
+        lambda: x.__setitem__(x > 0, 0),
+        lambda: cupy.nonzero(x),
     ):
         with cupy.cuda.Stream(non_blocking=True) as stream:
             stream.begin_capture()

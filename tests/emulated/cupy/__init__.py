@@ -39,12 +39,12 @@ from cupy._stream import not_while_capturing
 __version__ = "14.0 (emulated)"
 
 
-def _by_cublas(function):
-    product = device_function(function)
+def _not_recorded(function, what):
+    on_device = device_function(function)
 
     def call(*args, **kwargs):
-        not_while_capturing("ask CuPy for a product")
-        return product(*args, **kwargs)
+        not_while_capturing(what)
+        return on_device(*args, **kwargs)
 
     return call
 
@@ -62,14 +62,17 @@ def get_default_pinned_memory_pool():
     return types.SimpleNamespace(free_all_blocks=lambda: None)
 
 
+_LIKE = ("zeros_like", "ones_like", "full_like")
 for _name in {*np.__all__} - {*globals()}:
     _found = getattr(np, _name)
     if callable(_found) and not isinstance(_found, type):
-        _found = device_function(_found)
+        _found = device_function(_found, empty_like if _name in ("copy", *_LIKE) else None)
     if not isinstance(_found, types.ModuleType):
         globals()[_name] = _found
 for _name in ("matmul", "dot", "tensordot", "vdot", "inner", "einsum"):
-    globals()[_name] = _by_cublas(getattr(np, _name))
+    globals()[_name] = _not_recorded(getattr(np, _name), "ask CuPy for a product")
+for _name in ("nonzero", "argwhere", "flatnonzero", "unique", "extract"):
+    globals()[_name] = _not_recorded(getattr(np, _name), "take a shape from numbers")
 ndarray.__matmul__ = globals()["matmul"]
 
 __all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("np", "types"))

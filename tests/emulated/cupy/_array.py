@@ -1,6 +1,7 @@
 """An array on the device: NumPy computes with it, nobody else sees its numbers without asking.
 
-As CuPy's, it does not mix with NumPy's arrays, and does not become one by itself.
+As CuPy's, it does not mix with NumPy's arrays, and does not become one by itself. What is computed lies in
+C's order, where NumPy's would lie as what it is computed from; a copy in another dtype does lie so.
 """
 
 import ctypes
@@ -57,12 +58,18 @@ class ndarray:
     def get(self):
         not_while_capturing("copy to the host")
         get_current_stream().synchronize()
-        return self.view.copy(order="K")
+        return self.view.copy()
 
     def set(self, numbers):
         not_while_capturing("copy from the host")
         if not isinstance(numbers, np.ndarray):
             raise TypeError(f"Only numpy.ndarray can be set, not {type(numbers)}.")
+        if numbers.dtype != self.dtype:
+            raise TypeError(f"{numbers.dtype} array cannot be set to {self.dtype} array")
+        if numbers.shape != self.shape:
+            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {numbers.shape}")
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
         run(functools.partial(self.view.__setitem__, ..., numbers))  # read when it is its turn
 
     def item(self):
@@ -84,6 +91,7 @@ class ndarray:
         return (self[i] for i in range(len(self)))
 
     def __setitem__(self, at, value):
+        _not_by_a_mask(at)
         view, at, value = self.view, _bare(at), _bare(value)
         run(functools.partial(view.__setitem__, at, value))
 
@@ -127,8 +135,11 @@ def _arrays_of(x):
             yield from _arrays_of(each)
 
 
-def device_function(function):
-    """NumPy's function, for arrays of the device: what it makes is made there, what it views stays a view."""
+def device_function(function, make=None):
+    """NumPy's function, for arrays of the device: what it makes is made there, what it views stays a view.
+
+    `make` makes the room for an array: `empty_like` in the order of NumPy's, otherwise it is C's.
+    """
 
     @functools.wraps(function, updated=())
     def call(*args, **kwargs):
@@ -143,7 +154,7 @@ def device_function(function):
             return next(x for x in given if x.view is out)
         found = work()  # in a recording of what is there by chance, for its shape
         filled = []
-        placed = _placed(found, given, filled)
+        placed = _placed(found, given, filled, make or _in_order)
 
         def fill(found):
             for there, numbers in zip(filled, _made(found, views), strict=True):
@@ -163,17 +174,17 @@ def _quietly(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def _placed(found, given, filled):
+def _placed(found, given, filled, make):
     """`found` as arrays of the device; those that have to be filled are added to `filled`."""
     if isinstance(found, (tuple, list)):
-        parts = [_placed(each, given, filled) for each in found]
+        parts = [_placed(each, given, filled, make) for each in found]
         return type(found)(*parts) if hasattr(found, "_fields") else type(found)(parts)
     if not isinstance(found, (np.ndarray, np.generic)):
         return found
     for x in given:
         if _shares(found, x.view):
             return x if found is x.view else _wrapped(found, x.mem)
-    made = empty_like(found)
+    made = make(found)
     filled.append(made.view)
     return made
 
@@ -189,6 +200,17 @@ def _made(found, views):
 
 def _shares(found, view):
     return found is view or (isinstance(found, np.ndarray) and np.may_share_memory(found, view))
+
+
+def _in_order(found):
+    return empty(found.shape, found.dtype)
+
+
+def _not_by_a_mask(at):
+    """In a recording a mask is refused: CuPy asks the device how many it selects, also to write there."""
+    for each in at if isinstance(at, tuple) else (at,):
+        if isinstance(each, ndarray) and each.dtype == bool:
+            not_while_capturing("count what a mask selects")
 
 
 def _item(view, at):
@@ -214,11 +236,20 @@ for name in OPERATORS.split():
     setattr(ndarray, f"__i{bare}__", _in_place(getattr(operator, "i" + bare)))
 for name in ["lt", "le", "eq", "ne", "ge", "gt", "neg", "pos", "abs", "invert"]:
     setattr(ndarray, f"__{name}__", device_function(getattr(operator, name)))
-ndarray.__getitem__ = device_function(_item)
-METHODS = "reshape transpose swapaxes ravel flatten squeeze repeat copy astype clip round"
+_getitem = device_function(_item)
+
+
+def _item_of(self, at):
+    _not_by_a_mask(at)
+    return _getitem(self, at)
+
+
+ndarray.__getitem__ = _item_of
+METHODS = "reshape transpose swapaxes ravel flatten squeeze repeat copy clip round"
 METHODS += " sum mean max min all any prod std var argmax argmin argsort cumsum"
 for name in METHODS.split():
     setattr(ndarray, name, device_function(getattr(np.ndarray, name)))
+ndarray.astype = device_function(np.ndarray.astype, lambda found: empty_like(found))
 for to_host in (bool, int, float, complex, operator.index):
     setattr(ndarray, f"__{to_host.__name__}__", lambda self, to_host=to_host: to_host(self.get()))
 
@@ -227,7 +258,9 @@ def array(obj, dtype=None, copy=True, order="K", ndmin=0):
     if isinstance(obj, ndarray):
         return obj.astype(obj.dtype if dtype is None else dtype, copy=copy)
     not_while_capturing("copy from the host")
-    return device_function(lambda: np.array(obj, dtype, order=order, ndmin=ndmin))()
+    if order == "K":
+        order = "F" if isinstance(obj, np.ndarray) and obj.flags.fnc else "C"
+    return device_function(lambda: np.array(obj, dtype, order=order, ndmin=ndmin), empty_like)()
 
 
 def asarray(a, dtype=None, order="K"):
@@ -244,6 +277,9 @@ def empty(shape, dtype=float, order="C"):
 
 
 def empty_like(prototype, dtype=None):
-    """In C's order, but for arrays in Fortran's."""
-    order = "C" if prototype.flags.c_contiguous or not prototype.flags.f_contiguous else "F"
-    return ndarray(prototype.shape, dtype or prototype.dtype, order=order)
+    """In the order of the prototype in memory, as near as can be."""
+    like = np.empty_like(prototype.view if isinstance(prototype, ndarray) else prototype, dtype)
+    axes = sorted(range(like.ndim), key=lambda axis: -like.strides[axis])
+    made = empty([like.shape[axis] for axis in axes], like.dtype)
+    made.view = made.view.transpose(np.argsort(axes))
+    return made
