@@ -487,6 +487,8 @@ def test_a_thread_that_records_has_its_cublas_handle_before(cupy, monkeypatch):
 
     if _cupy_products._library() is None:
         pytest.skip("CuPy's own product cannot be recorded")
+    a, b = cupy.ones((2, 3)), cupy.ones((3, 2))
+    _cupy_products.product(a, b)
     monkeypatch.setattr(_cupy_products, "_mine", threading.local())
     monkeypatch.setattr(_cupy_products, "_idle", {})
     library, capturing, stream = _cupy_products._library(), [], cupy.cuda.get_current_stream()
@@ -497,7 +499,6 @@ def test_a_thread_that_records_has_its_cublas_handle_before(cupy, monkeypatch):
         return create(handle)
 
     monkeypatch.setattr(library, "cublasCreate_v2", noting)
-    a, b = cupy.ones((2, 3)), cupy.ones((3, 2))
     recorded = _graph.Recording(lambda: _cupy_products.product(a, b))
     assert bool((recorded() == 3).all()) and capturing == [False]
 
@@ -513,6 +514,7 @@ def test_a_recording_is_let_go_on_its_own_device(cupy, monkeypatch):
 
     monkeypatch.setattr(cupy.cuda, "Device", Noting)
     a = cupy.ones(3)
+    assert bool((a + a == 2).all())  # what is recorded has run before: it is compiled
     recorded = _graph.Recording(lambda: a + a)
     assert bool((recorded() == 2).all())
     entered.clear()
