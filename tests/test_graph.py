@@ -333,6 +333,22 @@ def test_what_does_not_fit_is_refused_as_ever(cupy):
     assert recordings(model) == {2: True}
 
 
+def test_a_thread_of_another_gpu_is_not_given_a_replay(cupy, monkeypatch):
+    """It would launch there, in no order with what is on the model's own: the model is asked, and refuses."""
+    model = on_gpu(td.MLP(hidden=8))
+    x, t = cupy.ones((2, 2), cupy.float32), np.array([1, 5])
+    for _ in range(_graph.WARM_UP + 1):
+        _graph.predictor(model)(x, t)
+    assert recordings(model) == {2: True}
+    asked = []
+    monkeypatch.setattr(model, "predict", lambda x, t: asked.append(x))
+    _graph.predictor(model)(x, t)
+    assert asked == []
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 1)
+    _graph.predictor(model)(x, t)
+    assert len(asked) == 1 and asked[0] is x
+
+
 def test_threads_and_streams_may_share_a_model(cupy):
     model = on_gpu(shaken(td.MLP(hidden=8)))
     xs = [cupy.full((3, 2), i, cupy.float32) for i in range(4)]

@@ -285,6 +285,7 @@ class RecordedPredict:
         self._current_stream = cupy.cuda.get_current_stream
         self._stream = self._current_stream()
         self._per_thread = cupy.cuda.runtime.streamPerThread
+        self._runtime = cupy.cuda.runtime
         self._model = weakref.ref(model)  # which holds on to this
         self._weights = Weights(model)
         self._like = weight_of(model)
@@ -298,7 +299,7 @@ class RecordedPredict:
 
     def __call__(self, x: Array, t: Array) -> Array:
         model: Any = self._model()
-        if not is_cupy_array(x) or x.dtype != self._like.dtype or tuple(t.shape) != x.shape[:1]:
+        if not self._is_alike(x) or tuple(t.shape) != x.shape[:1]:
             return model.predict(x, t)  # which refuses it
         xp = array_namespace(x)
         with self._turn:
@@ -325,6 +326,12 @@ class RecordedPredict:
             if stream.ptr == self._per_thread:  # by this name each thread has another, and cannot wait for it
                 stream.synchronize()
             return y
+
+    def _is_alike(self, x: Array) -> bool:
+        """Whether it is an array like the weights, on their GPU, and that is the one of this thread."""
+        if not is_cupy_array(x) or x.dtype != self._like.dtype:
+            return False
+        return bool(x.device.id == self._like.device.id == self._runtime.getDevice())
 
     def _begun(self, x: Array) -> tuple[Array, Array, Replayed]:
         xp, model = array_namespace(x), self._model
