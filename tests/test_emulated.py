@@ -120,6 +120,19 @@ def test_what_ends_a_launch(cupy, body, said):
     assert (ran(cupy, TURNED) == NUMBERS[::-1]).all()
 
 
+@pytest.mark.parametrize(("blocks", "threads"), [(2**31, 1), (1, 1025)])
+def test_a_launch_that_is_too_large(cupy, blocks, threads):
+    x = cupy.empty(1, cupy.float32)
+    with pytest.raises(ValueError, match="cannot be launched"):
+        kernel(cupy, "")((blocks,), (threads,), (x, x))
+
+
+def test_of_no_blocks_one_is_launched(cupy):
+    x = cupy.zeros(1, cupy.float32)
+    kernel(cupy, "y[t] = 1;")((0,), (1,), (x, x))
+    assert x.get() == 1
+
+
 @pytest.mark.parametrize("forever", ["while (x) y[t] += 1;", "while (x) __syncthreads();"])
 def test_a_launch_that_does_not_end(cupy, monkeypatch, forever):
     monkeypatch.setattr("cupy._kernel.LONGEST", 1)
@@ -194,11 +207,17 @@ def test_arrays_do_not_mix(cupy):
         lambda: cupy.sum(x),
         lambda: np.add(there, there),
         lambda: np.asarray(there),
-        lambda: there.__setitem__(0, x),
         lambda: cupy.concatenate([there, x]),
+        lambda: there + x[0:1].reshape(()),
+        lambda: there * [1, 2, 3],
+        lambda: cupy.maximum(there, [1]),
     ):
         with pytest.raises(TypeError):
             wrong()
+    for wrong in (x, [1, 2, 3]):
+        with pytest.raises(ValueError, match="non-scalar"):
+            there[...] = wrong
+    there[1] = np.asarray(1.0)
     assert (np.float64(2) * there).get().tolist() == [2, 2, 2]
 
 

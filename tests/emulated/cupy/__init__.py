@@ -27,6 +27,7 @@ from cupy._array import (
     asarray,
     ascontiguousarray,
     device_function,
+    elementwise,
     empty,
     empty_like,
     ndarray,
@@ -65,7 +66,9 @@ def get_default_pinned_memory_pool():
 _LIKE = ("zeros_like", "ones_like", "full_like")
 for _name in {*np.__all__} - {*globals()}:
     _found = getattr(np, _name)
-    if callable(_found) and not isinstance(_found, type):
+    if isinstance(_found, np.ufunc):
+        _found = elementwise(_found)
+    elif callable(_found) and not isinstance(_found, type):
         _found = device_function(_found, empty_like if _name in ("copy", *_LIKE) else None)
     if not isinstance(_found, types.ModuleType):
         globals()[_name] = _found

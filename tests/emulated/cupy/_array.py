@@ -18,6 +18,7 @@ __all__ = [
     "asarray",
     "ascontiguousarray",
     "device_function",
+    "elementwise",
     "empty",
     "empty_like",
     "ndarray",
@@ -79,7 +80,7 @@ class ndarray:
         return self.get().tolist()
 
     def fill(self, value):
-        run(functools.partial(self.view.fill, _bare(value)))
+        run(functools.partial(self.view.fill, _filling(value)))
 
     def __array__(self, *args, **kwargs):
         raise TypeError("Implicit conversion to a NumPy array is not allowed: use `.get()`.")
@@ -92,7 +93,7 @@ class ndarray:
 
     def __setitem__(self, at, value):
         _not_by_a_mask(at)
-        view, at, value = self.view, _bare(at), _bare(value)
+        view, at, value = self.view, _bare(at), _filling(value)
         run(functools.partial(view.__setitem__, at, value))
 
     def __repr__(self):
@@ -118,12 +119,26 @@ def _bare(x):
     """The same with NumPy's views in the places of the device's arrays."""
     if isinstance(x, ndarray):
         return x.view
-    if isinstance(x, np.ndarray) and x.ndim:
+    if isinstance(x, np.ndarray):
         raise TypeError(f"Unsupported type {type(x)}: it is on the host.")
     if type(x) in (list, tuple):
         return type(x)(map(_bare, x))
     if type(x) is slice:
         return slice(*(i.item() if isinstance(i, ndarray) else i for i in (x.start, x.stop, x.step)))
+    return x
+
+
+def _filling(x):
+    """What is written to an array: another's numbers or, of the host, one number."""
+    if isinstance(x, (np.ndarray, list, tuple)) and np.ndim(x):
+        raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
+    return x[()] if isinstance(x, np.ndarray) else _bare(x)
+
+
+def _operand(x):
+    """TypeError unless it is an array of the device, or a number."""
+    if not isinstance(x, (ndarray, bool, int, float, complex, np.generic)):
+        raise TypeError(f"Unsupported type {type(x)}")
     return x
 
 
@@ -165,6 +180,17 @@ def device_function(function, make=None):
         else:
             run(lambda: fill(found))
         return placed
+
+    return call
+
+
+def elementwise(function):
+    """As `device_function`, of arrays of the device and numbers only: no list, and nothing of the host."""
+    on_device = device_function(function)
+
+    @functools.wraps(function, updated=())
+    def call(*args, **kwargs):
+        return on_device(*map(_operand, args), **kwargs)
 
     return call
 
@@ -222,7 +248,7 @@ def _item(view, at):
 
 def _in_place(function):
     def call(self, other):
-        run(functools.partial(_quietly, function, self.view, _bare(other)))
+        run(functools.partial(_quietly, function, self.view, _bare(_operand(other))))
         return self
 
     return call
@@ -231,11 +257,11 @@ def _in_place(function):
 OPERATORS = "add sub mul truediv floordiv mod pow lshift rshift and_ or_ xor"
 for name in OPERATORS.split():
     plain, bare = getattr(operator, name), name.rstrip("_")
-    setattr(ndarray, f"__{bare}__", device_function(plain))
-    setattr(ndarray, f"__r{bare}__", device_function(lambda self, other, plain=plain: plain(other, self)))
+    setattr(ndarray, f"__{bare}__", elementwise(plain))
+    setattr(ndarray, f"__r{bare}__", elementwise(lambda self, other, plain=plain: plain(other, self)))
     setattr(ndarray, f"__i{bare}__", _in_place(getattr(operator, "i" + bare)))
 for name in ["lt", "le", "eq", "ne", "ge", "gt", "neg", "pos", "abs", "invert"]:
-    setattr(ndarray, f"__{name}__", device_function(getattr(operator, name)))
+    setattr(ndarray, f"__{name}__", elementwise(getattr(operator, name)))
 _getitem = device_function(_item)
 
 

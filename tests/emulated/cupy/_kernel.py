@@ -55,6 +55,9 @@ class RawKernel:
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         (blocks,), (threads,) = grid, block
+        blocks = max(1, blocks)  # so does CuPy: of no blocks one runs
+        if blocks >= 2**31 or not 0 < threads <= 1024:
+            raise ValueError(f"{self._name}: {blocks} blocks of {threads} threads cannot be launched.")
         letters = self._library.letters().decode()
         if len(args) != len(letters):
             raise TypeError(f"{self._name} has {len(letters)} parameters, not {len(args)}.")
