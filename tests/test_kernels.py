@@ -201,6 +201,19 @@ def test_conv2d_of_no_images_has_no_gradient(twin, c, d):
     check_margin(module(twin), 0, c, d)
 
 
+@for_each_twin
+@pytest.mark.parametrize("c, d", [(16, 16), (4, 4), (5, 3)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_image_smaller_than_the_taps_has_no_outputs(twin, c, d, dtype):
+    """Of no blocks CuPy launches one."""
+    twin, rng = module(twin), np.random.default_rng(0)
+    x, w, b = (normal(rng, shape, dtype) for shape in ((2, 2, 5, c), (3, 3, c, d), d))
+    y = twin.conv2d(x, w, b, 1, (0, 0))
+    assert y.shape == (2, 0, 3, d) and y.dtype == dtype
+    for gradient, like in zip(twin.conv2d_backward(x, w, y, 1, (0, 0)), (x, w, b)):
+        assert gradient.shape == like.shape and not gradient.any()
+
+
 def check_margin(twin, n, c, d):
     rng = np.random.default_rng(0)
     x, w, b = (normal(rng, shape, np.float64) for shape in ((n, 5, 6, c), (3, 3, c, d), d))

@@ -426,7 +426,8 @@ def convolved(
     y = cupy.empty((n, *sizes, d), x.dtype)
     args = (x, w, 0 if bias is None else bias, y, outputs, h, width, c, *sizes, d, padding[0])
     how = dict(MT=height, WM=down, WN=across, K=k, STRIDE=stride, DOUBLED=int(doubled), TURNED=int(turned))
-    _launch(SOURCE, "convolve", -(-outputs // rows) * columns, stage, args, **how)
+    if outputs:
+        _launch(SOURCE, "convolve", -(-outputs // rows) * columns, stage, args, **how)
     return y
 
 
