@@ -349,7 +349,8 @@ def test_a_thread_of_another_gpu_is_not_given_a_replay(cupy, monkeypatch):
     assert len(asked) == 1 and asked[0] is x
 
 
-def test_threads_and_streams_may_share_a_model(cupy):
+@pytest.mark.parametrize("stream", [dict(non_blocking=True), dict(ptds=True)], ids=["new", "of each thread"])
+def test_threads_and_streams_may_share_a_model(cupy, stream):
     model = on_gpu(shaken(td.MLP(hidden=8)))
     xs = [cupy.full((3, 2), i, cupy.float32) for i in range(4)]
     t = np.array([1, 5, 7])
@@ -358,7 +359,7 @@ def test_threads_and_streams_may_share_a_model(cupy):
     found = {}
 
     def ask(i):
-        with cupy.cuda.Stream(non_blocking=True):
+        with cupy.cuda.Stream(**stream):
             found[i] = [_graph.predictor(model)(xs[i], t).get() for _ in range(6)]
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(xs))]

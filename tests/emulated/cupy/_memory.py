@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 
-from cupy._stream import Stream, get_current_stream, is_capturing, synchronize_all, turn
+from cupy._stream import Stream, get_current_stream, is_capturing, place, synchronize_all, turn
 
 __all__ = [
     "Memory",
@@ -68,8 +68,8 @@ class Pooled:
     def __init__(self, pool, beneath, size, asked):
         self._pool, self._beneath, self.size, self._asked = weakref.ref(pool), beneath, size, asked
         self.ptr = beneath.ptr
-        self._home = get_current_stream()
-        self._stream = Stream.null if is_capturing() else self._home  # in whose order it is used
+        self._home = place()
+        self._stream = Stream.null if is_capturing() else get_current_stream()  # in whose order it is used
 
     def __del__(self):
         first = getattr(self._beneath.mem, "first", self.ptr)
@@ -101,7 +101,7 @@ class MemoryPool:
     def malloc(self, size):
         rounded = max(1, -(-size // ROUND)) * ROUND
         with turn:
-            kept = self._free.get((get_current_stream(), rounded))
+            kept = self._free.get((place(), rounded))
             if kept:
                 beneath = kept.pop()
             else:

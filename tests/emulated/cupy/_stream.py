@@ -19,6 +19,7 @@ __all__ = [
     "is_capturing",
     "is_put_off",
     "not_while_capturing",
+    "place",
     "run",
     "synchronize_all",
     "turn",
@@ -28,7 +29,7 @@ turn = threading.RLock()  # threads of the host take turns
 PER_THREAD = 2  # by this name each thread has another
 _numbers = itertools.count(PER_THREAD + 1)
 _of_this_thread = threading.local()
-_streams = weakref.WeakValueDictionary()  # by number
+_streams = weakref.WeakValueDictionary()  # by number, and which of them, where each thread has another
 
 
 class Graph:
@@ -47,7 +48,7 @@ class Stream:
         self.ptr = 0 if null else PER_THREAD if ptds else next(_numbers)
         self._captured, self._broken, self._before = None, False, []
         self._asked = collections.deque()
-        _streams[self.ptr] = self
+        _streams[self.ptr, id(self) if ptds else 0] = self
 
     def __eq__(self, other):
         return isinstance(other, Stream) and self.ptr == other.ptr
@@ -130,7 +131,14 @@ def not_while_capturing(what):
 
 def run(work, on=None):
     """Ask the current stream for it, or that of a number."""
-    (get_current_stream() if on is None else _streams[on]).ask(work)
+    current = get_current_stream()
+    (current if on in (None, current.ptr) else _streams[on, 0]).ask(work)
+
+
+def place():
+    """By what a pool keeps what comes back: the stream, and the thread, if each has another of that name."""
+    ptr = get_current_stream().ptr
+    return ptr, threading.get_ident() if ptr == PER_THREAD else 0
 
 
 def synchronize_all():
