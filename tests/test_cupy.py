@@ -1,9 +1,18 @@
 """What can be said of CuPy without a GPU: that it has what is asked of it, by these names and arguments.
 
-Needs CuPy, which can be imported without a GPU; recorded under array-api-strict.
+Needs CuPy, which can be imported without a GPU; recorded under array-api-strict, or read in the source. And
+that the GPU that is not there (``tests/emulated``) has nothing which CuPy has not.
 """
 
+import ast
+import importlib.util
 import inspect
+import json
+import operator
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import array_api_strict
 import numpy as np
@@ -74,3 +83,53 @@ def test_cupy_has_what_is_asked_of_the_library(monkeypatch):
             assert count == function.nin and not keywords, name
         else:
             inspect.signature(function).bind(*range(count), **dict.fromkeys(keywords))
+
+
+def dotted(node):
+    """What the nodes of a name say, as cupy.cuda.Stream; of others nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    before = dotted(node.value) if isinstance(node, ast.Attribute) else ""
+    return before and f"{before}.{node.attr}"
+
+
+def test_cupy_has_what_is_named_in_the_source():
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    names, imported = set(), set()
+    for file in Path(td.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if dotted(node).startswith("cupy."):
+                names.add(dotted(node).removeprefix("cupy."))
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cupy"):
+                imported |= {(node.module, alias.name) for alias in node.names}
+    assert "cuda.runtime.streamPerThread" in names and len(names) > 20
+    for name in names:
+        operator.attrgetter(name)(cupy)
+    assert ("cupy._core", "get_compute_type") in imported
+    for module, name in imported:
+        if importlib.util.find_spec(f"{module}.{name}") is None:  # a module may need a library of CUDA's
+            assert hasattr(importlib.import_module(module), name), (module, name)
+
+
+# What has a class of its own in the emulated CuPy, and what there is for that one's own use.
+CLASSES = ["ndarray", "RawKernel", "ElementwiseKernel", "random.Generator", "cuda.Device", "cuda.Graph"]
+CLASSES += ["cuda.MemoryPointer", "cuda.MemoryPool", "cuda.Stream", "cuda.runtime"]
+ITS_OWN = {"ndarray": {"mem", "view"}, "cuda.Stream": {"ask", "do", "refuse"}}
+
+PUBLIC = """
+import json, operator, sys, cupy
+public = lambda of: [name for name in dir(of) if not name.startswith("_")]
+print(json.dumps({name: public(operator.attrgetter(name)(cupy)) for name in sys.argv[1:]}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulated GPU needs Linux")
+def test_the_emulated_cupy_has_nothing_that_cupy_has_not():
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "emulated")}
+    found = subprocess.run(
+        [sys.executable, "-c", PUBLIC, *CLASSES], env=where, capture_output=True, text=True, check=True
+    )
+    for name, public in json.loads(found.stdout).items():
+        theirs = operator.attrgetter(name)(cupy)
+        assert set(public) - ITS_OWN.get(name, set()) <= set(dir(theirs)), name
