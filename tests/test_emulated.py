@@ -217,6 +217,9 @@ def test_arrays_do_not_mix(cupy):
     for wrong in (x, [1, 2, 3]):
         with pytest.raises(ValueError, match="non-scalar"):
             there[...] = wrong
+    with pytest.raises(TypeError, match="integer"):
+        range(cupy.asarray(3))
+    assert cupy.arange(5)[: cupy.asarray(3)].size == 3
     there[1] = np.asarray(1.0)
     assert (np.float64(2) * there).get().tolist() == [2, 2, 2]
 

@@ -276,7 +276,7 @@ METHODS += " sum mean max min all any prod std var argmax argmin argsort cumsum"
 for name in METHODS.split():
     setattr(ndarray, name, device_function(getattr(np.ndarray, name)))
 ndarray.astype = device_function(np.ndarray.astype, lambda found: empty_like(found))
-for to_host in (bool, int, float, complex, operator.index):
+for to_host in (bool, int, float, complex):  # but no index, as CuPy's
     setattr(ndarray, f"__{to_host.__name__}__", lambda self, to_host=to_host: to_host(self.get()))
 
 

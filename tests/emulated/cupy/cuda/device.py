@@ -18,8 +18,7 @@ class Device(contextlib.nullcontext):
     def __eq__(self, other):
         return isinstance(other, Device)
 
-    def __hash__(self):
-        return 0
+    __hash__ = None
 
     def __repr__(self):
         return "<CUDA Device 0>"
