@@ -287,7 +287,8 @@ def test_copies_look_perfect_but_for_the_nearest_distance(subset):
 def test_the_floor_is_drawn_with_the_rng(subset):
     images = subset[0]
     first, again, other = (
-        digit_report(images[:50], images[:300], rng=rng) for rng in (None, None, np.random.default_rng(5))
+        digit_report(images[:50], images[:300], rng=rng)
+        for rng in (None, np.random.default_rng(0), np.random.default_rng(5))
     )
     assert first == again
     assert first["floor"] != other["floor"]
@@ -296,6 +297,11 @@ def test_the_floor_is_drawn_with_the_rng(subset):
         for seed in (0, 5)
     )
     assert given["samples"]["nearest_distance"] == 0 and given["floor"] != other["floor"]
+
+
+def test_the_fewest_digits_that_can_be_reported(subset):
+    report = digit_report(subset[0][:2], subset[0][2:6])
+    assert (report["n"], report["data"]) == (2, 2)
 
 
 @pytest.mark.filterwarnings("error")
@@ -321,6 +327,9 @@ def test_what_does_not_fit_is_named():
         digit_probabilities(good[:0])
     with pytest.raises(ValueError, match=r"samples has values from 0 to 255; expected \[-1, 1\]"):
         digit_frechet_distance(np.linspace(0, 255, 4 * 784).reshape(good.shape), good)
+    for edge in (-1.0, 1.0):
+        with pytest.raises(ValueError, match=r"images has values from .*; expected \[-1, 1\]"):
+            digit_features(np.nextafter(good + np.float32(edge), np.float32(2 * edge)))
     with pytest.raises(ValueError, match="data has values from nan"):
         nearest_distances(good, good * np.nan)
     with pytest.raises(ValueError, match="samples has 1 digits; expected at least 2"):
