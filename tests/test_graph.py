@@ -520,6 +520,19 @@ def test_a_thread_that_records_has_its_cublas_handle_before(cupy, monkeypatch):
     assert bool((recorded() == 3).all()) and capturing == [False]
 
 
+def test_a_recording_keeps_the_workspace_of_its_products(cupy):
+    from tinydiff.kernels import _cupy_products
+
+    if _cupy_products._library() is None:
+        pytest.skip("CuPy's own product cannot be recorded")
+    pool, a, b = cupy.get_default_memory_pool(), cupy.ones((2, 3)), cupy.ones((3, 2))
+    gc.collect()
+    before = pool.used_bytes()
+    recorded = _graph.Recording(lambda: _cupy_products.product(a, b))
+    assert pool.used_bytes() - before >= _cupy_products.WORKSPACE
+    assert bool((recorded() == 3).all())
+
+
 def test_a_recording_is_let_go_on_its_own_device(cupy, monkeypatch):
     """By whatever thread: the stream it ran on may have a name that each device has, and so has the pool."""
     entered, ended = [], []
@@ -556,6 +569,28 @@ def test_a_recording_that_fails_leaves_nothing_behind(cupy):
     gc.collect()
     assert pool.used_bytes() == before
     assert float(cupy.ones(3).sum()) == 3
+
+
+def test_a_stream_on_which_a_recording_fails_is_no_longer_captured(cupy, monkeypatch):
+    capturing = []
+
+    class Noting(cupy.cuda.Stream):
+        def begin_capture(self):
+            capturing.append(self)
+            super().begin_capture()
+
+        def end_capture(self):
+            capturing.remove(self)
+            return super().end_capture()
+
+    def work():
+        assert capturing
+        raise ValueError("on purpose")
+
+    monkeypatch.setattr(cupy.cuda, "Stream", Noting)
+    with pytest.raises(ValueError, match="on purpose"):
+        _graph.Recording(work)
+    assert not capturing
 
 
 def test_a_recording_takes_its_memory_from_the_pool_and_gives_it_back(cupy):
@@ -620,6 +655,17 @@ def test_the_definitions_are_not_recorded(cupy):
         _graph.predictor(model, True)
     with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS=cupy"):
         td.train(model, PROCESS, np.zeros((2, 8, 8, 1), np.float32), steps=1, batch_size=2, graph=True)
+
+
+def test_what_other_kernels_recorded_is_not_replayed(cupy):
+    """Whoever has the predictor already, in the midst of a sampling, gets what the chosen ones compute."""
+    model = on_gpu(shaken(td.MLP(hidden=8)))
+    predict, x, t = _graph.predictor(model), cupy.ones((2, 2), cupy.float32), np.array([1, 5])
+    expected = [predict(x, t).get() for _ in range(_graph.WARM_UP + 1)][-1]
+    assert recordings(model) == {2: True}
+    kernels.use_on_gpu("portable")
+    assert_allclose(predict(x, t).get(), expected, rtol=1e-5, atol=1e-6)
+    assert recordings(model) == {2: False}
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(cupy):
