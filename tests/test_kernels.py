@@ -1203,21 +1203,67 @@ def test_a_thread_takes_the_cublas_handle_of_one_that_has_ended(monkeypatch):
     if _cupy_products._library() is None:
         pytest.skip("CuPy's own product keeps CuPy's handles")
     monkeypatch.setattr(_cupy_products, "_idle", {})
-    library, made, found = _cupy_products._library(), [], []
+    library, made, found, workspaces = _cupy_products._library(), [], [], []
     create = library.cublasCreate_v2
     monkeypatch.setattr(library, "cublasCreate_v2", lambda handle: made.append(1) or create(handle))
 
     def ask():
         found.append(_cupy_products.product(there(np.ones((2, 3))), there(np.ones((3, 2)))).get())
+        workspaces.append(len(_cupy_products._own().workspaces))
 
     for _ in range(3):
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()
     assert len(found) == 3 and all((c == 3).all() for c in found)
+    assert workspaces == [1, 1, 1]
     assert len(made) == 1
     (idle,) = _cupy_products._idle.values()
     assert [handle.workspaces for handle in idle] == [{}]  # their memory went back to CuPy's pool
+
+
+@pytest.mark.gpu
+def test_a_stream_whose_workspace_was_taken_gets_another():
+    """It may be another stream by the same name."""
+    space("cupy")
+    import cupy
+
+    from tinydiff.kernels import _cupy_products
+
+    if _cupy_products._library() is None:
+        pytest.skip("CuPy's own product keeps CuPy's handles")
+    taken = []
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        for _ in range(2):
+            _cupy_products.product(there(np.ones((2, 3))), there(np.ones((3, 2))))
+            taken.append(_cupy_products.workspace_of(stream.ptr))
+        stream.synchronize()
+    assert None not in taken and _cupy_products.workspace_of(stream.ptr) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lead", [(), (2,)])
+@pytest.mark.parametrize(
+    ("dtype", "of_cupy", "name"),
+    [
+        (np.float32, 0, "COMPUTE_32F"),
+        (np.float32, 7, "COMPUTE_32F_FAST_TF32"),
+        (np.float64, 7, "COMPUTE_64F"),
+    ],
+)
+def test_products_round_their_factors_if_cupy_is_told_so(monkeypatch, lead, dtype, of_cupy, name):
+    """CUPY_TF32=1 is 7 in CuPy; whether cuBLAS makes use of it depends on the GPU and on the shape."""
+    space("cupy")
+    from tinydiff.kernels import _cupy_products
+
+    if _cupy_products._library() is None:
+        pytest.skip("CuPy's own product heeds CUPY_TF32 itself")
+    monkeypatch.setattr(_cupy_products, "get_compute_type", lambda kind: of_cupy)
+    library, routine = _cupy_products._library(), "cublasGemmStridedBatchedEx" if lead else "cublasGemmEx"
+    asked, multiply = [], getattr(library, routine)
+    monkeypatch.setattr(library, routine, lambda *args: asked.append(args[-2]) or multiply(*args))
+    _cupy_products.product(*(there(np.ones((*lead, 4, 4), dtype)) for _ in range(2)))
+    assert asked == [getattr(_cupy_products, name)]
 
 
 @pytest.mark.gpu
