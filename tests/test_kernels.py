@@ -1150,14 +1150,22 @@ def test_sums_over_rows_on_the_gpu(shape, dtype):
 @pytest.mark.parametrize("found", [True, False], ids=["asked directly", "not found"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_products_on_the_gpu(dtype, found, monkeypatch):
-    """Of matrices and of many, transposed and not, with no terms; where cuBLAS is not found, by CuPy."""
+    """Of matrices and of many, transposed, without terms or rows; where cuBLAS is not found, by CuPy."""
     space("cupy")
     from tinydiff.kernels import _cupy_products
 
     if not found:
         monkeypatch.setattr(_cupy_products, "_library", lambda: None)
     rng = np.random.default_rng(0)
-    for lead, (m, k, n) in [((), (5, 7, 3)), ((4,), (6, 2, 9)), ((), (3, 0, 2)), ((), (1, 33, 1))]:
+    for lead, (m, k, n) in [
+        ((), (5, 7, 3)),
+        ((4,), (6, 2, 9)),
+        ((), (1, 33, 1)),
+        ((), (3, 0, 2)),
+        ((), (0, 3, 2)),
+        ((2,), (3, 2, 0)),
+        ((0,), (3, 2, 4)),
+    ]:
         for ta, tb, scale in [
             (False, False, 1.0),
             (True, False, -2.0),
@@ -1195,7 +1203,19 @@ def test_a_product_that_cublas_cannot_count_is_refused(monkeypatch, shape):
 
 
 @pytest.mark.gpu
-def test_a_thread_takes_the_cublas_handle_of_one_that_has_ended(monkeypatch):
+def test_a_product_of_factors_that_lie_apart_in_memory():
+    space("cupy")
+    from tinydiff.kernels import _cupy_products
+
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((10, 7)), rng.standard_normal((7, 6))
+    for rows, columns in [(slice(None, None, 2), slice(None)), (slice(5), slice(3))]:
+        c = _cupy_products.product(there(a)[rows], there(b)[:, columns])
+        np.testing.assert_allclose(c.get(), a[rows] @ b[:, columns], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_threads_take_the_cublas_handles_of_those_that_have_ended(monkeypatch):
     """A server may ask every time in a new thread, and a handle is never destroyed."""
     space("cupy")
     from tinydiff.kernels import _cupy_products
@@ -1204,22 +1224,25 @@ def test_a_thread_takes_the_cublas_handle_of_one_that_has_ended(monkeypatch):
         pytest.skip("CuPy's own product keeps CuPy's handles")
     monkeypatch.setattr(_cupy_products, "_idle", {})
     library, made, found, workspaces = _cupy_products._library(), [], [], []
-    create = library.cublasCreate_v2
+    create, both = library.cublasCreate_v2, threading.Barrier(2, timeout=60)
     monkeypatch.setattr(library, "cublasCreate_v2", lambda handle: made.append(1) or create(handle))
 
     def ask():
         found.append(_cupy_products.product(there(np.ones((2, 3))), there(np.ones((3, 2)))).get())
         workspaces.append(len(_cupy_products._own().workspaces))
+        both.wait()  # so that neither has ended before the other begins
 
     for _ in range(3):
-        thread = threading.Thread(target=ask)
-        thread.start()
-        thread.join()
-    assert len(found) == 3 and all((c == 3).all() for c in found)
-    assert workspaces == [1, 1, 1]
-    assert len(made) == 1
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 6 and all((c == 3).all() for c in found)
+    assert workspaces == [1] * 6
+    assert len(made) == 2
     (idle,) = _cupy_products._idle.values()
-    assert [handle.workspaces for handle in idle] == [{}]  # their memory went back to CuPy's pool
+    assert [handle.workspaces for handle in idle] == [{}, {}]  # their memory went back to CuPy's pool
 
 
 @pytest.mark.gpu

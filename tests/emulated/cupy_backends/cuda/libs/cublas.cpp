@@ -86,6 +86,7 @@ int cublasGemmStridedBatchedEx(
     void* c, int kind_c, int ldc, long long stride_c, int count, int compute, int algorithm) {
   if (!handle || !handle->workspace) return NOT_INITIALIZED;
   bool wide = kind_a == R_64F, tall = lda >= (transa ? k : m) && ldb >= (transb ? n : k) && ldc >= m;
+  tall = tall && lda > 0 && ldb > 0 && ldc > 0;  // of no rows and no terms, too
   if (m < 0 || n < 0 || k < 0 || count < 0 || !tall || (transa | transb) & ~1) return INVALID_VALUE;
   if (kind_a != kind_b || kind_a != kind_c || (kind_a & ~1) || algorithm != -1) return NOT_SUPPORTED;
   if (wide != (compute == COMPUTE_64F) || (!wide && compute != COMPUTE_32F && compute != COMPUTE_32F_FAST_TF32))
