@@ -203,6 +203,17 @@ def test_a_recorded_loss_follows_the_batch_and_the_weights(cupy):
         assert isinstance(recorded._replayed.replay, _graph.Recording)
 
 
+def test_a_recorded_loss_leaves_the_data_as_it_is(cupy):
+    """Of a network that predicts them, the target is the data itself."""
+    model = on_gpu(shaken(td.MLP(hidden=8)))
+    process, rng = td.GaussianDiffusion(td.cosine_schedule(20), "x0"), np.random.default_rng(0)
+    recorded = _graph.RecordedLoss(process)
+    batches = [cupy.full((4, 2), i, cupy.float32) for i in range(4)]
+    for x0 in batches:
+        recorded(model, x0, rng)
+    assert [set(x0.get().ravel()) for x0 in batches] == [{0}, {1}, {2}, {3}]
+
+
 @networks
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm++"])
 def test_a_recorded_sampling_is_the_sampling(cupy, monkeypatch, name, sampler):
