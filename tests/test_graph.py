@@ -291,6 +291,8 @@ def test_the_last_two_shapes_are_kept(cupy):
     ask(4, 1)
     ask(2, 3)
     assert recordings(model) == {4: True, 2: True}
+    _graph.forget(object())  # what is sampled may be anything that can be called
+    assert model in _graph._recorded
     _graph.forget(model)
     assert model not in _graph._recorded
 

@@ -1555,5 +1555,30 @@ def test_what_tensor_cores_cannot_take_goes_by_rows(tensor_cores, monkeypatch):
     assert conv.fits(3, x) and conv.fits(5, x) and not conv.fits(6, x)
     assert not conv.fits(3, x.astype(np.float64)) and not conv.fits(3, x[..., :6]) and not conv.fits(3, x[:0])
     assert not conv.fits(3, there(np.zeros(73, np.float32))[1:].reshape(1, 3, 3, 8))  # not aligned
+    assert not conv.fits(3, x[..., :4])  # not contiguous
     monkeypatch.setattr(conv, "_device", lambda number: (False, SMALL))  # older than Ampere
     assert not conv.fits(3, x)
+
+
+@pytest.mark.gpu
+def test_an_image_that_tensor_cores_cannot_count_goes_by_rows(tensor_cores):
+    """Its pixels' places are numbers of 32 bits with a sign."""
+    conv = tensor_cores(False, 1, LARGE)
+    image = SimpleNamespace(dtype=np.dtype(np.float32), data=SimpleNamespace(ptr=0))
+    image.flags = SimpleNamespace(c_contiguous=True)
+    for height, fits in [(2**15 - 1, True), (2**15, False)]:
+        image.shape, image.size = (1, height, 2**14, 4), height * 2**16
+        assert conv.fits(3, image) is fits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("capability", "known"), [("75", False), ("80", True), ("90", True), ("120", True)])
+def test_tensor_cores_know_tf32_from_ampere_on(monkeypatch, capability, known):
+    space("cupy")
+    from tinydiff.kernels import _cupy_conv
+
+    device = SimpleNamespace(
+        compute_capability=capability, attributes={"MaxSharedMemoryPerBlockOptin": LARGE}
+    )
+    monkeypatch.setattr(_cupy_conv.cupy.cuda, "Device", lambda number: device)
+    assert _cupy_conv._device.__wrapped__(0) == (known, LARGE)
