@@ -68,8 +68,9 @@ def softmax_backward_in_place(p: Any, dp: Any) -> Any:
 
 
 def _by_rows(name: str, x: Any, *arrays: Any) -> Any:
-    columns = x.shape[-1]
-    rows = x.size // columns
-    grid = (-(-rows // (THREADS // WARP)),)
-    compiled(SOURCE, name, kind_of(x))(grid, (THREADS,), (*arrays, rows, columns))
+    if x.size:
+        columns = x.shape[-1]
+        rows = x.size // columns
+        grid = (-(-rows // (THREADS // WARP)),)
+        compiled(SOURCE, name, kind_of(x))(grid, (THREADS,), (*arrays, rows, columns))
     return arrays[-1]

@@ -151,7 +151,7 @@ def attention(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, tuple[Any, ...
     n, heads, length, d = q.shape
     if d <= _cupy_attention.WIDEST and k.shape[2] == length and q.size:
         return _cupy_attention.attention(q, k, v, scale)
-    flat = [cupy.ascontiguousarray(a).reshape(n * heads, -1, d) for a in (q, k, v)]
+    flat = [cupy.ascontiguousarray(a).reshape(n * heads, *a.shape[2:]) for a in (q, k, v)]
     p = softmax_in_place(product(flat[0], flat[1], tb=True, scale=scale))
     return product(p, flat[2]).reshape(q.shape), (*flat, p, scale)
 
@@ -161,13 +161,13 @@ def attention_backward(saved: tuple[Any, ...], do: Any) -> tuple[Any, Any, Any]:
     if isinstance(saved, _cupy_attention.Attended):
         return _cupy_attention.attention_backward(saved, do)
     q, k, v, p, scale = saved
-    n, heads, _, d = do.shape
-    do = cupy.ascontiguousarray(do).reshape(n * heads, -1, d)
+    n, heads, *each = do.shape
+    do = cupy.ascontiguousarray(do).reshape(n * heads, *each)
     ds = softmax_backward_in_place(p, product(do, v, tb=True))
     grads = (
         product(ds, k, scale=scale),
         product(ds, q, ta=True, scale=scale),
         product(p, do, ta=True),
     )
-    dq, dk, dv = (grad.reshape(n, heads, -1, d) for grad in grads)
+    dq, dk, dv = (grad.reshape(n, heads, *grad.shape[1:]) for grad in grads)
     return dq, dk, dv
