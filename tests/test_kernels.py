@@ -214,6 +214,38 @@ def test_an_image_smaller_than_the_taps_has_no_outputs(twin, c, d, dtype):
         assert gradient.shape == like.shape and not gradient.any()
 
 
+@for_each_twin
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_of_no_images_nothing_is_computed(twin, dtype):
+    """Of no blocks CuPy launches one, and no array of size 0 has a length that is to be found out."""
+
+    def results(kernels):
+        x, dy, heads = (np.zeros((0, *shape), dtype) for shape in ((4, 6, 8), (4, 6, 12), (2, 5, 4)))
+        w, b, gains = (np.ones(shape, dtype) for shape in ((3, 3, 8, 12), 12, 8))
+        (norm, normed), (o, attended) = (
+            kernels.group_norm(x, gains, gains, 4, 1e-5),
+            kernels.attention(heads, heads, heads, 0.5),
+        )
+        return [
+            kernels.conv2d(x, w, b, 1, (1, 1)),
+            *kernels.conv2d_backward(x, w, dy, 1, (1, 1)),
+            kernels.upsample_conv2d(x[:, :2, :3], w, b),
+            *kernels.upsample_conv2d_backward(x[:, :2, :3], w, dy),
+            kernels.linear(x[:, 0, 0], w[0, 0], b),
+            *kernels.linear_backward(x[:, 0, 0], w[0, 0], dy[:, 0, 0]),
+            norm,
+            *kernels.group_norm_backward(normed, gains, x),
+            o,
+            *kernels.attention_backward(attended, heads),
+            kernels.silu(x)[0],
+            kernels.silu_backward(x, x, x),
+            kernels.sum_pixels(x),
+        ]
+
+    for found, expected in zip(results(module(twin)), results(portable)):
+        np.testing.assert_array_equal(found, expected, strict=True)
+
+
 def check_margin(twin, n, c, d):
     rng = np.random.default_rng(0)
     x, w, b = (normal(rng, shape, np.float64) for shape in ((n, 5, 6, c), (3, 3, c, d), d))
@@ -1517,6 +1549,49 @@ def test_channels_that_tensor_cores_take_on_one_side_only(tensor_cores, c, d):
     arrays = [normal(rng, s, np.float32) for s in ((2, 5, 6, c), (3, 3, c, d), (d,), (2, 5, 6, d))]
     for actual, expected in on_the_gpu_and_defined(convolution_and_gradients, arrays, np.float32):
         assert np.linalg.norm(actual - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+def apart(x):
+    import cupy
+
+    spread = cupy.full((*x.shape, 2), cupy.nan, x.dtype)
+    spread[..., 0] = there(x)
+    return spread[..., 0]
+
+
+def unaligned(x):
+    import cupy
+
+    flat = cupy.full(x.size + 1, cupy.nan, x.dtype)
+    flat[1:] = there(x.ravel())
+    return flat[1:].reshape(x.shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lying", [apart, unaligned])
+@pytest.mark.parametrize(
+    ("name", "shapes", "numbers"),
+    [
+        ("conv2d", ((2, 5, 6, 8), (3, 3, 8, 12), (12,)), (1, (1, 1))),
+        ("conv2d_backward", ((2, 5, 6, 8), (3, 3, 8, 12), (2, 5, 6, 12)), (1, (1, 1))),
+        ("upsample_conv2d", ((2, 3, 4, 8), (3, 3, 8, 12), (12,)), ()),
+        ("upsample_conv2d_backward", ((2, 3, 4, 8), (3, 3, 8, 12), (2, 6, 8, 12)), ()),
+        ("linear", ((5, 8), (8, 12), (12,)), ()),
+        ("linear_backward", ((5, 8), (8, 12), (5, 12)), ()),
+    ],
+)
+def test_tensor_cores_read_no_array_that_lies_otherwise(tensor_cores, name, shapes, numbers, lying):
+    """Each argument in turn is not contiguous, or does not begin where 16 bytes do."""
+    tensor_cores(False, 1, LARGE)
+    twin, rng = importlib.import_module("tinydiff.kernels.cupy"), np.random.default_rng(0)
+    arrays = [normal(rng, shape, np.float32) for shape in shapes]
+    expected = getattr(portable, name)(*(a.astype(np.float64) for a in arrays), *numbers)
+    for odd in range(len(arrays)):
+        found = getattr(twin, name)(
+            *(lying(a) if i == odd else there(a) for i, a in enumerate(arrays)), *numbers
+        )
+        for y, right in zip(found, expected) if type(found) is tuple else [(found, expected)]:
+            assert np.linalg.norm(y.get() - right) <= 1e-6 * np.linalg.norm(right)
 
 
 @pytest.mark.gpu
