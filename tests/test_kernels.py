@@ -1371,10 +1371,14 @@ def test_end_to_end_on_the_gpu(dtype, monkeypatch):
 @pytest.mark.parametrize("with_silu", [False, True], ids=["alone", "with SiLU"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
-    ("h", "groups", "per_group"), [(2, 1, 130), (2, 2, 256), (2, 1, 257), (23, 2, 4), (5, 1, 200)]
+    ("h", "groups", "per_group"),
+    [(2, 1, 130), (2, 2, 256), (2, 1, 257), (3, 131, 2), (23, 2, 4), (5, 1, 200)],
 )
 def test_wide_and_tall_groups_on_the_gpu(h, groups, per_group, dtype, with_silu):
-    """Channels for one row of a block's threads, for all of them, for more than there are; many pixels."""
+    """Channels for one row of a block's threads, for all of them, for more than there are; many pixels.
+
+    And so many narrow groups that a block cannot have all, nor, since they are a prime number, a part.
+    """
     check_group_norm("cupy", 2, h, h, groups, per_group, 1.0, with_silu, dtype, 0)
 
 
