@@ -322,6 +322,25 @@ def test_where_memory_is_short_one_shape_gives_way_to_another(cupy, monkeypatch)
         predict(x, np.ones(3, np.int64))
 
 
+def test_what_is_recorded_stays_where_the_network_fails_for_another_reason(cupy):
+    asked = []
+
+    class Fails(td.MLP):
+        def predict(self, x, t):
+            asked.append(len(x))
+            if len(x) == 3:
+                raise ValueError("three")
+            return super().predict(x, t)
+
+    model = on_gpu(Fails(hidden=8))
+    predict = _graph.predictor(model, True)
+    for _ in range(_graph.WARM_UP + 1):
+        predict(cupy.ones((4, 2), cupy.float32), np.ones(4, np.int64))
+    with pytest.raises(ValueError, match="three"):
+        predict(cupy.ones((3, 2), cupy.float32), np.ones(3, np.int64))
+    assert recordings(model) == {4: True, 3: False} and asked.count(3) == 1
+
+
 def test_a_copy_of_a_model_is_not_what_was_recorded(cupy):
     model = on_gpu(shaken(td.MLP(hidden=8)))
     x, t = cupy.ones((2, 2), cupy.float32), np.array([1, 5])
