@@ -257,13 +257,15 @@ def test_of_a_checkpoint_the_average_is_loaded(tmp_path, make, older):
     shape = (6, 2) if make is small_mlp else (6, 8, 8, 1)
     data = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     how = dict(steps=3, batch_size=2, run_dir=tmp_path, progress=False)
-    result = td.train(make(), td.GaussianDiffusion(td.linear_schedule(9)), data, **how)
+    result = td.train(make(), td.GaussianDiffusion(td.linear_schedule(9), "x0", "fixed_large"), data, **how)
     file = tmp_path / "checkpoint.safetensors"
     if older:
         arrays, metadata = load_arrays(file)
         arrays = {re.sub(r"^ema\.model\.", "ema.", name): x for name, x in arrays.items()}
         save_arrays(file, {name: x for name, x in arrays.items() if not name.endswith("steps")}, metadata)
-    model, metadata = td.load_model(file)
+    model, diffusion, metadata = td.pretrained.load(file)
+    assert_array_equal(diffusion.schedule.betas, td.linear_schedule(9).betas)
+    assert (diffusion.prediction, diffusion.variance) == ("x0", "fixed_large")
     assert type(model) is type(result.model) and metadata["step"] == 3
     assert metadata["settings"]["batch_size"] == 2
     for name, weight in result.model.state_dict().items():

@@ -68,6 +68,8 @@ class Run:
     states : mapping of str to Stateful
         What a checkpoint holds, by the prefix of its arrays' names. One with the prefix "" is given all
         arrays, and picks its own.
+    about : mapping
+        What else a checkpoint's metadata says, for who reads it.
 
     Raises
     ------
@@ -75,11 +77,18 @@ class Run:
         If JSON cannot hold one of `settings`; the message names it.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any], states: Mapping[str, Stateful]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: dict[str, Any],
+        states: Mapping[str, Stateful],
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.checkpoint = directory / "checkpoint.safetensors"
         self.metrics = directory / "metrics.jsonl"
         self.settings = _as_json(settings)
         self.states = states
+        self.about = about or {}
         self.directory = directory
         self.began = time.perf_counter()
         self._begun = False
@@ -182,7 +191,8 @@ class Run:
     def save(self, losses: list[float]) -> None:
         """Write the whole state of the run."""
         arrays = {"losses": np.asarray(losses), **states_of(self.states)}
-        save_arrays(self.checkpoint, arrays, {"step": len(losses), "settings": self.settings})
+        metadata = {**self.about, "step": len(losses), "settings": self.settings}
+        save_arrays(self.checkpoint, arrays, metadata)
 
     def log(self, step: int, losses: list[float], grad_norm: float, lr: float) -> None:
         """Append a line of metrics; the loss is the mean since the line before."""

@@ -28,6 +28,7 @@ __all__ = [
     "load_arrays",
     "load_model",
     "naming",
+    "process_metadata",
     "remove_unfinished",
     "replace_file",
     "save_arrays",
@@ -193,13 +194,15 @@ def save_model(
         )
     about = {"model": type(model).__name__, "config": model.config}  # type: ignore[attr-defined]
     if diffusion is not None:
-        check_diffusion(diffusion)
-        about |= {
-            "betas": diffusion.schedule.betas.tolist(),
-            "prediction": diffusion.prediction,
-            "variance": diffusion.variance,
-        }
+        about |= process_metadata(diffusion)
     save_arrays(path, model.state_dict(), {**(metadata or {}), **about})
+
+
+def process_metadata(diffusion: GaussianDiffusion) -> dict[str, Any]:
+    """What `tinydiff.pretrained.diffusion_from` makes the process of; TypeError if it is none."""
+    check_diffusion(diffusion)
+    betas = diffusion.schedule.betas.tolist()
+    return {"betas": betas, "prediction": diffusion.prediction, "variance": diffusion.variance}
 
 
 def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tuple[Any, dict[str, Any]]:
@@ -218,7 +221,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     model : UNet or MLP
         With weights of the dtype in which they were saved, of float16 in float32.
     metadata : dict
-        Of a checkpoint its ``"step"`` and the run's ``"settings"``.
+        Of a checkpoint its ``"step"``, the run's ``"settings"``, and its process.
 
     Raises
     ------

@@ -32,6 +32,7 @@ from tinydiff._loop import (
 from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
 from tinydiff.bound import Decoder, check_decoder
+from tinydiff.checkpoint import process_metadata
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
@@ -304,7 +305,8 @@ def train(
     if importance_sampling:
         states["t_sampler."] = LossSecondMomentSampler(diffusion.T)
         drawn = _Drawn(states["t_sampler."])
-    run = None if run_dir is None else Run(Path(run_dir), settings, states)
+    about = process_metadata(diffusion)  # so that `pretrained.load` reads a checkpoint, too
+    run = None if run_dir is None else Run(Path(run_dir), settings, states, about)
 
     how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
     objective = _objective(model, diffusion, loss, graph, **how)

@@ -66,7 +66,8 @@ def load(
     Parameters
     ----------
     path : path
-        A ``model.safetensors`` whose metadata has what `diffusion_from` needs, as the demos write it.
+        A ``model.safetensors`` whose metadata has what `diffusion_from` needs, as the demos write it; or the
+        ``checkpoint.safetensors`` of `tinydiff.train`, for the average so far.
     backend : {"numpy", "cupy"}, optional
         Where the weights go. Default: ``TINYDIFF_BACKEND``.
 
