@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model",
         type=Path,
         metavar="FILE",
-        help="a model.safetensors that train_mnist.py left (default: the weights in the package)",
+        help="what train_mnist.py left: a model.safetensors, or the checkpoint.safetensors of a run that "
+        "goes on (default: the weights in the package)",
     )
     parser.run.add_argument(
         "--report",
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
         "n": args.samples,
         "sampling_seconds": round(seconds, 3),
         "seconds_a_digit": seconds / args.samples,
-        "trained": about,
+        "trained": {name: value for name, value in about.items() if name != "betas"},
     }
     if args.report:
         found["digits"] = digit_report(samples, data, unseen, rng=data_rng)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from runs import failing
 from scripts import DEMOS, run, script
 
 import tinydiff as td
@@ -162,6 +163,18 @@ def test_it_leaves_what_it_promises(saved, demo, tmp_path, monkeypatch):
     data = td.datasets.mnist.to_model_range(td.datasets.mnist.load()[0])
     assert metrics["pixels"]["data"]["mean"] == pytest.approx(data.mean(), rel=1e-4)
     assert metrics["seconds_a_digit"] == pytest.approx(metrics["sampling_seconds"] / 5, abs=1e-3)
+
+
+def test_a_training_is_looked_at_before_it_ends(demo, tmp_path):
+    data = failing(np.full((4, 28, 28, 1), -1, np.float32), 3, KeyboardInterrupt())
+    process, how = td.GaussianDiffusion(td.linear_schedule(9)), dict(steps=5, batch_size=2, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        td.train(tiny(), process, data, **how, run_dir=tmp_path / "run")
+    out = tmp_path / "out"
+    demo("--model", tmp_path / "run" / "checkpoint.safetensors", "--out", out, "--samples", 2, "--quiet")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["trained"]["step"] == 3 and metrics["settings"]["sampling_steps"] == 9
+    assert "betas" not in metrics["trained"]
 
 
 def test_the_seed_decides_and_so_does_the_sampler(saved, demo, tmp_path):
