@@ -380,6 +380,21 @@ def test_what_no_noise_depends_on_does_not_matter():
     assert "at t = 1; off by more than 1e-05 at no other t." in said
 
 
+@pytest.mark.parametrize("variance", [BETAS, LARGE_OF_PAPERS], ids=["beta_0", "beta~_1"])
+@pytest.mark.parametrize("decoder", ["density", "8bit"])
+def test_of_the_two_variances_of_the_last_term_the_message_takes_yours(variance, decoder):
+    right = bound_terms(
+        nll=nll if decoder == "density" else lambda *given: nll_of_levels(*given, ndtr), variance=variance
+    )
+
+    def off_at_100(x0, x_t, t, output):
+        return right(x0, x_t, t, output) * np.where(t == 100, 1.0003, 1)
+
+    said = refusal(testing.assert_bound_terms, off_at_100, LARGE, decoder=decoder)
+    assert "is off by 0.0003 of its largest number at t = 100; off by more than 1e-05 at no other t" in said
+    assert "None of the" in said
+
+
 @pytest.mark.parametrize("decoder", ["density", "8bit"])
 @pytest.mark.parametrize("variance", [BETAS, LARGE_OF_PAPERS], ids=["ours", "the papers'"])
 def test_the_last_term_of_fixed_large_has_either_variance_and_is_asked_all_the_same(variance, decoder):
@@ -487,7 +502,7 @@ def test_a_mistake_in_code_from_the_papers_is_named(check, against, what, yours)
 
 def test_every_mistake_of_the_lists_is_planted(monkeypatch):
     claims, planted, listed = [], set(), set()
-    monkeypatch.setattr(Claim, "judge", lambda claim, *_: claims.append(claim))
+    monkeypatch.setattr(Claim, "refusal", lambda claim, *_: claims.append(claim))
     for check, against, what, yours in ROWS:
         check(yours, against)
         planted.add((claims[-1].name, what))
@@ -512,6 +527,10 @@ def test_the_same_code_without_a_mistake_passes():
     testing.assert_bound_terms(bound_terms(variance=LOW), EPS)
     exact = bound_terms(nll=lambda *given: nll_of_levels(*given, ndtr), variance=LOW)
     testing.assert_bound_terms(exact, EPS, decoder="8bit")
+    of_x0 = bound_terms(
+        nll=lambda *given: nll_of_levels(*given, ndtr), variance=LOW, estimate=lambda x_t, t, output: output
+    )
+    testing.assert_bound_terms(of_x0, X0, decoder="8bit")
     testing.assert_bound_terms(bound_terms(learned=right_variance), LEARNED_EPS)
 
 

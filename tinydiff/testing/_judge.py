@@ -82,6 +82,19 @@ class Claim:
         ValueError
             If `tolerance` is not a positive number.
         """
+        found = self.refusal(yours, batches, asarray, tolerance, further)
+        if found is not None:
+            raise AssertionError(found[1])
+
+    def refusal(
+        self,
+        yours: Function,
+        batches: Sequence[tuple[np.ndarray, ...]],
+        asarray: Function,
+        tolerance: float,
+        further: Sequence[tuple[np.ndarray, ...]] = (),
+    ) -> tuple[float, str] | None:
+        """How far off `yours` is, and the message of `judge`; None if it gives what `ours` does."""
         check_tolerance(tolerance)
         every = [*batches, *further]
         t = np.concatenate([x for batch in every for x in batch if x.dtype.kind == "i"])
@@ -96,7 +109,7 @@ class Claim:
 
         wrong = np.stack(apart(right))
         if np.max(wrong) <= tolerance:
-            return
+            return None
         asked_first = sum(len(batch[0]) for batch in batches)
         if np.max(wrong[:, :asked_first]) > tolerance:
             t, wrong = t[:asked_first], wrong[:, :asked_first]
@@ -115,7 +128,7 @@ class Claim:
         size = f"off by {worst:.3g} of its largest number" if np.isfinite(worst) else "not finite"
         few = worst < 1e-2 and 2 * len(at) < T
         unknown = FLOAT32 if few or single(worst, came[k]) else ""
-        raise AssertionError(
+        return worst, (
             f"{self._called(k)} is {size} at t = {t[np.argmax(wrong[k])]}; off by more than "
             f"{tolerance:.3g} at {where}. Expected {self.expected}.\n"
             f"{named(distances, worst, tolerance, unknown)}"
