@@ -701,11 +701,14 @@ def ddim(mistake="", eta=0.0, sigma=None, of_x0=lambda a2, b2: np.sqrt(b2), of_e
             small = (1 - b2) / (1 - a2) * (1 - a2 / b2)
             sd = sigma(small, tau[i]) if sigma else eta * np.sqrt(small)
             x0 = (x - np.sqrt(1 - a2) * eps) / np.sqrt(a2)
-            x0 = np.clip(x0, -1, 1) if mistake == "clipped x_0" else x0
+            x0 = np.clip(x0, -1, 1) if mistake in ("clipped x_0", "clipped state") else x0
+            if mistake == "clipped state":
+                eps = (x - np.sqrt(a2) * x0) / np.sqrt(1 - a2)
             if i == 0 and mistake == "not to 1":
                 b2 = ABAR[0]
             rest = of_eps(a2, b2, sd) if of_eps else np.sqrt(1 - b2 - sd**2)
             x = of_x0(a2, b2) * x0 + rest * eps + (sd * noise() if sd else 0.0)
+            x = np.clip(x, -1, 1) if mistake == "clipped state" else x
         return x
 
     return sampler
@@ -936,6 +939,7 @@ WALKS = [
         dict(clip=True),
         {
             "eps of an x_0 that is not clipped": ddim("clipped x_0"),
+            "the state clipped after each step": ddim("clipped state"),
             "the estimate of x_0 is not clipped": ddim(),
         },
     ),

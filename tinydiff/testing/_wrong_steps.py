@@ -127,8 +127,9 @@ def _ddim(
         """The step that leads to these times of the long chain, the data where they are below 0."""
         return step(np.where(times < 0, 0.0, long.schedule.one_minus_alphas_cumprod[times]))
 
-    sigma = eta * np.sqrt(small)
+    sigma, right = eta * np.sqrt(small), step()
     steps = {
+        "the state clipped after each step": lambda *given: clip_to_unit(right(*given)),
         "the next time computed, t - T / S, and not looked up (E.16)": towards(timesteps - long.T // walk.T),
         "the next state is that of t - 1": towards(timesteps - 1),
         "the next state is a step too far, abar_{t-1} at its t": towards(np.append(-1, timesteps[:-1] - 1)),
