@@ -216,6 +216,16 @@ MIN_SNR = np.minimum(SNR, 5.0)  # Hang et al. 2023, what an error of x_0 counts
 velocity = linear(-S, A)
 
 
+def of_estimates(estimate, target):
+    """The error of what a network's answer means, and not of what it says."""
+
+    def of_batch(network, x0, t, noise):
+        x_t = linear(A, S)(x0, t, noise)
+        return np.mean((estimate(x_t, t, network(x_t, t)) - target(x0, noise)) ** 2)
+
+    return of_batch
+
+
 def late(numbers, by):
     return numbers[np.clip(np.arange(200) + by, 0, 199)]
 
@@ -409,8 +419,12 @@ PLANTED = [
             "the target is x_t": loss(linear(A, S)),
             "the target is the noise as it was added, s eps": loss(linear(0 * A, S)),
             FLOW_MATCHING: loss(lambda x0, t, noise: noise - x0),
+            "an error of eps, as denoising-diffusion-pytorch weighs them all": of_estimates(
+                linear(S, A), lambda x0, noise: noise
+            ),
         },
     ),
+    (testing.assert_loss, X0, {"an error of v": loss(lambda x0, t, noise: x0, weights=1 / (1 - ABAR))}),
     (
         testing.assert_loss,
         EPS,
@@ -429,8 +443,13 @@ PLANTED = [
             ),
             "the absolute difference, not its square": loss(size=np.abs, end=lambda each, w: np.mean(each)),
             "Huber's loss, half the square up to 1 and then linear": loss(size=partial(huber, 1.0)),
-            "a sum over the batch, not a mean": loss(end=lambda each, w: len(each) * np.mean(each)),
+            "a sum over the last axis, not a mean": lambda *given: given[1].shape[-1] * loss()(*given),
+            "a sum over the batch or over the last axis, not a mean": loss(
+                end=lambda each, w: np.mean(np.sum(each, axis=-1))
+            ),
             "a sum over all numbers of the batch, not a mean": loss(end=lambda each, w: np.sum(each)),
+            "an error of x_0": of_estimates(of_eps, lambda x0, noise: x0),
+            "an error of v": loss(weights=1 / ABAR),
         },
     ),
     (

@@ -794,6 +794,38 @@ def test_one_number_for_a_batch_does_not_hide_what_counts_little(t_wrong):
     assert f"off by 1 of its largest number at t = {t_wrong}; off by more than 1e-05 at no other t." in said
 
 
+@pytest.mark.parametrize(("shape", "of_batch"), [((8, 3, 4, 8), True), ((6, 3, 4, 8), False)])
+def test_a_sum_over_the_batch_is_told_from_one_over_the_last_axis_where_it_can_be(shape, of_batch):
+    def summed(axis, network, x0, t, noise):
+        return np.mean(np.sum((network(EPS.q_sample(x0, t, noise), t) - noise) ** 2, axis=axis))
+
+    for axis, over in [(0, "the batch"), (-1, "the last axis")]:
+        both = "the batch or over the last axis" if of_batch else over
+        said = refusal(testing.assert_loss, partial(summed, axis), EPS, shape=shape)
+        assert said.endswith(f"It is what comes of this: a sum over {both}, not a mean."), said
+
+
+@pytest.mark.parametrize(
+    ("process", "weights", "what"),
+    [
+        (EPS, 1 / SNR, "an error of x_0"),
+        (EPS, (SNR + 1) / SNR, "an error of v"),
+        (X0, SNR, "an error of eps, as denoising-diffusion-pytorch weighs them all"),
+        (X0, SNR + 1, "an error of v"),
+        (V, 1 / (SNR + 1), "an error of x_0"),
+        (V, SNR / (SNR + 1), "an error of eps, as denoising-diffusion-pytorch weighs them all"),
+    ],
+)
+def test_the_error_of_another_prediction_is_named(process, weights, what):
+    def wrong(network, x0, t, noise):
+        output = network(process.q_sample(x0, t, noise), t)
+        squares = np.mean((output - process.training_target(x0, t, noise)) ** 2, axis=(1, 2, 3))
+        return np.mean(weights[t] * squares)
+
+    said = refusal(testing.assert_loss, wrong, process)
+    assert said.endswith(f"It is what comes of this: {what}."), said
+
+
 @pytest.mark.parametrize("end", [lambda d: np.mean(d**2), lambda d: np.mean(d**2, axis=1)])
 @pytest.mark.parametrize("shape", [(8, 1), (8, 1, 1, 1)])
 def test_answers_held_against_all_targets_are_named(shape, end):

@@ -29,6 +29,7 @@ from tinydiff.testing._judge import Claim, distance, linear, moved_in_time
 __all__ = ["assert_loss"]
 
 SIGNATURE = "network, x0, t, noise"
+OF_LAST = "a sum over the last axis, not a mean"
 
 
 def assert_loss(
@@ -96,9 +97,13 @@ def assert_loss(
 
     # In the mean of many t what counts little is lost: at one time each first; then mixed, for the columns.
     alike = _batches(diffusion, shape, np.repeat(np.arange(diffusion.T)[:, None], shape[0], axis=1), rng)
+    of_batch = "a sum over the batch, not a mean"
+    if shape[0] == shape[-1]:  # one factor
+        of_batch = "a sum over the batch or over the last axis, not a mean"
+        del mistakes[OF_LAST]
     mistakes = {what: to_one(mistake) for what, mistake in mistakes.items()} | {
         "the root of the batch's mean": to_one(ours, lambda numbers: np.sqrt(np.mean(numbers))),
-        "a sum over the batch, not a mean": to_one(ours, np.sum),
+        of_batch: to_one(ours, np.sum),
         "a sum over all numbers of the batch, not a mean": to_one(
             ours, lambda numbers: math.prod(shape[1:]) * np.sum(numbers)
         ),
@@ -208,6 +213,7 @@ def _ours_and_mistakes(
         "a sum over the numbers of a sample, as Ho et al. write it, not a mean": built(
             reduce=lambda numbers: np.sum(numbers, axis=axes)
         ),
+        OF_LAST: built(weights=C * right),
         "half of it": built(weights=right / 2),
         "the root of it": lambda *given: np.sqrt(ours(*given)),
         "the absolute difference, not its square": built(size=np.abs),
@@ -244,18 +250,29 @@ def _wrong_weights(diffusion: GaussianDiffusion, gamma: float | None) -> dict[st
     def weights_of(gamma: float, prediction: Prediction = diffusion.prediction) -> np.ndarray:
         return min_snr_weight(GaussianDiffusion(schedule, prediction), every, gamma)
 
+    def squares(snr: np.ndarray = snr) -> dict[str, np.ndarray]:
+        """How large the square of each error is, if that of x_0 is 1."""
+        return {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1}
+
     if gamma is None:
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             debiased = 1 / np.sqrt(np.minimum(snr, 1000.0))
-        return {
+            errors = {of: size / squares()[diffusion.prediction] for of, size in squares().items()}
+        weights = {
             "Min-SNR weights with gamma 5, which min_snr_gamma=5 expects": weights_of(5.0),
             "the weights of P2 with k = 1 and gamma = 1, 1 / (1 + snr)": 1 / (1 + snr),
             "the weights of a debiased estimate, 1 / sqrt(snr) with snr at most 1000": debiased,
+            "an error of x_0": errors["x0"],
+            "an error of eps, as denoising-diffusion-pytorch weighs them all": errors["eps"],
+            "an error of v": errors["v"],
         }
+        if diffusion.prediction == "v":  # P2 weighs errors of eps; of v this is an error of x_0
+            del weights["the weights of P2 with k = 1 and gamma = 1, 1 / (1 + snr)"]
+        return weights
 
     def by(snr: np.ndarray = snr, cap: Function = np.minimum) -> np.ndarray:
         """The weights from their parts."""
-        return cap(snr, gamma) / {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1}[diffusion.prediction]
+        return cap(snr, gamma) / squares(snr)[diffusion.prediction]
 
     right, of_eps = weights_of(gamma), weights_of(gamma, "eps")
     with np.errstate(divide="ignore", invalid="ignore"):
