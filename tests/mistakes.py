@@ -688,7 +688,8 @@ def ancestral(mean=eq_11, deviation=lambda beta, small: np.sqrt(beta), learned=N
     """Ho et al. 2020, algorithm 2, with fixed_large; or with what a network says of the variance."""
 
     def sampler(denoise, x, tau, noise):
-        abar, before = ABAR[tau], np.append(1.0, ABAR[tau[:-1]])
+        abar = np.cumprod(1 - BETAS[tau]) if mistake == "betas[tau]" else ABAR[tau]
+        before = np.append(1.0, abar[:-1])
         beta = 1 - abar / before
         small = beta * (1 - before) / (1 - abar)
         last = int(mistake == "range(1, T)")
@@ -698,7 +699,7 @@ def ancestral(mean=eq_11, deviation=lambda beta, small: np.sqrt(beta), learned=N
             high = BETAS[tau[i]] if mistake == "long" else beta[i]
             sd = np.sqrt(learned(nu, small[max(i, 1)], high)) if learned else deviation(high, small[i])
             x = mean(x, eps, beta[i], abar[i])
-            x = x + (sd * noise() if i > last or mistake == "at the end" else 0.0)
+            x = x + (sd * noise() if i > (last or mistake == "i > 1") or mistake == "at the end" else 0.0)
             x = np.clip(x, -1, 1) if mistake == "clipped" else x
         return x
 
@@ -848,6 +849,9 @@ SIGMAS = np.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 18) ** 7  # Karras et al. 
 LEVELS = 1 / (1 + SIGMAS**2)
 KARRAS = td.GaussianDiffusion(td.NoiseSchedule(1 - LEVELS / np.append(1, LEVELS[:-1])), "x0")
 HALF = dict(eta=0.5)
+STARTS_AS_EDM = (
+    "it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T; the first is another convention, EDM's"
+)
 OF_OUTPUTS = "the correction of the output, not of x_0 (E.22; where that is eps, DPM-Solver without ++)"
 WALKS = [
     (
@@ -856,6 +860,7 @@ WALKS = [
         {},
         {
             "noise at the last step (E.9)": ancestral(mistake="at the end"),
+            "no noise in the last two steps": ancestral(mistake="i > 1"),
             "the last step is left out, and the one before it adds no noise": ancestral(
                 mistake="range(1, T)"
             ),
@@ -866,6 +871,9 @@ WALKS = [
             "no noise": ancestral(deviation=lambda beta, small: 0.0),
             "the variance of the long chain (E.8)": ancestral(mistake="long"),
             "the whole step of the long chain (E.8)": whole_step_of_the_long_chain,
+            "a chain of betas[timesteps], without the betas between them (E.8)": ancestral(
+                mistake="betas[tau]"
+            ),
             "the state clipped after each step": ancestral(mistake="clipped"),
             "the variance fixed_small": ancestral(deviation=lambda beta, small: np.sqrt(small)),
             **{what: ancestral(mean) for what, mean in MEANS.items()},
@@ -937,6 +945,9 @@ WALKS = [
         "ddim",
         {},
         {
+            "x_0 is clipped, and eps is of the one that is not, which is diffusers' default": ddim(
+                "clipped x_0"
+            ),
             "1 - sqrt(abar) in front of eps": ddim(of_eps=lambda a2, b2, sd: 1 - np.sqrt(b2)),
             "sqrt(abar) of now, not of the next state, in front of x_0": ddim(
                 of_x0=lambda a2, b2: np.sqrt(a2)
@@ -957,7 +968,9 @@ WALKS = [
         "ddim",
         dict(clip=True),
         {
-            "eps of an x_0 that is not clipped": ddim("clipped x_0"),
+            "eps of an x_0 that is not clipped (diffusers, unless use_clipped_model_output=True)": ddim(
+                "clipped x_0"
+            ),
             "the state clipped after each step": ddim("clipped state"),
             "the estimate of x_0 is not clipped": ddim(),
         },
@@ -1024,9 +1037,7 @@ WALKS = [
         dict(steps=[9, 50, 120, 150]),
         {
             "the network is shown x / a, a state that is not scaled down": karras(shown=lambda sigma: 1.0),
-            "it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T": karras(
-                start=lambda sigma: sigma
-            ),
+            STARTS_AS_EDM: karras(start=lambda sigma: sigma),
             "it starts from x_T as it is, and not from sqrt(1 + sigma_T^2) x_T": karras(
                 start=lambda sigma: 1.0
             ),
@@ -1036,11 +1047,7 @@ WALKS = [
         KARRAS,
         "edm",
         dict(steps=None),
-        {
-            "it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T": karras(
-                start=lambda sigma: sigma, sigmas=SIGMAS
-            )
-        },
+        {STARTS_AS_EDM: karras(start=lambda sigma: sigma, sigmas=SIGMAS)},
     ),
     (
         EPS,

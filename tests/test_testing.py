@@ -659,6 +659,14 @@ def test_where_a_sampler_first_goes_astray_is_said():
     assert "Call 1 of the network is at t = 160; expected 199" in said
     said = refusal(testing.assert_sampler, ancestral(), LARGE, "ddim", tau)
     assert "noise() is called 4 times; expected 0." in said
+
+    def masked(denoise, x, tau, noise, factor=1.001):
+        return factor * ddim()(denoise, x, tau, noise) + sum(0 * noise() for _ in tau)
+
+    testing.assert_sampler(partial(masked, factor=1), EPS, "ddim", tau)
+    said = refusal(testing.assert_sampler, masked, EPS, "ddim", tau)
+    assert "noise() is called 5 times; expected 0." in said
+    assert said.endswith(" Noise that is drawn and then multiplied by 0 is no mistake.")
     each = refusal(testing.assert_sampler, lambda denoise, x, *_: denoise(x, np.arange(4)), EPS, "ddim", tau)
     assert "shown t = [0 1 2 3]; expected one time for all of a batch" in each
     said = refusal(testing.assert_sampler, ddim(), V, "ddim", tau)  # eps, where the network says v
@@ -720,7 +728,11 @@ def test_an_error_of_ones_own_says_how_it_was_called():
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda denoise, x: denoise(x, 0.5), "a whole number, 0 … 199 (in a time of your own: lambda x, u:"),
+        (
+            lambda denoise, x: denoise(x, 0.5),
+            "a whole number, 0 … 199 (in a time of your own: lambda x, u: denoise(x, 200 * u), say; of sigm",
+        ),
+        (lambda denoise, x: denoise(x, 146.42), "t = 146.42; expected a whole number, 0 … 199 (of sigmas be"),
         (lambda denoise, x: denoise(x, np.zeros(3)), "x of shape (4, 3, 4, 4) and t of shape (3,)"),
         (lambda denoise, x: denoise(x, np.zeros(1)), "x of shape (4, 3, 4, 4) and t of shape (1,)"),
         (lambda denoise, x: denoise(x, None), "the t that the network is shown is a NoneType"),

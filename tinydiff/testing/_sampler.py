@@ -10,6 +10,7 @@ import numpy as np
 from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.mixture import GaussianMixture
 from tinydiff.samplers import SAMPLERS, iterate_samples, respaced
+from tinydiff.schedules import NoiseSchedule
 from tinydiff.testing._asked import (
     Function,
     answered,
@@ -118,6 +119,8 @@ def assert_sampler(
         calls += f" noise() is called {your_noise.drawn} times; expected {our_noise.drawn}."
     small = worst < 1e-2 or single(worst, came)
     unknown = f" Nor is it another of {', '.join(SAMPLERS)}.{FLOAT32 if as_often and small else ''}"
+    if your_noise.drawn > our_noise.drawn:
+        unknown += " Noise that is drawn and then multiplied by 0 is no mistake."
     if worst <= tolerance:
         where, unknown = "by another way", ""
     raise AssertionError(
@@ -170,6 +173,11 @@ def _mistakes(
         """The network is shown, at t, times[t]."""
         return lambda network: ours(lambda x, t: network(x, times[t]))
 
+    def of_their_betas(network: Function) -> np.ndarray:
+        schedule = NoiseSchedule(diffusion.schedule.betas[timesteps])
+        process = GaussianDiffusion(schedule, diffusion.prediction, diffusion.variance)
+        return _ours(process, name, every[: walk.T], eta, clip, x_T)(lambda x, t: network(x, timesteps[t]))
+
     def stepping(step: Step) -> Function:
         return lambda network: walked(step, network, x_T, timesteps, _Noise())
 
@@ -198,6 +206,7 @@ def _mistakes(
         "the first step is left out": changed(steps=timesteps[:-1]),
         "the last step is left out, or leads to abar of the first time": changed(left_out=1),
         "the same noise in every step": changed(rng=_Noise(again=True)),
+        "a chain of betas[timesteps], without the betas between them (E.8)": of_their_betas,
         **{
             f"the sampler is {other}": changed(name=other, eta=eta if other == "ddim" else 0.0)
             for other in SAMPLERS
@@ -205,7 +214,8 @@ def _mistakes(
         **{what: stepping(step) for what, step in steps.items()},
     }
     if 1 - s_T > tolerance:  # else what is right comes near it
-        mistakes["it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T"] = changed(x_T=s_T * x_T)
+        start = "it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T"
+        mistakes[f"{start}; the first is another convention, EDM's"] = changed(x_T=s_T * x_T)
     if diffusion.variance == "learned_range":
         mistakes["nu comes first, the prediction after it"] = lambda network: ours(
             lambda x, t: np.roll(network(x, t), x.shape[-1], axis=-1)
@@ -243,8 +253,8 @@ class _Network:
         if now % 1 or not 0 <= now < T:
             why = "E.13; or E.14, in bfloat16" if now == in_bfloat16(T - 1) else "E.13"
             if now % 1:
-                own = f"in a time of your own: lambda x, u: denoise(x, {T} * u), say"
-                why = f"{own}; of sigmas between a chain's make a NoiseSchedule"
+                own = f"in a time of your own: lambda x, u: denoise(x, {T} * u), say; " if now <= 1 else ""
+                why = f"{own}of sigmas between a chain's make a NoiseSchedule"
             raise AssertionError(
                 f"the network is shown t = {now}; expected a whole number, 0 … {T - 1} ({why})."
             )

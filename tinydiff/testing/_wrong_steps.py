@@ -70,12 +70,15 @@ def _ancestral(
 
     right = step()
 
-    def stopped(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
-        return right(i, x, output, z if i > 1 else 0 * z, ask) if i else x
+    def quiet(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
+        return right(i, x, output, z if i > 1 else 0 * z, ask)
 
     steps = {
         "noise at the last step (E.9)": step(at_the_end=True),
-        "the last step is left out, and the one before it adds no noise": stopped,
+        "no noise in the last two steps": quiet,
+        "the last step is left out, and the one before it adds no noise": lambda i, x, *given: (
+            quiet(i, x, *given) if i else x
+        ),
         "the variance as a standard deviation (E.10)": step(power=1.0),
         "the fourth root of the variance as a standard deviation": step(power=0.25),
         "no noise": step(variance=lambda *_: np.zeros(())),
@@ -108,6 +111,7 @@ def _ddim(
         variance: np.ndarray | None = None,
         of_x0: np.ndarray | None = None,
         of_eps: np.ndarray | None = None,
+        clip: bool = clip,
         eps_unclipped: bool = False,
     ) -> Step:
         if variance is None:
@@ -154,8 +158,15 @@ def _ddim(
         "1 - sqrt(abar) in front of eps": step(of_eps=1 - np.sqrt(1 - after)),
         "sqrt(abar) of now, not of the next state, in front of x_0": step(of_x0=np.sqrt(1 - now)),
         "abar in front of x_0, without its root": step(of_x0=1 - after),
-        "eps of an x_0 that is not clipped": step(eps_unclipped=True),
     }
+    if clip:
+        steps["eps of an x_0 that is not clipped (diffusers, unless use_clipped_model_output=True)"] = step(
+            eps_unclipped=True
+        )
+    else:
+        steps["x_0 is clipped, and eps is of the one that is not, which is diffusers' default"] = step(
+            clip=True, eps_unclipped=True
+        )
     if eta > 0:  # else it is 0, and eps is left out
         steps["sigma_t in front of eps, not the root of 1 - abar - sigma_t^2"] = step(of_eps=sigma)
     return steps
