@@ -861,6 +861,9 @@ WALKS = [
         {
             "noise at the last step (E.9)": ancestral(mistake="at the end"),
             "no noise in the last two steps": ancestral(mistake="i > 1"),
+            "one noise for all of the batch": lambda denoise, x, tau, noise: ancestral()(
+                denoise, x, tau, lambda: noise(x[:1])
+            ),
             "the last step is left out, and the one before it adds no noise": ancestral(
                 mistake="range(1, T)"
             ),

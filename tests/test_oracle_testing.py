@@ -18,7 +18,7 @@ def assert_walk(scheduler, process, name, monkeypatch, steps=20, clip=False, **o
 
     def sampler(denoise, x, timesteps, noise):
         module = f"diffusers.schedulers.{type(scheduler).__module__.split('.')[-1]}"
-        monkeypatch.setattr(f"{module}.randn_tensor", lambda *args, **kwargs: noise())
+        monkeypatch.setattr(f"{module}.randn_tensor", noise)
         for t in scheduler.timesteps:
             x = scheduler.step(denoise(x, t), t, x, **options).prev_sample
         return x
@@ -52,6 +52,34 @@ def test_a_tensor_may_have_a_gradient():
 
     testing.assert_schedule(abar, schedule)
     testing.assert_q_sample(q_sample, schedule, asarray=torch.as_tensor)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        (lambda x: torch.randn_like(x), None),
+        (lambda x: torch.randn_like(x, dtype=torch.float64), None),
+        (lambda x: torch.randn(x.shape, dtype=x.dtype), None),
+        (lambda x: torch.randn(*x.shape), None),
+        (lambda x: torch.randn_like(x[:1]), "one noise for all of the batch"),
+        (lambda x: torch.randn(1), r"noise\(\) is asked for shape \(1,\); expected \(4, 3, 4, 4\)."),
+    ],
+)
+def test_noise_stands_for_that_of_torch(drawn, said, monkeypatch):
+    process = td.GaussianDiffusion(td.linear_schedule(20), "x0", "fixed_large")
+
+    def sampler(denoise, x, timesteps, noise):
+        monkeypatch.setattr("torch.randn_like", noise)
+        monkeypatch.setattr("torch.randn", noise)
+        for t in timesteps[::-1]:
+            mean, variance = process.p_mean_variance(x.numpy(), t, denoise(x, t).numpy())
+            x = torch.as_tensor(mean) + (torch.as_tensor(variance).sqrt() * drawn(x) if t else 0)
+        return x
+
+    if said is None:
+        return testing.assert_sampler(sampler, process, asarray=torch.as_tensor)
+    with pytest.raises(AssertionError, match=said):
+        testing.assert_sampler(sampler, process, asarray=torch.as_tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

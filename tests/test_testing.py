@@ -744,6 +744,8 @@ def test_an_error_of_ones_own_says_how_it_was_called():
         (lambda denoise, x: denoise(1e200 * x, 0), "arrives at no finite numbers"),
         (lambda denoise, x: (x, [x]), "what sampler returned is a tuple ("),
         (lambda denoise, x: denoise(x, 0, y=None), "noise() is called 0 times; expected 4."),
+        (lambda denoise, x: denoise(x, timestep=199), "noise() is called 0 times; expected 4."),
+        (lambda denoise, x: denoise(x=x, t=199), "noise() is called 0 times; expected 4."),
     ],
 )
 def test_what_is_no_walk_is_said(ask, said):
@@ -791,7 +793,8 @@ def test_a_network_in_a_loss_may_be_asked_twice_and_told_more():
         x0 *= 0
         first = network(x_t, t)
         first *= 0
-        return np.mean((network(x_t, t, x_self_cond=first, return_dict=False)[0] - noise) ** 2)
+        again = network(x_t, timestep=t, x_self_cond=first, return_dict=False)[0]
+        return np.mean((again - noise) ** 2)
 
     testing.assert_loss(self_conditioned, EPS)
     testing.assert_loss(self_conditioned, EPS, shape=(1, 5))
@@ -928,6 +931,43 @@ def test_a_loss_in_float32_passes():
         return np.mean((network(x_t, t).astype(np.float32) - noise) ** 2)
 
     testing.assert_loss(loss, td.GaussianDiffusion(td.linear_schedule()))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda noise, x: noise(),
+        lambda noise, x: noise(x),
+        lambda noise, x: noise(x, dtype=x.dtype),
+        lambda noise, x: noise(*x.shape),
+        lambda noise, x: noise(x.shape, generator=None),
+        lambda noise, x: noise(size=x.shape),
+        lambda noise, x: noise(np.zeros(2, np.uint32), x.shape),  # a key, as JAX has it
+        lambda noise, x: noise(np.zeros(2, np.uint32), shape=list(x.shape)),
+        lambda noise, x: noise(np.zeros(2, np.uint32)),
+        lambda noise, x: noise(x[:, :, :2], None).astype(float),  # what is no shape, is ignored
+        lambda noise, x: noise(len(x), x[0].size).reshape(x.shape),
+        lambda noise, x: noise(np.concat([x, x]))[len(x) :],
+    ],
+)
+def test_noise_may_be_asked_for_as_libraries_are(ask):
+    def sampler(denoise, x, tau, noise):
+        return ancestral()(denoise, x, tau, lambda: ask(noise, x))
+
+    testing.assert_sampler(sampler, LARGE, steps=7)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4, 1, 4, 4), (4, 3, 1, 1), (4, 4), (1,), (4, 1, 1, 1), (4, 3, 4, 1)], ids=str
+)
+def test_noise_of_a_smaller_shape_is_seen(sizes):
+    """Which broadcasts."""
+
+    def sampler(denoise, x, tau, noise):
+        return ancestral()(denoise, x, tau, lambda: noise(sizes))
+
+    said = refusal(testing.assert_sampler, sampler, LARGE, steps=7)
+    assert f" noise() is asked for shape {sizes}; expected (4, 3, 4, 4)." in said and "None of the" in said
 
 
 def test_mistakes_that_cannot_be_made_are_left_out():

@@ -14,7 +14,8 @@ from tinydiff.diffusion import GaussianDiffusion
 __all__ = [
     "SHAPE",
     "Function",
-    "answered",
+    "answering",
+    "asked_shape",
     "asked_up_to",
     "called",
     "check_shape",
@@ -80,9 +81,27 @@ def called(function: Function, signature: str, *given: Any) -> Any:
         raise
 
 
-def answered(output: Any, how: dict[str, Any]) -> Any:
-    """A network's answer in the form asked for: with diffusers' ``return_dict=False`` in a tuple."""
-    return (output,) if how.get("return_dict") is False else output
+def answering(answer: Function) -> Function:
+    """A network that says ``answer(x, t)``, and may be called as diffusers' are; the rest is ignored."""
+
+    def network(
+        x: Any, t: Any = None, *_: Any, timestep: Any = None, return_dict: Any = True, **__: Any
+    ) -> Any:
+        output = answer(x, timestep if t is None else t)
+        return (output,) if return_dict is False else output
+
+    return network
+
+
+def asked_shape(given: tuple[Any, ...], how: dict[str, Any]) -> tuple[int, ...] | None:
+    """Of what shape these ask numbers, as arguments of `randn_like` or `randn`; None if they do not say."""
+    for sizes in (*given, how.get("size"), how.get("shape")):
+        if isinstance(sizes, (tuple, list)):
+            return tuple(sizes)
+    if given and all(isinstance(n, int) for n in given):
+        return given
+    like: Any = given[0] if len(given) == 1 else None  # and no key, which is of integers
+    return tuple(like.shape) if "float" in str(getattr(like, "dtype", "")) else None
 
 
 def on_host(name: str, result: Any) -> np.ndarray:

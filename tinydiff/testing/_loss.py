@@ -13,7 +13,7 @@ from tinydiff.losses import min_snr_weight
 from tinydiff.testing._asked import (
     SHAPE,
     Function,
-    answered,
+    answering,
     called,
     check_shape,
     check_tolerance,
@@ -49,8 +49,8 @@ def assert_loss(
     loss : callable
         Takes ``network(x_t, t)``, x0 and noise of `shape` and t (N,), 0 … T-1. Returns the squared error's
         mean over the numbers of each sample, (N,), or the mean of these, one number. The network is a
-        function of x_t and t, by position, and returns an array (of one, with ``return_dict=False``); further
-        arguments are ignored.
+        function of x_t and t, or ``timestep``, and returns an array (of one, with ``return_dict=False``);
+        further arguments are ignored.
     diffusion : GaussianDiffusion
         Its ``prediction`` says what the answer is held against. Of the half of the answer that is a learned
         variance L_simple says nothing.
@@ -122,13 +122,13 @@ def _of_arrays(loss: Function, diffusion: GaussianDiffusion, asarray: Function, 
         right_t, answer, asked = on_host("t", t), on_host("output", output), []
         x_t = diffusion.q_sample(on_host("x0", x0), right_t, on_host("noise", noise))
 
-        def network(x: Any, t: Any, *_: Any, **how: Any) -> Any:
+        def network(x: Any, t: Any) -> Any:
             asked.append(t)
             _check_x(on_host("the x that the network is shown", x), x_t, right_t, tolerance)
             _check_t(on_host("the t that the network is shown", t), right_t, diffusion.T)
-            return answered(asarray(answer.copy()), how)
+            return asarray(answer.copy())
 
-        value = on_host("loss", loss(network, x0, t, noise))
+        value = on_host("loss", loss(answering(network), x0, t, noise))
         if not asked:
             raise AssertionError("loss does not ask the network.")
         return value

@@ -13,7 +13,8 @@ from tinydiff.samplers import SAMPLERS, iterate_samples, respaced
 from tinydiff.schedules import NoiseSchedule
 from tinydiff.testing._asked import (
     Function,
-    answered,
+    answering,
+    asked_shape,
     called,
     check_shape,
     check_tolerance,
@@ -52,8 +53,9 @@ def assert_sampler(
     sampler : callable
         Takes ``denoise(x, t)``, with t an integer or (N,), which returns an array (of one, with
         ``return_dict=False``); x_T of `shape`; the times to walk through, an increasing array of int64, in
-        NumPy; and ``noise()``, which returns the next standard normal numbers of `shape`. Returns the
-        samples. Further arguments of ``denoise`` and ``noise`` are ignored.
+        NumPy; and ``noise()``, which returns the next standard normal numbers of `shape`, or of that of
+        ``noise(like)`` or ``noise(sizes)``. Returns the samples. Further arguments of ``denoise`` and
+        ``noise`` are ignored.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what `denoise` returns.
     name, steps, eta, clip
@@ -78,15 +80,20 @@ def assert_sampler(
     _, timesteps = respaced(diffusion, steps)
     x_T = np.random.default_rng(0).standard_normal(shape)
     expected, asked = _Network(diffusion), _Network(diffusion)
-    our_noise, your_noise = _Noise(), _Noise()
+    our_noise, your_noise, of_shapes = _Noise(), _Noise(), []
+
+    def noise(*like: Any, **how: Any) -> Any:
+        of_shapes.append(asked_shape(like, how) or shape)
+        return asarray(np.resize(your_noise.standard_normal(shape), of_shapes[-1]))
+
     right = _ours(diffusion, name, timesteps, eta, clip, x_T)(expected, our_noise)
     result = called(
         sampler,
         "sampler(denoise, x_T, timesteps, noise)",
-        lambda x, t, *_, **how: answered(asarray(laid_out(diffusion, axis, asked(x, t))), how),
+        answering(lambda x, t: asarray(laid_out(diffusion, axis, asked(x, t)))),
         asarray(x_T.copy()),
         timesteps.copy(),
-        lambda *_, **__: asarray(your_noise.standard_normal(shape)),
+        noise,
     )
     came = on_host("what sampler returned", result)
     if came.shape != shape:
@@ -117,6 +124,8 @@ def assert_sampler(
     calls = _first_difference(asked.calls, expected.calls, tolerance)
     if your_noise.drawn != our_noise.drawn:
         calls += f" noise() is called {your_noise.drawn} times; expected {our_noise.drawn}."
+    if {*of_shapes} - {shape}:
+        calls += f" noise() is asked for shape {max({*of_shapes} - {shape})}; expected {shape}."
     small = worst < 1e-2 or single(worst, came)
     unknown = f" Nor is it another of {', '.join(SAMPLERS)}.{FLOAT32 if as_often and small else ''}"
     if your_noise.drawn > our_noise.drawn:

@@ -76,6 +76,7 @@ def _ancestral(
     steps = {
         "noise at the last step (E.9)": step(at_the_end=True),
         "no noise in the last two steps": quiet,
+        "one noise for all of the batch": lambda i, x, output, z, ask: right(i, x, output, z[:1], ask),
         "the last step is left out, and the one before it adds no noise": lambda i, x, *given: (
             quiet(i, x, *given) if i else x
         ),
