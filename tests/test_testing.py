@@ -342,17 +342,56 @@ def test_any_positive_gamma_will_do_and_a_refusal_says_that_there_is_one(gamma):
     assert "weighed" not in refusal(testing.assert_loss, lambda *given: 3 * right(*given), process)
 
 
-def test_functions_may_write_into_what_they_are_given():
+@pytest.mark.parametrize(
+    ("check", "yours", "against", "arguments"),
+    [
+        (testing.assert_q_sample, EPS.q_sample, LINEAR, "x0, t, noise"),
+        (testing.assert_training_target, V.training_target, V, "x0, t, noise"),
+        (testing.assert_predict_x0, EPS.predict_x0, EPS, "x_t, t, output"),
+        (testing.assert_q_posterior, EPS.q_posterior_mean_variance, LINEAR, "x0, x_t, t"),
+        (testing.assert_p_mean_variance, EPS.p_mean_variance, EPS, "x_t, t, output"),
+        (testing.assert_bound_terms, terms_of(EPS), EPS, "x0, x_t, t, output"),
+        (testing.assert_bound_terms, terms_of(LARGE), LARGE, "x0, x_t, t, output"),
+        (testing.assert_loss, simple_loss_of(EPS), EPS, "network, x0, t, noise"),
+        (
+            testing.assert_loss,
+            lambda *given: np.mean(simple_loss_of(EPS)(*given)),
+            EPS,
+            "network, x0, t, noise",
+        ),
+    ],
+)
+def test_what_is_written_into_is_said(check, yours, against, arguments):
+    for place, name in enumerate(arguments.split(", ")):
+
+        def writing(*given, place=place):
+            result = yours(*given)
+            given[place][:1] *= 0
+            return result
+
+        if name == "output":  # which is its own
+            check(writing, against)
+        elif name != "network":
+            said = refusal(check, writing, against)
+            assert f"returns what it should, but writes into {name}, which others may still need: exp" in said
+
+
+def test_functions_that_write_into_what_they_are_given_are_asked_all_the_same():
     def q_sample(x0, t, noise, power=0.5):
         x0 *= column(np.sqrt(ABAR[t]))
         noise *= column(1 - ABAR[t]) ** power
         x0 += noise
         return x0
 
-    testing.assert_q_sample(q_sample, LINEAR)
+    assert refusal(testing.assert_q_sample, q_sample, LINEAR).startswith(
+        "q_sample returns what it should, but writes into noise and x0, which others may still need: expected"
+    )
+    testing.assert_q_sample(lambda x0, t, noise: q_sample(x0.copy(), t, noise.copy()), LINEAR)
     said = refusal(testing.assert_q_sample, lambda *given: q_sample(*given, power=1), LINEAR)
-    assert "1 - abar_t in front of the noise" in said
+    assert "1 - abar_t in front of the noise" in said and "It writes into noise and x0, which others" in said
 
+
+def test_a_sampler_may_write_into_what_it_is_given():
     def sampler(denoise, x, tau, noise, last=1.0):
         for i in reversed(range(len(tau))):
             eps = denoise(x, tau[i])
@@ -786,11 +825,10 @@ def test_what_is_no_loss_is_said(loss, said):
 
 
 def test_a_network_in_a_loss_may_be_asked_twice_and_told_more():
-    """For an estimate of x_0 that it is then shown; and what the loss writes in is its own."""
+    """For an estimate of x_0 that it is then shown; and what it said is the loss's own, to write in."""
 
     def self_conditioned(network, x0, t, noise):
         x_t = EPS.q_sample(x0, t, noise)
-        x0 *= 0
         first = network(x_t, t)
         first *= 0
         again = network(x_t, timestep=t, x_self_cond=first, return_dict=False)[0]

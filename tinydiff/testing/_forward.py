@@ -40,8 +40,8 @@ def assert_q_sample(
     Raises
     ------
     AssertionError
-        If it is something else. The message says how far off and at which t, and names the mistake that gives
-        just this, if it is one of those known here.
+        If it is something else, or writes into what it is given, other than a network's output. The message
+        says how far off and at which t, and names the mistake that gives just this, if it is known here.
     TypeError, ValueError
         If `schedule`, `shape` or `tolerance` is not as said above.
     """

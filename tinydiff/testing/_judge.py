@@ -99,8 +99,12 @@ class Claim:
         every = [*batches, *further]
         t = np.concatenate([x for batch in every for x in batch if x.dtype.kind == "i"])
         answers = [_parts(self.ours(*batch)) for batch in every]
-        came = _end_to_end(self._asked(yours, *pair, asarray) for pair in zip(every, answers, strict=True))
+        written: set[str] = set()
+        came = _end_to_end(
+            self._asked(yours, *pair, asarray, written) for pair in zip(every, answers, strict=True)
+        )
         right = _end_to_end(answers)
+        into = f"writes into {' and '.join(sorted(written))}, which others may still need"
         compared = [(t > 0) | (name not in self.free_at_0) for name in self.results]
 
         def apart(other: list[np.ndarray]) -> list[np.ndarray]:
@@ -109,7 +113,9 @@ class Claim:
 
         wrong = np.stack(apart(right))
         if np.max(wrong) <= tolerance:
-            return None
+            if not written:
+                return None
+            return 0.0, f"{self.name} returns what it should, but {into}: expected to leave what it is given."
         asked_first = sum(len(batch[0]) for batch in batches)
         if np.max(wrong[:, :asked_first]) > tolerance:
             t, wrong = t[:asked_first], wrong[:, :asked_first]
@@ -130,7 +136,7 @@ class Claim:
         unknown = FLOAT32 if few or single(worst, came[k]) else ""
         return worst, (
             f"{self._called(k)} is {size} at t = {t[np.argmax(wrong[k])]}; off by more than "
-            f"{tolerance:.3g} at {where}. Expected {self.expected}.\n"
+            f"{tolerance:.3g} at {where}. Expected {self.expected}.{f' It {into}.' if written else ''}\n"
             f"{named(distances, worst, tolerance, unknown)}"
         )
 
@@ -138,16 +144,29 @@ class Claim:
         return f"the {self.results[k]} of {self.name}" if len(self.results) > 1 else self.name
 
     def _asked(
-        self, yours: Function, batch: tuple[np.ndarray, ...], right: tuple[np.ndarray, ...], asarray: Function
+        self,
+        yours: Function,
+        batch: tuple[np.ndarray, ...],
+        right: tuple[np.ndarray, ...],
+        asarray: Function,
+        written: set[str],
     ) -> list[np.ndarray]:
-        """What yours gives of a batch, each checked to have the shape of ours."""
+        """What yours gives of a batch, each checked to have the shape of ours.
+
+        What it writes into is added to `written`; a network's output is its own.
+        """
         shown = [asarray(x.copy()) for x in self.shown(*batch)]  # a copy: yours may write into it
+        to_keep = [name for name in self.arguments.split(", ") if name not in ("network", "output")]
+        before = [on_host(name, x) for name, x in zip(to_keep, shown, strict=False)]
         result = called(yours, f"{self.name}({self.arguments})", *shown)
         several = isinstance(result, list) and len(right) > 1
         parts = tuple(result) if several else _parts(result)
         if len(parts) != len(right):
             names = f", {' and '.join(self.results)}" if len(right) > 1 else ""
             raise AssertionError(f"{self.name} returned {len(parts)} arrays; expected {len(right)}{names}.")
+        for name, was, x in zip(to_keep, before, shown, strict=False):
+            if not np.array_equal(was, on_host(name, x)):
+                written.add(name)
         N, fitted = len(batch[0]), []
         for k, (expected, part) in enumerate(zip(right, parts, strict=True)):
             part = on_host(self._called(k), part)
