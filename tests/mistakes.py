@@ -632,6 +632,7 @@ TABLES = [
             "betas even in their root, 8.5e-4 to 0.012 ('scaled_linear')": of_betas(
                 np.linspace(0.00085**0.5, 0.012**0.5, 200) ** 2
             ),
+            "betas even in their root, 1e-4 to 0.02": of_betas(np.linspace(1e-4**0.5, 0.02**0.5, 200) ** 2),
             "rescaled to end in noise (Lin et al. 2023)": rescaled(LINEAR),
             "betas from the last to the first": of_betas(BETAS[::-1]),
             "the betas multiplied up, not the alphas": np.cumprod(BETAS),
@@ -640,6 +641,17 @@ TABLES = [
             "1 - alphas_cumprod": 1 - ABAR,
             "alphas, not multiplied up": 1 - BETAS,
             "betas": BETAS,
+        },
+    ),
+    (
+        td.linear_schedule(4000),
+        {
+            "linear betas of linspace(..., T, endpoint=False)": of_betas(
+                np.linspace(2.5e-5, 0.005, 4000, endpoint=False)
+            ),
+            "linear betas of linspace(..., T + 1), without the first": of_betas(
+                np.linspace(2.5e-5, 0.005, 4001)[1:]
+            ),
         },
     ),
     (

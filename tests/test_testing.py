@@ -252,8 +252,16 @@ def test_the_tolerance_of_a_table_and_of_a_sampler_is_what_it_says():
     def table(by):  # in log-SNR
         return 1 / (1 + np.exp(by) * (1 - ABAR) / ABAR)
 
-    testing.assert_schedule(table(0.0099), LINEAR)
-    assert "In float32" not in refusal(testing.assert_schedule, table(0.0101), LINEAR)
+    first, second = np.arange(200) < 100, np.arange(200) >= 100
+    testing.assert_schedule(table(0.0099 * first + 0.00099 * second), LINEAR)
+    testing.assert_schedule(table(0.0099).astype(np.float32), LINEAR)
+    testing.assert_schedule(table(0.0099).astype(np.float32).astype(float), LINEAR)
+    for by in (0.0101 * first, 0.00101 * second, 0.002 * first + 0.00101 * second):
+        said = refusal(testing.assert_schedule, table(by), LINEAR)
+        assert (
+            "In float32" not in said and "by more than 0.01, 0.001 from t = 100 on, at 100 of 200 t" in said
+        )
+    assert "off by 0.00101 at t = 1" in said
     assert "In float32" in refusal(testing.assert_schedule, table(0.03).astype(np.float32), LINEAR)
     assert "In float32" not in refusal(testing.assert_schedule, table(0.06).astype(np.float32), LINEAR)
 
@@ -1034,6 +1042,26 @@ def test_a_network_may_be_asked_twice():
         testing.assert_sampler, lambda d, x, tau, z: 2 * ddim()(twice(d), x, tau, z), EPS, "ddim", 7
     )
     assert "it is the last step that differs" in said
+
+
+@pytest.mark.parametrize("T", [50, 1000, 4000, 10_000])
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_tables_whose_betas_were_float32_pass(kind, T):
+    one, of_f = np.float32(1), np.arange(T + 1, dtype=np.float32) / np.float32(T)
+    f = np.cos((of_f + np.float32(0.008)) / np.float32(1.008) * np.float32(np.pi) / 2) ** 2
+    betas = {
+        "linear": np.linspace(0.1 / T, 20 / T, T, dtype=np.float32),
+        "cosine": np.minimum(1 - f[1:] / f[:-1], np.float32(0.999)),
+    }[kind]
+    schedule = {"linear": td.linear_schedule, "cosine": td.cosine_schedule}[kind](T)
+    assert betas.dtype == np.float32
+    for table in (
+        np.cumprod(1 - betas.astype(float)),
+        np.cumprod((one - betas).astype(float)),
+        np.cumprod(one - betas),
+        np.cumprod(one - betas).astype(float),
+    ):
+        testing.assert_schedule(table, schedule)
 
 
 def test_tables_that_are_none():
