@@ -126,8 +126,9 @@ LEARNED_VARIANCES = {
     ),
     "nu taken for the fraction (nu + 1) / 2": lambda nu, low, high: high**nu * low ** (1 - nu),
     "nu clipped to [0, 1] for the fraction": lambda nu, low, high: np.where(
-        nu > 0, high**nu * low ** (1 - nu), low
+        nu > 1, high, np.where(nu > 0, high**nu * low ** (1 - nu), low)
     ),
+    "nu clipped to [-1, 1]": lambda nu, low, high: right_variance(np.clip(nu, -1, 1), low, high),
     "a sigmoid of nu for the fraction": lambda nu, low, high: (
         high ** (0.5 + np.tanh(nu / 2) / 2) * low ** (0.5 - np.tanh(nu / 2) / 2)
     ),

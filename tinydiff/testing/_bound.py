@@ -28,7 +28,7 @@ from tinydiff.testing._asked import (
     times,
 )
 from tinydiff.testing._judge import Claim, moved_in_time
-from tinydiff.testing._reverse import log_variances
+from tinydiff.testing._reverse import NU, log_variances
 
 __all__ = ["assert_bound_terms"]
 
@@ -77,6 +77,7 @@ def assert_bound_terms(
         x0 = 2 * levels / 255 - 1 if decoder == "8bit" else rng.uniform(-1, 1, shape)
         x_t = diffusion.q_sample(x0, t, rng.standard_normal(shape))
         output = rng.uniform(-1, 1, output_shape(diffusion, shape))
+        output[..., shape[-1] :] = rng.uniform(*NU, output[..., shape[-1] :].shape)
         if diffusion.prediction == "x0":  # elsewhere P(level) is no number, but of our decoder, at t = 0
             near = x0 + s_0 * output[..., : shape[-1]]
             output[..., : shape[-1]] = np.where(column_like(t, x0) == 0, near, output[..., : shape[-1]])

@@ -12,7 +12,11 @@ from tinydiff.schedules import NoiseSchedule
 from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, laid_out, times
 from tinydiff.testing._judge import Claim, linear, moved_in_time
 
-__all__ = ["assert_p_mean_variance", "assert_q_posterior", "log_variances", "means"]
+__all__ = ["NU", "assert_p_mean_variance", "assert_q_posterior", "log_variances", "means"]
+
+# What is asked about, of a learned variance: from one end to beyond the other, for it is not to be clipped;
+# below the lower one what is interpolated outside the logarithm (E.12) would be no variance.
+NU = -1.0, 1.2
 
 
 def assert_q_posterior(
@@ -114,7 +118,7 @@ def assert_p_mean_variance(
     p_mean_variance : callable
         Takes x_t of `shape`, t (N,) and the network's output, and returns the mean and the variance of
         p(x_{t-1} | x_t), as `assert_q_posterior` has it. The output of a learned variance is the prediction,
-        then nu in [-1, 1].
+        then nu, which is not clipped: from -1 to 1.2.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what the output is, and which variance to take.
     clip : bool
@@ -179,7 +183,7 @@ def assert_p_mean_variance(
     rng = np.random.default_rng(0)
     batches = []
     for t in times(asked_up_to(diffusion), shape[0], rng):
-        nu = [rng.uniform(-1, 1, shape)] if learned else []
+        nu = [rng.uniform(*NU, shape)] if learned else []
         batches.append((rng.standard_normal(shape), t, np.concat([rng.standard_normal(shape), *nu], axis=-1)))
     claim = Claim(
         "p_mean_variance",
@@ -244,6 +248,7 @@ def log_variances(diffusion: GaussianDiffusion) -> dict[str, Function]:
         ),
         "nu taken for the fraction (nu + 1) / 2": between(lambda nu: nu),
         "nu clipped to [0, 1] for the fraction": between(lambda nu: np.clip(nu, 0, 1)),
+        "nu clipped to [-1, 1]": between(lambda nu: (np.clip(nu, -1, 1) + 1) / 2),
         "a sigmoid of nu for the fraction": between(lambda nu: 1 / (1 + np.exp(-nu))),
         "nu from beta_t at -1 to beta~_t at 1": between(lambda nu: (1 - nu) / 2),
         "nu taken for the variance's logarithm": lambda x_t, t, output: nu(output),

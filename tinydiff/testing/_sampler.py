@@ -24,6 +24,7 @@ from tinydiff.testing._asked import (
     whole,
 )
 from tinydiff.testing._judge import named, single
+from tinydiff.testing._reverse import NU
 from tinydiff.testing._wrong_steps import Step, walked, wrong_steps
 
 __all__ = ["assert_sampler"]
@@ -239,7 +240,7 @@ def _mistakes(
 class _Network:
     """The best network of data whose numbers are each of one mixture; it remembers what it was asked.
 
-    What it says of a learned variance is not the best, but some nu in [-1, 1].
+    What it says of a learned variance is not the best, but some nu.
     """
 
     def __init__(self, diffusion: GaussianDiffusion) -> None:
@@ -272,8 +273,11 @@ class _Network:
         x = x.astype(np.float64)
         with np.errstate(all="ignore"):  # yours may have gone where numbers overflow
             prediction = self._denoise(x.reshape(-1, 1), np.full(x.size, int(now))).reshape(x.shape)
-        # The best nu for all steps is not that for fewer, where it is beyond its range.
-        return np.concat([prediction, np.sin(2 * x)], axis=-1) if self._learned else prediction
+        if not self._learned:
+            return prediction
+        # The best nu for all steps is not that for fewer, where it is far beyond its range.
+        nu = np.mean(NU) + (NU[1] - NU[0]) / 2 * np.sin(2 * x)
+        return np.concat([prediction, nu], axis=-1)
 
 
 class _Noise:
