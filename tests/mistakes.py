@@ -177,16 +177,20 @@ def by_tanh(z):
     return 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
 
 
-def nll_of_levels(x, mean, p, cdf=by_tanh, closed=None):
+def nll_of_levels(x, mean, p, cdf=by_tanh, closed=(), half=1 / 255):
     """`discretized_gaussian_log_likelihood` of the papers' code."""
 
     def log(P):
         return np.log(np.maximum(P, 1e-12))
 
-    high, low = cdf((x - mean + 1 / 255) / np.sqrt(p)), cdf((x - mean - 1 / 255) / np.sqrt(p))
+    high, low = cdf((x - mean + half) / np.sqrt(p)), cdf((x - mean - half) / np.sqrt(p))
     outer = np.where(np.abs(x) > 0.999, np.sign(x), 0)
-    outer = np.where(outer == closed, 0, outer)
+    outer = np.where(np.isin(outer, closed), 0, outer)
     return -np.where(outer < 0, log(high), np.where(outer > 0, log(1 - low), log(high - low)))
+
+
+def of_exact_levels(**how):
+    return bound_terms(nll=partial(nll_of_levels, cdf=ndtr, **how), variance=LOW)
 
 
 def times_width(x, mean, p):
@@ -204,6 +208,7 @@ def loss(target=lambda x0, t, noise: noise, size=np.square, weights=ONE, end=Non
 
 
 FLOW_MATCHING = "the target is eps - x_0, which is another convention, flow matching's"
+TO_DATA = "the target is x_0 - eps, flow matching's where its t runs from noise to data"
 FLOW_TIMES = S / (A + S)  # where (1 - t) x_0 + t eps has this chain's SNR
 
 
@@ -308,6 +313,7 @@ PLANTED = [
             "the target is x_t": linear(A, S),
             "the target is the noise as it was added, s eps": linear(0 * A, S),
             FLOW_MATCHING: lambda x0, t, noise: noise - x0,
+            TO_DATA: lambda x0, t, noise: x0 - noise,
         },
     ),
     (testing.assert_training_target, EPS, {"the target is v": linear(-S, A)}),
@@ -351,6 +357,7 @@ PLANTED = [
             **moved(posterior(), 2),
             "abar_{t-1} rolled, so that it begins with abar_T (E.7)": posterior_with(np.roll(ABAR, 1)),
             "abar_{t-1} padded with 0, not 1 (E.7)": posterior_with(np.pad(ABAR[:-1], (1, 0))),
+            "abar_{t-1} padded with abar_0, not 1 (E.7)": posterior_with(np.concat([ABAR[:1], ABAR[:-1]])),
             "abar_t in the place of abar_{t-1} (E.7)": posterior_with(ABAR),
             "sqrt(abar_t) for sqrt(abar_{t-1}) in front of x_0": posterior(A * BETAS / (1 - ABAR)),
             "abar_{t-1} in front of x_0, without its root": posterior(BEFORE * BETAS / (1 - ABAR)),
@@ -420,6 +427,7 @@ PLANTED = [
             "the target is x_t": loss(linear(A, S)),
             "the target is the noise as it was added, s eps": loss(linear(0 * A, S)),
             FLOW_MATCHING: loss(lambda x0, t, noise: noise - x0),
+            TO_DATA: loss(lambda x0, t, noise: x0 - noise),
             "an error of eps, as denoising-diffusion-pytorch weighs them all": of_estimates(
                 linear(S, A), lambda x0, noise: noise
             ),
@@ -547,6 +555,9 @@ PLANTED = [
         EPS,
         {
             BY_TANH: bound_terms(nll=nll_of_levels, variance=LOW),
+            "1/256 on both sides of a level, not 1/255": of_exact_levels(half=1 / 256),
+            "1/127.5 on both sides of a level, not 1/255": of_exact_levels(half=2 / 255),
+            "levels 0 and 255 closed at the outer end, like the others": of_exact_levels(closed=(-1, 1)),
             "a density, not the probability of a level; decoder='density' expects it": bound_terms(
                 variance=LOW
             ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -152,6 +153,10 @@ def _ours_and_mistakes(
 
         return mistake
 
+    def levels(**how: Any) -> Function:
+        """The terms, of the probability of a level."""
+        return built(likelihood=partial(_of_levels, Phi=ndtr, least=1e-300, **how))
+
     mistakes = {
         **moved_in_time(ours, schedule.T),
         "a mean over the numbers of a sample, not a sum": scaled(1 / D),
@@ -182,13 +187,16 @@ def _ours_and_mistakes(
         ),
     }
     if decoder == "density":
-        mistakes["the probability of a level, not a density; decoder='8bit' expects it"] = built(
-            likelihood=partial(_of_levels, Phi=ndtr, least=1e-300)
-        )
+        mistakes["the probability of a level, not a density; decoder='8bit' expects it"] = levels()
     else:
-        mistakes["a density, not the probability of a level; decoder='density' expects it"] = built(
-            likelihood=gaussian_nll
-        )
+        mistakes |= {
+            "a density, not the probability of a level; decoder='density' expects it": built(
+                likelihood=gaussian_nll
+            ),
+            "1/256 on both sides of a level, not 1/255": levels(half=1 / 256),
+            "1/127.5 on both sides of a level, not 1/255": levels(half=1 / 127.5),
+            "levels 0 and 255 closed at the outer end, like the others": levels(closed=True),
+        }
     if learned:
         mistakes |= {what: built(log_variance) for what, log_variance in log_variances(diffusion).items()}
     elif diffusion.variance == "fixed_large":
@@ -199,11 +207,18 @@ def _ours_and_mistakes(
 
 
 def _of_levels(
-    x0: np.ndarray, mean: np.ndarray, log_variance: np.ndarray, Phi: Function, least: float
+    x0: np.ndarray,
+    mean: np.ndarray,
+    log_variance: np.ndarray,
+    Phi: Function,
+    least: float,
+    half: float = 1 / 255,
+    closed: bool = False,
 ) -> tuple[np.ndarray, None]:
     """-log P of an 8-bit level, as in the code of Ho et al. 2020 and of Nichol & Dhariwal 2021."""
-    high, low = (Phi((x0 + side / 255 - mean) / np.exp(log_variance / 2)) for side in (1, -1))
-    P = np.where(x0 < -0.999, high, np.where(x0 > 0.999, 1 - low, high - low))
+    high, low = (Phi((x0 + side - mean) / np.exp(log_variance / 2)) for side in (half, -half))
+    edge = 2.0 if closed else 0.999
+    P = np.where(x0 < -edge, high, np.where(x0 > edge, 1 - low, high - low))
     return -np.log(np.maximum(P, least)), None
 
 

@@ -121,6 +121,9 @@ def assert_training_target(
         "the target is eps - x_0, which is another convention, flow matching's": linear(
             -np.ones_like(a), np.ones_like(a)
         ),
+        "the target is x_0 - eps, flow matching's where its t runs from noise to data": linear(
+            np.ones_like(a), -np.ones_like(a)
+        ),
     }
     formula = {"eps": "eps", "x0": "x_0", "v": "sqrt(abar_t) eps - sqrt(1 - abar_t) x_0"}[
         diffusion.prediction

@@ -210,6 +210,9 @@ def _ours_and_mistakes(
         "the target is eps - x_0, which is another convention, flow matching's": built(
             target=linear(-one, one)
         ),
+        "the target is x_0 - eps, flow matching's where its t runs from noise to data": built(
+            target=linear(one, -one)
+        ),
         "a sum over the numbers of a sample, as Ho et al. write it, not a mean": built(
             reduce=lambda numbers: np.sum(numbers, axis=axes)
         ),

@@ -71,6 +71,7 @@ def assert_q_posterior(
             **moved_in_time(ours, schedule.T),
             "abar_{t-1} rolled, so that it begins with abar_T (E.7)": with_previous(np.roll(abar, 1)),
             "abar_{t-1} padded with 0, not 1 (E.7)": with_previous(np.append(0.0, abar[:-1])),
+            "abar_{t-1} padded with abar_0, not 1 (E.7)": with_previous(np.append(abar[:1], abar[:-1])),
             "abar_t in the place of abar_{t-1} (E.7)": with_previous(abar),
             "sqrt(abar_t) for sqrt(abar_{t-1}) in front of x_0": weighted(
                 np.sqrt(abar) * beta / rest, of_x_t, small
