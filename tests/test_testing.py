@@ -178,17 +178,56 @@ def test_what_is_right_in_float32_passes_or_is_told_from_a_mistake():
     def rounded(function):
         return lambda *given: tuple(part.astype(np.float32) for part in function(*given))
 
-    def off_everywhere(x0, x_t, t):
-        mean, variance = posterior(x0, x_t, t)
-        return 1.04 * mean, variance
+    def off(by, first, last):
+        right = td.GaussianDiffusion(schedule).q_posterior_mean_variance
+        return lambda x0, x_t, t: (
+            right(x0, x_t, t)[0] * (1 + by * column((t >= first) & (t < last))),
+            right(x0, x_t, t)[1],
+        )
 
-    assert "(E.6)" in refusal(testing.assert_q_posterior, rounded(off_everywhere), schedule)
-    assert "(E.6)" not in refusal(testing.assert_q_posterior, off_everywhere, schedule)
+    for yours, might_be in [
+        (rounded(off(0.04, 0, 20)), True),
+        (off(0.04, 0, 20), False),
+        (off(0.009, 0, 20), True),
+        (rounded(off(0.06, 0, 20)), False),
+        (rounded(off(0.04, 200, 220)), False),
+        (off(0.0019, 200, 220), True),
+        (rounded(off(0.0021, 200, 220)), False),
+        (rounded(off(0.0019, 0, 600)), False),
+    ]:
+        assert ("(E.6)" in refusal(testing.assert_q_posterior, yours, schedule)) == might_be
 
     def rootless(x0, t, noise):
         return q_sample(x0, t, noise * column(np.sqrt(1 - abar[t])))
 
     assert "1 - abar_t in front of the noise" in refusal(testing.assert_q_sample, rootless, schedule)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_a_bound_in_float32_is_told_from_a_mistake_where_its_terms_are_next_to_nothing(prediction, variance):
+    process = td.GaussianDiffusion(td.linear_schedule(1000), prediction, variance)
+    right = terms_of(process)
+
+    def rounded(x0, x_t, t, output):
+        """As if each number were off by 3e-7, of logarithms."""
+        return right(x0, x_t, t, output) + 96 * 3e-7 * np.cos(t)
+
+    assert "(E.6)" in refusal(testing.assert_bound_terms, rounded, process)
+    testing.assert_bound_terms(lambda *given: right(*given) + 1e-12, process)
+
+    if variance == "fixed_large":  # with the other variance at t = 0, too
+        small = terms_of(td.GaussianDiffusion(process.schedule, prediction))
+
+        def of_papers(x0, x_t, t, output):
+            return np.where(t == 0, small(x0, x_t, t, output), rounded(x0, x_t, t, output))
+
+        assert "(E.6)" in refusal(testing.assert_bound_terms, of_papers, process)
+
+    def other(x0, x_t, t, output):
+        return right(x0, x_t, t, output) + 1e-3 * np.cos(t)
+
+    assert "(E.6)" not in refusal(testing.assert_bound_terms, other, process)
 
 
 @pytest.mark.parametrize("t_wrong", [0, 1, 100, 199])
@@ -274,7 +313,8 @@ def test_the_tolerance_of_a_table_and_of_a_sampler_is_what_it_says():
         return lambda *given: samples(by)(*given).astype(np.float32)
 
     assert "In float32" in refusal(testing.assert_sampler, samples(1.01e-5), V, "ddim", 5)
-    assert "In float32" not in refusal(testing.assert_sampler, samples(0.011), V, "ddim", 5)
+    assert "In float32" in refusal(testing.assert_sampler, samples(0.0019), V, "ddim", 5)
+    assert "In float32" not in refusal(testing.assert_sampler, samples(0.0021), V, "ddim", 5)
     assert "In float32" in refusal(testing.assert_sampler, single(0.04), V, "ddim", 5)
     assert "In float32" not in refusal(testing.assert_sampler, single(0.06), V, "ddim", 5)
 

@@ -127,7 +127,7 @@ def assert_sampler(
         calls += f" noise() is called {your_noise.drawn} times; expected {our_noise.drawn}."
     if {*of_shapes} - {shape}:
         calls += f" noise() is asked for shape {max({*of_shapes} - {shape})}; expected {shape}."
-    small = worst < 1e-2 or single(worst, came)
+    small = worst < 2e-3 or single(worst, came)
     unknown = f" Nor is it another of {', '.join(SAMPLERS)}.{FLOAT32 if as_often and small else ''}"
     if your_noise.drawn > our_noise.drawn:
         unknown += " Noise that is drawn and then multiplied by 0 is no mistake."
