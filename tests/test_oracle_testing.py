@@ -283,3 +283,36 @@ def test_eps_of_what_was_not_clipped_is_named(clip, said, monkeypatch):
     scheduler, schedule = same_chain(diffusers.DDIMScheduler, "linear", clip_sample=True)
     with pytest.raises(AssertionError, match=f"of this: {said}"):
         assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch, clip=clip)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        ("EulerDiscreteScheduler", "ddim", {}),
+        ("DPMSolverMultistepScheduler", "dpm++", dict(final_sigmas_type="zero", lower_order_final=False)),
+    ],
+)
+def test_zero_terminal_snr_is_compared_on_the_times_walked_alone(kind, name, options):
+    """Where the last abar is 2^-24, above the one before it."""
+    scheduler = getattr(diffusers, kind)(
+        beta_end=0.02,
+        beta_start=1e-4,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        **options,
+    )
+    scheduler.set_timesteps(20)
+    abar = scheduler.alphas_cumprod.double().numpy()
+    assert abar[-1] == 2.0**-24 > abar[-2]
+    abar = abar[scheduler.timesteps.numpy().astype(int)[::-1]]
+    schedule = td.NoiseSchedule(1 - abar / np.append(1, abar[:-1]))
+
+    def sampler(denoise, x, timesteps, noise):
+        x = x * scheduler.init_noise_sigma
+        for k, t in zip(timesteps[::-1], scheduler.timesteps, strict=True):
+            x = scheduler.step(denoise(scheduler.scale_model_input(x, t), k), t, x).prev_sample
+        return x
+
+    testing.assert_sampler(sampler, td.GaussianDiffusion(schedule, "v"), name, asarray=torch.as_tensor)
