@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 OPTIONAL = ["matplotlib", "torch", "jax", "numba", "cupy", "pooch", "diffusers"]
-ABSENT = [*OPTIONAL, "scipy.stats", "safetensors", "tqdm", "pytest"]
+ABSENT = [*OPTIONAL, "scipy.special", "scipy.stats", "safetensors", "tqdm", "pytest"]
 
 
 def run(program, *flags):

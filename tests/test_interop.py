@@ -16,7 +16,7 @@ from numpy.testing import assert_array_equal
 from safetensors.numpy import save_file
 
 import tinydiff as td
-from tinydiff.interop import load_diffusers, unet_from_diffusers, unet_to_diffusers
+from tinydiff.interop import load_diffusers, save_diffusers, unet_from_diffusers, unet_to_diffusers
 from tinydiff.interop._unet import DEFAULTS, FIXED, IRRELEVANT
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -630,9 +630,7 @@ def test_what_we_save_diffusers_loads(tmp_path):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     ours = unet_from_diffusers(CONFIG, random_state())
-    config, state = unet_to_diffusers(ours, sample_size=8)
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
-    save_file(state, tmp_path / WEIGHTS_FILE)
+    save_diffusers(tmp_path, ours, sample_size=8)
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path, use_safetensors=True, local_files_only=True)
     x, t = np.random.default_rng(0).standard_normal((2, 8, 8, 3), dtype=np.float32), np.array([1, 998])
     with torch.no_grad():

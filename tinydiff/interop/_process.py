@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
 
 from tinydiff.diffusion import GaussianDiffusion, Prediction, Variance, check_diffusion
 from tinydiff.interop._config import check_mapping, is_count, is_number, require, require_fixed
@@ -67,7 +66,7 @@ BETAS = {
     "linear": lambda start, end, T: np.linspace(start, end, T),
     "scaled_linear": lambda start, end, T: np.linspace(start**0.5, end**0.5, T) ** 2,
     "squaredcos_cap_v2": lambda start, end, T: cosine_schedule(T).betas,
-    "sigmoid": lambda start, end, T: start + (end - start) * expit(np.linspace(-6, 6, T)),
+    "sigmoid": lambda start, end, T: start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T))),
 }
 
 
