@@ -113,6 +113,12 @@ def test_a_step_backwards(prediction, variance):
         np.testing.assert_allclose(mean + np.sqrt(var) * noise.numpy(), step.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["EDMEuler", "FlowMatchEulerDiscrete", "IPNDM", "CogVideoXDDIM"])
+def test_of_another_scheduler_just_made_nothing_is_made(name):
+    with pytest.raises(ValueError, match=r"no 'beta_schedule'|snr_shift_scale"):
+        diffusion_from_diffusers(getattr(diffusers, f"{name}Scheduler")().config)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_diffusers_draws_what_we_draw_from_a_pipeline_of_ours(tmp_path, prediction):
     model = unet()

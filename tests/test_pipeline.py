@@ -122,6 +122,7 @@ def test_every_process_crosses_the_border_and_comes_back(betas, prediction, vari
         ({"predict_epsilon": False}, "True"),
         ({"use_flow_sigmas": True}, "False"),
         ({"timestep_type": "continuous"}, "'discrete'"),
+        ({"snr_shift_scale": 3.0}, "1"),
         ({"variance_type": "learned"}, "one of None, 'fixed_small'"),
         ({"variance_type": "fixed_large_log"}, "one of None, 'fixed_small'"),
         ({"beta_schedule": "laplace"}, "one of linear, .* or trained_betas"),
@@ -146,6 +147,15 @@ def test_what_is_not_supported_is_refused_by_name(entry, expected):
 def test_betas_that_are_none_are_refused():
     with pytest.raises(ValueError, match=r"betas\[1\] is 2"):
         diffusion_from_diffusers({"num_train_timesteps": 2, "trained_betas": [0.1, 2.0]})
+
+
+def test_a_scheduler_just_made_that_has_no_betas_is_refused():
+    """Its config does not say its class, unlike one that was read, but has all its entries."""
+    made = {"num_train_timesteps": 1000, "shift": 3.0, "_use_default_values": ["num_train_timesteps"]}
+    with pytest.raises(ValueError, match=r"no 'beta_schedule'; expected one of DDPMScheduler, DDIM"):
+        diffusion_from_diffusers(made)
+    known = {"beta_schedule": "linear", "_use_default_values": ["beta_schedule"]}
+    assert_array_equal(diffusion_from_diffusers(known).schedule.betas, betas())
 
 
 def test_what_is_of_another_type_is_named():

@@ -49,6 +49,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "timestep_type": ("discrete",),
     "predict_epsilon": (True,),  # until diffusers 0.10
+    "snr_shift_scale": (1,),
 }
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -94,6 +95,11 @@ def diffusion_from_diffusers(config: Mapping[str, Any]) -> GaussianDiffusion:
         If `config` is not a mapping.
     """
     check_mapping("config", config)
+    if "_use_default_values" in config and not {"_class_name", "beta_schedule"} & set(config):
+        raise ValueError(  # one just made does not say its class, but all its entries
+            "config is of a scheduler of diffusers that has no 'beta_schedule'; expected one of "
+            f"{', '.join(SCHEDULERS)}."
+        )
     c = {"_class_name": SCHEDULERS[0], **DEFAULTS, **config}
     require(c, "_class_name", c["_class_name"] in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
     require_fixed(c, FIXED)
