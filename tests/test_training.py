@@ -1022,6 +1022,20 @@ def test_data_mapped_from_a_file_is_looked_at_part_by_part(tmp_path):
         data[row, -1] = 0.0
 
 
+def test_large_pictures_are_looked_at_one_after_the_other():
+    """What is asked of their scale takes less memory than a few of them, in float64 too."""
+    data = np.random.default_rng(0).uniform(-1, 1, (64, 32, 32, 3)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        mean, scale = _loop._moments(data)
+        _loop._warn_of_scale(data)
+        assert tracemalloc.get_traced_memory()[1] < data.nbytes / 8
+    finally:
+        tracemalloc.stop()
+    expected = [np.mean(data, dtype=float), np.mean(data.astype(float) ** 2) ** 0.5]
+    np.testing.assert_allclose([mean, scale], expected, rtol=1e-12)
+
+
 LATE = {
     "another size of samples": (dict(data=np.zeros((9, 3), np.float32)), r"x has shape \(4, 3\)"),
     "too few samples": (

@@ -344,16 +344,22 @@ def _moments(data: Data) -> list[float] | None:
     """Mean and root mean square of some samples, by which other data are told; None if not on the host."""
     if not is_numpy_array(data) or not data.size:
         return None
-    some = data[:: -(-len(data) // SEEN)].astype(np.float64)
-    return [float(np.mean(some)), math.sqrt(np.mean(some**2))]
+    return _mean_and_scale(data[:: -(-len(data) // SEEN)])
+
+
+def _mean_and_scale(some: np.ndarray) -> list[float]:
+    """Mean and root mean square in float64, one sample after the other: of large pictures a few fit twice."""
+    means = [np.mean(one, dtype=np.float64) for one in some]
+    squares = [np.mean(np.square(one, dtype=np.float64)) for one in some]
+    return [float(np.mean(means)), math.sqrt(np.mean(squares))]
 
 
 def _warn_of_scale(data: Data) -> None:
     """Warn whoever called the training of data that the noise hardly hides, and of pictures not centred."""
     if not is_numpy_array(data) or not data.size:
         return
-    some = data[:SEEN].astype(np.float64)
-    scale = math.sqrt(np.mean(some**2))
+    some = data[:SEEN]
+    _, scale = _mean_and_scale(some)
     if some.ndim == 4 and np.min(some) >= 0 and np.max(some) <= 1:
         warnings.warn(
             f"data are pictures in [{np.min(some):.3g}, {np.max(some):.3g}], and expected in [-1, 1] (from "
