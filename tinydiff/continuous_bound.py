@@ -412,7 +412,9 @@ class ContinuousBound:
     value : float
         prior + reconstruction + integral.
     standard_error : float
-        Of `value`, from the spread over the data; nan for a single sample.
+        Of `value`, from the spread over the data as if the times were independent; nan for a single sample.
+        With `even` times, which make up for one another, it is too large: of data of many dimensions, whose
+        terms differ by their times above all, by several times.
     prior, reconstruction, integral : float
         Its three terms.
     """
