@@ -595,6 +595,14 @@ def test_float32_stays_float32(decoder):
     assert_allclose(value, step_term(diffusion, output, x0, x_t, t, decoder)[0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_data_without_levels_is_refused_whichever_t_are_drawn(seed):
+    """Of 3 random t of 1000 hardly one is 0, where the decoder would meet the data."""
+    diffusion, rng = GaussianDiffusion(cosine_schedule(1000), "v"), np.random.default_rng(seed)
+    with pytest.raises(ValueError, match=r"^data holds values that are not 8-bit levels"):
+        bits_per_dim(lambda x, t: 0 * x, diffusion, (LEVELS[:3, None] + 1) / 2, rng=rng, t_samples=1)
+
+
 def test_what_does_not_fit_is_named():
     diffusion = GaussianDiffusion(linear_schedule(4))
     data, rng = np.zeros((3, 2)), np.random.default_rng(0)

@@ -469,6 +469,7 @@ def variational_bound(
         for start in range(0, n, batch_size):
             rows = slice(start, min(n, start + batch_size))
             x0 = asarray_like(data[rows, ...], like)
+            check_decoder(decoder, x0)  # of random t none may be 0, where the levels are asked for
             N = x0.shape[0]
             priors[rows] = to_numpy(prior_term(diffusion, x0))
             for i in range(draws):
