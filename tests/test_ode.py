@@ -545,6 +545,8 @@ def test_log_likelihood_refuses_and_shows_progress(capsys):
             ode_log_likelihood(model, diffusion, x, **bad)
     with pytest.raises(TypeError, match="rng is a NoneType; expected a numpy"):
         ode_log_likelihood(model, diffusion, x, probes=1)
+    with pytest.raises(ValueError, match=r"^x has shape \(0, 1\); expected"):
+        ode_log_likelihood(model, diffusion, x[:0])
     with pytest.raises(ValueError, match="steps is 11"):
         ode_log_likelihood(model, diffusion, x, 11)
     with pytest.raises(ValueError, match=r"x is a numpy array of float64; .* float32"):

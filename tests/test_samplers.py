@@ -513,8 +513,17 @@ def test_what_train_returns_is_told_from_its_model():
     diffusion, rng = td.GaussianDiffusion(td.linear_schedule(T=10)), np.random.default_rng(0)
     result = td.training.TrainingResult(td.MLP(), np.zeros(1), 0.0)
     said = "^denoise is a TrainingResult; expected a network, .*; its attribute model is one\\.$"
-    with pytest.raises(TypeError, match=said):
-        td.sample(result, diffusion, (3, 2), rng=rng)
+    x = np.zeros((3, 2), np.float32)
+    for call in (
+        lambda: td.sample(result, diffusion, (3, 2), rng=rng),
+        lambda: td.invert(result, diffusion, x),
+        lambda: td.variational_bound(result, diffusion, x, rng=rng),
+        lambda: td.continuous_bound(result, td.LearnedSchedule(), x, rng=rng),
+    ):
+        with pytest.raises(TypeError, match=said):
+            call()
+    with pytest.raises(TypeError, match=said.replace("denoise", "model")):
+        td.ode_log_likelihood(result, diffusion, x)
 
 
 def test_a_state_may_be_written_into():

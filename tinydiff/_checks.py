@@ -18,6 +18,7 @@ __all__ = [
     "check_features",
     "check_floating",
     "check_images",
+    "check_network",
     "check_number",
     "check_rng",
     "check_seed",
@@ -74,6 +75,14 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
     return value
+
+
+def check_network(name: str, network: Any) -> None:
+    """TypeError unless it can be called; of what holds a model, as a training's result does, it says so."""
+    if isinstance(network, type) or not callable(network):
+        came = f"the class {network.__name__}" if isinstance(network, type) else f"a {type(network).__name__}"
+        within = "; its attribute model is one" if callable(getattr(network, "model", None)) else ""
+        raise TypeError(f"{name} is {came}; expected a network, or another function of x and t{within}.")
 
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:

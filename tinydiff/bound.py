@@ -37,7 +37,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_array, check_choice, check_counts, check_rng
+from tinydiff._checks import check_array, check_choice, check_counts, check_network, check_rng
 from tinydiff._progress import progress_bar
 from tinydiff.backend import (
     Array,
@@ -449,6 +449,7 @@ def variational_bound(
     check_counts(batch_size=batch_size)
     if t_samples is not None:
         check_counts(t_samples=t_samples)
+    check_network("denoise", denoise)
     check_diffusion(diffusion)
     check_array(data=data)
     check_rng(rng)

@@ -33,7 +33,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_array, check_choice, check_counts, check_rng
+from tinydiff._checks import check_array, check_choice, check_counts, check_network, check_rng
 from tinydiff._progress import progress_bar
 from tinydiff.backend import (
     Array,
@@ -479,6 +479,7 @@ def continuous_bound(
     _check_clock(T)
     _check_learned(learned)
     check_counts(t_samples=t_samples, batch_size=batch_size)
+    check_network("denoise", denoise)
     check_array(data=data)
     check_rng(rng)
     if data.ndim < 2 or data.shape[0] < 1:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_rng
+from tinydiff._checks import check_batch, check_counts, check_network, check_rng
 from tinydiff._progress import progress_bar
 from tinydiff.backend import (
     Array,
@@ -114,7 +114,9 @@ def ode_log_likelihood(
     if probes is not None:
         check_counts(probes=probes)
         check_rng(rng)
+    check_network("model", model)
     check_like_model(model, x=x)
+    check_batch("x", x)
     walk, timesteps = respaced(diffusion, steps)
     check_signal(walk, timesteps)
     phi = np.concat([[0.0], angles(walk)])

@@ -52,7 +52,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_batch, check_choice, check_counts, check_number
+from tinydiff._checks import check_batch, check_choice, check_counts, check_network, check_number
 from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff._progress import progress_bar
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
@@ -272,10 +272,7 @@ def _estimator(
 
 
 def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> None:
-    if isinstance(denoise, type) or not callable(denoise):
-        came = f"the class {denoise.__name__}" if isinstance(denoise, type) else f"a {type(denoise).__name__}"
-        within = "; its attribute model is one" if callable(getattr(denoise, "model", None)) else ""
-        raise TypeError(f"denoise is {came}; expected a network, or another function of x and t{within}.")
+    check_network("denoise", denoise)
     sizes = shape if np.ndim(shape) == 1 else ()
     if len(sizes) == 0 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
         raise ValueError(f"shape is {shape!r}; expected (N, ...), integers of at least 1.")
@@ -510,6 +507,7 @@ def invert(
     The network knows no time before t = 0, so for the first step it is shown sqrt(abar_0) x0 as if it were of
     t = 0.
     """
+    check_network("denoise", denoise)
     check_like_model(denoise, x0=x0)
     check_batch("x0", x0)
     walk, timesteps = respaced(diffusion, steps)
