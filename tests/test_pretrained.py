@@ -69,6 +69,8 @@ def test_a_schedule_that_is_none_of_the_demos_is_known_by_its_betas(tmp_path):
     assert metadata["data"] == "digits"
     with pytest.raises(TypeError, match="diffusion is a NoiseSchedule; expected a GaussianDiffusion"):
         td.save_model(tmp_path / "n.safetensors", tiny(), diffusion=schedule)
+    with pytest.raises(TypeError, match="metadata is a GaussianDiffusion, which goes to diffusion; expected"):
+        td.save_model(tmp_path / "n.safetensors", tiny(), process)
     assert not (tmp_path / "n.safetensors").exists()
 
 

@@ -192,6 +192,9 @@ def save_model(
             f"model is a {type(model).__name__}; expected {expected} (what another network's state_dict() "
             "returns is kept by checkpoint.save_arrays)."
         )
+    if metadata is not None and not isinstance(metadata, Mapping):
+        where = ", which goes to diffusion" if isinstance(metadata, GaussianDiffusion) else ""
+        raise TypeError(f"metadata is a {type(metadata).__name__}{where}; expected a mapping.")
     about = {"model": type(model).__name__, "config": model.config}  # type: ignore[attr-defined]
     if diffusion is not None:
         about |= process_metadata(diffusion)
