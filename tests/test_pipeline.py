@@ -170,6 +170,10 @@ def test_what_is_of_another_type_is_named():
 
 def test_a_pipeline_comes_back(tmp_path):
     model, diffusion = unet(), td.GaussianDiffusion(td.cosine_schedule(30), "v", "fixed_large")
+    for size in (8.0, "8", None, 0, (8, -8)):
+        with pytest.raises(ValueError, match=r"^sample_size is .*; expected an integer of at least 1"):
+            save_pipeline(tmp_path / "new" / "pipeline", model, diffusion, size)
+    assert not (tmp_path / "new").exists()
     save_pipeline(tmp_path / "new" / "pipeline", model, diffusion, sample_size=8)
     again, process = load_pipeline(str(tmp_path / "new" / "pipeline"))
     assert again.config == model.config

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinydiff._checks import check_counts
 from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.interop._process import diffusion_from_diffusers, diffusion_to_diffusers
@@ -55,7 +56,9 @@ def load_diffusers(directory: str | os.PathLike[str], backend: str | None = None
         raise ValueError(f"{directory} does not hold a UNet2DModel that can be loaded: {error}") from None
 
 
-def save_diffusers(directory: str | os.PathLike[str], model: UNet, sample_size: int | None = None) -> None:
+def save_diffusers(
+    directory: str | os.PathLike[str], model: UNet, sample_size: int | tuple[int, int] | None = None
+) -> None:
     """Write a model as diffusers writes it: ``UNet2DModel.from_pretrained(directory)`` reads it.
 
     Parameters
@@ -65,7 +68,7 @@ def save_diffusers(directory: str | os.PathLike[str], model: UNet, sample_size: 
         once it is complete.
     model : UNet
         The model.
-    sample_size : int, optional
+    sample_size : int or pair of int, optional
         Height and width of its images, which diffusers' pipelines read from the config.
 
     Raises
@@ -121,7 +124,7 @@ def save_pipeline(
     directory: str | os.PathLike[str],
     model: UNet,
     diffusion: GaussianDiffusion,
-    sample_size: int,
+    sample_size: int | tuple[int, int],
     clip: bool = False,
 ) -> None:
     """Write a model and its process: ``DDPMPipeline.from_pretrained(directory)`` of diffusers reads them.
@@ -135,7 +138,7 @@ def save_pipeline(
         The model.
     diffusion : GaussianDiffusion
         The process it was trained for.
-    sample_size : int
+    sample_size : int or pair of int
         Height and width of its images.
     clip : bool
         Whether the pipeline clips x0 to [-1, 1], as the argument of `tinydiff.sample`.
@@ -145,7 +148,11 @@ def save_pipeline(
     TypeError
         If `model` is not a `UNet` (a subclass may compute something else), or `diffusion` is not a
         `GaussianDiffusion`.
+    ValueError
+        If `sample_size` is not of positive integers: diffusers would read the files, and draw nothing.
     """
+    for side in sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]:
+        check_counts(sample_size=side)
     scheduler = diffusion_to_diffusers(diffusion, clip)
     save_diffusers(Path(directory, "unet"), model, sample_size)
     _write(Path(directory, "scheduler", SCHEDULER), scheduler)

@@ -204,7 +204,7 @@ def unet_from_diffusers(
 
 
 def unet_to_diffusers(
-    model: UNet, sample_size: int | None = None
+    model: UNet, sample_size: int | tuple[int, int] | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return config and weights for diffusers' ``UNet2DModel``.
 
@@ -212,7 +212,7 @@ def unet_to_diffusers(
     ----------
     model : UNet
         The model.
-    sample_size : int, optional
+    sample_size : int or pair of int, optional
         Height and width of its images, which diffusers' pipelines read from the config.
 
     Returns
