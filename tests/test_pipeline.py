@@ -1,6 +1,7 @@
 """A process across the border to diffusers' schedulers, and pipelines on disk."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -159,8 +160,11 @@ def test_a_scheduler_just_made_that_has_no_betas_is_refused():
 
 
 def test_what_is_of_another_type_is_named():
-    with pytest.raises(TypeError, match="config is a str; expected a mapping"):
+    with pytest.raises(TypeError, match=r"config is a str; expected a mapping\.$"):
         diffusion_from_diffusers(SCHEDULER_FILE)
+    scheduler = SimpleNamespace(config=PUBLISHED)
+    with pytest.raises(TypeError, match="expected a mapping; its attribute config is one"):
+        diffusion_from_diffusers(scheduler)
     with pytest.raises(TypeError, match="diffusion is a NoiseSchedule; expected a GaussianDiffusion"):
         diffusion_to_diffusers(td.linear_schedule())
 

@@ -24,9 +24,11 @@ def require_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]
 
 
 def check_mapping(name: str, value: Any) -> None:
-    """TypeError naming what is no mapping."""
+    """TypeError naming what is no mapping; of a scheduler or a model it says that its config is one."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a mapping.")
+        inside = isinstance(getattr(value, "config", None), Mapping)
+        within = "; its attribute config is one" if inside else ""
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a mapping{within}.")
 
 
 def is_count(value: Any) -> bool:
