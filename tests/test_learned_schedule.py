@@ -17,7 +17,7 @@ from runs import lines, raising
 import tinydiff as td
 from tinydiff import _loop, nn, schedule_training
 from tinydiff._loop import STEP
-from tinydiff.checkpoint import load_arrays
+from tinydiff.checkpoint import load_arrays, save_arrays
 from tinydiff.continuous_bound import (
     diffuse,
     draw_times,
@@ -167,6 +167,16 @@ def test_parameters_are_a_modules():
     ema.update()
     for name, p in ema.model.named_parameters().items():
         assert np.all(p.value != learned.named_parameters()[name].value), name
+
+
+def test_one_comes_back_from_disk(tmp_path):
+    learned = LearnedSchedule(-7.0, 3.0, units=5)
+    randomise(learned, np.random.default_rng(0))
+    save_arrays(tmp_path / "learned.safetensors", learned.state_dict(), {"config": learned.config})
+    arrays, metadata = load_arrays(tmp_path / "learned.safetensors")
+    again = LearnedSchedule(**metadata["config"])
+    again.load_state_dict(arrays)
+    np.testing.assert_array_equal(again.schedule(9).betas, learned.schedule(9).betas)
 
 
 @pytest.mark.parametrize(

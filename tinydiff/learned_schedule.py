@@ -126,6 +126,11 @@ class LearnedSchedule(Module):
     -----
     Parameters are float64 NumPy arrays until moved with ``to``: one time for each sample of a batch costs
     nothing, and a schedule wants the digits. The parameter of an end point is softplus^-1 of its size.
+
+    ``checkpoint.save_arrays(path, learned.state_dict(), {"config": learned.config})`` keeps one on disk, and
+    with ``arrays, metadata = checkpoint.load_arrays(path)`` it comes back as
+    ``LearnedSchedule(**metadata["config"])`` after ``load_state_dict(arrays)``. (`save_model` keeps the chain
+    ``learned.schedule(T)`` beside the network that it is for, as any process.)
     """
 
     def __init__(self, gamma_0: float = -13.3, gamma_1: float = 5.0, units: int = 32) -> None:
