@@ -204,6 +204,16 @@ def test_nothing_is_written_of_what_cannot_be(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("outputs", "variance"), [(1, "learned_range"), (2, "fixed_small")])
+def test_a_model_without_its_variance_is_refused(tmp_path, outputs, variance):
+    model = td.UNet(1, outputs, block_channels=(4, 8), attention=(False, False), norm_groups=2, head_dim=4)
+    diffusion = td.GaussianDiffusion(td.linear_schedule(9), variance=variance)
+    said = f"in_channels=1 and out_channels={outputs}; expected {3 - outputs} for each, of the variance"
+    with pytest.raises(ValueError, match=said):
+        save_pipeline(tmp_path / "a", model, diffusion, 8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_on_a_full_disk_the_former_files_stay(tmp_path, full_disk):
     diffusion = td.GaussianDiffusion(td.linear_schedule(9))
     save_pipeline(tmp_path, unet(), diffusion, 8)

@@ -698,7 +698,7 @@ def test_data_of_another_scale_is_not_that_of_the_run(tmp_path, done, monkeypatc
     assert steps_saved(tmp_path) == done
     again = dict(**SETTINGS, run_dir=tmp_path, resume=True)
     for other in (2 * data, data + 1e-3, data[:, ::-1] * [1, -1]):
-        with pytest.raises(ValueError, match=r"other settings \(data_moments was \[.*\], is \["):
+        with pytest.raises(ValueError, match=r"other settings \(data_mean_and_rms was \[.*\], is \["):
             td.train(small_mlp(), DIFFUSION, other.astype(np.float32), **again)
     rounded = (data.astype(np.float64) * (1 + 1e-6)).astype(np.float32)  # elsewhere computed again
     td.train(small_mlp(), DIFFUSION, rounded, **again)
@@ -708,7 +708,7 @@ def test_of_data_elsewhere_and_in_older_checkpoints_no_moments_are_known(tmp_pat
     td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
     path = tmp_path / "checkpoint.safetensors"
     arrays, metadata = load_arrays(path)
-    del metadata["settings"]["data_moments"]
+    del metadata["settings"]["data_mean_and_rms"]
     save_arrays(path, arrays, metadata)
     td.train(small_mlp(), DIFFUSION, 2 * POINTS, **SETTINGS, run_dir=tmp_path, resume=True)
 

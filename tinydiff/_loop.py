@@ -296,7 +296,7 @@ def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: An
         "config": dict(config_of(model)) or None,
         "dtype": str(to_numpy(weight_of(model)).dtype),
         "data": "callable" if callable(data) else [int(size) for size in data.shape],
-        "data_moments": _moments(data),
+        "data_mean_and_rms": _moments(data),
         "data_name": data_name,
         **plan.settings(),
         **others,
@@ -360,7 +360,7 @@ def _warn_of_scale(data: Data) -> None:
         return
     some = data[:SEEN]
     _, scale = _mean_and_scale(some)
-    if some.ndim == 4 and np.min(some) >= 0 and np.max(some) <= 1:
+    if some.ndim == 4 and 0 <= np.min(some) < np.max(some) <= 1:
         warnings.warn(
             f"data are pictures in [{np.min(some):.3g}, {np.max(some):.3g}], and expected in [-1, 1] (from "
             "[0, 1], 2 * x - 1): the noise has a mean of 0.",

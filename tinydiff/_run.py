@@ -218,7 +218,7 @@ def _is_ours(line: Any) -> bool:
 
 def _differ(name: str, before: Any, now: Any) -> bool:
     """Whether a setting has changed; moments by more than rounding, and only where both are known."""
-    if name != "data_moments":
+    if name != "data_mean_and_rms":
         return bool(before != now)
     return None not in (before, now) and math.dist(before, now) > 1e-4 * now[1]
 

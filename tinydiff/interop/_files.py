@@ -12,7 +12,7 @@ from tinydiff._checks import check_counts
 from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.interop._process import diffusion_from_diffusers, diffusion_to_diffusers
-from tinydiff.interop._unet import unet_from_diffusers, unet_to_diffusers
+from tinydiff.interop._unet import check_unet, unet_from_diffusers, unet_to_diffusers
 from tinydiff.models.unet import UNet
 
 __all__ = ["load_diffusers", "load_pipeline", "save_diffusers", "save_pipeline"]
@@ -149,11 +149,20 @@ def save_pipeline(
         If `model` is not a `UNet` (a subclass may compute something else), or `diffusion` is not a
         `GaussianDiffusion`.
     ValueError
-        If `sample_size` is not of positive integers: diffusers would read the files, and draw nothing.
+        If `sample_size` is not of positive integers, or the model's channels are not those of the variance:
+        diffusers would read the files, and draw nothing.
     """
     for side in sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]:
         check_counts(sample_size=side)
     scheduler = diffusion_to_diffusers(diffusion, clip)
+    check_unet(model)
+    taken, given = model.config["in_channels"], model.config["out_channels"]
+    each = 2 if diffusion.variance == "learned_range" else 1
+    if given != each * taken:
+        raise ValueError(
+            f"model has in_channels={taken} and out_channels={given}; expected {each} for each, of the "
+            f"variance {diffusion.variance!r}."
+        )
     save_diffusers(Path(directory, "unet"), model, sample_size)
     _write(Path(directory, "scheduler", SCHEDULER), scheduler)
     parts = {"scheduler": scheduler["_class_name"], "unet": "UNet2DModel"}

@@ -19,7 +19,15 @@ from tinydiff.interop._config import check_mapping, is_count, is_number, require
 from tinydiff.models._checks import plain
 from tinydiff.models.unet import UNet
 
-__all__ = ["DEFAULTS", "FIXED", "IRRELEVANT", "unet_arguments", "unet_from_diffusers", "unet_to_diffusers"]
+__all__ = [
+    "DEFAULTS",
+    "FIXED",
+    "IRRELEVANT",
+    "check_unet",
+    "unet_arguments",
+    "unet_from_diffusers",
+    "unet_to_diffusers",
+]
 
 # What diffusers 0.42's UNet2DModel assumes where its config is silent, and tinydiff's U-Net can vary.
 DEFAULTS: dict[str, Any] = {
@@ -147,6 +155,12 @@ def _check(c: Mapping[str, Any]) -> None:
     )
 
 
+def check_unet(model: Any) -> None:
+    """TypeError unless it is a `UNet`: a subclass may compute something else."""
+    if type(model) is not UNet:
+        raise TypeError(f"model is a {type(model).__name__}; expected a UNet, of tinydiff's own.")
+
+
 def unet_from_diffusers(
     config: Mapping[str, Any], state: Mapping[str, Array], backend: str | None = None
 ) -> UNet:
@@ -227,8 +241,7 @@ def unet_to_diffusers(
     TypeError
         If `model` is not a `UNet`; a subclass may compute something else.
     """
-    if type(model) is not UNet:
-        raise TypeError(f"model is a {type(model).__name__}; expected a UNet, of tinydiff's own.")
+    check_unet(model)
     c = model.config  # in which True may stand for 1, and 0 for False
     config = {
         "_class_name": "UNet2DModel",
