@@ -127,6 +127,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --backend: --profile and --growth are of the CPU")
     if args.workers and args.backend == "cupy":
         parser.error("argument --workers: only with --backend numpy")
+    if args.work == ["ddim"] and args.backend != "cupy":
+        parser.error("argument --work: ddim only with --backend cupy")
     if args.tf32 and args.backend != "cupy":
         parser.error("argument --tf32: only with --backend cupy")
     if args.definitions and args.backend != "cupy":
@@ -319,11 +321,12 @@ class Benchmark:
         self.say_if_busy(given)
 
     def say_if_busy(self, given: float) -> None:
-        from _bench.machine import ENOUGH
+        from _bench.machine import ENOUGH, available_cores
 
         if given < ENOUGH:
             threads = self.args.threads
-            print(f"    BUSY: other programs left this one {given:.0%} of the time of {threads} thread(s)")
+            cores = min(threads, available_cores())
+            print(f"    BUSY: other programs left this one {given:.0%} of the time of {cores} core(s)")
             if threads > 1:
                 print("    threads that wait for each other may take many times too long: try --threads 1")
 

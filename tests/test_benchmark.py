@@ -21,6 +21,23 @@ def in_brief():
         yield
 
 
+def test_threads_without_a_core_are_not_other_programs(monkeypatch):
+    demo("benchmark")
+    from _bench import machine
+
+    monkeypatch.setattr(machine, "available_cores", lambda: 2)
+    wall, used = iter([0.0, 1.0, 1.0]), iter([0.0, 2.0])
+    clocks = SimpleNamespace(perf_counter=wall.__next__, process_time=used.__next__)
+    monkeypatch.setattr(machine, "time", clocks)
+    assert machine.share_given(5) == 1.0
+
+
+def test_ddim_is_timed_on_a_gpu_only(capsys):
+    with pytest.raises(SystemExit):
+        demo("benchmark").main(["--configs", "toy", "--work", "ddim"])
+    assert "argument --work: ddim only with --backend cupy" in capsys.readouterr().err
+
+
 def test_without_torch_it_measures_tinydiff_alone(tmp_path, capsys, monkeypatch):
     module = demo("benchmark")
     monkeypatch.setattr(module, "has_torch", lambda: False)

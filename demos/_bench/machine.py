@@ -42,6 +42,8 @@ def product_gflops(n: int = PRODUCT, times: int = 5) -> float:
 def share_given(threads: int, seconds: float = 0.3) -> float:
     """The processor time that BLAS's threads got, over what they could have had: 1 on a machine of one's own.
 
+    Threads beyond the cores that this process may use could have had none.
+
     It matters more than it seems: threads that compute together wait for the last of them at every turn, so
     one busy neighbour on a core can cost them not half their speed but nearly all of it.
     """
@@ -50,4 +52,4 @@ def share_given(threads: int, seconds: float = 0.3) -> float:
     began, used = time.perf_counter(), time.process_time()
     while time.perf_counter() - began < seconds:
         np.matmul(a, a, out=out)
-    return (time.process_time() - used) / (time.perf_counter() - began) / threads
+    return (time.process_time() - used) / (time.perf_counter() - began) / min(threads, available_cores())
