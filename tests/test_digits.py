@@ -330,7 +330,7 @@ def test_what_does_not_fit_is_named():
     for edge in (-1.0, 1.0):
         with pytest.raises(ValueError, match=r"images has values from .*; expected \[-1, 1\]"):
             digit_features(np.nextafter(good + np.float32(edge), np.float32(2 * edge)))
-    with pytest.raises(ValueError, match="data has values from nan"):
+    with pytest.raises(ValueError, match=r"data contains NaN; expected numbers in \[-1, 1\]\.$"):
         nearest_distances(good, good * np.nan)
     with pytest.raises(ValueError, match="samples has 1 digits; expected at least 2"):
         digit_report(good[:1], good)

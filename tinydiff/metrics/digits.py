@@ -292,6 +292,8 @@ def _images(name: str, images: np.ndarray) -> np.ndarray:
     if images.ndim != 4 or images.shape[1:] != (28, 28, 1) or len(images) == 0:
         raise ValueError(f"{name} has shape {images.shape}; expected (N, 28, 28, 1), not empty.")
     lowest, highest = float(np.min(images)), float(np.max(images))
+    if np.isnan(lowest):
+        raise ValueError(f"{name} contains NaN; expected numbers in [-1, 1].")
     if not (lowest >= -1.0 and highest <= 1.0):
         raise ValueError(
             f"{name} has values from {lowest:.4g} to {highest:.4g}; expected [-1, 1]: clip samples first."
