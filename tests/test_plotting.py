@@ -135,6 +135,12 @@ def test_reverse_of_few_steps_shows_no_state_twice(images, steps):
     assert len(set(titles)) == len(titles) <= steps + 1
 
 
+@pytest.mark.parametrize("steps", [3, 6, 7])
+def test_reverse_shows_every_state_where_there_is_room(images, steps):
+    fig = plotting.reverse_process(walk(images, steps), columns=8)
+    assert len(fig.axes) == 2 * (steps + 1)
+
+
 def test_reverse_needs_a_step(points):
     with pytest.raises(ValueError, match=r"states holds 1"):
         plotting.reverse_process(list(walk(points))[:1])

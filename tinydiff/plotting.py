@@ -1,8 +1,9 @@
 """What a person looks at: the forward process, the training, the samples, the reverse process.
 
 Every function takes arrays and returns a matplotlib ``Figure``, which `save` writes as PNG. Points (N, 2)
-are drawn as dots and images (N, H, W, C) as a mosaic; nothing else differs between the two. matplotlib is
-imported only when something is drawn, no window is opened, and pyplot's global state is not touched.
+are drawn as dots and images (N, H, W, C) as a mosaic; nothing else differs between the two. Images of one
+channel are drawn as ink on paper, 1 black and -1 white (of photographs draw ``-x``). matplotlib is imported
+only when something is drawn, no window is opened, and pyplot's global state is not touched.
 """
 
 from __future__ import annotations
@@ -248,7 +249,7 @@ def reverse_process(states: Iterable[SamplerState], columns: int = COLUMNS) -> F
     sample = _checked("states", states[-1].x)
     last = len(states) - 1
     left = last * np.linspace(1, 0, columns) ** 1.5
-    shown = np.unique(last - np.round(left).astype(int))
+    shown = np.arange(last + 1) if last < columns else np.unique(last - np.round(left).astype(int))
     fig, axes = _panels(2, len(shown))
     _title(fig, "Reverse process", f"from noise to samples in {last} step{'s' * (last > 1)}")
     _row_label(axes[0][0], "state $x_t$")
