@@ -275,7 +275,8 @@ def train(
         step, and the last checkpoint is kept. On a GPU it is noticed at the next line of metrics or
         checkpoint, and the model gets back the weights it had at the one before.
     MemoryError
-        If a step does not fit in memory; the message names a batch size that does.
+        If a step does not fit in memory; the message names a batch size that does. (With NumPy the system may
+        end the process instead, for it promises memory that it does not have: ask `find_batch_size` first.)
     BackendError
         If `graph` is True, or ``TINYDIFF_RECORD`` is 1, and the kernels for CuPy are the definitions.
     """
