@@ -309,7 +309,7 @@ def _first_of_two(network: Function) -> Function:
 def _asked_alike(
     yours: list[tuple[int, np.ndarray]], others: list[tuple[int, np.ndarray]], largest: float = 1e-2
 ) -> bool:
-    """Whether two networks are asked the same, to a hundredth, as long as both are asked."""
+    """Whether two networks are asked the same, to `largest` of the other's, as long as both are asked."""
     for (t, x), (other_t, other_x) in zip(yours, others, strict=False):
         if t != other_t:
             return False
