@@ -272,6 +272,12 @@ def settle_batch(
         print(f"--batch {args.batch}")
 
 
+def say_if_nothing_resumes(args: argparse.Namespace) -> None:
+    """Print a line where --resume finds no run: a mistyped --out looks the same as a first start."""
+    if args.resume and not args.quiet and not (args.out / "checkpoint.safetensors").exists():
+        print(f"no checkpoint in {args.out}: the run begins with step 1")
+
+
 def training_seconds(out: Path) -> float:
     """Of the whole run in `out`, in one go or not: by the last line of its metrics."""
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]

@@ -20,6 +20,7 @@ from _common import (
     explained_errors,
     learned_variance,
     loss_options,
+    say_if_nothing_resumes,
     schedules,
     settle_batch,
     training_seconds,
@@ -124,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
     model = unet(args, learned, model_rng)
     data = data_rng.permutation(digits(args))
     forward = plotting.forward_process(data[:DIGITS], both, data_rng)
+    say_if_nothing_resumes(args)
     settle_batch(args, model, diffusion, data, "8bit")
 
     result = td.train(

@@ -15,6 +15,7 @@ from _common import (
     explained_errors,
     learned_variance,
     loss_options,
+    say_if_nothing_resumes,
     schedules,
     settle_batch,
     training_seconds,
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     def draw(n: int, rng: np.random.Generator) -> np.ndarray:
         return toy2d.sample(args.shape, n, rng)
 
+    say_if_nothing_resumes(args)
     settle_batch(args, model, diffusion, draw, "density")
     result = td.train(
         model,

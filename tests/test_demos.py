@@ -432,6 +432,20 @@ def test_batch_auto_is_what_fits_or_that_of_the_run_which_is_resumed(toy, tmp_pa
     assert tried == [("model", "diffusion", "data", how)] * 2
 
 
+def test_resume_says_where_there_is_no_run_to_continue(toy, tmp_path, capsys):
+    import _common
+
+    begins = f"no checkpoint in {tmp_path}: the run begins with step 1\n"
+    for out, flags, said in [
+        (tmp_path, ["--resume"], begins),
+        (tmp_path, ["--resume", "--quiet"], ""),
+        (tmp_path, [], ""),
+        (toy, ["--resume"], ""),
+    ]:
+        _common.say_if_nothing_resumes(demo("train_toy2d").parse(["--out", str(out), *flags]))
+        assert capsys.readouterr().out == said
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_batch_auto_on_the_host_is_at_most_the_default(tmp_path):
     run("train_mnist", *MNIST, "--batch", "auto", "--steps", "1", "--out", tmp_path, "--quiet")

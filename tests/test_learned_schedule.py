@@ -846,6 +846,27 @@ def test_an_interrupted_and_resumed_run_is_the_same_run(at, tmp_path, monkeypatc
         np.testing.assert_array_equal(saved[1][name], value, err_msg=name)
 
 
+def test_a_checkpoint_is_loaded_as_a_model_with_the_chain_learned_so_far(tmp_path, monkeypatch):
+    """What `pretrained.load` makes of it is what the training returns; at the middle, what it then was."""
+    file = tmp_path / "run" / "checkpoint.safetensors"
+    _, result = small(run_dir=file.parent)
+    model, diffusion, metadata = td.pretrained.load(file)
+    np.testing.assert_array_equal(diffusion.schedule.betas, result.schedule.betas)
+    assert diffusion.prediction == "v" and metadata["step"] == 6
+    for name, value in result.model.state_dict().items():
+        np.testing.assert_array_equal(model.state_dict()[name], value)
+
+    # End points that are no schedule's are no reason to lose a checkpoint.
+    def beyond(learned, T):
+        raise ValueError("beyond")
+
+    monkeypatch.setattr(td.LearnedSchedule, "schedule", beyond)
+    with pytest.raises(ValueError, match="beyond"):
+        small(run_dir=tmp_path / "other")
+    with pytest.raises(ValueError, match="does not say the schedule"):
+        td.pretrained.load(tmp_path / "other" / "checkpoint.safetensors")
+
+
 def test_a_run_is_not_taken_for_another(tmp_path):
     small(run_dir=tmp_path)
     for change in (dict(schedule_lr=0.5), dict(gamma_0=-7.0), dict(T=21), dict(even=False)):

@@ -310,6 +310,8 @@ def test_min_snr_weights_at_the_ends():
     output, x0, t, noise, _ = batch(diffusion, (4, 2))
     with pytest.raises(ValueError, match=r"weights has shape \(4, 1\); expected \(4,\)"):
         simple_loss(diffusion, output, x0, t, noise, np.ones((4, 1)))
+    with pytest.raises(TypeError, match="weights is a list; expected an array"):
+        simple_loss(diffusion, output, x0, t, noise, [1.0] * 4)
     for wrong in (-1.0, np.nan):
         with pytest.raises(ValueError, match=rf"weights holds {wrong}; expected numbers of at least 0"):
             simple_loss(diffusion, output, x0, t, noise, np.array([1, 1, wrong, 1]))

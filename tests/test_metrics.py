@@ -328,6 +328,7 @@ def test_points_that_do_not_fit_are_named(function, x, y, match):
         ({"permutations": 0}, "permutations is 0"),
         ({"bandwidth": 0.0}, "bandwidth is 0.0"),
         ({"bandwidth": np.inf}, "bandwidth is inf"),
+        ({"bandwidth": "median"}, "bandwidth is 'median'; expected a positive number"),
         ({"statistic": "energy", "bandwidth": 1.0}, "bandwidth is 1.0; expected None"),
     ],
 )

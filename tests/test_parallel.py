@@ -632,6 +632,8 @@ def test_what_cannot_be_shared_is_refused():
             DataParallel(model, workers)
     diffusion = td.GaussianDiffusion(td.cosine_schedule(2))
     with pytest.raises(TypeError, match="model is a function; expected a UNet"):
+        DataParallel(lambda x, t: x, 2)
+    with pytest.raises(TypeError, match="model is a function; expected a UNet"):
         td.sample(lambda x, t: x, diffusion, (4, 2), rng=np.random.default_rng(0), workers=2)
     strict = pytest.importorskip("array_api_strict")
     model.to(strict, strict.float64)
@@ -667,6 +669,10 @@ def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
             assert same is denoise
     with shared_out(points, 64, 2) as shared:
         assert isinstance(shared, DataParallel)
+    with shared_out(points, 2, 50) as shared:  # no process without a sample
+        assert len(shared._workers) == 1
+    with shared_out(points, 1, 50) as same:
+        assert same is points
 
 
 def test_sampling_is_the_same_shared_or_not():

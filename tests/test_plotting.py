@@ -146,6 +146,15 @@ def test_reverse_needs_a_step(points):
         plotting.reverse_process(list(walk(points))[:1])
 
 
+def test_what_is_drawn_of_the_processes_has_to_be_theirs(points):
+    with pytest.raises(TypeError, match="states holds a ndarray; expected the SamplerState"):
+        plotting.reverse_process([points, points])
+    with pytest.raises(TypeError, match="schedules is a NoiseSchedule; expected what each is called"):
+        plotting.forward_process(points, td.linear_schedule(5), np.random.default_rng(0))
+    with pytest.raises(TypeError, match="rng is a int"):
+        plotting.forward_process(points, SCHEDULES, 0)
+
+
 # Samples beside data
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,8 +68,8 @@ class Run:
     states : mapping of str to Stateful
         What a checkpoint holds, by the prefix of its arrays' names. One with the prefix "" is given all
         arrays, and picks its own.
-    about : mapping
-        What else a checkpoint's metadata says, for who reads it.
+    about : callable
+        ``about()`` is what else a checkpoint's metadata says, for who reads it.
 
     Raises
     ------
@@ -82,13 +82,13 @@ class Run:
         directory: Path,
         settings: dict[str, Any],
         states: Mapping[str, Stateful],
-        about: Mapping[str, Any] | None = None,
+        about: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.checkpoint = directory / "checkpoint.safetensors"
         self.metrics = directory / "metrics.jsonl"
         self.settings = _as_json(settings)
         self.states = states
-        self.about = about or {}
+        self.about = about
         self.directory = directory
         self.began = time.perf_counter()
         self._begun = False
@@ -191,7 +191,7 @@ class Run:
     def save(self, losses: list[float]) -> None:
         """Write the whole state of the run."""
         arrays = {"losses": np.asarray(losses), **states_of(self.states)}
-        metadata = {**self.about, "step": len(losses), "settings": self.settings}
+        metadata = {**self.about(), "step": len(losses), "settings": self.settings}
         save_arrays(self.checkpoint, arrays, metadata)
 
     def log(self, step: int, losses: list[float], grad_norm: float, lr: float) -> None:

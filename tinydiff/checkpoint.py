@@ -215,7 +215,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     ----------
     path : path
         A ``model.safetensors`` of tinydiff (diffusers' are read by ``interop.load_diffusers``), or the
-        ``checkpoint.safetensors`` in the `run_dir` of `tinydiff.train`, which may go on training.
+        ``checkpoint.safetensors`` in the `run_dir` of a training, which may go on.
     backend : {"numpy", "cupy"}, optional
         Where the weights go. Default: ``TINYDIFF_BACKEND``.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff._checks import check_number
+from tinydiff._checks import check_array, check_number
 from tinydiff.backend import Array, array_namespace, asarray_like, integers_like, is_numpy_array, to_numpy
 from tinydiff.bound import Decoder, step_term
 from tinydiff.diffusion import GaussianDiffusion
@@ -85,7 +85,7 @@ def simple_loss(
     Raises
     ------
     TypeError
-        If `output`, `x0` or `noise` is not an array, or they are not all of one library.
+        If `output`, `x0`, `noise` or `weights` is no array, or the first three are not all of one library.
     ValueError
         If a shape or `t` does not fit; the message names the argument.
     """
@@ -259,7 +259,11 @@ def hybrid_loss(
 
 
 def _column(name: str, values: Array, x: Array) -> Array:
-    """Weights (N,) as (N, 1, ..., 1) beside `x`; ValueError for another shape or, on the host, below 0."""
+    """Weights (N,) as (N, 1, ..., 1) beside `x`.
+
+    TypeError unless they are an array; ValueError for another shape or, on the host, below 0.
+    """
+    check_array(**{name: values})
     N = x.shape[0]
     if tuple(values.shape) != (N,):
         raise ValueError(

@@ -76,6 +76,8 @@ class DataParallel(Module):
 
     Raises
     ------
+    TypeError
+        If `model` is not a network of tinydiff's.
     ValueError
         If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
     RuntimeError
@@ -96,6 +98,7 @@ class DataParallel(Module):
     """
 
     def __init__(self, model: Any, workers: int) -> None:
+        check_model(model)
         check_counts(workers=workers)
         self._model = model
         self._parameters = list(model.named_parameters().values())
@@ -359,8 +362,9 @@ def shared_out(
     batch_size : int
         Samples per call.
     workers : int, optional
-        Number of processes. Default: on Linux as many as BLAS would use threads, each with at least four
-        images, or with so many points that there are 2**23 multiplications for it in a pass; 1 elsewhere.
+        Number of processes; of more than `batch_size` the others are not begun. Default: on Linux as many as
+        BLAS would use threads, each with at least four images, or with so many points that there are 2**23
+        multiplications for it in a pass; 1 elsewhere.
     to_predict : bool
         True: a copy is shared out, and the model's own weights are not moved to shared memory, so that
         another thread may train it meanwhile.
@@ -369,6 +373,7 @@ def shared_out(
         workers = _default_workers(model, batch_size)
     else:
         check_counts(workers=workers)
+        workers = min(workers, batch_size)
     if workers == 1 or isinstance(model, DataParallel):
         yield model
         return

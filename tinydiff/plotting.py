@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_counts, check_rng
 from tinydiff.backend import Array, standard_normal, to_numpy
 from tinydiff.checkpoint import replace_file
 from tinydiff.diffusion import GaussianDiffusion
@@ -110,10 +110,14 @@ def forward_process(
         If `x0` is neither points nor images of floating numbers, `schedules` is empty or of several T, or
         `columns` is not an integer of at least 1.
     TypeError
-        If `rng` is not a generator.
+        If `schedules` is not a mapping, or `rng` not a generator.
     """
     check_counts(columns=columns)
+    check_rng(rng)
     x0 = _checked("x0", x0)
+    if not isinstance(schedules, Mapping):
+        came = type(schedules).__name__
+        raise TypeError(f"schedules is a {came}; expected what each is called, and it: {{'cosine': ...}}.")
     lengths = {schedule.T for schedule in schedules.values()}
     if len(lengths) != 1:
         raise ValueError(f"schedules have T = {sorted(lengths)}; expected at least one, and one T for all.")
@@ -241,11 +245,17 @@ def reverse_process(states: Iterable[SamplerState], columns: int = COLUMNS) -> F
     ValueError
         If `states` holds less than two, or something that is neither points nor images; or `columns` is not
         an integer of at least 1.
+    TypeError
+        If `states` holds what is not a SamplerState.
     """
     check_counts(columns=columns)
     states = list(states)
     if len(states) < 2:
         raise ValueError(f"states holds {len(states)}; expected the noise and what at least one step made.")
+    for state in states:
+        if not isinstance(state, SamplerState):
+            came = type(state).__name__
+            raise TypeError(f"states holds a {came}; expected the SamplerState that iterate_samples yields.")
     sample = _checked("states", states[-1].x)
     last = len(states) - 1
     left = last * np.linspace(1, 0, columns) ** 1.5

@@ -24,8 +24,9 @@ from tinydiff._loop import Data, Learner, checked_plan, loop, settings_of
 from tinydiff._run import Run
 from tinydiff.backend import Array
 from tinydiff.bound import Decoder
+from tinydiff.checkpoint import process_metadata
 from tinydiff.continuous_bound import learned_schedule_loss
-from tinydiff.diffusion import Prediction
+from tinydiff.diffusion import GaussianDiffusion, Prediction
 from tinydiff.kernels import many_steps
 from tinydiff.learned_schedule import LearnedSchedule
 from tinydiff.schedules import NoiseSchedule
@@ -173,7 +174,17 @@ def train_learned_schedule(
         decoder=decoder,
         even=bool(even),
     )
-    run = None if run_dir is None else Run(Path(run_dir), settings, {"": network, "schedule.": schedule})
+
+    def about() -> dict[str, Any]:
+        """The process of the averages so far, for `pretrained.load`; nothing if they have no chain."""
+        try:
+            chain = schedule.ema.model.schedule(T)
+        except ValueError:
+            return {}
+        return process_metadata(GaussianDiffusion(chain, prediction))
+
+    states = {"": network, "schedule.": schedule}
+    run = None if run_dir is None else Run(Path(run_dir), settings, states, about)
 
     def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:
         how: dict[str, Any] = dict(T=T, prediction=prediction, decoder=decoder, even=even)

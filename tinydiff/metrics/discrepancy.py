@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinydiff._checks import check_choice, check_counts, check_rng
+from tinydiff._checks import check_choice, check_counts, check_number, check_rng
 from tinydiff.metrics._checks import two_sets
 
 __all__ = ["PermutationResult", "energy_distance", "mmd_squared", "permutation_test"]
@@ -174,8 +174,7 @@ def _gaussian(distances: np.ndarray, bandwidth: float | None) -> np.ndarray:
     if bandwidth is None:
         apart = distances[distances > 0]
         bandwidth = float(np.median(apart)) if apart.size else 1.0  # all points are one: any kernel says so
-    if not 0 < bandwidth < np.inf:
-        raise ValueError(f"bandwidth is {bandwidth}; expected a positive number.")
+    check_number("bandwidth", bandwidth, lambda h: 0 < h < np.inf, "a positive number")
     K = np.exp(-0.5 * (distances / bandwidth) ** 2)
     np.fill_diagonal(K, 0.0)
     return K

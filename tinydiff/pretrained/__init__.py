@@ -67,7 +67,7 @@ def load(
     ----------
     path : path
         A ``model.safetensors`` whose metadata has what `diffusion_from` needs, as the demos write it; or the
-        ``checkpoint.safetensors`` of `tinydiff.train`, for the average so far.
+        ``checkpoint.safetensors`` of a training, for the average so far.
     backend : {"numpy", "cupy"}, optional
         Where the weights go. Default: ``TINYDIFF_BACKEND``.
 
