@@ -442,7 +442,7 @@ def test_resume_says_where_there_is_no_run_to_continue(toy, tmp_path, capsys):
         (tmp_path, [], ""),
         (toy, ["--resume"], ""),
     ]:
-        _common.say_if_nothing_resumes(demo("train_toy2d").parse(["--out", str(out), *flags]))
+        _common.say_if_nothing_resumes(demo("train_mnist").parse(["--out", str(out), *flags]))
         assert capsys.readouterr().out == said
 
 
@@ -591,8 +591,8 @@ def test_workers_share_whatever_takes_time(name, flags, times, tmp_path, few_dig
             super().__init__(model, workers)
 
     monkeypatch.setattr(td.parallel, "DataParallel", Noted)
-    run(name, *flags, "--workers", "3", "--out", tmp_path, "--quiet")
-    assert asked == [3] * times
+    run(name, *flags, "--workers", "2", "--out", tmp_path, "--quiet")
+    assert asked == [2] * times
     asked.clear()
     run(name, *flags, "--workers", "1", "--out", tmp_path / "alone", "--quiet")
     assert asked == []
