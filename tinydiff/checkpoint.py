@@ -84,6 +84,8 @@ def save_arrays(
 ) -> None:
     """Write named host arrays and JSON-serialisable `metadata` to a safetensors file.
 
+    The same arrays and metadata make the same file, byte for byte.
+
     Parameters
     ----------
     path : path
@@ -111,7 +113,15 @@ def save_arrays(
             texts[key] = json.dumps(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"metadata has {key!r}, which JSON cannot hold: {error}.") from None
-    replace_file(path, save(tensors, texts))
+    replace_file(path, _sorted_header(save(tensors, texts)))
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """The same file with its header by name: safetensors writes metadata in another order each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the numbers begin where eight bytes do
+    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(content)[end:]))
 
 
 def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

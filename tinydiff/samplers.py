@@ -381,7 +381,8 @@ def sample(
     ValueError
         If an argument is out of its range or does not fit; the message names the argument.
     MemoryError
-        If a step does not fit in memory; the message names a `batch_size` that does.
+        If a step does not fit in memory; the message names a `batch_size` that does. (With NumPy the system
+        may end the process instead: as in `train`.)
 
     Warns
     -----

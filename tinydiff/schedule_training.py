@@ -151,7 +151,8 @@ def train_learned_schedule(
         If the loss or the norm of a gradient stops being finite. The model keeps the weights that it had
         before that step.
     MemoryError
-        If a step does not fit in memory; the message names a batch size that does.
+        If a step does not fit in memory; the message names a batch size that does. (With NumPy the system may
+        end the process instead: as in `train`.)
     """
     check_counts(T=T, checkpoint_every=checkpoint_every, log_every=log_every)
     numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
