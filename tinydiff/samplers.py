@@ -475,8 +475,8 @@ def invert(
     The step is DDIM's with eta = 0, but to the next later time: x' = a' D + s' eps (Song, Meng & Ermon 2021,
     section 4.3). It takes D and eps at the state where it begins; the step back down, which is to undo it,
     takes them at the other. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives `x0` back up to
-    an error that falls as 1 / steps, and one of about 1 - abar_0 that does not, of the piece between `x0` and
-    t = 0.
+    an error that falls as 1 / steps, and one that does not, of the piece between `x0` and t = 0: for data of
+    variance c, about ((1 - abar_0) / c)^2 times its distance from the mean.
 
     Parameters
     ----------
