@@ -65,7 +65,7 @@ MATHEMATICS = {
 # Public, in those modules, and cites nothing.
 EXEMPT = {
     "nn.module": "names and holds parameters",
-    "nn.init": "draws the first weights; nothing is derived from it",
+    "nn.init": "draws the first weights; chapter 7 says from what, in a section without an identifier",
     "models.unet.UNet.run_embedded": "the call, from the sinusoids on",
     "models.unet.UNet.check_input": "checks an argument",
     "models.mlp.MLP.check_input": "checks an argument",
