@@ -59,6 +59,12 @@ def _numpy_backend(monkeypatch):
     monkeypatch.delenv("TINYDIFF_BACKEND", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _no_colors(monkeypatch):
+    """From 3.13 on, Python paints tracebacks, and from 3.14 on a parser's help, where FORCE_COLOR is set."""
+    monkeypatch.setenv("PYTHON_COLORS", "0")
+
+
 @pytest.fixture
 def full_disk():
     """A context in which a file takes its first 100 bytes, and no more: as on a disk that is full."""
