@@ -1036,7 +1036,9 @@ def test_exp_and_sigmoid_of_vectors(dtype):
     exp_of(x, y)
     exact = np.exp(x.astype(np.longdouble))
     error = np.abs(y - exact) / (np.finfo(dtype).eps * exact)
-    assert error[y >= np.finfo(dtype).tiny].max() < 1
+    # Apple's ARM and Windows have no longer numbers than float64: there `exact` is rounded itself.
+    rounded = 0.5 if np.finfo(np.longdouble).eps == np.finfo(dtype).eps else 0
+    assert error[y >= np.finfo(dtype).tiny].max() < 1 + rounded
     edges = np.array([-np.inf, -800, 800, np.inf, np.nan, 0] * LANES, dtype)
     y = np.empty_like(edges)
     exp_of(edges, y)
