@@ -274,6 +274,7 @@ def test_help_is_enough(capsys):
         assert word in said, word
 
 
+@pytest.mark.skipif(not td.parallel._can_fork(), reason="needs a system that forks")
 def test_workers_share_the_points():
     from _bench.networks import CONFIGS
     from _bench.ours import Tinydiff

@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -571,7 +570,7 @@ def test_the_comparison_leaves_a_table_a_picture_and_the_numbers(compared):
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 16
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs a system that forks")
+@pytest.mark.skipif(not td.parallel._can_fork(), reason="needs a system that forks")
 @pytest.mark.parametrize(
     ("name", "flags", "times"),
     [

@@ -68,7 +68,7 @@ except RuntimeError as error:
 """
     done = run(missing + "import os; del os.fork" + TRAINS_SAMPLES_AND_SAVES + asked_for)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "this system cannot fork processes; expected Linux, or workers=1.\n"
+    assert done.stdout == "processes share the work on Linux only; expected workers=1 on this system.\n"
 
 
 def test_import_warns_of_nothing_and_prints_nothing():

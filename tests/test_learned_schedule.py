@@ -1030,7 +1030,7 @@ def test_a_list_is_no_data():
         small(data=[1.0])
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs a system that forks")
+@pytest.mark.skipif(not td.parallel._can_fork(), reason="needs a system that forks")
 def test_the_loop_is_the_same_shared_or_not(monkeypatch):
     calls = []
 

@@ -19,13 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinydiff as td
-from tinydiff import kernels
+from tinydiff import kernels, parallel
 from tinydiff.kernels import _threads, kernels_for
-from tinydiff.parallel import DataParallel, shared_out
+from tinydiff.parallel import DataParallel, WorkerError, shared_out
 
-pytestmark = pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="needs a system that forks"
-)
+pytestmark = pytest.mark.skipif(not parallel._can_fork(), reason="needs a system that forks")
 
 
 def unet(dropout=0.0, dtype=np.float64, seed=0):
@@ -495,8 +493,6 @@ class Noisy(td.MLP):
 
 
 def test_a_subclass_is_shared_when_asked_only_and_draws(monkeypatch):
-    from tinydiff import parallel
-
     monkeypatch.setattr(parallel, "threads_in_reach", lambda: 2)
     noisy = Noisy(hidden=96)
     with shared_out(noisy, 256) as same:
@@ -654,9 +650,16 @@ def test_a_process_of_a_pool_shares_nothing():
             pool.apply(shares, (2,))
 
 
-def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
-    from tinydiff import parallel
+def test_a_system_that_forks_but_is_not_linux_shares_nothing(monkeypatch):
+    """macOS, whose Accelerate multiplies no matrices in a fork."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(parallel, "threads_in_reach", lambda: 2)
+    assert shares(None) == "UNet"
+    with pytest.raises(WorkerError, match="on Linux only; expected workers=1"):
+        shares(2)
 
+
+def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
     monkeypatch.setattr(parallel, "threads_in_reach", lambda: 2)
     model, points = unet(), td.MLP(hidden=96)  # 83,000 weights
     for each, n in [(model, 64), (points, 256)]:

@@ -58,7 +58,7 @@ KNOWN = (UNet, MLP)
 
 
 class WorkerError(RuntimeError):
-    """A process that shares the work has failed, or ended."""
+    """A process that shares the work has failed, or ended, or there can be none."""
 
 
 class DataParallel(Module):
@@ -81,8 +81,8 @@ class DataParallel(Module):
     ValueError
         If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
     RuntimeError
-        If this system cannot fork, or this process is daemonic, as a ``Pool``'s are; later a `WorkerError`,
-        if a process has failed or ended, or the derivative called is of one that has.
+        If this process is daemonic, as a ``Pool``'s are; a `WorkerError`, which is one, if this system is not
+        Linux, and later if a process has failed or ended, or the derivative called is of one that has.
 
     Notes
     -----
@@ -253,8 +253,8 @@ class DataParallel(Module):
     def _fork(self) -> None:
         if self._count == 1:
             return
-        if not hasattr(os, "fork"):
-            raise RuntimeError("this system cannot fork processes; expected Linux, or workers=1.")
+        if not _can_fork():
+            raise WorkerError("processes share the work on Linux only; expected workers=1 on this system.")
         if multiprocessing.current_process().daemon:
             raise RuntimeError("a daemonic process, as a Pool's, may start no others; expected workers=1.")
         kernels_for(np.empty(0))  # imported now: for what another thread is importing a fork waits in vain
@@ -390,9 +390,13 @@ def _separate_copy(model: Any) -> Any:
     return copied
 
 
+def _can_fork() -> bool:
+    """Whether a fork may compute. On macOS Accelerate, NumPy's BLAS, fails or hangs in one."""
+    return sys.platform.startswith("linux") and hasattr(os, "fork")
+
+
 def _default_workers(model: Any, batch_size: int) -> int:
-    can_fork = sys.platform.startswith("linux") and hasattr(os, "fork")
-    if not can_fork or multiprocessing.current_process().daemon or type(model) not in KNOWN:
+    if not _can_fork() or multiprocessing.current_process().daemon or type(model) not in KNOWN:
         return 1
     if not all(is_numpy_array(p.value) for p in model.named_parameters().values()):
         return 1
