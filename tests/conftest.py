@@ -51,6 +51,10 @@ def _leave_flags_alone(config):
         assert np.all(one @ one == one)
     if of_nothing:
         config.addinivalue_line("filterwarnings", "ignore:.* encountered in matmul:RuntimeWarning")
+        # And in the processes that tests start, where a message is given as it begins.
+        kinds = ("divide by zero", "overflow", "invalid value")
+        ignored = [f"ignore:{kind} encountered in matmul:RuntimeWarning" for kind in kinds]
+        os.environ["PYTHONWARNINGS"] = ",".join([*filter(None, [os.environ.get("PYTHONWARNINGS")]), *ignored])
 
 
 @pytest.fixture(autouse=True)
