@@ -141,12 +141,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def set_threads(threads: int) -> None:
     """In this process, and in those it starts."""
-    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = str(threads)
+    # The last is Accelerate's, NumPy's BLAS on macOS.
+    for library in ("OPENBLAS_NUM", "OMP_NUM", "MKL_NUM", "VECLIB_MAXIMUM"):
+        os.environ[f"{library}_THREADS"] = str(threads)
     from tinydiff.kernels import _threads
 
     if _threads._blas is not None:  # where NumPy came with the variables set otherwise
         _threads._blas[1](threads)
+    else:
+        print("NumPy's BLAS is not OpenBLAS: it may use more threads than --threads says.", file=sys.stderr)
     if has_torch():
         import torch
 

@@ -52,8 +52,9 @@ def benchmark_in_brief():
 
         patch.setattr(layers, "product_gflops", lambda: machine.product_gflops(256))
         patch.setattr(machine, "share_given", functools.partial(machine.share_given, seconds=0.02))
-        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUPY_TF32"):
-            patch.setenv(name, "1")
+        for name in ("OPENBLAS_NUM", "OMP_NUM", "MKL_NUM", "VECLIB_MAXIMUM"):
+            patch.setenv(f"{name}_THREADS", "1")
+        patch.setenv("CUPY_TF32", "1")
         yield
     gc.unfreeze()
     if threads:

@@ -13,12 +13,22 @@ import pytest
 from scripts import DEMOS, benchmark_in_brief, demo, run
 
 import tinydiff as td
+from tinydiff.kernels import _threads
 
 
 @pytest.fixture(autouse=True)
 def in_brief():
     with benchmark_in_brief():
         yield
+
+
+def test_where_the_threads_of_blas_cannot_be_set_it_says_so(monkeypatch, capsys):
+    """As on macOS, where NumPy's BLAS is Accelerate."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_threads, "_blas", None)
+        demo("benchmark").set_threads(1)
+    assert "more threads than --threads says" in capsys.readouterr().err
+    assert os.environ["VECLIB_MAXIMUM_THREADS"] == "1"
 
 
 def test_threads_without_a_core_are_not_other_programs(monkeypatch):
