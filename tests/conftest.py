@@ -50,6 +50,8 @@ def _leave_flags_alone(config):
         one = np.eye(16, dtype=np.float32)
         assert np.all(one @ one == one)
     if of_nothing:
+        # Here, for tests that count warnings or make errors of them; by the filter, in other threads.
+        np.seterr(divide="ignore", over="ignore", invalid="ignore")
         config.addinivalue_line("filterwarnings", "ignore:.* encountered in matmul:RuntimeWarning")
         # And in the processes that tests start, where a message is given as it begins.
         kinds = ("divide by zero", "overflow", "invalid value")
