@@ -451,7 +451,7 @@ REMEDY = r"; expected an array of real numbers on the host, as in model\.float.*
         (np.zeros(4, np.complex64), r"ndarray of complex64"),
         (np.zeros(4, bool), r"ndarray of bool"),
         (np.zeros(4, "M8[s]"), r"ndarray of datetime64\[s\]"),
-        (np.full(4, "0.5"), r"ndarray of <U3"),
+        (np.full(4, "0.5"), r"ndarray of [<>]U3"),
         (np.full(4, None), r"ndarray of object"),
         ([0.0] * 4, r"list of no dtype"),
         ([0.0, [1.0]], r"list of no dtype \(.*inhomogeneous"),

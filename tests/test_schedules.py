@@ -300,7 +300,7 @@ def test_evenly_spaced_timesteps_span_the_chain():
         ([0.1, np.nextafter(1, 2)], r"betas\[1\] is 1\.00"),
         ([0.1, 2, 3], r"betas\[1\] is 2\.0 \(2 of 3 wrong\)"),
         ([True, True], "betas has dtype bool"),
-        (["0.1"], "betas has dtype <U3"),
+        (["0.1"], "betas has dtype [<>]U3"),
         ([0.1 + 0j], "betas has dtype complex128"),
         ([None], "betas has dtype object"),
         (None, r"betas has shape \(\)"),
