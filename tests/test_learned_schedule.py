@@ -16,7 +16,7 @@ from runs import lines, raising
 
 import tinydiff as td
 from tinydiff import _loop, nn, schedule_training
-from tinydiff._loop import STEP
+from tinydiff._data import STEP
 from tinydiff.checkpoint import load_arrays, save_arrays
 from tinydiff.continuous_bound import (
     diffuse,

@@ -30,7 +30,7 @@ from runs import (
 )
 
 import tinydiff as td
-from tinydiff import _loop, _run, training
+from tinydiff import _data, _loop, _run, training
 from tinydiff.bound import step_term
 from tinydiff.checkpoint import load_arrays, save_arrays
 from tinydiff.importance import LossSecondMomentSampler
@@ -124,10 +124,10 @@ def test_the_loop_is_algorithm_1_written_out():
     optimizer = td.Adam(reference.named_parameters(), lr=0.01, weight_decay=0.1)
     ema = td.EMA(reference, 0.9)
     order = np.concatenate(
-        [np.random.default_rng([3, _loop.EPOCH, epoch]).permutation(10) for epoch in range(5)]
+        [np.random.default_rng([3, _data.EPOCH, epoch]).permutation(10) for epoch in range(5)]
     )
     for step in range(STEPS):
-        rng = np.random.default_rng([3, _loop.STEP, step])
+        rng = np.random.default_rng([3, _data.STEP, step])
         x0 = POINTS[order[4 * step : 4 * step + 4]]
         t = rng.integers(20, size=4)
         eps = rng.standard_normal((4, 2), dtype=np.float32)
@@ -865,7 +865,7 @@ def test_an_epoch_visits_every_sample_once(n, batch_size, seed):
     for epoch in range(len(stream) // n):
         visited = stream[epoch * n : (epoch + 1) * n]
         assert sorted(visited) == list(range(n))
-        assert visited == np.random.default_rng([seed, _loop.EPOCH, epoch]).permutation(n).tolist()
+        assert visited == np.random.default_rng([seed, _data.EPOCH, epoch]).permutation(n).tolist()
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(monkeypatch):
@@ -900,7 +900,7 @@ def test_the_streams_of_a_seed_are_apart(monkeypatch):
         return default_rng(seed)
 
     model = small_mlp()
-    _loop._order.cache_clear()
+    _data._order.cache_clear()
     monkeypatch.setattr(np.random, "default_rng", recorded)
     td.train(model, DIFFUSION, POINTS, **SETTINGS)
     assert len(seeds) > STEPS
@@ -1027,8 +1027,8 @@ def test_large_pictures_are_looked_at_one_after_the_other():
     data = np.random.default_rng(0).uniform(-1, 1, (64, 32, 32, 3)).astype(np.float32)
     tracemalloc.start()
     try:
-        mean, scale = _loop._moments(data)
-        _loop._warn_of_scale(data)
+        mean, scale = _data.mean_and_rms(data)
+        _data.warn_of_scale(data)
         assert tracemalloc.get_traced_memory()[1] < data.nbytes / 8
     finally:
         tracemalloc.stop()

@@ -1,7 +1,7 @@
 """The loop of a training: its progress, its metrics, and how it survives an interruption.
 
-The randomness of a step is a function of (seed, step), and the order of the data a function of (seed,
-epoch). So a resumed run is the same run, bit for bit, with no generator state to save.
+The randomness of a step is a function of (seed, step), and the order of the data (``_data.py``) a function of
+(seed, epoch). So a resumed run is the same run, bit for bit, with no generator state to save.
 
 A step counts once its loss is in the list: it is put there last, so an interruption in the middle of a step
 is recognised by a list that is shorter than the optimizer's count.
@@ -13,63 +13,33 @@ checkpoint, and reads those of all steps since at once.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_number, check_seed, check_unmasked
+from tinydiff._checks import check_counts, check_number, check_seed
+from tinydiff._data import STEP, Data, batch_of, beside, check_data, mean_and_rms, warn_of_scale
 from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._progress import progress_bar
 from tinydiff._readings import Kept, Losses, check_finite
 from tinydiff._run import Run, Stateful, load_states, states_of
-from tinydiff.backend import (
-    Array,
-    array_namespace,
-    asarray_like,
-    device,
-    integers_like,
-    is_numpy_array,
-    to_numpy,
-)
+from tinydiff.backend import Array, array_namespace, asarray_like, device, to_numpy
 from tinydiff.memory import is_out_of_memory, reason, what_fits
 from tinydiff.models._checks import check_model
 from tinydiff.nn.module import config_of, weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
 
-__all__ = [
-    "Data",
-    "Learner",
-    "Objective",
-    "beside",
-    "check_data",
-    "checked_plan",
-    "loop",
-    "settings_of",
-    "trial",
-]
-
-Data: TypeAlias = Any  # an array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...)
+__all__ = ["Learner", "Objective", "checked_plan", "loop", "settings_of", "trial"]
 
 # Takes a network (or a DataParallel of it), a batch and a generator; returns the loss, and what adds to the
 # gradients.
 Objective: TypeAlias = Callable[[Any, Array, np.random.Generator], tuple[Array, Callable[[], Any]]]
-
-# A root mean square beyond which data is taken to be unscaled by mistake: 8-bit levels have about 100.
-LARGE = 10
-
-SEEN = 256  # samples that are looked at, for the scale of the data
-
-# The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
-# that [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
-STEP, EPOCH = 1, 2
 
 
 @dataclass(frozen=True)
@@ -201,7 +171,7 @@ def loop(
                 learner.optimizer.zero_grad()
             x0 = batch_of(data, plan.batch_size, plan.seed, step, rng, like)
             if callable(data) and step == start:
-                _warn_of_scale(x0)
+                warn_of_scale(x0)
             loss_array, backward = loss(shared, x0, rng)
             backward()
             norm_array = _joint([clip_grad_norm(one.parameters, one.clip_norm) for one in learners])
@@ -296,7 +266,7 @@ def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: An
         "config": dict(config_of(model)) or None,
         "dtype": str(to_numpy(weight_of(model)).dtype),
         "data": "callable" if callable(data) else [int(size) for size in data.shape],
-        "data_mean_and_rms": _moments(data),
+        "data_mean_and_rms": mean_and_rms(data),
         "data_name": data_name,
         **plan.settings(),
         **others,
@@ -324,111 +294,6 @@ def checked_plan(
     check_number("clip_norm", clip_norm, lambda norm: norm > 0, "a positive number")
     check_number("ema_decay", ema_decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
     check_data(data)
-    _warn_of_scale(data)
+    warn_of_scale(data)
     counts = int(steps), int(batch_size), int(seed), int(warmup)
     return Plan(*counts, float(final_lr), float(clip_norm), float(ema_decay))
-
-
-def check_data(data: Data) -> None:
-    """TypeError or ValueError unless it is callable, or an array of at least one sample, of floats."""
-    if callable(data):
-        return
-    if len(getattr(data, "shape", ())) < 1:
-        raise TypeError(f"data is a {type(data).__name__}; expected an array (n, ...) or a callable.")
-    if data.shape[0] < 1:
-        raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
-    _check_values("data", data)
-
-
-def _moments(data: Data) -> list[float] | None:
-    """Mean and root mean square of some samples, by which other data are told; None if not on the host."""
-    if not is_numpy_array(data) or not data.size:
-        return None
-    return _mean_and_scale(data[:: -(-len(data) // SEEN)])
-
-
-def _mean_and_scale(some: np.ndarray) -> list[float]:
-    """Mean and root mean square in float64, one sample after the other: of large pictures a few fit twice."""
-    means = [np.mean(one, dtype=np.float64) for one in some]
-    squares = [np.mean(np.square(one, dtype=np.float64)) for one in some]
-    return [float(np.mean(means)), math.sqrt(np.mean(squares))]
-
-
-def _warn_of_scale(data: Data) -> None:
-    """Warn whoever called the training of data that the noise hardly hides, and of pictures not centred."""
-    if not is_numpy_array(data) or not data.size:
-        return
-    some = data[:SEEN]
-    _, scale = _mean_and_scale(some)
-    if some.ndim == 4 and 0 <= np.min(some) < np.max(some) <= 1:
-        warnings.warn(
-            f"data are pictures in [{np.min(some):.3g}, {np.max(some):.3g}], and expected in [-1, 1] (from "
-            "[0, 1], 2 * x - 1): the noise has a mean of 0.",
-            stacklevel=5,  # as below
-        )
-    if scale > LARGE:
-        warnings.warn(
-            f"data has a root mean square of {scale:.3g}, and the noise 1, which hardly hides it: is it "
-            "scaled? Pictures are expected in [-1, 1] (from 0 ... 255, x / 127.5 - 1), points with a "
-            "variance of about 1.",
-            stacklevel=5,  # _warn_of_scale, checked_plan or loop, train, many_steps, the caller
-        )
-
-
-def _check_values(name: str, values: Array) -> None:
-    """ValueError unless they are real floating numbers; with NumPy, finite ones."""
-    check_unmasked(name, values)
-    if not array_namespace(values).isdtype(values.dtype, "real floating"):
-        raise ValueError(
-            f"{name} has dtype {values.dtype}; expected a real floating one (of 8-bit images, x / 127.5 - 1)."
-        )
-    if is_numpy_array(values) and not all(np.isfinite(part).all() for part in _parts(values)):
-        raise ValueError(f"{name} holds numbers that are not finite.")
-
-
-def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
-    """In parts, because a file that is mapped into memory may be larger than the memory."""
-    return (values[start : start + 1024] for start in range(0, len(values), 1024))
-
-
-def beside(data: Data, like: Array) -> Data:
-    """The data set where `like` is; where it is there already, or drawn batch by batch, it stays as it is."""
-    if callable(data) or (array_namespace(data) is array_namespace(like) and device(data) == device(like)):
-        return data
-    try:
-        return asarray_like(data, like)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(
-            f"data of shape {tuple(data.shape)} does not fit in memory beside the model; pass a callable "
-            "that draws batches of it."
-        ) from None
-
-
-def batch_of(
-    data: Data, batch_size: int, seed: int, step: int, rng: np.random.Generator, like: Array
-) -> Array:
-    """The batch of a step, beside `like`: what `data` draws, or the next samples in the sequence of epochs.
-
-    An array is indexed where it is, by an index that is made on the host.
-    """
-    if callable(data):
-        batch = data(batch_size, rng)
-        if len(getattr(batch, "shape", ())) < 1 or batch.shape[0] != batch_size:
-            came = f"has shape {batch.shape}" if hasattr(batch, "shape") else f"is a {type(batch).__name__}"
-            raise ValueError(f"data(batch_size, rng) {came}; expected an array ({batch_size}, ...).")
-        _check_values("data(batch_size, rng)", batch)
-        return asarray_like(batch, like)
-    n = data.shape[0]
-    start, stop = step * batch_size, (step + 1) * batch_size
-    epochs = range(start // n, (stop - 1) // n + 1)
-    index = np.concat([_order(seed, e, n)[max(0, start - e * n) : stop - e * n] for e in epochs])
-    xp = array_namespace(data)
-    return asarray_like(xp.take(data, integers_like(index, data), axis=0), like)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which an epoch visits n samples."""
-    return np.random.default_rng([seed, EPOCH, epoch]).permutation(n)

@@ -20,7 +20,8 @@ from typing import Any, Generic
 import numpy as np
 
 from tinydiff._checks import check_counts
-from tinydiff._loop import Data, Learner, checked_plan, loop, settings_of
+from tinydiff._data import Data
+from tinydiff._loop import Learner, checked_plan, loop, settings_of
 from tinydiff._run import Run
 from tinydiff.backend import Array
 from tinydiff.bound import Decoder

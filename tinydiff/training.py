@@ -17,18 +17,9 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
 import numpy as np
 
 from tinydiff._checks import check_batch, check_choice, check_counts, check_number, check_rng
+from tinydiff._data import Data, beside, check_data
 from tinydiff._graph import RecordedLoss, forget, is_wanted
-from tinydiff._loop import (
-    Data,
-    Learner,
-    Objective,
-    beside,
-    check_data,
-    checked_plan,
-    loop,
-    settings_of,
-    trial,
-)
+from tinydiff._loop import Learner, Objective, checked_plan, loop, settings_of, trial
 from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
 from tinydiff.bound import Decoder, check_decoder
