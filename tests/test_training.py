@@ -1028,7 +1028,7 @@ def test_large_pictures_are_looked_at_one_after_the_other():
     tracemalloc.start()
     try:
         mean, scale = _data.mean_and_rms(data)
-        _data.warn_of_scale(data)
+        _data.warn_of_scale(data, 2)
         assert tracemalloc.get_traced_memory()[1] < data.nbytes / 8
     finally:
         tracemalloc.stop()

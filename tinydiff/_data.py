@@ -57,8 +57,8 @@ def _moments(some: np.ndarray) -> list[float]:
     return [float(np.mean(means)), math.sqrt(np.mean(squares))]
 
 
-def warn_of_scale(data: Data) -> None:
-    """Warn the caller of the training if the noise hardly hides the data, or if pictures are not centred."""
+def warn_of_scale(data: Data, stacklevel: int) -> None:
+    """Warn if the noise hardly hides the data, or if pictures are not centred."""
     if not is_numpy_array(data) or not data.size:
         return
     some = data[:SEEN]
@@ -67,14 +67,14 @@ def warn_of_scale(data: Data) -> None:
         warnings.warn(
             f"data are pictures in [{np.min(some):.3g}, {np.max(some):.3g}], and expected in [-1, 1] (from "
             "[0, 1], 2 * x - 1): the noise has a mean of 0.",
-            stacklevel=5,  # as below
+            stacklevel=stacklevel,
         )
     if scale > LARGE:
         warnings.warn(
             f"data has a root mean square of {scale:.3g}, and the noise 1, which hardly hides it: is it "
             "scaled? Pictures are expected in [-1, 1] (from 0 ... 255, x / 127.5 - 1), points with a "
             "variance of about 1.",
-            stacklevel=5,  # warn_of_scale, checked_plan or loop, train, many_steps, the caller
+            stacklevel=stacklevel,
         )
 
 

@@ -3,8 +3,8 @@
 The randomness of a step is a function of (seed, step), and the order of the data (``_data.py``) a function of
 (seed, epoch). So a resumed run is the same run, bit for bit, with no generator state to save.
 
-A step counts once its loss is in the list: it is put there last, so an interruption in the middle of a step
-is recognised by a list that is shorter than the optimizer's count.
+A step counts once its loss is among the readings (``_readings.py``): it is put there last, so an interruption
+in the middle of a step is recognised by fewer losses than the optimizer has counted steps.
 
 On a GPU everything stays where it is. Times and tables live on the host, data, noise, loss and weights on the
 device, and the host runs ahead of it: it waits only where numbers are read, at a line of metrics and at a
@@ -26,10 +26,10 @@ from tinydiff._checks import check_counts, check_number, check_seed
 from tinydiff._data import STEP, Data, batch_of, beside, check_data, mean_and_rms, warn_of_scale
 from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._progress import progress_bar
-from tinydiff._readings import Kept, Losses, check_finite
+from tinydiff._readings import Kept, Readings
 from tinydiff._run import Run, Stateful, load_states, states_of
 from tinydiff.backend import Array, array_namespace, asarray_like, device, to_numpy
-from tinydiff.memory import is_out_of_memory, reason, what_fits
+from tinydiff.memory import attempted, what_fits
 from tinydiff.models._checks import check_model
 from tinydiff.nn.module import config_of, weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
@@ -144,91 +144,75 @@ def loop(
     """
     if resume and run is None:
         raise ValueError("resume is True and run_dir None; expected the directory of the run to continue.")
-    network, steps = learners[0], plan.steps
+    network = learners[0]
     like = weight_of(network.model)
     data = beside(data, like)
-    losses = Losses([] if run is None else run.start(resume))
+    losses = [] if run is None else run.start(resume)
     start = len(losses)
     for learner in learners:
         learner.optimizer.steps = learner.ema.steps = start  # which older checkpoints do not say
     kept = None if at_once else Kept(network.parameters, start)
 
     def factor(step: int) -> float:
-        return warmup_cosine(step, steps, plan.warmup, plan.final_lr)
+        return warmup_cosine(step, plan.steps, plan.warmup, plan.final_lr)
 
-    processes = ExitStack()
-    # A number that is not finite is said by `check_finite`, not by NumPy; the processes inherit it.
-    processes.enter_context(np.errstate(over="ignore", invalid="ignore"))
-    shared = processes.enter_context(shared_out(network.model, plan.batch_size, workers))
-    bar = progress_bar(progress, total=steps, initial=start, desc="training", unit="step")
-    smooth = math.nan
-    refused = ""
-    backward: Any = None
-    try:
-        for step in range(start, steps):
-            rng = np.random.default_rng([plan.seed, STEP, step])
-            for learner in learners:
-                learner.optimizer.zero_grad()
-            x0 = batch_of(data, plan.batch_size, plan.seed, step, rng, like)
-            if callable(data) and step == start:
-                warn_of_scale(x0)
-            loss_array, backward = loss(shared, x0, rng)
-            backward()
-            norm_array = _joint([clip_grad_norm(one.parameters, one.clip_norm) for one in learners])
-            last = step + 1 == steps
-            line_due = (step + 1) % log_every == 0 or last
-            save_due = run is not None and ((step + 1) % checkpoint_every == 0 or last)
-            reading = at_once or line_due or save_due
-            if reading:
-                first, numbers = losses.read((loss_array, norm_array))
-                check_finite(first, numbers, lambda step: network.lr * factor(step), kept)
+    def all_steps() -> list[float]:
+        with ExitStack() as stack:
             if run is not None:
-                run.begin()
-            for learner in learners:
-                learner.step(factor(step))
-            counted()
-            if not reading:
-                losses.append((loss_array, norm_array))
-            else:
-                values = [value for value, _ in numbers]
-                if run is not None and line_due:
-                    since = step // log_every * log_every
-                    run.log(step + 1, [*losses[since:first], *values], numbers[-1][1], network.optimizer.lr)
-                losses.replace(first, values)
-                if kept is not None:
-                    kept.keep(step + 1)
-                for value in values:
-                    smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
-                bar.set_postfix({unit: f"{smooth:.4f}"}, refresh=False)
-            bar.update()
-            if run is not None and save_due:
-                run.save(losses[:])
-    except KeyboardInterrupt:
-        if run is not None and network.optimizer.steps == len(losses) > start:
-            first, numbers = losses.read()
-            if all(math.isfinite(number) for pair in numbers for number in pair):
-                losses.replace(first, [value for value, _ in numbers])
-                run.save(losses[:])
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        refused = reason(error)
-    finally:
-        bar.close()
-        processes.close()
-        if run is not None:
-            run.end()
+                stack.callback(run.end)
+            # Not NumPy but `Readings` says if a number is not finite; the processes inherit the setting.
+            stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
+            shared = stack.enter_context(shared_out(network.model, plan.batch_size, workers))
+            bar = progress_bar(progress, total=plan.steps, initial=start, desc="training", unit="step")
+            stack.enter_context(bar)
+            readings = Readings(
+                losses,
+                run,
+                kept,
+                rate=lambda step: network.lr * factor(step),
+                show=lambda mean: bar.set_postfix({unit: f"{mean:.4f}"}, refresh=False),
+                steps=plan.steps,
+                log_every=log_every,
+                checkpoint_every=checkpoint_every,
+            )
+            try:
+                for step in range(start, plan.steps):
+                    rng = np.random.default_rng([plan.seed, STEP, step])
+                    x0 = batch_of(data, plan.batch_size, plan.seed, step, rng, like)
+                    if callable(data) and step == start:
+                        warn_of_scale(x0, 7)  # all_steps, attempted, loop, train, many_steps, the caller
+                    pair = _loss_and_norm(learners, shared, loss, x0, rng)
+                    read = readings.read(step, pair)
+                    if run is not None:
+                        run.begin()
+                    for learner in learners:
+                        learner.step(factor(step))
+                    counted()
+                    readings.count(step, pair, read)
+                    bar.update()
+            except KeyboardInterrupt:
+                if network.optimizer.steps == len(readings) > start:
+                    readings.save()
+                raise
+            return readings.losses
+
+    done, refused = attempted(all_steps)
     if refused:
-        x0 = loss_array = norm_array = backward = None
-        models = [learner.model for learner in learners]
-        raise MemoryError(what_fits(trial(loss, models, data, like), like, plan.batch_size, refused))
-    return losses[:]
+        step = trial(loss, [learner.model for learner in learners], data, like)
+        raise MemoryError(what_fits(step, like, plan.batch_size, refused))
+    return done
 
 
-def _joint(norms: list[Array]) -> Array:
-    """The norm of all gradients from those of the learners'."""
-    return norms[0] if len(norms) == 1 else asarray_like(math.hypot(*map(float, norms)), norms[0])
+def _loss_and_norm(
+    learners: Sequence[Learner], network: Any, loss: Objective, x0: Array, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Forward and backward of a batch: the loss, and the joint norm of the gradients, which are clipped."""
+    for learner in learners:
+        learner.optimizer.zero_grad()
+    value, backward = loss(network, x0, rng)
+    backward()
+    norms = [clip_grad_norm(learner.parameters, learner.clip_norm) for learner in learners]
+    return value, norms[0] if len(norms) == 1 else asarray_like(math.hypot(*map(float, norms)), norms[0])
 
 
 def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Callable[[int], None]:
@@ -294,6 +278,6 @@ def checked_plan(
     check_number("clip_norm", clip_norm, lambda norm: norm > 0, "a positive number")
     check_number("ema_decay", ema_decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
     check_data(data)
-    warn_of_scale(data)
+    warn_of_scale(data, 5)  # checked_plan, train, many_steps, the caller
     counts = int(steps), int(batch_size), int(seed), int(warmup)
     return Plan(*counts, float(final_lr), float(clip_norm), float(ema_decay))

@@ -10,66 +10,131 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
+from tinydiff._run import Run
 from tinydiff.backend import Array, array_namespace, is_numpy_array, to_numpy
 from tinydiff.nn.module import Parameter
 
-__all__ = ["Kept", "Losses", "check_finite"]
+__all__ = ["Kept", "Readings"]
+
+Pair: TypeAlias = tuple[Array, Array]  # loss and norm of a step, 0-d, where they were computed
+Numbers: TypeAlias = list[tuple[float, float]]  # loss and norm of each of some steps
 
 
-class Losses:
-    """The loss of every step that counts; on a device, those since the last reading stay there."""
+class Readings:
+    """The losses of a training, one for each step that counts, and what is done with them when they are read.
 
-    def __init__(self, values: list[float]) -> None:
-        self._values: list[Any] = values  # floats; then pairs (loss, norm) of 0-d arrays, not read yet
+    Parameters
+    ----------
+    losses : list of float
+        Those of the steps that were made before.
+    run : Run or None
+        Gets lines of metrics, and checkpoints.
+    kept : Kept or None
+        Weights to go back to. None: the numbers of every step are read at once.
+    rate : callable
+        From a step to its learning rate.
+    show : callable
+        Is given the running mean of the loss.
+    steps, log_every, checkpoint_every : int
+        As for `tinydiff.train`.
+    """
+
+    def __init__(
+        self,
+        losses: list[float],
+        run: Run | None,
+        kept: Kept | None,
+        rate: Callable[[int], float],
+        show: Callable[[float], None],
+        *,
+        steps: int,
+        log_every: int,
+        checkpoint_every: int,
+    ) -> None:
+        self._losses: list[Any] = losses  # floats; then, of steps not read yet, pairs
+        self._run, self._kept, self._rate, self._show = run, kept, rate, show
+        self._steps, self._log_every, self._checkpoint_every = steps, log_every, checkpoint_every
+        self._mean = math.nan
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._losses)
 
-    def __getitem__(self, which: slice) -> list[float]:
-        return self._values[which]
+    @property
+    def losses(self) -> list[float]:
+        """A copy."""
+        return self._losses[:]
 
-    def append(self, unread: tuple[Array, Array]) -> None:
-        """Count a step whose loss and norm nobody has read."""
-        self._values.append(unread)
+    def read(self, step: int, pair: Pair) -> tuple[int, Numbers] | None:
+        """Read the numbers, `pair` those of `step`, before it moves the weights; None if they may wait.
 
-    def read(self, *further: tuple[Array, Array]) -> tuple[int, list[tuple[float, float]]]:
-        """Return loss and norm of the unread steps and of `further`, and the number of the first of them."""
-        first = len(self._values)
-        while first and isinstance(self._values[first - 1], tuple):
+        Returns the first step that was not read yet, and the numbers from there on. FloatingPointError if
+        one is not finite; the weights go back to those that are kept.
+        """
+        at_once = self._kept is None
+        if not (at_once or self._due(step, self._log_every) or self._save_is_due(step)):
+            return None
+        first, numbers = self._unread(pair)
+        for at, (loss, norm) in enumerate(numbers, first):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                back = "" if self._kept is None else f"; {self._kept.put_back()}"
+                raise FloatingPointError(
+                    f"the loss is {loss} and the gradient's norm {norm} at step {at} (learning rate "
+                    f"{self._rate(at):.3g}); try a smaller lr or a smaller clip_norm{back}."
+                )
+        return first, numbers
+
+    def count(self, step: int, pair: Pair, read: tuple[int, Numbers] | None) -> None:
+        """Count `step`, which has moved the weights; `read` is what `read` returned. Log and save if due."""
+        if read is None:
+            self._losses.append(pair)
+            return
+        first, numbers = read
+        values = [loss for loss, _ in numbers]
+        if self._run is not None and self._due(step, self._log_every):
+            since = step // self._log_every * self._log_every
+            losses = [*self._losses[since:first], *values]
+            self._run.log(step + 1, losses, numbers[-1][1], self._rate(step))
+        self._losses[first:] = values  # at once: an interruption finds all or nothing
+        if self._kept is not None:
+            self._kept.keep(step + 1)
+        for value in values:
+            self._mean = value if math.isnan(self._mean) else 0.98 * self._mean + 0.02 * value
+        self._show(self._mean)
+        if self._save_is_due(step):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps that count, if all their numbers are finite."""
+        if self._run is None:
+            return
+        first, numbers = self._unread()
+        if all(math.isfinite(number) for pair in numbers for number in pair):
+            self._losses[first:] = [loss for loss, _ in numbers]
+            self._run.save(self.losses)
+
+    def _due(self, step: int, every: int) -> bool:
+        return (step + 1) % every == 0 or step + 1 == self._steps
+
+    def _save_is_due(self, step: int) -> bool:
+        return self._run is not None and self._due(step, self._checkpoint_every)
+
+    def _unread(self, *further: Pair) -> tuple[int, Numbers]:
+        """The first step that was not read yet; its numbers, those of the steps since, and of `further`."""
+        first = len(self._losses)
+        while first and isinstance(self._losses[first - 1], tuple):
             first -= 1
-        return first, _as_floats([*self._values[first:], *further])
-
-    def replace(self, first: int, values: list[float]) -> None:
-        """Put what was read in the place of what was not, at once: an interruption finds all or nothing."""
-        self._values[first:] = values
+        return first, _as_floats([*self._losses[first:], *further])
 
 
-def _as_floats(pairs: list[tuple[Array, Array]]) -> list[tuple[float, float]]:
+def _as_floats(pairs: list[Pair]) -> Numbers:
     """The numbers on the host, in one transfer."""
     if not pairs or is_numpy_array(pairs[0][0]):
         return [(float(loss), float(norm)) for loss, norm in pairs]
     flat = array_namespace(pairs[0][0]).stack([number for pair in pairs for number in pair])
     numbers = [float(number) for number in to_numpy(flat)]
     return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def check_finite(
-    first: int, numbers: list[tuple[float, float]], rate: Callable[[int], float], kept: Kept | None
-) -> None:
-    """FloatingPointError if a loss or norm of the steps from `first` on is not finite; `kept` is put back."""
-    for step, (loss, norm) in enumerate(numbers, first):
-        if math.isfinite(loss) and math.isfinite(norm):
-            continue
-        back = ""
-        if kept is not None:
-            kept.put_back()
-            back = f"; the weights are back to those after {kept.steps} steps"
-        raise FloatingPointError(
-            f"the loss is {loss} and the gradient's norm {norm} at step {step} (learning rate "
-            f"{rate(step):.3g}); try a smaller lr or a smaller clip_norm{back}."
-        )
 
 
 class Kept:
@@ -81,10 +146,11 @@ class Kept:
 
     def keep(self, steps: int) -> None:
         """Copy the weights as they are after `steps` steps."""
-        self.steps = steps
+        self._steps = steps
         self._copies = [array_namespace(p.value).asarray(p.value, copy=True) for p in self._parameters]
 
-    def put_back(self) -> None:
-        """Give the weights the values they had."""
+    def put_back(self) -> str:
+        """Give the weights the values they had; returns what to say of it."""
         for p, value in zip(self._parameters, self._copies, strict=True):
             p.value = value
+        return f"the weights are back to those after {self._steps} steps"

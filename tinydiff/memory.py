@@ -18,12 +18,14 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tinydiff.backend import Array, is_cupy_array, is_numpy_array
 from tinydiff.kernels import forget_scratch
 
-__all__ = ["available_memory", "is_out_of_memory", "largest_batch", "let_go", "reason", "what_fits"]
+__all__ = ["attempted", "available_memory", "is_out_of_memory", "largest_batch", "let_go", "what_fits"]
 
 # What CuPy calls it when the driver or a library of CUDA, not its own pool, was refused.
 REFUSED = (
@@ -41,16 +43,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(name in str(error) for name in REFUSED)
 
 
-def reason(error: BaseException) -> str:
-    """What an exception says, as a part of a sentence."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+def attempted(work: Callable[[], Any]) -> tuple[Any, str]:
+    """Return what `work` returns, and ""; if memory runs out, None and the reason, as part of a sentence.
+
+    By then the exception is gone, and with it the arrays that its traceback holds.
+    """
+    try:
+        return work(), ""
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def what_fits(step: Callable[[int], None], like: Array, batch_size: int, refused: str) -> str:
-    """What to say where a step of `batch_size` ran out of memory; `refused` is the `reason`.
+    """What to say where a step of `batch_size` ran out of memory; `refused` is what `attempted` says of it.
 
     Halves of the batch are tried until one fits; on the host, none that would take more than half of what is
-    free. To be called where the exception is gone, for with it go the arrays of the step that failed.
+    free.
     """
     let_go(like)
     smaller = batch_size // 2
@@ -117,15 +127,9 @@ def _by_two_steps(step: Callable[[int], None]) -> Callable[[int], bool]:
 
 def _runs(step: Callable[[int], None], like: Array, n: int) -> bool:
     """Whether ``step(n)`` ends without running out of memory."""
-    fits = True
-    try:
-        step(n)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        fits = False
-    let_go(like)  # after the exception, whose traceback holds the arrays of the step
-    return fits
+    _, refused = attempted(partial(step, n))
+    let_go(like)
+    return not refused
 
 
 def _peak(step: Callable[[int], None], n: int) -> int:

@@ -58,7 +58,7 @@ from tinydiff._progress import progress_bar
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.kernels import many_steps
-from tinydiff.memory import is_out_of_memory, reason, what_fits
+from tinydiff.memory import attempted, what_fits
 from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module, weight_of
 from tinydiff.parallel import shared_out
@@ -410,7 +410,6 @@ def sample(
     size = total if batch_size is None else batch_size
     check_counts(batch_size=size)
     starts = range(0, total, size)
-    parts = []
     chain, timesteps = respaced(diffusion, steps)
     steps_in_all = chain.T * len(starts)
     if sampler == "edm":
@@ -431,16 +430,16 @@ def sample(
             x_T=None if x_T is None else x_T[start:stop, ...],
         )
 
-    def some_steps(n: int) -> None:  # with the last what the network is asked may be recorded
+    def some_steps(n: int) -> None:
+        """As many as it takes until what the network is asked may be recorded."""
         try:
             for _ in islice(walk(denoise, 0, n, np.random.default_rng(0)), 2 + WARM_UP):
                 pass
         finally:
             forget(denoise)
 
-    refused = ""
-    state: Any = None
-    try:
+    def all_parts() -> list[Array]:
+        parts = []
         with (
             shared_out(denoise, min(size, total), workers, to_predict=True) as shared,
             progress_bar(progress, total=steps_in_all, desc="sampling", unit="step", leave=False) as bar,
@@ -449,12 +448,10 @@ def sample(
                 for state in walk(shared, start, min(total, start + size), rng):
                     bar.update(0 if state.x0 is None else 1)
                 parts.append(state.x)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        refused = reason(error)
+        return parts
+
+    parts, refused = attempted(all_parts)
     if refused:
-        state, parts = None, []
         forget(denoise)
         like = _like(denoise) if x_T is None else x_T
         raise MemoryError(what_fits(some_steps, like, min(size, total), refused))
