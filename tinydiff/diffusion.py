@@ -96,7 +96,7 @@ class GaussianDiffusion:
       integer for the whole batch. It is read on the host, where the tables are: pass it as a NumPy array
       to keep a GPU from waiting.
     - A variance has shape (N, 1, ..., 1), which broadcasts against the data; a learned one has the data's.
-    - ``output`` is all that the network returned, with `variance` ``"learned_range"`` both halves of it.
+    - ``output`` is all that the network returned: with `variance` ``"learned_range"``, both halves.
     - A wrong ``t``, dtype or shape is a ValueError that names the argument; something that is not an
       array, or is of another library than the first, is a TypeError.
 
@@ -114,7 +114,7 @@ class GaussianDiffusion:
         self.variance: Variance = check_choice("variance", variance, get_args(Variance))
         fixed = {"fixed_small": schedule.posterior_variance, "fixed_large": schedule.betas}
         self.model_variance = fixed.get(self.variance)
-        # A sum of logarithms: beta~ itself underflows where betas are tiny.
+        # log beta~ as a sum of logarithms: beta~ itself underflows where betas are tiny.
         log_betas = np.log(schedule.betas)
         log_noise = np.log(schedule.one_minus_alphas_cumprod)
         log_small = np.concat([log_betas[:1], log_betas[1:] + log_noise[:-1] - log_noise[1:]])
@@ -251,7 +251,7 @@ class GaussianDiffusion:
         """
         x0, noise = matching(x0=x0, noise=noise)
         if self.prediction != "v":
-            self._on_host(t, x0)  # refuses a wrong t; the rates are not needed
+            self._on_host(t, x0)  # refuses a wrong t
             return noise if self.prediction == "eps" else x0
         a, s = self._rates(x0, t)
         return a * noise - s * x0
@@ -298,15 +298,8 @@ class GaussianDiffusion:
 
         Parameters
         ----------
-        x_t : array, shape (N, ...)
-            What the network was shown.
-        t : integer array, shape (N,), or int
-            The step of `x_t`.
-        output : array, shape of `x_t` (learned variance: twice that on the last axis)
-            What it answered.
-        given : {"eps", "x0", "v"}, optional
-            What `output` is, an array of `x_t`'s shape then. Default: the network's answer, an estimate of
-            ``self.prediction``.
+        x_t, t, output, given
+            As in `predict_x0`.
 
         Returns
         -------
@@ -326,15 +319,8 @@ class GaussianDiffusion:
 
         Parameters
         ----------
-        x_t : array, shape (N, ...)
-            What the network was shown.
-        t : integer array, shape (N,), or int
-            The step of `x_t`.
-        output : array, shape of `x_t` (learned variance: twice that on the last axis)
-            What it answered.
-        given : {"eps", "x0", "v"}, optional
-            What `output` is, an array of `x_t`'s shape then. Default: the network's answer, an estimate of
-            ``self.prediction``.
+        x_t, t, output, given
+            As in `predict_x0`.
 
         Returns
         -------
@@ -344,8 +330,7 @@ class GaussianDiffusion:
         Raises
         ------
         ValueError
-            Besides the usual, if `output` is eps where a is 0, or too small for the dtype to divide by: v is
-            -x_0 then.
+            As in `predict_x0`: where a is 0, v is -x_0.
         """
         x_t, output, given = self._prediction_of(x_t, output, given)
         a, s = self._rates(x_t, t)
@@ -368,12 +353,8 @@ class GaussianDiffusion:
 
         Parameters
         ----------
-        x_t : array, shape (N, ...)
-            What the network was shown.
-        t : integer array, shape (N,), or int
-            The step of `x_t`.
-        output : array, shape of `x_t` (learned variance: twice that on the last axis)
-            What it answered, an estimate of ``self.prediction``, and nu if the variance is learned.
+        x_t, t, output
+            As in `predict_x0`; of a learned variance, `output` is the prediction and nu.
         clip : bool
             Clip the estimate of x_0 to [-1, 1] first; right for images, wrong for data that leaves [-1, 1].
 
@@ -408,12 +389,8 @@ class GaussianDiffusion:
 
         Parameters
         ----------
-        x_t : array, shape (N, ...)
-            What the network was shown.
-        t : integer array, shape (N,), or int
-            The step of `x_t`.
-        output : array, shape of `x_t` (learned variance: twice that on the last axis)
-            What it answered.
+        x_t, t, output
+            As in `predict_x0`.
 
         Returns
         -------
@@ -429,21 +406,14 @@ class GaussianDiffusion:
         return column_like(middle[t], x_t) + nu * column_like(half[t], x_t)
 
     def split_output(self, x_t: Array, output: Array) -> tuple[Array, Array | None]:
-        """Return the network's prediction and, if the variance is learned, its nu.  (docs: V.1)
+        """Return the two halves of `output`, each of `x_t`'s shape: prediction and nu.  (docs: V.1)
 
-        Both are of `x_t`'s shape.
+        Unless the variance is learned the prediction is all there is, and nu is None.
 
         Parameters
         ----------
-        x_t : array, shape (N, ...)
-            What the network was shown.
-        output : array, shape of `x_t` (learned variance: twice that on the last axis)
-            What it answered.
-
-        Raises
-        ------
-        ValueError
-            If the shapes do not fit.
+        x_t, output
+            As in `predict_x0`.
         """
         if self.variance != "learned_range":
             matching(x_t=x_t, output=output)
