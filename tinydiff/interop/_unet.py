@@ -17,7 +17,7 @@ from tinydiff.backend import Array, get_backend, to_numpy
 from tinydiff.checkpoint import check_sizes
 from tinydiff.interop._config import check_mapping, is_count, is_number, require, require_fixed
 from tinydiff.models._checks import plain
-from tinydiff.models.unet import UNet
+from tinydiff.models.unet import UNet, misfits
 
 __all__ = [
     "DEFAULTS",
@@ -45,6 +45,22 @@ DEFAULTS: dict[str, Any] = {
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "add_attention": True,
+}
+
+# The entries of the config by the arguments of `UNet`; its attention is in the types of the blocks.
+THEIR_NAMES = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "block_channels": "block_out_channels",
+    "layers_per_block": "layers_per_block",
+    "mid_attention": "add_attention",
+    "norm_groups": "norm_num_groups",
+    "norm_eps": "norm_eps",
+    "head_dim": "attention_head_dim",
+    "dropout": "dropout",
+    "downsample_padding": "downsample_padding",
+    "flip_sin_to_cos": "flip_sin_to_cos",
+    "freq_shift": "freq_shift",
 }
 
 # What tinydiff's U-Net always is: the only values accepted.
@@ -89,7 +105,7 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
-    _check(c)
+    _check_types(c)
     require_fixed(config, FIXED)
     for key, value in config.items():
         if key == "time_embedding_dim":
@@ -99,60 +115,33 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             require(config, key, value in (None, c["norm_num_groups"]), "None, or norm_num_groups")
         elif key not in {*DEFAULTS, *FIXED, *IRRELEVANT, *AVERAGING}:
             raise ValueError(f"config[{key!r}] = {value!r} is not known to tinydiff's U-Net.")
-    attention = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
-    return dict(
-        in_channels=c["in_channels"],
-        out_channels=c["out_channels"],
-        block_channels=c["block_out_channels"],
-        layers_per_block=c["layers_per_block"],
-        attention=attention,
-        mid_attention=c["add_attention"],
-        norm_groups=c["norm_num_groups"],
-        norm_eps=c["norm_eps"],
-        head_dim=c["attention_head_dim"],
-        dropout=c["dropout"],
-        downsample_padding=c["downsample_padding"],
-        flip_sin_to_cos=c["flip_sin_to_cos"],
-        freq_shift=c["freq_shift"],
-    )
+    arguments = {ours: c[theirs] for ours, theirs in THEIR_NAMES.items()}
+    arguments["attention"] = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
+    for name, expected in misfits(arguments):
+        require(c, THEIR_NAMES[name], False, expected)
+    return arguments
 
 
-def _check(c: Mapping[str, Any]) -> None:
-    """ValueError naming the first entry of `c` that is not supported, by itself or beside the others."""
+def _check_types(c: Mapping[str, Any]) -> None:
+    """ValueError naming the first entry of `c` that `UNet` has no argument or no type for."""
     ask = functools.partial(require, c)
     for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
         ask(key, is_count(c[key]), "a positive integer")
     for key in ("flip_sin_to_cos", "add_attention"):
         ask(key, isinstance(c[key], bool), "True or False")
+    for key in ("norm_eps", "dropout", "freq_shift"):
+        ask(key, is_number(c[key]), "a number")
     for key in ("block_out_channels", "down_block_types", "up_block_types"):
         ask(key, isinstance(c[key], (list, tuple)), "a list")
-    channels, groups, head_dim = c["block_out_channels"], c["norm_num_groups"], c["attention_head_dim"]
+    channels, head_dim = c["block_out_channels"], c["attention_head_dim"]
     ask("block_out_channels", bool(channels) and all(map(is_count, channels)), "positive integers")
+    ask("attention_head_dim", head_dim is None or is_count(head_dim), "None, or a positive integer")
     down, up = c["down_block_types"], c["up_block_types"]
     mirror = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
     ask("down_block_types", all(name in list(mirror) for name in down), f"only {' and '.join(mirror)}")
     ask("block_out_channels", len(channels) == len(down), "as many as down_block_types")
-    ask(
-        "up_block_types",
-        list(up) == [mirror[name] for name in reversed(down)],
-        "the mirror of down_block_types",
-    )
-    ask("norm_num_groups", all(n % groups == 0 for n in channels), "a divisor of every block_out_channels")
-    attended = [n for n, name in zip(channels, down, strict=True) if name == "AttnDownBlock2D"]
-    attended += [channels[-1]] if c["add_attention"] else []
-    ask(
-        "attention_head_dim",
-        head_dim is None or (is_count(head_dim) and all(n % head_dim == 0 for n in attended)),
-        "None, or a divisor of block_out_channels wherever there is attention",
-    )
-    ask("norm_eps", is_number(c["norm_eps"]) and c["norm_eps"] > 0, "a positive number")
-    ask("dropout", is_number(c["dropout"]) and 0 <= c["dropout"] < 1, "a number in [0, 1)")
-    ask("downsample_padding", c["downsample_padding"] in (0, 1), "0 or 1")
-    ask(
-        "freq_shift",
-        is_number(c["freq_shift"]) and c["freq_shift"] < max(channels[0] // 2, 1),
-        "a number less than block_out_channels[0] // 2",
-    )
+    mirrored = [mirror[name] for name in reversed(down)]
+    ask("up_block_types", list(up) == mirrored, "the mirror of down_block_types")
 
 
 def check_unet(model: Any) -> None:

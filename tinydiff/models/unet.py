@@ -9,7 +9,7 @@ The same network, operation for operation and name for name, as diffusers' ``UNe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from tinydiff.nn import (
     sinusoidal_embedding,
 )
 
-__all__ = ["UNet"]
+__all__ = ["UNet", "misfits"]
 
 
 class DownBlock(Module):
@@ -240,7 +240,10 @@ class UNet(Module):
             flip_sin_to_cos=flip_sin_to_cos,
             freq_shift=freq_shift,
         )
-        _check_sizes(**self.config)
+        check_counts(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
+        check_counts(**{f"block_channels[{level}]": n for level, n in enumerate(block_channels)})
+        for name, expected in misfits(self.config):
+            raise ValueError(f"{name} is {self.config[name]!r}; expected {expected}.")
         xp = get_backend(backend)
         rng = np.random.default_rng(0) if rng is None else rng
         levels = len(block_channels)
@@ -380,35 +383,27 @@ class UNet(Module):
         check_times(t, x)
 
 
-def _check_sizes(
-    *,
-    in_channels: int,
-    out_channels: int,
-    block_channels: Sequence[int],
-    layers_per_block: int,
-    attention: Sequence[bool],
-    norm_eps: float,
-    dropout: float,
-    downsample_padding: int,
-    freq_shift: float,
-    **checked_by_layers: Any,
-) -> None:
-    if len(block_channels) < 1:
-        raise ValueError("block_channels is empty; expected one number of channels per level.")
-    check_counts(**{f"block_channels[{level}]": channels for level, channels in enumerate(block_channels)})
-    if len(attention) != len(block_channels):
-        raise ValueError(
-            f"attention has {len(attention)} entries; expected {len(block_channels)}, one per level."
-        )
-    check_counts(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
-    if not norm_eps > 0.0:
-        raise ValueError(f"norm_eps is {norm_eps}; expected a positive number.")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}; expected a rate in [0, 1).")
-    if downsample_padding not in (0, 1):
-        raise ValueError(f"downsample_padding is {downsample_padding!r}; expected 0 or 1.")
-    if not freq_shift < max(block_channels[0] // 2, 1):
-        raise ValueError(
-            f"freq_shift is {freq_shift}; expected less than half of block_channels[0] = "
-            f"{block_channels[0]}, rounded down."
-        )
+def misfits(c: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The arguments of `UNet`, of the right types, that do not fit together: name, and what was expected.
+
+    To be asked for the first only: what is said of the others may take it for granted.
+    """
+    channels, groups, head_dim = c["block_channels"], c["norm_groups"], c["head_dim"]
+    if not channels:
+        yield "block_channels", "at least one number of channels"
+    if len(c["attention"]) != len(channels):
+        yield "attention", f"{len(channels)} entries, one per level"
+    if groups < 1 or any(n % groups for n in channels):
+        yield "norm_groups", f"a divisor of the channels of every level, {channels}"
+    attended = {n for n, is_attended in zip(channels, c["attention"], strict=True) if is_attended}
+    attended |= {channels[-1]} if c["mid_attention"] else set()
+    if head_dim is not None and attended and (head_dim < 1 or any(n % head_dim for n in attended)):
+        yield "head_dim", f"None, or a divisor of the channels with attention, {sorted(attended)}"
+    if not c["norm_eps"] > 0.0:
+        yield "norm_eps", "a positive number"
+    if not 0.0 <= c["dropout"] < 1.0:
+        yield "dropout", "a rate in [0, 1)"
+    if c["downsample_padding"] not in (0, 1):
+        yield "downsample_padding", "0 or 1"
+    if not c["freq_shift"] < max(channels[0] // 2, 1):
+        yield "freq_shift", f"less than half of the first level's channels, {channels[0]}, rounded down"
