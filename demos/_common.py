@@ -31,7 +31,7 @@ LOSSES = {  # what their values are
 }
 
 
-# What says by itself what can be put right.
+# Errors whose message alone tells a user what to put right.
 EXPLAINED = (
     td.BackendError, WorkerError, ValueError, FloatingPointError, OSError, ImportError, MemoryError,
 )  # fmt: skip
@@ -106,7 +106,7 @@ class Plain(argparse.ArgumentParser):
     def add_sampling(self) -> None:
         """Add the group of one sampling."""
         self.sampling_steps = self.get_default("sampling_steps")
-        self.set_defaults(sampling_steps=None)  # so that it is known who asked for more than there are
+        self.set_defaults(sampling_steps=None)  # so that only a number that was asked for can be too large
         sampling = self.add_argument_group("sampling")
         sampling.add_argument(
             "--samples", type=count_from(1), metavar="N", help="how many (default: %(default)s)"
@@ -134,7 +134,7 @@ class Plain(argparse.ArgumentParser):
         return args
 
     def _backend(self, *given: Any) -> str:
-        """The backend that the flags or the environment name: other defaults hang on it."""
+        """The backend that the flags or the environment name: other defaults depend on it."""
         first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
         first.add_argument("--backend")
         try:
@@ -279,7 +279,7 @@ def say_if_nothing_resumes(args: argparse.Namespace) -> None:
 
 
 def training_seconds(out: Path) -> float:
-    """Of the whole run in `out`, in one go or not: by the last line of its metrics."""
+    """Of the whole run in `out`, however often it was resumed: by the last line of its metrics."""
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
 
@@ -288,7 +288,7 @@ def folder(text: str) -> Path:
     try:
         path = Path(text).expanduser()
         in_the_way = path.exists() and not path.is_dir()
-    except (OSError, RuntimeError) as error:  # it may not be looked at, or ~ is nobody's
+    except (OSError, RuntimeError) as error:  # not permitted, or there is no home folder
         raise argparse.ArgumentTypeError(f"{text} is out of reach: {error}") from None
     if in_the_way:
         raise argparse.ArgumentTypeError(f"{path} is not a directory")

@@ -59,7 +59,7 @@ def completed(run: Path, demo: str, *flags: str) -> Path:
     """The folder of a run, made first if it is not there."""
     if not (run / "metrics.json").exists():
         ended = subprocess.run([sys.executable, DEMOS / demo, *flags, "--out", run])
-        if ended.returncode:  # it has said why
+        if ended.returncode:  # the demo has said why
             sys.exit(ended.returncode)
     return run
 

@@ -48,20 +48,20 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_features(x: Any, features: int) -> None:
-    """ValueError unless the last axis is of so many: a kernel goes as far as its weights do."""
+    """ValueError unless the last axis has so many: a kernel reads as many as its weights have."""
     if tuple(x.shape[-1:]) != (features,):
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {features}).")
 
 
 def check_floating(x: Any) -> None:
-    """TypeError unless x is an array of real floating numbers: among others a derivative means nothing."""
+    """TypeError unless x is an array of real floating numbers: others have no derivative."""
     check_array(x=x)
     if getattr(x.dtype, "kind", "f") in "biucO":  # not every library has it
         raise TypeError(f"x has dtype {x.dtype}; expected a real floating one.")
 
 
 def check_images(x: Any, channels: int) -> None:
-    """ValueError unless x is of images of so many channels: a kernel goes as far as its weights do.
+    """ValueError unless x is images of so many channels: a kernel reads as many as its weights have.
 
     TypeError unless they are of real floating numbers.
     """
@@ -78,7 +78,7 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
 
 
 def check_network(name: str, network: Any) -> None:
-    """TypeError unless it can be called; of what holds a model, as a training's result does, it says so."""
+    """TypeError unless it can be called; of a training's result it says that the model in it can be."""
     if isinstance(network, type) or not callable(network):
         came = f"the class {network.__name__}" if isinstance(network, type) else f"a {type(network).__name__}"
         within = "; its attribute model is one" if callable(getattr(network, "model", None)) else ""
@@ -99,7 +99,7 @@ def check_rng(rng: Any) -> None:
 
 def check_seed(seed: Any) -> None:
     """ValueError unless `seed` is an integer in 0 … 2**32 - 1."""
-    # NumPy splits a larger one in two words: two seeds would share a stream.
+    # NumPy splits a larger one into two words, so that two seeds could share a stream.
     integer = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
     if not (integer and 0 <= seed < 2**32):
         raise ValueError(f"seed is {seed!r}; expected an integer in 0 … 2**32 - 1.")

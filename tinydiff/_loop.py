@@ -94,11 +94,11 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """The other way; what else is in `state` is left alone."""
-        load_states(self._parts, _as_now(state))
+        load_states(self._parts, _brought_up_to_date(state))
 
 
-def _as_now(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """An older state names the average's weights without ``model.``, and leaves the count to the losses."""
+def _brought_up_to_date(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The state, of older versions too, which called the average ``ema.`` and kept no count of steps."""
     if "adam.steps" in state:
         return state
     renamed = {re.sub(r"^ema\.", "ema.model.", name): array for name, array in state.items()}
@@ -218,13 +218,14 @@ def _loss_and_norm(
 def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Callable[[int], None]:
     """step(n): forward and backward of a batch of n, whose gradients are thrown away.
 
-    A loss that records is asked as often as it takes to; what it has recorded goes, too.
+    A loss that records is asked until it does; the recording is thrown away, too.
     """
     xp = array_namespace(like)
     shape = (data(1, np.random.default_rng(0)) if callable(data) else data).shape[1:]
 
     def step(n: int) -> None:
-        x0 = xp.full((n, *shape), -1.0, dtype=like.dtype, device=device(like))  # -1 is an 8-bit level
+        # Of -1, which the 8-bit decoder accepts, too.
+        x0 = xp.full((n, *shape), -1.0, dtype=like.dtype, device=device(like))
         try:
             for _ in range(WARM_UP + 1 if isinstance(loss, RecordedLoss) else 1):
                 for model in models:

@@ -29,9 +29,9 @@ def progress_bar(shown: bool, over: Iterable[Any] | None = None, **how: Any) -> 
 
 
 class _Stderr:
-    """The standard error stream, but that what it cannot take is lost: no bar is worth the work it is about.
+    """The standard error stream, on which writing never fails: a bar must not end the work it is about.
 
-    Nobody may be reading it any more, as with ``2>&1 | head -3``, or a disk is full.
+    It would where nobody reads any more, as with ``2>&1 | head -3``, or a disk is full.
     """
 
     def __init__(self) -> None:

@@ -69,7 +69,7 @@ class Run:
         What a checkpoint holds, by the prefix of its arrays' names. One with the prefix "" is given all
         arrays, and picks its own.
     about : callable
-        ``about()`` is what else a checkpoint's metadata says, for who reads it.
+        ``about()`` is what else a checkpoint's metadata says, for whoever reads it.
 
     Raises
     ------
@@ -97,7 +97,7 @@ class Run:
     def start(self, resume: bool) -> list[float]:
         """Take up the checkpoint if there is one to take up; return the losses so far."""
         if self.directory.is_dir():
-            self._lock = _locked(self.directory)  # whose run is still running is not told to delete it
+            self._lock = _locked(self.directory)  # refuses one that goes on before any advice to delete it
             self.end()
         elif self.directory.exists():
             raise NotADirectoryError(f"run_dir is {self.directory}, which is not a directory.")

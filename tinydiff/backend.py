@@ -305,7 +305,7 @@ def constant_like(make: Callable[..., np.ndarray], *of: Any, like: Array, dtype:
     if is_cupy_array(made):
         import cupy
 
-        with made.device:  # the host waits for it, this once: another thread's stream would not
+        with made.device:  # wait for it this once: another thread's stream would not wait
             cupy.cuda.get_current_stream().synchronize()
     if not is_jax_array(made):  # what is made while JAX traces is good for that trace only
         _constants[key] = made

@@ -70,7 +70,7 @@ def remove_unfinished(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError say that it was about `path`; where the disk is full, writing names no file."""
+    """Have an OSError name `path`: that of a full disk, say, names no file."""
     try:
         yield
     except OSError as error:
@@ -147,7 +147,7 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
     path = _no_directory(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
-    path.open("rb").close()  # of what may not be read safetensors says that it is not there
+    path.open("rb").close()  # PermissionError, where safetensors would say that there is no file
     try:
         with safe_open(path, framework="np") as file:
             metadata = {key: _decode(text) for key, text in (file.metadata() or {}).items()}
@@ -163,7 +163,7 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
 def _decode(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, or beyond what Python makes of it
+    except (ValueError, RecursionError):  # not JSON, or nested too deeply
         return text
 
 
@@ -268,7 +268,7 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
 def _average(
     arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The average in a training's checkpoint, and what is known of it, as `save_model` writes a model."""
+    """The average in a training's checkpoint, with the arrays and metadata of a saved model."""
     prefix = "ema.model." if "adam.steps" in arrays else "ema."  # before its parts had states of their own
     about = {name: metadata["settings"].get(name) for name in ("model", "config")}
     average = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
@@ -276,9 +276,9 @@ def _average(
 
 
 def check_sizes(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """ValueError naming an integer beyond how many weights there are: a layer has one for each of its size.
+    """ValueError naming a size larger than the number of weights: a layer has at least one for each.
 
-    Such a network is not made first: that would take all memory there is.
+    It is asked before the network is made, which could take all the memory there is.
     """
     weights = sum(array.size for array in arrays.values())
     for name, value in config.items():

@@ -48,7 +48,7 @@ from tinydiff.schedules import NoiseSchedule
 
 __all__ = ["LearnedSchedule"]
 
-FARTHEST = 80.0  # exp(80) and exp(-80) are normal float32 numbers: SNR, rates and weights have a value
+FARTHEST = 80.0  # exp(80) and exp(-80), the extremes of the SNR, are normal float32 numbers
 
 
 class Rise(Module):

@@ -135,7 +135,7 @@ def _runs(step: Callable[[int], None], like: Array, n: int) -> bool:
 def _peak(step: Callable[[int], None], n: int) -> int:
     """The most bytes that a step of batch n holds at a time (NumPy tells tracemalloc of its arrays).
 
-    Among them is the kernels' scratch, of which larger steps take more, whatever it has grown to before.
+    The kernels' scratch counts, from nothing: larger steps take more of it.
     """
     forget_scratch()
     traced_already = tracemalloc.is_tracing()

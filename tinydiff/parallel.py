@@ -145,7 +145,7 @@ class DataParallel(Module):
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
-            return self.predict(x, t), once(lambda dy: dy)  # within `inference` it only raises
+            return self.predict(x, t), once(lambda dy: dy)  # which within `inference` only raises
         with self._lock:
             edges = self._edges(x, t)
             self._calls += 1
@@ -188,9 +188,9 @@ class DataParallel(Module):
         return np.concatenate([y, *ys])
 
     def _edges(self, x: Array, t: Array) -> list[int]:
-        """Where the batch is cut. What is no batch is one share: the model says what is wrong with it.
+        """Where the batch is cut; what is no batch stays whole, and the model says what is wrong with it.
 
-        A network's `check_input` is asked first, so that its messages are of the whole batch, not of a share.
+        A network's `check_input` is asked first, so that its messages are about the batch, not a share of it.
         """
         getattr(self._model, "check_input", lambda x, t: None)(x, t)
         n = x.shape[0] if getattr(x, "ndim", 0) and getattr(t, "shape", None) == x.shape[:1] else 1
@@ -257,7 +257,8 @@ class DataParallel(Module):
             raise WorkerError("processes share the work on Linux only; expected workers=1 on this system.")
         if multiprocessing.current_process().daemon:
             raise RuntimeError("a daemonic process, as a Pool's, may start no others; expected workers=1.")
-        kernels_for(np.empty(0))  # imported now: for what another thread is importing a fork waits in vain
+        # Imported before the fork, which would wait for ever for what another thread is importing.
+        kernels_for(np.empty(0))
         context = multiprocessing.get_context("fork")
         lines = [Line.ends() for _ in self._grads]
         for grads, (ours, theirs) in zip(self._grads, lines, strict=True):
@@ -298,7 +299,7 @@ def _serve(
 ) -> None:
     """A worker: answer what comes through the line until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which that one ends it, whatever it does itself
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends this one, whatever the leader does on it
     gc.freeze()  # what was there before the fork belongs to the other process
     for other in others:
         other.close()

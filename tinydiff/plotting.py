@@ -63,7 +63,7 @@ STYLE: dict[Any, Any] = {
 
 
 def require_matplotlib() -> None:
-    """ImportError with what helps, to be asked before anything is computed that is to be drawn."""
+    """ImportError that says what to install; to be called before computing what is to be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -368,7 +368,7 @@ def _panels(
 
 
 def _title(fig: Figure, title: str, rest: str) -> None:
-    """Heading and explanation on one line, flush with the left edge; a page too narrow for it is widened."""
+    """Heading and explanation on one line from the left edge; a page too narrow for them is widened."""
     width, height = fig.get_size_inches()
     y, inches = height - 0.3, fig.dpi_scale_trans
     heading = fig.text(EDGE, y, title, fontsize=11, fontweight="bold", transform=inches)

@@ -98,7 +98,7 @@ class SamplerState:
     t : int
         The time of `x`, 0 … T-1; -1: `x` is data.
     x : array of shape (N, ...)
-        The state. What is written into it before the next is asked for, the walk goes on from.
+        The state. The walk goes on from whatever is written into it before the next one is asked for.
     x0 : array of shape (N, ...) or None
         The data predicted where the step that led here began; None at the start.
     """
@@ -150,7 +150,7 @@ def iterate_samples(
     check_signal(walk, timesteps)
     if x_T is None:
         x = standard_normal(rng, shape, _like(denoise))
-    else:  # a copy, for who is handed a state may write into it
+    else:  # a copy: whoever is handed a state may write into it
         x = array_namespace(x_T).asarray(x_T, copy=True)
     return _states(_estimator(denoise, walk, timesteps, clip), walk, timesteps, x, sampler, rng, eta, clip)
 
@@ -291,7 +291,7 @@ def _like(denoise: Any) -> Array:
 
 
 def _warn_of_a_leap(walk: GaussianDiffusion) -> None:
-    """Warn who called `sample` if the first step is over so much of the clock s/a that "edm" overshoots."""
+    """Warn the caller of `sample` if the first step is so long in the clock s/a that "edm" overshoots."""
     with np.errstate(over="ignore"):
         leap = np.exp(step_lengths(walk)[-1])  # infinite to the data, and from pure noise, which is an error
     if LARGEST_LEAP < leap < np.inf:
@@ -303,7 +303,7 @@ def _warn_of_a_leap(walk: GaussianDiffusion) -> None:
 
 
 def _warn_of_a_start(walk: GaussianDiffusion, timesteps: np.ndarray) -> None:
-    """Warn who called `sample` if pure noise is not what the network has seen at the first of the times."""
+    """Warn the caller of `sample` if pure noise is not what the network has seen where the walk begins."""
     left = walk.schedule.alphas_cumprod[-1]
     if left > LEFT:
         warnings.warn(

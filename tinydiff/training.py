@@ -274,7 +274,7 @@ def train(
     check_counts(checkpoint_every=checkpoint_every, log_every=log_every)
     numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
-    if loss != "simple" and not callable(data):  # the wrong decoder shows at once, not where a t = 0 is drawn
+    if loss != "simple" and not callable(data):  # now, not at the first step that draws t = 0
         check_decoder(decoder, data[:batch_size, ...])
     learner = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay, weight_decay=weight_decay)
     settings = settings_of(
@@ -305,7 +305,7 @@ def train(
 
     how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
     objective = _objective(model, diffusion, loss, graph, **how)
-    forget(model)  # what it predicted before: its weights are to move elsewhere
+    forget(model)  # recordings of its predictions: they read weights where these will no longer be
 
     began = time.perf_counter()
     try:
@@ -424,7 +424,7 @@ def _digest(array: np.ndarray) -> str:
 
 
 class _Drawn:
-    """Hands its sampler's terms on only when the step counts: until then the step may be interrupted."""
+    """Keeps the terms from its sampler until the step counts: before that, the step may be interrupted."""
 
     def __init__(self, sampler: LossSecondMomentSampler) -> None:
         self._sampler = sampler

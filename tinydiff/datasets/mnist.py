@@ -110,7 +110,8 @@ def load(
         source = "the installed package"
         return _from_folder(source, SUBSET_FOLDER, images), _from_folder(source, SUBSET_FOLDER, labels)
     if local := os.environ.get("TINYDIFF_DATA"):
-        source, folder = "TINYDIFF_DATA", Path(os.path.expanduser(local))  # a ~ of nobody stays
+        # Not Path.expanduser, which raises where there is no home folder.
+        source, folder = "TINYDIFF_DATA", Path(os.path.expanduser(local))
         return _from_folder(source, folder, images), _from_folder(source, folder, labels)
     try:
         cache = _cache_folder(cache_dir)
@@ -217,7 +218,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     pooch = _pooch()
     try:
         return Path(pooch.os_cache("tinydiff"))
-    except RuntimeError as error:  # whose home it is in is not known
+    except RuntimeError as error:  # there is no home folder
         raise MNISTUnavailableError(f"no cache ({error}): set TINYDIFF_DATA, or pass cache_dir") from None
 
 
@@ -249,7 +250,7 @@ def _from_cache(cache: Path, name: str, download: bool) -> np.ndarray:
             path = Path(folder) / f"{name}.gz"
             try:
                 _retrieve(url, path)
-            except OSError as error:  # that of requests is one, too
+            except OSError as error:  # as the exceptions of requests are, too
                 unreached.append(f"{url}: {type(error).__name__}: {error}")
                 continue
             try:

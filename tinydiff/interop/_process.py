@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "variance_type": None,
 }
 
-# Entries of some of them by which a network would be shown other states or times, or predict something else.
+# Entries that some of them have; with other values a network would see or predict something else.
 FIXED: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "timestep_type": ("discrete",),
@@ -54,7 +54,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
-# Those that draw no noise have no variance. A logarithm in a name is about how diffusers computes the same.
+# Schedulers that draw no noise have no variance type. "_log" is only how diffusers computes the same numbers.
 VARIANCES: dict[str | None, Variance] = {
     None: "fixed_small",
     "fixed_small": "fixed_small",
@@ -96,7 +96,7 @@ def diffusion_from_diffusers(config: Mapping[str, Any]) -> GaussianDiffusion:
     """
     check_mapping("config", config)
     if "_use_default_values" in config and not {"_class_name", "beta_schedule"} & set(config):
-        raise ValueError(  # one just made does not say its class, but all its entries
+        raise ValueError(  # the config of a scheduler just made has all entries, but not the class
             "config is of a scheduler of diffusers that has no 'beta_schedule'; expected one of "
             f"{', '.join(SCHEDULERS)}."
         )

@@ -44,7 +44,7 @@ def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
 
 
 def _check_device(name: str, of_x: Any, of_weights: Any) -> None:
-    """ValueError unless both are the current GPU: a kernel runs there, and may reach no other's memory."""
+    """ValueError unless both are the current GPU: kernels run there, and may not reach another's memory."""
     here = type(of_x)()
     if not of_x == of_weights == here:
         raise ValueError(
@@ -56,7 +56,7 @@ def _check_device(name: str, of_x: Any, of_weights: Any) -> None:
 def check_like_model(model: Any, **inputs: Any) -> None:
     """TypeError unless each is an array; if `model` is a network, ValueError unless it is like its weights.
 
-    For functions that show `model` an argument which they call something else than x: messages have its name.
+    For functions whose argument has another name than the model's x: messages have that name.
     """
     check_array(**inputs)
     first = next(model._named(), None) if isinstance(model, Module) else None

@@ -78,7 +78,7 @@ class Parameter:
         self._grad = grad if self._grad is None else self._grad + grad
 
     def _checked(self, grad: Array) -> Array:
-        """`grad`, or ValueError: of another shape, laid end to end with others, it would shift theirs."""
+        """`grad`, or ValueError: laid end to end with others, one of another shape would shift the rest."""
         if tuple(grad.shape) != tuple(self.shape):
             expected = f"{tuple(self.shape)}, the value's"
             raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {expected}.")
@@ -259,8 +259,8 @@ def keeping() -> bool:
 
 def _not_kept(*args: Any) -> Any:
     raise RuntimeError(
-        "this output came from inference, which keeps nothing for a backward: it is of a model's predict, by "
-        "which sample and the bounds ask a Module. What differentiates within, give them as a function."
+        "this output came from inference, which keeps nothing for a backward: sample and the bounds ask a "
+        "model by its predict. To differentiate inside, give them a function that calls the model."
     )
 
 
@@ -268,8 +268,8 @@ def once(backward: F, shape: tuple[int, ...] | None = None, dtype: Any = None) -
     """Let a backward be called once: gradients add up, so a second call would count them twice.
 
     What it held is let go as soon as it returns; in `inference`, at once. With `shape`, its argument must be
-    of that shape: a kernel may read as far as the output went. It is brought to `dtype`, since a loss written
-    by hand may well return signs, which are integers.
+    of that shape, as far as which a kernel may read. It is cast to `dtype`: the gradient of a loss written by
+    hand may well be signs, which are integers.
     """
     if not keeping():
         return _not_kept  # type: ignore[return-value]

@@ -2,8 +2,8 @@
 
 ``mnist()`` is the one that travels with the package; ``mnist_unet.md`` beside it says how it was made, and
 what it draws. ``load`` reads any ``model.safetensors`` that the demos leave; its metadata names the schedule,
-its length T, the prediction and the variance, which determine the `GaussianDiffusion`. Of a schedule that is
-none of theirs it has the betas, as `tinydiff.save_model` writes them.
+its length T, the prediction and the variance, which determine the `GaussianDiffusion`. In a file of
+`tinydiff.save_model` the betas take the place of a schedule's name.
 """
 
 from __future__ import annotations
