@@ -278,6 +278,13 @@ def say_if_nothing_resumes(args: argparse.Namespace) -> None:
         print(f"no checkpoint in {args.out}: the run begins with step 1")
 
 
+def save_trained(args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion, data: str) -> None:
+    """Write model.safetensors, with what `td.pretrained.load` needs; `data` is the flag that names it."""
+    keys = [data, "schedule", "T", "prediction", "loss", "steps", "seed"]
+    about = {key: getattr(args, key) for key in keys} | {"variance": diffusion.variance}
+    td.save_model(args.out / "model.safetensors", model, about)
+
+
 def training_seconds(out: Path) -> float:
     """Of the whole run in `out`, however often it was resumed: by the last line of its metrics."""
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]

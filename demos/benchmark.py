@@ -123,16 +123,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in args.configs or []:
         if name not in known:
             parser.error(f"argument --configs: {name!r} is not one of {', '.join(known)}")
-    if args.backend == "cupy" and (args.profile or args.growth):
-        parser.error("argument --backend: --profile and --growth are of the CPU")
-    if args.workers and args.backend == "cupy":
-        parser.error("argument --workers: only with --backend numpy")
-    if args.work == ["ddim"] and args.backend != "cupy":
-        parser.error("argument --work: ddim only with --backend cupy")
-    if args.tf32 and args.backend != "cupy":
-        parser.error("argument --tf32: only with --backend cupy")
-    if args.definitions and args.backend != "cupy":
-        parser.error("argument --definitions: only with --backend cupy")
+    for what, given, backend in [
+        ("--work: ddim", args.work == ["ddim"], "cupy"),
+        ("--tf32:", args.tf32, "cupy"),
+        ("--definitions:", args.definitions, "cupy"),
+        ("--workers:", args.workers, "numpy"),
+        ("--profile:", args.profile, "numpy"),
+        ("--growth:", args.growth, "numpy"),
+    ]:
+        if given and args.backend != backend:
+            parser.error(f"argument {what} only with --backend {backend}")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"argument --json: {args.json} is a folder, or in one that is not there")
     args.rounds = args.rounds or (2 if args.quick else 9)

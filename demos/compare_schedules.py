@@ -32,7 +32,7 @@ from _common import (
     schedules,
     write_metrics,
 )
-from train_mnist import add_channels, digits, unet
+from train_mnist import add_channels, add_data, digits, unet
 
 import tinydiff as td
 from tinydiff import plotting
@@ -105,12 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=list(CONFIGURATIONS),
         help=f"some of the configurations: {', '.join(CONFIGURATIONS)} (default: all)",
     )
-    parser.data.add_argument(
-        "--data",
-        choices=["subset", "full"],
-        help="10,000 digits that come with the package, or all 60,000, from the folder TINYDIFF_DATA or "
-        f"downloaded; {HELD_OUT:,} of them are held out (default: %(default)s)",
-    )
+    add_data(parser, more=f"; {HELD_OUT:,} of them are held out")
     add_channels(parser)
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from _common import Plain, choose_device, explained_errors, write_metrics
-from train_mnist import digits, draw, pixel_statistics
+from train_mnist import add_data, digits, draw, pixel_statistics
 
 import tinydiff as td
 from tinydiff import plotting
@@ -41,12 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="judge the digits (legible, all ten, distributed as MNIST's, no copies of --data), in "
         "metrics.json under digits",
     )
-    parser.data.add_argument(
-        "--data",
-        choices=["subset", "full"],
-        help="what the digits are shown beside and judged by: 10,000 that come with the package, or all "
-        "60,000, from the folder TINYDIFF_DATA or downloaded (default: %(default)s)",
-    )
+    add_data(parser, use="what the digits are shown beside and judged by: ")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/mnist-samples")
     with explained_errors(args.out, interrupted="Interrupted: there is no metrics.json of this run."):

@@ -20,6 +20,7 @@ from _common import (
     explained_errors,
     learned_variance,
     loss_options,
+    save_trained,
     say_if_nothing_resumes,
     schedules,
     settle_batch,
@@ -75,12 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, EXAMPLES, out="runs/mnist", defaults=DEFAULTS, on_a_gpu=ON_A_GPU)
-    parser.data.add_argument(
-        "--data",
-        choices=["subset", "full"],
-        help="10,000 digits that come with the package, or all 60,000, from the folder TINYDIFF_DATA or "
-        "downloaded (default: %(default)s)",
-    )
+    add_data(parser)
     add_channels(parser)
     parser.training.add_argument(
         "--checkpoint-every",
@@ -91,6 +87,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/mnist")
     return args
+
+
+def add_data(parser: Plain, use: str = "", more: str = "") -> None:
+    parser.data.add_argument(
+        "--data",
+        choices=["subset", "full"],
+        help=f"{use}10,000 digits that come with the package, or all 60,000, from the folder TINYDIFF_DATA "
+        f"or downloaded{more} (default: %(default)s)",
+    )
 
 
 def add_channels(parser: Plain) -> None:
@@ -145,11 +150,7 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_every=args.checkpoint_every,
         progress=not args.quiet,
     )
-    about = {
-        key: getattr(args, key) for key in ["data", "schedule", "T", "prediction", "loss", "steps", "seed"]
-    }
-    about["variance"] = diffusion.variance
-    td.save_model(args.out / "model.safetensors", result.model, about)
+    save_trained(args, result.model, diffusion, "data")
 
     how_trained = f"{args.steps} training steps, {args.sampling_steps} {args.sampler.upper()} steps"
     samples, sampling_seconds, drawn = draw(args, result.model, diffusion, data, sample_rng, how_trained)

@@ -15,6 +15,7 @@ from _common import (
     explained_errors,
     learned_variance,
     loss_options,
+    save_trained,
     say_if_nothing_resumes,
     schedules,
     settle_batch,
@@ -100,11 +101,7 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         progress=not args.quiet,
     )
-    about = {
-        key: getattr(args, key) for key in ["shape", "schedule", "T", "prediction", "loss", "steps", "seed"]
-    }
-    about["variance"] = diffusion.variance
-    td.save_model(args.out / "model.safetensors", result.model, about)
+    save_trained(args, result.model, diffusion, "shape")
 
     began = time.perf_counter()
     rng = generator_beside(model.linear_in.weight.value, sample_rng)

@@ -310,7 +310,7 @@ def test_workers_share_the_points():
         (["--tf32"], ["--tf32", "--backend cupy"]),
         (["--definitions"], ["--definitions", "--backend cupy"]),
         (["--backend", "cupy", "--workers", "2"], ["--workers", "--backend numpy"]),
-        (["--backend", "cupy", "--growth"], ["--growth", "CPU"]),
+        (["--backend", "cupy", "--growth"], ["--growth", "--backend numpy"]),
         (["--backend", "jax"], ["jax", "cupy"]),
     ],
 )
