@@ -108,39 +108,49 @@ class Claim:
         )
         right = _end_to_end(answers)
         into = f"writes into {' and '.join(sorted(written))}, which others may still need"
-        compared = [(t > 0) | (name not in self.free_at_0) for name in self.results]
-
-        def apart(other: list[np.ndarray]) -> list[np.ndarray]:
-            each = zip(compared, came, other, right, strict=True)
-            return [np.where(keep, distance(*arrays), 0.0) for keep, *arrays in each]
-
-        wrong = np.stack(apart(right))
+        wrong = self._apart(t, came, right, right)
         if np.max(wrong) <= tolerance:
             if not written:
                 return None
             return 0.0, f"{self.name} returns what it should, but {into}: expected to leave what it is given."
+        distances = self._distances(every, t, came, right)
         asked_first = sum(len(batch[0]) for batch in batches)
         if np.max(wrong[:, :asked_first]) > tolerance:
             t, wrong = t[:asked_first], wrong[:, :asked_first]
         k = int(np.argmax(np.max(wrong, axis=1)))
         worst = float(np.max(wrong[k]))
-        distances = {}
-        nowhere = not any(np.any(np.isfinite(part)) for part in came)  # and so agrees with too much
-        for what, mistake in self.mistakes.items():
-            with np.errstate(all="ignore"):
-                given = _end_to_end(_parts(mistake(*batch)) for batch in every)
-            distances[what] = np.inf if nowhere else float(np.max(apart(given)))
-        at, T = np.unique(t[wrong[k] > tolerance]), len(np.unique(t))
-        where = f"{len(at)} of {T} t, between {at[0]} and {at[-1]}"
-        if len(at) in (1, T):
-            where = f"all {T} t" if len(at) == T else "no other t"
         size = f"off by {worst:.3g} of its largest number" if np.isfinite(worst) else "not finite"
         unknown = FLOAT32 if self._rounded(t, wrong[k], came[k], right[k], tolerance) else ""
         return float(np.mean(np.minimum(wrong[k], 1.0))), (
             f"{self._called(k)} is {size} at t = {t[np.argmax(wrong[k])]}; off by more than "
-            f"{tolerance:.3g} at {where}. Expected {self.expected}.{f' It {into}.' if written else ''}\n"
-            f"{named(distances, worst, tolerance, unknown)}"
+            f"{tolerance:.3g} at {_where(t, wrong[k] > tolerance)}. Expected {self.expected}."
+            f"{f' It {into}.' if written else ''}\n{named(distances, worst, tolerance, unknown)}"
         )
+
+    def _apart(
+        self, t: np.ndarray, came: list[np.ndarray], other: list[np.ndarray], right: list[np.ndarray]
+    ) -> np.ndarray:
+        """How far `came` is from `other`, for each result and sample; 0 where it is not compared."""
+        compared = [(t > 0) | (name not in self.free_at_0) for name in self.results]
+        each = zip(compared, came, other, right, strict=True)
+        return np.stack([np.where(keep, distance(*arrays), 0.0) for keep, *arrays in each])
+
+    def _distances(
+        self,
+        batches: Sequence[tuple[np.ndarray, ...]],
+        t: np.ndarray,
+        came: list[np.ndarray],
+        right: list[np.ndarray],
+    ) -> dict[str, float]:
+        """How far `came` is from what each mistake gives."""
+        if not any(np.any(np.isfinite(part)) for part in came):  # it would agree with whatever is not finite
+            return dict.fromkeys(self.mistakes, np.inf)
+        distances = {}
+        for what, mistake in self.mistakes.items():
+            with np.errstate(all="ignore"):
+                given = _end_to_end(_parts(mistake(*batch)) for batch in batches)
+            distances[what] = float(np.max(self._apart(t, came, given, right)))
+        return distances
 
     def _rounded(
         self, t: np.ndarray, wrong: np.ndarray, came: np.ndarray, right: np.ndarray, tolerance: float
@@ -244,6 +254,14 @@ def distance(yours: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndar
 def _largest(array: np.ndarray) -> np.ndarray:
     """Of each sample the largest size."""
     return np.max(np.abs(array), axis=tuple(range(1, array.ndim)))
+
+
+def _where(t: np.ndarray, wrong: np.ndarray) -> str:
+    """At how many of the times something is wrong, and which."""
+    at, T = np.unique(t[wrong]), len(np.unique(t))
+    if len(at) == T:
+        return f"all {T} t"
+    return "no other t" if len(at) == 1 else f"{len(at)} of {T} t, between {at[0]} and {at[-1]}"
 
 
 def _parts(result: Any) -> tuple[Any, ...]:
