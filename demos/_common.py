@@ -262,9 +262,8 @@ def settle_batch(
     """Put a number in the place of --batch auto: that of the run which is resumed, or what fits."""
     if args.batch != "auto":
         return
-    checkpoint = args.out / "checkpoint.safetensors"
-    if args.resume and checkpoint.exists():
-        args.batch = load_arrays(checkpoint)[1].get("settings", {}).get("batch_size", args.batch)
+    if args.resume and checkpoint_in(args.out).exists():
+        args.batch = load_arrays(checkpoint_in(args.out))[1].get("settings", {}).get("batch_size", args.batch)
     if args.batch == "auto":
         how = dict(loss=args.loss, decoder=decoder, most=args.largest_batch)
         args.batch = td.find_batch_size(model, diffusion, data, **how)
@@ -274,7 +273,7 @@ def settle_batch(
 
 def say_if_nothing_resumes(args: argparse.Namespace) -> None:
     """Print a line where --resume finds no run: a mistyped --out looks the same as a first start."""
-    if args.resume and not args.quiet and not (args.out / "checkpoint.safetensors").exists():
+    if args.resume and not args.quiet and not checkpoint_in(args.out).exists():
         print(f"no checkpoint in {args.out}: the run begins with step 1")
 
 
@@ -283,6 +282,11 @@ def save_trained(args: argparse.Namespace, model: Any, diffusion: td.GaussianDif
     keys = [data, "schedule", "T", "prediction", "loss", "steps", "seed"]
     about = {key: getattr(args, key) for key in keys} | {"variance": diffusion.variance}
     td.save_model(args.out / "model.safetensors", model, about)
+
+
+def checkpoint_in(out: Path) -> Path:
+    """What `td.train` leaves in its folder."""
+    return out / "checkpoint.safetensors"
 
 
 def training_seconds(out: Path) -> float:
@@ -323,7 +327,7 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
 
 
 def _what_is_kept(out: Path) -> str:
-    checkpoint = out / "checkpoint.safetensors"
+    checkpoint = checkpoint_in(out)
     if not checkpoint.exists():
         return "Interrupted before the first step was done: nothing is kept."
     return f"Interrupted: {checkpoint} is kept; the same command with --resume continues from it."
