@@ -43,6 +43,13 @@ def test_blocks_with_pytorch_run(page):
     run(page)
 
 
+def test_the_first_minute_of_chapter_13_ends_as_it_says():
+    (page,) = (page for page in PAGES if page.path.name == "13-your-own-code.md")
+    (said,) = (block.text for block in page.blocks if block.text.startswith("schedule: right"))
+    printed = "\n".join(f"{name}: {verdict}" for name, verdict in chapter_13()["verdicts"].items())
+    assert said.split() == printed.split()
+
+
 def test_a_unet_with_a_mistake_is_off_by_what_chapter_13_says():
     names = chapter_13()
     yours, x, y, t = (names[name] for name in ("yours", "x", "y", "t"))
