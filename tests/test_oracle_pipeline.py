@@ -15,7 +15,11 @@ from tinydiff.interop._process import DEFAULTS, FIXED, SCHEDULERS
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.oracle
+pytestmark = [
+    pytest.mark.oracle,
+    # Of how diffusers calls NumPy, thousands of times.
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+]
 
 # How a scheduler walks, and no more.
 WALK = {

@@ -117,7 +117,7 @@ def test_every_process_crosses_the_border_and_comes_back(betas, prediction, vari
     "entry, expected",
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "one of DDPMScheduler, "),
-        ({"_class_name": "HeunDiscreteScheduler"}, "one of DDPMScheduler, "),
+        ({"_class_name": ["LCMScheduler"]}, "one of DDPMScheduler, "),
         ({"prediction_type": "flow_prediction"}, "one of 'epsilon', 'sample', 'v_prediction'"),
         ({"prediction_type": ["epsilon"]}, "one of 'epsilon'"),
         ({"predict_epsilon": False}, "True"),

@@ -18,8 +18,7 @@ from tinydiff.schedules import NoiseSchedule, cosine_schedule
 
 __all__ = ["SCHEDULERS", "diffusion_from_diffusers", "diffusion_to_diffusers"]
 
-# Those of diffusers 0.42 whose networks see sqrt(abar) x_0 + sqrt(1 - abar) eps and the index t, and whose
-# configs mean DEFAULTS where they are silent. Heun's and KDPM2's mean other betas.
+# Those of diffusers 0.42 whose networks see sqrt(abar) x_0 + sqrt(1 - abar) eps and the index t.
 SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -31,8 +30,12 @@ SCHEDULERS = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
 )
 
+# What a config means where it is silent.
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -43,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "prediction_type": "epsilon",
     "variance_type": None,
 }
+OTHER_DEFAULTS = {name: {"beta_start": 0.00085, "beta_end": 0.012} for name in SCHEDULERS[-3:]}
 
 # Entries that some of them have; with other values a network would see or predict something else.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -102,6 +106,7 @@ def diffusion_from_diffusers(config: Mapping[str, Any]) -> GaussianDiffusion:
         )
     c = {"_class_name": SCHEDULERS[0], **DEFAULTS, **config}
     require(c, "_class_name", c["_class_name"] in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
+    c |= {**OTHER_DEFAULTS.get(c["_class_name"], {}), **config}
     require_fixed(c, FIXED)
     for key, known in (("prediction_type", PREDICTIONS), ("variance_type", VARIANCES)):
         require(c, key, c[key] in list(known), f"one of {', '.join(map(repr, known))}")
