@@ -567,6 +567,19 @@ def test_what_is_between_learns_by_the_mean_square_in_bits():
         np.testing.assert_allclose(gradients[name], p.grad, rtol=1e-9, err_msg=name)
 
 
+@pytest.mark.parametrize(("even", "n"), [(True, 300), (True, 256 + 5), (False, 300), (False, 20)])
+def test_standard_error_is_the_spread_of_the_bound_over_other_data_times_and_noise(even, n):
+    """Of 40 dimensions: by the spread over samples it would be three times too large for even times."""
+    learned, options = LearnedSchedule(-6.0, 6.0), dict(T=100, prediction="x0", batch_size=32, progress=False)
+    found = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((n, 40))
+        found.append(td.continuous_bound(lambda z, t: 0 * z, learned, x, rng=rng, even=even, **options))
+    spread = np.std([bound.value for bound in found], ddof=1)
+    assert 0.75 < np.mean([bound.standard_error for bound in found]) / spread < 1.3
+
+
 def test_standard_error_of_two_is_half_their_distance():
     """The second is found from the mean: of x_0 = 0, guessed right, no draw is seen in the bound."""
     learned, options = LearnedSchedule(-3.0, 2.0), dict(T=20, prediction="x0", progress=False)

@@ -412,8 +412,9 @@ class ContinuousBound:
     value : float
         prior + reconstruction + integral.
     standard_error : float
-        Of `value`, from the spread over the data as if the times were independent; nan for a single sample.
-        With `even` times, which make up for one another, it is too large: of data of many dimensions, whose
+        Of `value`. From the spread over the data if the times were drawn one by one; nan for a single sample.
+        `even` times make up for one another within a batch, so then it is from the spread over batches, if
+        there are at least 8. Of fewer it is the former, and too large: of data of many dimensions, whose
         terms differ by their times above all, by several times.
     prior, reconstruction, integral : float
         Its three terms.
@@ -510,11 +511,22 @@ def continuous_bound(
     values, means = np.sum(parts, axis=0), np.mean(parts, axis=1)
     return ContinuousBound(
         value=float(np.mean(values)),
-        standard_error=float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
+        standard_error=_standard_error(values, batch_size if even and n > 7 * batch_size else 1),
         prior=float(means[0]),
         reconstruction=float(means[1]),
         integral=float(means[2]),
     )
+
+
+def _standard_error(values: np.ndarray, size: int) -> float:
+    """Of the mean of `values`, from the means of batches of `size`; the last may be shorter."""
+    n = len(values)
+    if n <= size:
+        return math.nan
+    starts = np.arange(0, n, size)
+    counts = np.diff(np.append(starts, n))
+    off = np.add.reduceat(values, starts) - counts * np.mean(values)  # of each batch's sum
+    return math.sqrt(np.sum(off * off) * len(starts) / (len(starts) - 1)) / n
 
 
 def _squares(gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
