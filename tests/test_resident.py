@@ -167,18 +167,20 @@ def test_between_checkpoints_nothing_but_lines(tmp_path, monkeypatch):
     assert spent == [0, per_save, 0, 0, per_save]
 
 
-def test_the_data_set_crosses_once(monkeypatch):
+@pytest.mark.parametrize("whose", ["numpy", "another device"])
+def test_the_data_set_crosses_once(whose, monkeypatch):
     where = space("strict")
+    data = np.zeros((1000, 2), np.float32)
+    data = data if whose == "numpy" else where.xp.asarray(data)  # on strict's own host
     sizes = []
     original = where.xp.asarray
 
     def asarray(obj, **kwargs):
-        if isinstance(obj, np.ndarray):
+        if getattr(obj, "device", where.device) != where.device:  # a NumPy array's is "cpu"
             sizes.append(obj.size)
         return original(obj, **kwargs)
 
     monkeypatch.setattr(where.xp, "asarray", asarray)
-    data = np.zeros((1000, 2), np.float32)
     model = mlp(where)
     sizes.clear()
     td.train(model, PROCESS, data, **SETTINGS)
