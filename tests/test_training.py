@@ -913,6 +913,8 @@ def test_the_streams_of_a_seed_are_apart(monkeypatch):
 def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
     for steps, warmup in [(19, 0), (40, 2), (10_000, 500), (10**6, 500)]:
         assert _loop.checked_plan(steps, 1, 0, None, 0.0, 1.0, 0.9, POINTS).warmup == warmup
+    for warmup in (0, 19):  # none, or nothing else
+        assert _loop.checked_plan(19, 1, 0, warmup, 0.0, 1.0, 0.9, POINTS).warmup == warmup
 
 
 @pytest.mark.parametrize(
