@@ -226,6 +226,17 @@ def positive(text: str) -> float:
     return number
 
 
+def counted(n: int, what: str) -> str:
+    """How many there are: "1 step", "2 steps"."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def walk_of(args: argparse.Namespace) -> str:
+    """How it was sampled, for a title: "50 DDIM steps", "1 Heun step"."""
+    name = "Heun" if args.sampler == "heun" else args.sampler.upper()  # the others are acronyms
+    return counted(args.sampling_steps, f"{name} step")
+
+
 def schedules(T: int) -> dict[str, td.NoiseSchedule]:
     """The choices of --schedule: those that `td.pretrained.load` makes again from the model's file."""
     return {name: schedule(T) for name, schedule in td.pretrained.SCHEDULES.items()}

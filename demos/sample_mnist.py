@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import Plain, choose_device, explained_errors, write_metrics
+from _common import Plain, choose_device, counted, explained_errors, walk_of, write_metrics
 from train_mnist import add_data, digits, draw, pixel_statistics
 
 import tinydiff as td
@@ -62,8 +62,7 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
     most = len(data) // 2 if unseen is None else len(unseen)
     if args.report and args.samples > most:
         raise ValueError(f"--samples is {args.samples}; with --data {args.data}, --report can judge {most}.")
-    title = f"{args.sampling_steps} {args.sampler.upper()} steps"
-    samples, seconds, pictures = draw(args, model, diffusion, data, sample_rng, title)
+    samples, seconds, pictures = draw(args, model, diffusion, data, sample_rng, walk_of(args))
     for name, picture in pictures.items():
         plotting.save(picture, args.out / name)
     found: dict[str, Any] = {
@@ -81,7 +80,8 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
             judged, floor = found["digits"]["samples"], found["digits"]["floor"]
             for key in ("frechet_distance", "confidence", "effective_classes", "share_too_near"):
                 print(f"{key.replace('_', ' ')}: {judged[key]:.3f} (real digits: {floor[key]:.3f})")
-        print(f"{args.samples} digits in {seconds:.1f} s; pictures in {args.out}: {', '.join(pictures)}")
+        drawn = counted(args.samples, "digit")
+        print(f"{drawn} in {seconds:.1f} s; pictures in {args.out}: {', '.join(pictures)}")
 
 
 def check(args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion, default_steps: int) -> None:

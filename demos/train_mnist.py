@@ -17,6 +17,7 @@ from _common import (
     Plain,
     choose_device,
     count_from,
+    counted,
     explained_errors,
     learned_variance,
     loss_options,
@@ -25,6 +26,7 @@ from _common import (
     schedules,
     settle_batch,
     training_seconds,
+    walk_of,
     write_metrics,
     write_samples,
 )
@@ -152,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     )
     save_trained(args, result.model, diffusion, "data")
 
-    how_trained = f"{args.steps} training steps, {args.sampling_steps} {args.sampler.upper()} steps"
+    how_trained = f"{counted(args.steps, 'training step')}, {walk_of(args)}"
     samples, sampling_seconds, drawn = draw(args, result.model, diffusion, data, sample_rng, how_trained)
     curve = plotting.training_curve(result.losses, LOSSES[args.loss])
     pictures = {"forward.png": forward, "training.png": curve, **drawn}

@@ -167,6 +167,18 @@ def test_it_leaves_what_it_promises(saved, demo, tmp_path, monkeypatch):
     assert metrics["seconds_a_digit"] == pytest.approx(metrics["sampling_seconds"] / 5, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "steps", "title"),
+    [("heun", 1, "1 Heun step"), ("dpm++", 2, "2 DPM++ steps"), ("edm", 1, "1 EDM step")],
+)
+def test_title_and_last_line_count_as_one_speaks(sampler, steps, title, saved, demo, tmp_path, monkeypatch):
+    titles, draw = [], td.plotting.samples_beside_data
+    monkeypatch.setattr(td.plotting, "samples_beside_data", lambda *a: titles.append(a[2]) or draw(*a))
+    walk = ("--sampler", sampler, "--sampling-steps", steps)
+    said, _ = demo("--model", saved, "--out", tmp_path, "--samples", steps, *walk)
+    assert titles == [title] and f"{steps} digit{'s' * (steps - 1)} in " in said
+
+
 def test_a_training_is_looked_at_before_it_ends(demo, tmp_path):
     data = failing(np.full((4, 28, 28, 1), -1, np.float32), 3, KeyboardInterrupt())
     process, how = td.GaussianDiffusion(td.linear_schedule(9)), dict(steps=5, batch_size=2, progress=False)
