@@ -644,6 +644,11 @@ def test_ema_s_decay_is_below_one(decay):
         td.EMA(small_model(), decay)
 
 
+def test_ema_is_of_a_model():
+    with pytest.raises(TypeError, match="model is a dict; expected a UNet, an MLP, or another network"):
+        td.EMA(small_model().named_parameters())
+
+
 # What a loop of one's own goes on from
 
 

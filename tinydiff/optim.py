@@ -13,6 +13,7 @@ from tinydiff._checks import check_number
 from tinydiff._together import Together, cut, end_to_end, groups
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.kernels import kernels_for
+from tinydiff.models._checks import check_model
 from tinydiff.nn.module import Module, Parameter, check_state
 
 __all__ = ["EMA", "Adam", "clip_grad_norm", "warmup_cosine"]
@@ -243,11 +244,14 @@ class EMA(Generic[M]):
 
     Raises
     ------
+    TypeError
+        If `model` is not a `Module`: its parameters, say.
     ValueError
         If `decay` is outside [0, 1).
     """
 
     def __init__(self, model: M, decay: float = 0.999) -> None:
+        check_model(model)
         check_number("decay", decay, lambda decay: 0 <= decay < 1, "a number in [0, 1)")
         self.decay = decay
         self.steps = 0

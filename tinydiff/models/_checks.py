@@ -68,7 +68,9 @@ def check_like_model(model: Any, **inputs: Any) -> None:
 def check_model(model: Any) -> None:
     """TypeError unless it is a `Module`: a class is refused, and a model of another framework."""
     if not isinstance(model, Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a UNet or an MLP.")
+        came = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        expected = "a UNet, an MLP, or another network derived from nn.Module"
+        raise TypeError(f"model is {came}; expected {expected}.")
 
 
 def check_times(t: Any, x: Array) -> None:
