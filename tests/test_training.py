@@ -252,6 +252,16 @@ def test_training_loss_names_what_does_not_fit(change, match):
         td.training_loss(**{**arguments, **change})
 
 
+def test_a_network_that_returns_no_derivative_is_named():
+    """Of a batch of two an array could be taken for a pair."""
+
+    def network(x, t, rng):
+        return x
+
+    with pytest.raises(TypeError, match=r"model\(x, t\) is a ndarray; expected \(output, backward\)"):
+        td.training_loss(network, DIFFUSION, POINTS[:2], np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("data", [np.zeros((9, 2), np.uint8), np.zeros((0, 2), np.float32)])
 def test_a_batch_size_is_not_looked_for_with_data_that_train_refuses(data):
     with pytest.raises(ValueError, match="data has "):

@@ -251,7 +251,8 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     if metadata.get("model") not in list(MODELS) or not isinstance(metadata.get("config"), dict):
         raise ValueError(
             f"{path} does not say which tinydiff model it holds (metadata 'model' is "
-            f"{metadata.get('model')!r}; expected one of {', '.join(MODELS)})."
+            f"{metadata.get('model')!r}; expected one of {', '.join(MODELS)}). Another network's weights are "
+            "read by checkpoint.load_arrays; in a training's checkpoint their average is ema.model.*."
         )
     try:
         check_sizes(metadata["config"], arrays)

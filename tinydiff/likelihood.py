@@ -41,7 +41,7 @@ from tinydiff.backend import (
 )
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
-from tinydiff.models._checks import check_like_model
+from tinydiff.models._checks import answer_of, check_like_model
 from tinydiff.nn.module import Module
 from tinydiff.samplers import angles, check_signal, respaced
 
@@ -148,7 +148,7 @@ def _velocity_and_trace(
     t = xp.full(x.shape[0], int(timesteps[i]), device=device(x))
     trace = np.zeros(x.shape[0])
     for z in _unit_vectors(x) if directions is None else directions:
-        output, backward = _answer(model, x, t)  # once for each z: a backward can be called once
+        output, backward = answer_of(model, x, t)  # once for each z: a backward can be called once
         # v is linear, p x + q output with numbers p and q; so are its derivatives, applied to z.
         dx = walk.predict_v(z, i, 0.0 * z, given=walk.prediction)
         doutput = walk.predict_v(0.0 * z, i, z, given=walk.prediction)
@@ -157,15 +157,6 @@ def _velocity_and_trace(
         trace += to_float64(sum_samples(z * (dx + backward(doutput))))
     v = walk.predict_v(x, i, output)
     return v, trace if directions is None else trace / len(directions)
-
-
-def _answer(model: Any, x: Array, t: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """Its output and its derivative; TypeError of a `denoise`, say, which has no derivative."""
-    answer = model(x, t)
-    if not (isinstance(answer, tuple) and len(answer) == 2 and callable(answer[1])):
-        raise TypeError(f"model(x, t) is a {type(answer).__name__}; expected (output, backward).")
-    output, backward = answer
-    return output, backward
 
 
 def _unit_vectors(x: Array) -> Iterator[Array]:

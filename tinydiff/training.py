@@ -29,7 +29,7 @@ from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import largest_batch, let_go
-from tinydiff.models._checks import check_like_model
+from tinydiff.models._checks import answer_of, check_like_model
 from tinydiff.nn.module import Module, config_of, weight_of
 
 __all__ = ["Loss", "M", "TrainingResult", "find_batch_size", "train", "training_loss"]
@@ -110,7 +110,8 @@ def training_loss(
     Raises
     ------
     TypeError
-        If `diffusion` is not a `GaussianDiffusion`, `x0` is not an array, or `rng` is not a generator.
+        If `diffusion` is not a `GaussianDiffusion`, `x0` is not an array, `rng` is not a generator, or
+        `model` returns no derivative.
     ValueError
         If an argument is out of range, or belongs to another loss; the message names it.
     """
@@ -127,7 +128,7 @@ def training_loss(
         t, t_weights = t_sampler.sample(N, rng)
     rng_there = generator_beside(x0, rng)
     noise = standard_normal(rng_there, x0.shape, x0)
-    output, model_backward = model(diffusion.q_sample(x0, t, noise), t, rng_there)
+    output, model_backward = answer_of(model, diffusion.q_sample(x0, t, noise), t, rng_there)
     given = (diffusion, output, x0, t, noise)
     if loss == "vlb":
         record = None if t_sampler is None else functools.partial(t_sampler.update, t)

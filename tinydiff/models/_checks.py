@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from tinydiff._checks import check_array
 from tinydiff.backend import Array, array_namespace, is_cupy_array, library_of
 from tinydiff.nn.module import Module
 
-__all__ = ["check_like_model", "check_like_weights", "check_model", "check_times", "plain"]
+__all__ = ["answer_of", "check_like_model", "check_like_weights", "check_model", "check_times", "plain"]
 
 
 def plain(**config: Any) -> dict[str, Any]:
@@ -22,6 +23,15 @@ def plain(**config: Any) -> dict[str, Any]:
         return value.item() if isinstance(value, np.generic) else value
 
     return {name: one(value) for name, value in config.items()}
+
+
+def answer_of(model: Any, x: Array, t: Array, *rng: Any) -> tuple[Array, Callable[[Array], Array]]:
+    """Its output and its derivative; TypeError of a `denoise`, say, which has no derivative."""
+    answer = model(x, t, *rng)
+    if not (isinstance(answer, tuple) and len(answer) == 2 and callable(answer[1])):
+        raise TypeError(f"model(x, t) is a {type(answer).__name__}; expected (output, backward).")
+    output, backward = answer
+    return output, backward
 
 
 def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
