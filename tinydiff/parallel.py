@@ -69,7 +69,7 @@ class DataParallel(Module):
 
     Parameters
     ----------
-    model : UNet or MLP
+    model : UNet or MLP, or another Module
         A model with NumPy weights, whose samples do not influence one another.
     workers : int
         Number of processes, this one included. A batch of fewer samples is shared among fewer.
@@ -77,7 +77,7 @@ class DataParallel(Module):
     Raises
     ------
     TypeError
-        If `model` is not a network of tinydiff's.
+        If `model` is not a `Module`.
     ValueError
         If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
     RuntimeError

@@ -81,8 +81,8 @@ def training_loss(
 
     Parameters
     ----------
-    model : UNet or MLP
-        Called as ``model(x_t, t, rng)``.
+    model : UNet or MLP, or another callable
+        Called as ``model(x_t, t, rng)``; returns (output, backward).
     diffusion : GaussianDiffusion
         The process, and what the model predicts.
     x0 : array of shape (N, ...)
@@ -177,8 +177,8 @@ def train(
 
     Parameters
     ----------
-    model : UNet or MLP
-        Trained in place.
+    model : UNet or MLP, or another Module
+        Called as in `training_loss`, and trained in place.
     diffusion : GaussianDiffusion
         The process, and what the model predicts.
     data : array of shape (n, ...), or callable
