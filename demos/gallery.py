@@ -33,10 +33,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--runs", type=folder, default=Path("runs"), help="where the runs are (default: runs)"
+        "--runs", type=folder, metavar="DIR", default=Path("runs"), help="where the runs are (default: runs)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/figures/gallery.png"), help="(default: %(default)s)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("docs/figures/gallery.png"),
+        help="where the sheet goes (default: %(default)s)",
     )
     args = parser.parse_args()
     with explained_errors(args.runs, interrupted="Interrupted: the runs that are done are kept."):

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
         if args.report:
             judged, floor = found["digits"]["samples"], found["digits"]["floor"]
             for key in ("frechet_distance", "confidence", "effective_classes", "share_too_near"):
-                print(f"{key.replace('_', ' ')}: {judged[key]:.3f} (real digits: {floor[key]:.3f})")
+                name = key.replace("_", " ").replace("frechet", "Fréchet")
+                print(f"{name}: {judged[key]:.3f} (real digits: {floor[key]:.3f})")
         drawn = counted(args.samples, "digit")
         print(f"{drawn} in {seconds:.1f} s; pictures in {args.out}: {', '.join(pictures)}")
 

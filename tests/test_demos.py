@@ -735,7 +735,7 @@ def test_the_gallery_without_matplotlib_says_what_is_missing(monkeypatch, tmp_pa
             gallery.main()
         assert end.value.code == code
     said = capsys.readouterr()
-    assert said.out.startswith("usage: gallery.py")
+    assert said.out.startswith("usage: gallery.py") and "where the sheet goes" in said.out
     assert said.err == "gallery.py: Pictures need matplotlib: pip install 'tinydiff[demos]'.\n"
 
 

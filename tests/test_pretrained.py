@@ -228,6 +228,7 @@ def test_the_report_is_the_digits_report(saved, demo, tmp_path):
     report = json.loads((tmp_path / "metrics.json").read_text())["digits"]
     assert report["n"] == 4 and report["heldout"] == "set aside from data"
     assert f"confidence: {report['samples']['confidence']:.3f}" in said.out
+    assert said.out.startswith("Fréchet distance: ")
     assert f"(real digits: {report['floor']['confidence']:.3f})" in said.out
     assert str(tmp_path) in said.out.splitlines()[-1]
 
