@@ -526,7 +526,7 @@ def test_the_loss_is_the_bound_in_bits():
     denoise = exact_denoiser(DATA, learned, 50, "v")
 
     def model(z, t, rng):
-        return denoise(z, t), None
+        return denoise(z, t), list  # a derivative that nobody asks
 
     rng = np.random.default_rng(4)
     for reconstructions in (None, 16):
@@ -682,6 +682,12 @@ def test_the_loss_refuses(options, message):
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=message):
         learned_schedule_loss(linear_model(rng), LearnedSchedule(), rng.random((8, 2)), rng, **options)
+
+
+def test_a_network_without_a_derivative_is_named():
+    rng = np.random.default_rng(0)
+    with pytest.raises(TypeError, match=r"model\(x, t\) is a ndarray; expected \(output, backward\)"):
+        learned_schedule_loss(lambda x, t, rng: x, LearnedSchedule(), rng.random((2, 2)), rng)
 
 
 def test_two_times_are_enough():

@@ -47,7 +47,7 @@ from tinydiff.backend import (
 from tinydiff.bound import Decoder, check_decoder, discretized_gaussian_nll, gaussian_nll
 from tinydiff.diffusion import Prediction, matching
 from tinydiff.learned_schedule import LearnedSchedule
-from tinydiff.models._checks import check_like_model
+from tinydiff.models._checks import answer_of, check_like_model
 from tinydiff.nn.module import Module, once, weight_of
 
 __all__ = [
@@ -320,8 +320,8 @@ def learned_schedule_loss(
 
     Parameters
     ----------
-    model : UNet or MLP
-        Called as ``model(z, (T - 1) * u, rng)``.
+    model : UNet or MLP, or another callable
+        Called as ``model(z, (T - 1) * u, rng)``; returns (output, backward).
     learned : LearnedSchedule
         The forward process.
     x0 : array of shape (N, ...)
@@ -349,7 +349,8 @@ def learned_schedule_loss(
     Raises
     ------
     TypeError
-        If `learned` is not a `LearnedSchedule`, `x0` is not an array, or `rng` is not a generator.
+        If `learned` is not a `LearnedSchedule`, `x0` is not an array, `rng` is not a generator, or `model`
+        returns no derivative.
     ValueError
         If an argument does not fit; the message names it.
     """
@@ -370,13 +371,13 @@ def learned_schedule_loss(
 
     noise = standard_normal(rng, x0.shape, x0)
     z, z_backward = diffuse(x0, noise, gamma)
-    output, model_backward = model(z, asarray_like((T - 1) * u, x0, xp.float64), rng)
+    output, model_backward = answer_of(model, z, asarray_like((T - 1) * u, x0, xp.float64), rng)
     terms, terms_backward = integral_term(output, x0, noise, gamma, slope, prediction)
 
     first, at_start = x0[:n, ...], np.full(n, gamma_0)
     noise_0 = standard_normal(rng, first.shape, x0)
     z_0, z_0_backward = diffuse(first, noise_0, at_start)
-    output_0, model_0_backward = model(z_0, asarray_like(np.zeros(n), x0, xp.float64), rng)
+    output_0, model_0_backward = answer_of(model, z_0, asarray_like(np.zeros(n), x0, xp.float64), rng)
     losses_0, losses_0_backward = reconstruction_term(output_0, first, noise_0, at_start, prediction, decoder)
     priors, priors_backward = prior_term(x0, gamma_1)
 
