@@ -68,7 +68,7 @@ EXEMPT = {
     "nn.init": "draws the first weights; chapter 7 says from what, in a section without an identifier",
     "models.unet.UNet.run_embedded": "the call, from the sinusoids on",
     "models.unet.UNet.check_input": "checks an argument",
-    "models.unet.misfits": "checks arguments",
+    "models.unet.misfit": "checks arguments",
     "models.mlp.MLP.check_input": "checks an argument",
     "optim.Adam.zero_grad": "book-keeping",
     "optim.Adam.state_dict": "book-keeping",

@@ -23,6 +23,7 @@ __all__ = [
     "check_rng",
     "check_seed",
     "check_unmasked",
+    "class_or_kind",
 ]
 
 
@@ -80,9 +81,9 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
 def check_network(name: str, network: Any) -> None:
     """TypeError unless it can be called; of a training's result it says that the model in it can be."""
     if isinstance(network, type) or not callable(network):
-        came = f"the class {network.__name__}" if isinstance(network, type) else f"a {type(network).__name__}"
         within = "; its attribute model is one" if callable(getattr(network, "model", None)) else ""
-        raise TypeError(f"{name} is {came}; expected a network, or another function of x and t{within}.")
+        expected = f"a network, or another function of x and t{within}"
+        raise TypeError(f"{name} is {class_or_kind(network)}; expected {expected}.")
 
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
@@ -109,3 +110,8 @@ def check_unmasked(name: str, values: Any) -> None:
     """ValueError if `values` is a masked array: what its mask hides would be computed with."""
     if isinstance(values, np.ma.MaskedArray):
         raise ValueError(f"{name} is a masked array; expected one in which every number counts.")
+
+
+def class_or_kind(value: Any) -> str:
+    """What came, for a message: "a dict", or "the class UNet", which a caller has forgotten to call."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

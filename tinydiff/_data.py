@@ -16,7 +16,7 @@ import numpy as np
 
 from tinydiff._checks import check_unmasked
 from tinydiff.backend import Array, array_namespace, asarray_like, device, integers_like, is_numpy_array
-from tinydiff.memory import is_out_of_memory
+from tinydiff.memory import attempted
 
 __all__ = ["EPOCH", "STEP", "Data", "batch_of", "beside", "check_data", "mean_and_rms", "warn_of_scale"]
 
@@ -98,15 +98,13 @@ def beside(data: Data, like: Array) -> Data:
     """The data set where `like` is; a callable, and an array that is there already, as they are."""
     if callable(data) or (array_namespace(data) is array_namespace(like) and device(data) == device(like)):
         return data
-    try:
-        return asarray_like(data, like)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+    there, refused = attempted(functools.partial(asarray_like, data, like))
+    if refused:
         raise MemoryError(
             f"data of shape {tuple(data.shape)} does not fit in memory beside the model; pass a callable "
             "that draws batches of it."
-        ) from None
+        )
+    return there
 
 
 def batch_of(

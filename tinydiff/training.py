@@ -298,10 +298,7 @@ def train(
     if importance_sampling:
         states["t_sampler."] = LossSecondMomentSampler(diffusion.T)
         drawn = _Drawn(states["t_sampler."])
-
-    def about() -> dict[str, Any]:
-        return process_metadata(diffusion)  # so that `pretrained.load` reads a checkpoint, too
-
+    about = functools.partial(process_metadata, diffusion)  # so that `pretrained.load` reads it
     run = None if run_dir is None else Run(Path(run_dir), settings, states, about)
 
     how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)

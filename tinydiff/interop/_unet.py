@@ -17,7 +17,7 @@ from tinydiff.backend import Array, get_backend, to_numpy
 from tinydiff.checkpoint import check_sizes
 from tinydiff.interop._config import check_mapping, is_count, is_number, require, require_fixed
 from tinydiff.models._checks import plain
-from tinydiff.models.unet import UNet, misfits
+from tinydiff.models.unet import UNet, misfit
 
 __all__ = [
     "DEFAULTS",
@@ -117,7 +117,8 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config[{key!r}] = {value!r} is not known to tinydiff's U-Net.")
     arguments = {ours: c[theirs] for ours, theirs in THEIR_NAMES.items()}
     arguments["attention"] = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
-    for name, expected in misfits(arguments):
+    if found := misfit(arguments):
+        name, expected = found
         require(c, THEIR_NAMES[name], False, expected)
     return arguments
 

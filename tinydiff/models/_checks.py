@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_array
+from tinydiff._checks import check_array, class_or_kind
 from tinydiff.backend import Array, array_namespace, is_cupy_array, library_of
 from tinydiff.nn.module import Module
 
@@ -78,9 +78,8 @@ def check_like_model(model: Any, **inputs: Any) -> None:
 def check_model(model: Any) -> None:
     """TypeError unless it is a `Module`: a class is refused, and a model of another framework."""
     if not isinstance(model, Module):
-        came = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         expected = "a UNet, an MLP, or another network derived from nn.Module"
-        raise TypeError(f"model is {came}; expected {expected}.")
+        raise TypeError(f"model is {class_or_kind(model)}; expected {expected}.")
 
 
 def check_times(t: Any, x: Array) -> None:

@@ -9,7 +9,7 @@ The same network, operation for operation and name for name, as diffusers' ``UNe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from tinydiff.nn import (
     sinusoidal_embedding,
 )
 
-__all__ = ["UNet", "misfits"]
+__all__ = ["UNet", "misfit"]
 
 
 class DownBlock(Module):
@@ -242,7 +242,8 @@ class UNet(Module):
         )
         check_counts(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
         check_counts(**{f"block_channels[{level}]": n for level, n in enumerate(block_channels)})
-        for name, expected in misfits(self.config):
+        if found := misfit(self.config):
+            name, expected = found
             raise ValueError(f"{name} is {self.config[name]!r}; expected {expected}.")
         xp = get_backend(backend)
         rng = np.random.default_rng(0) if rng is None else rng
@@ -383,27 +384,25 @@ class UNet(Module):
         check_times(t, x)
 
 
-def misfits(c: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The arguments of `UNet`, of the right types, that do not fit together: name, and what was expected.
-
-    To be asked for the first only: what is said of the others may take it for granted.
-    """
+def misfit(c: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first argument of `UNet`, all of the right types, that does not fit, and what was expected."""
     channels, groups, head_dim = c["block_channels"], c["norm_groups"], c["head_dim"]
     if not channels:
-        yield "block_channels", "at least one number of channels"
+        return "block_channels", "at least one number of channels"
     if len(c["attention"]) != len(channels):
-        yield "attention", f"{len(channels)} entries, one per level"
+        return "attention", f"{len(channels)} entries, one per level"
     if groups < 1 or any(n % groups for n in channels):
-        yield "norm_groups", f"a divisor of the channels of every level, {channels}"
+        return "norm_groups", f"a divisor of the channels of every level, {channels}"
     attended = {n for n, is_attended in zip(channels, c["attention"], strict=True) if is_attended}
     attended |= {channels[-1]} if c["mid_attention"] else set()
     if head_dim is not None and attended and (head_dim < 1 or any(n % head_dim for n in attended)):
-        yield "head_dim", f"None, or a divisor of the channels with attention, {sorted(attended)}"
+        return "head_dim", f"None, or a divisor of the channels with attention, {sorted(attended)}"
     if not c["norm_eps"] > 0.0:
-        yield "norm_eps", "a positive number"
+        return "norm_eps", "a positive number"
     if not 0.0 <= c["dropout"] < 1.0:
-        yield "dropout", "a rate in [0, 1)"
+        return "dropout", "a rate in [0, 1)"
     if c["downsample_padding"] not in (0, 1):
-        yield "downsample_padding", "0 or 1"
+        return "downsample_padding", "0 or 1"
     if not c["freq_shift"] < max(channels[0] // 2, 1):
-        yield "freq_shift", f"less than half of the first level's channels, {channels[0]}, rounded down"
+        return "freq_shift", f"less than half of the first level's channels, {channels[0]}, rounded down"
+    return None
