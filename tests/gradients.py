@@ -1,8 +1,8 @@
 """How a hand-written derivative is judged, and random instances of every layer to judge.
 
 A layer returns y and backward; ``sum(y * dy)`` is a scalar whose derivative backward(dy) claims to be. Two
-judges: central differences, along random directions and, for small arrays, along every coordinate; and
-PyTorch's autograd, in ``test_oracle_layers.py``.
+judges: central differences, by `testing.assert_backward`; and PyTorch's autograd, in
+``test_oracle_layers.py``.
 
 Every parameter is randomised: layers that begin at zero hide the errors of those before them. Inputs,
 parameters and dy are made read-only, so that a layer that writes in somebody else's array fails at once.
@@ -15,15 +15,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from tinydiff import nn
+from tinydiff import nn, testing
 from tinydiff.models import MLP
 from tinydiff.models.mlp import ResidualBlock
-
-STEP = 1e-5  # of central differences: rounding 1e-16 / STEP and truncation STEP**2 are both near 1e-11,
-# the latter times the third derivative; from two steps it can be taken out (Richardson's extrapolation).
-TOLERANCE = 1e-6
-SMALL = 30
-DIRECTIONS = 2
 
 
 @dataclass
@@ -105,50 +99,10 @@ def assert_gradients_agree(ours, theirs, tolerance):
         assert error <= tolerance * scale, f"the gradient of {name} is off by {error:.1e}; all: {scale:.1e}"
 
 
-def assert_central_differences_agree(case, rng, small=SMALL):
-    """Each gradient against central differences, to TOLERANCE of the largest gradient's norm.
-
-    Arrays of fewer than `small` elements are checked along every coordinate.
-    """
-    parameters = case.parameters
-    y, _ = case.layer(*case.inputs)
-    dy = normal(rng, y.shape)
-    _, gradients = gradients_of(case, dy)
-    scale = max(norm([g]) for g in gradients.values())
-
-    def loss():
-        return np.sum(case.layer(*case.inputs)[0] * dy)
-
-    def moved(name, value):
-        """The loss with input or parameter `name` at `value`."""
-        if name in parameters:
-            p = parameters[name]
-            kept, p.value = p.value, value
-            result, p.value = loss(), kept
-        else:
-            index = int(name[1:])
-            kept, case.inputs[index] = case.inputs[index], value
-            result, case.inputs[index] = loss(), kept
-        return result
-
-    for name, gradient in gradients.items():
-        at = parameters[name].value if name in parameters else case.inputs[int(name[1:])]
-        assert gradient.shape == at.shape and gradient.dtype == at.dtype, name
-        directions = [rng.standard_normal(at.shape) for _ in range(DIRECTIONS)]
-        if at.size < small:
-            directions += list(np.eye(at.size).reshape(at.size, *at.shape))
-        for d in directions:
-
-            def difference(step, name=name, at=at, d=d):
-                return (moved(name, at + step * d) - moved(name, at - step * d)) / (2 * step)
-
-            claimed, numeric = np.sum(gradient * d), difference(STEP)
-            if abs(numeric - claimed) > TOLERANCE * scale:  # of a strongly curved loss: without STEP**2
-                numeric = (4 * difference(STEP / 2) - numeric) / 3
-            error = abs(numeric - claimed)
-            assert error <= TOLERANCE * scale, (
-                f"the gradient of {name} is off by {error:.1e}; largest: {scale:.1e}"
-            )
+def assert_central_differences_agree(case, rng):
+    """The case keeps what `testing.assert_backward` asks of a layer."""
+    seed = int(rng.integers(2**32))
+    testing.assert_backward(case.layer, *case.inputs, parameters=case.parameters, seed=seed)
 
 
 # Random instances. Each takes Hypothesis' `draw` and a generator for the numbers.

@@ -61,7 +61,7 @@ def test_the_judge_finds_a_wrong_derivative():
 
             return y, wrong
 
-    with pytest.raises(AssertionError, match=r"gradient of layer.weight is off"):
+    with pytest.raises(AssertionError, match=r"gradient of parameter 'layer.weight' is off"):
         assert_central_differences_agree(Case(Wrong(), [normal(rng, (4, 7))]), rng)
 
 

@@ -103,7 +103,7 @@ def test_every_parameter_against_central_differences():
         return model(x, t, np.random.default_rng(1))
 
     case = Case(layer, [normal(rng, (2, 4, 2, 1))], module=model)
-    assert_central_differences_agree(case, rng, small=1)
+    assert_central_differences_agree(case, rng)
 
 
 def test_what_is_embedded_beside_the_time_is_learned():

@@ -3,7 +3,8 @@
 Each function takes yours, in whatever framework, asks it at every t what it gives, and raises an
 AssertionError unless that is what the identity says. The message says how far off it is and at which t. If
 all numbers, at every t, are to a thousandth those that a mistake of its list gives, it names that mistake;
-those with an E are in chapter 9 of the docs.
+those with an E are in chapter 9 of the docs. `assert_backward` is of a layer or a network that is written as
+tinydiff's are: whether its derivative is one.
 
 >>> import torch
 >>> from tinydiff import linear_schedule, testing
@@ -19,6 +20,7 @@ AssertionError: ...
 What is called what elsewhere, and what these checks cannot find, is in chapter 13 of the docs.
 """
 
+from tinydiff.testing._backward import assert_backward
 from tinydiff.testing._bound import assert_bound_terms
 from tinydiff.testing._forward import assert_predict_x0, assert_q_sample, assert_training_target
 from tinydiff.testing._loss import assert_loss
@@ -27,6 +29,7 @@ from tinydiff.testing._sampler import assert_sampler
 from tinydiff.testing._schedule import assert_schedule
 
 __all__ = [
+    "assert_backward",
     "assert_bound_terms",
     "assert_loss",
     "assert_p_mean_variance",

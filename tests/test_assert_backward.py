@@ -1,0 +1,282 @@
+"""testing.assert_backward: a right derivative passes, and what is wrong with another is said.
+
+Every layer of the package is held against it in ``test_layers.py``; here are layers with one mistake each.
+"""
+
+import re
+
+import numpy as np
+import pytest
+
+from tinydiff import nn, testing
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+class Product(nn.Module):
+    """y = (x W + c) z, for x and z (N, D), W (D, D) and c (D): right until a test replaces a method."""
+
+    def __init__(self, D=4, dtype=np.float64):
+        self.weight = nn.Parameter(np.zeros((D, D), dtype))
+        self.bias = nn.Parameter(np.zeros(D, dtype))
+
+    def __call__(self, x, z):
+        h = x @ self.weight.value + self.bias.value
+        y = self.output(h * z)
+
+        def backward(dy):
+            dh = dy * z
+            self.keep(self.weight, self.of_weight(x, dh))
+            self.keep(self.bias, self.of_bias(dh))
+            return self.inputs(self.of_x(dh), self.of_z(h, dy))
+
+        return y, backward
+
+    def output(self, y):
+        return y
+
+    def keep(self, parameter, gradient):
+        parameter.accumulate(gradient)
+
+    def of_weight(self, x, dh):
+        return x.T @ dh
+
+    def of_bias(self, dh):
+        return np.sum(dh, axis=0)
+
+    def of_x(self, dh):
+        return dh @ self.weight.value.T
+
+    def of_z(self, h, dy):
+        return h * dy
+
+    def inputs(self, dx, dz):
+        return dx, dz
+
+
+def with_mistake(**methods):
+    return type("Wrong", (Product,), methods)()
+
+
+def refusal(layer, *inputs, error=AssertionError, **options):
+    with pytest.raises(error) as caught:
+        testing.assert_backward(layer, *inputs, **options)
+    return str(caught.value)
+
+
+X, Z = normal(5, 4), normal(5, 4, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_right_is_right(seed, dtype):
+    testing.assert_backward(Product(dtype=dtype), X.astype(dtype), Z, seed=seed)
+
+
+def first_off(dh):
+    """A bias's gradient of which one number of four is a thousandth off."""
+    return np.sum(dh, axis=0) * np.array([1.001, 1, 1, 1])
+
+
+MISTAKES = {
+    "sign": (
+        {"of_z": lambda self, h, dy: -h * dy},
+        r"gradient of input 1 is off by .*\nIt is what comes of this: the sign\.",
+    ),
+    "mean": (
+        {"of_bias": lambda self, dh: np.mean(dh, axis=0)},
+        r"'bias' is off by .*\n.* a factor of 0\.2, of a mean over the batch where there is a sum\.",
+    ),
+    "half": ({"of_bias": lambda self, dh: np.sum(dh, axis=0) / 2}, r"a factor of 0\.5\."),
+    "a thousandth": ({"of_bias": lambda self, dh: 1.001 * np.sum(dh, axis=0)}, r"a factor of 1\.001\."),
+    "transposed": ({"of_weight": lambda self, x, dh: dh.T @ x}, r"'weight'.*\n.*: a transpose\."),
+    "exchanged": ({"inputs": lambda self, dx, dz: (dz, dx)}, r"input 0.*\nIt is the gradient of input 1\."),
+    "not transposed": (
+        {"of_x": lambda self, dh: dh @ self.weight.value},
+        r"input 0.*\nOf 20 of its numbers 20",
+    ),
+    "one number": (
+        {"of_bias": lambda self, dh: first_off(dh)},
+        r"'bias'.*\nOf 4 of its numbers 1 are off, most that at \(0,\): ",
+    ),
+    "none of a parameter": (
+        {"of_bias": lambda self, dh: np.zeros(4)},
+        r"'bias'.*\nIt is 0: backward adds nothing to its grad\.",
+    ),
+    "none of an input": ({"of_z": lambda self, h, dy: 0 * h}, r"input 1.*\nIt is 0\.$"),
+    "not added": (
+        {"keep": lambda self, parameter, gradient: setattr(parameter, "grad", gradient)},
+        r"the grad of parameter 'weight' that is there is not added to \(docs: B.25\)",
+    ),
+    "a gradient too few": (
+        {"inputs": lambda self, dx, dz: dx},
+        r"returns 1 gradients; expected 2, one for each input of floating numbers",
+    ),
+    "no gradient": ({"inputs": lambda self, dx, dz: None}, r"returns 0 gradients; expected 2"),
+    "no array": ({"of_z": lambda self, h, dy: None}, r"input 1 is None; expected float64 \(5, 4\)"),
+    "shape": ({"of_x": lambda self, dh: dh[0]}, r"input 0 is float64 \(4,\); expected float64 \(5, 4\)"),
+    "dtype": (
+        {"of_z": lambda self, h, dy: (h * dy).astype(np.float32)},
+        r"input 1 is float32 \(5, 4\); expected float64 \(5, 4\)",
+    ),
+    "infinite": ({"of_z": lambda self, h, dy: h * dy / 0.0}, r"gradient of input 1 is not finite"),
+    "always float32": (
+        {"output": lambda self, y: y.astype(np.float32)},
+        r"y is of float32 where inputs and parameters are of float64",
+    ),
+    "float64 of float32": (
+        {"output": lambda self, y: y * np.sqrt(1.0)},
+        r"y is of float64 where inputs and parameters are of float32\. A number of NumPy's, such as np\.sqrt",
+    ),
+    "gradients in float64 of float32": (
+        {"of_z": lambda self, h, dy: h * dy * np.sqrt(1.0)},
+        r"gradient of input 1 is float64 \(5, 4\); expected float32 \(5, 4\)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_said(mistake):
+    methods, message = MISTAKES[mistake]
+    assert re.search(message, refusal(with_mistake(**methods), X, Z))
+
+
+def test_what_is_kept_on_the_layer():
+    class Keeping(nn.Module):
+        def __call__(self, x):
+            self.x = x
+            return x**2, lambda dy: 2 * self.x * dy
+
+    said = refusal(Keeping(), X)
+    assert "the gradient of input 0 is another if the layer is called again before backward" in said
+
+
+@pytest.mark.parametrize(
+    ("written", "name"), [("x", "input 0"), ("weight", "parameter 'weight'"), ("dy", "dy")]
+)
+def test_what_is_written_to(written, name):
+    class Writing(Product):
+        def __call__(self, x, z):
+            y, backward = super().__call__(x, z)
+            y = y.copy()
+
+            def call(dy):
+                gradients = backward(dy)
+                {"x": x, "weight": self.weight.value, "dy": dy}[written][:] *= 1.0 + 1e-9
+                return gradients
+
+            return y, call
+
+    assert refusal(Writing(), X, Z).startswith(f"{name} is written to")
+
+
+def test_inputs_and_parameters_are_as_they_were():
+    layer = Product(dtype=np.float32)
+    layer.bias.grad = np.ones(4, np.float32)
+    x, value, grad = X.copy(), layer.weight.value, layer.bias.grad
+    testing.assert_backward(layer, X, Z)
+    refusal(with_mistake(of_z=lambda self, h, dy: -h * dy), X, Z)
+    assert layer.weight.value is value and not np.any(value)
+    assert layer.bias.grad is grad and np.all(grad == 1)
+    assert np.array_equal(X, x)
+
+
+def test_a_layer_that_begins_at_zero_hides_no_error():
+    """Without the parameters' move h, and so the gradient of z, would be 0 with whatever sign."""
+    layer = with_mistake(of_z=lambda self, h, dy: -h * dy)
+    assert not any(np.any(p.value) for p in layer.named_parameters().values())
+    assert "the sign" in refusal(layer, X, Z)
+
+
+def test_functions_and_their_parameters():
+    """A function has those parameters that it is said to have."""
+    layer = Product()
+    wrong = with_mistake(of_bias=lambda self, dh: 2 * np.sum(dh, axis=0))
+    testing.assert_backward(lambda z: _second(layer, z), Z, parameters=layer.named_parameters())
+    testing.assert_backward(lambda z: _second(wrong, z), Z)
+    said = refusal(lambda z: _second(wrong, z), Z, parameters=wrong.named_parameters())
+    assert "a factor of 2." in said
+
+
+def _second(layer, z):
+    y, backward = layer(X, z)
+    return y, lambda dy: backward(dy)[1]
+
+
+def test_times_classes_and_generators_are_passed_on():
+    """They have no gradients; a generator draws the same at every call."""
+    rows = nn.Parameter(normal(3, 4))
+
+    def layer(x, y, rng, scale):
+        mask = rng.random(x.shape) < 0.5
+
+        def backward(dy):
+            gradient = np.zeros_like(rows.value)
+            np.add.at(gradient, y, scale * dy)
+            rows.accumulate(gradient)
+            return dy * mask * scale
+
+        return scale * (x * mask + rows.value[y]), backward
+
+    rng, classes = np.random.default_rng(3), np.array([0, 2, 2, 1, 0])
+    testing.assert_backward(layer, X, classes, rng, 2, parameters={"rows": rows})
+    assert rng.random() == np.random.default_rng(3).random()
+
+    def look_up(y):
+        return rows.value[y], lambda dy: rows.accumulate(np.eye(3)[y].T @ dy)
+
+    testing.assert_backward(look_up, classes, parameters={"rows": rows})
+
+
+def test_another_output_at_every_call():
+    rng = np.random.default_rng(0)
+
+    def layer(x):
+        mask = rng.random(x.shape) < 0.5
+        return x * mask, lambda dy: dy * mask
+
+    assert "y is another at a second call" in refusal(layer, X)
+
+
+def test_a_number_for_an_output():
+    testing.assert_backward(lambda x: (np.mean(x**2), lambda dy: dy * 2 * x / x.size), X)
+    assert "a factor of 20." in refusal(lambda x: (np.mean(x**2), lambda dy: dy * 2 * x), X)
+
+
+def test_what_is_curved_and_what_is_constant():
+    """Truncation is no error of the derivative; of a constant the derivative is 0, and nothing else."""
+    testing.assert_backward(lambda x: (np.sin(40 * x), lambda dy: 40 * np.cos(40 * x) * dy), X)
+    testing.assert_backward(lambda x: (np.ones(3), lambda dy: 0 * x), X)
+    said = refusal(lambda x: (np.ones(3), lambda dy: 1e-3 * x), X)
+    assert said.endswith("Expected 0: y does not depend on it.")
+
+
+def test_y_that_is_not_finite():
+    assert refusal(lambda x: (x * np.inf, lambda dy: dy), X) == "y is not finite."
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Product, "layer is the class Product; expected a function"),
+        (3, "layer is a int; expected a function"),
+        (lambda x: x, r"layer returns \(ndarray\); expected \(y, backward\), a NumPy array and a function"),
+        (lambda x: (0.5, 2 * x), r"layer returns \(float, ndarray\); expected \(y, backward\)"),
+        (lambda x: (x, x), r"layer returns \(ndarray, ndarray\)"),
+    ],
+)
+def test_what_is_no_layer(layer, message):
+    assert re.search(message, refusal(layer, X, error=TypeError))
+
+
+def test_bad_arguments():
+    def layer(x):
+        return x, lambda dy: dy
+
+    said = refusal(layer, np.arange(3), error=ValueError)
+    assert said == "no input is an array of floats and there is no parameter; expected one."
+    for options in [{"tolerance": 0}, {"tolerance": "small"}, {"seed": -1}]:
+        assert next(iter(options)) in refusal(layer, X, error=ValueError, **options)
