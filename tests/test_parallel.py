@@ -246,8 +246,12 @@ def test_weights_given_last_are_those_it_keeps():
 
 
 def test_networks_train_side_by_side_in_threads():
-    """Each as it would by itself, to the bit: kernels and scratch are shared by all threads of a program."""
+    """Each as it would by itself, to the bit: kernels and scratch are shared by all threads of a program.
 
+    Within `many_steps`: else BLAS shares out what is left to it, or not, as other threads happen to hold it.
+    """
+
+    @kernels.many_steps()
     def trained(seed):
         rng = np.random.default_rng(seed)
         model = td.UNet(block_channels=(16, 32), attention=(False, True), norm_groups=4, rng=rng)
@@ -750,3 +754,17 @@ def test_an_interrupted_shared_training_is_resumed_to_the_bit(tmp_path):
     for name, value in resumed.model.state_dict().items():
         np.testing.assert_array_equal(value, whole.model.state_dict()[name])
     assert not multiprocessing.active_children()
+
+
+def test_a_network_without_a_derivative_is_named():
+    """Also one whose share of two samples could be taken for an output and its derivative."""
+
+    class OnlyOutput(td.MLP):
+        def __call__(self, x, t, rng=None):
+            return super().__call__(x, t, rng)[0]
+
+    points = np.zeros((4, 2), np.float32)
+    model = OnlyOutput(2, hidden=4, rng=np.random.default_rng(0))
+    message = r"model\(x, t\) is an ndarray; expected \(output, backward\)"
+    with shared_out(model, 4, workers=2) as shared, pytest.raises(TypeError, match=message):
+        shared(points, np.zeros(4, int))

@@ -41,7 +41,7 @@ from tinydiff._together import cut, groups
 from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import alone, kernels_for, threads_in_reach
 from tinydiff.models import MLP, UNet
-from tinydiff.models._checks import check_model
+from tinydiff.models._checks import answer_of, check_model
 from tinydiff.nn.module import Module, Parameter, derivative_of, keeping, once
 
 __all__ = ["DataParallel", "WorkerError", "shared_out"]
@@ -154,7 +154,7 @@ class DataParallel(Module):
             shares = self._shares(edges, x, t)
             rngs = rng.spawn(len(shares)) if rng is not None and self._draws else [None] * len(shares)
             messages = [("call", key, *share, r) for share, r in zip(shares[1:], rngs[1:], strict=True)]
-            (y, backward_own), ys = self._ask(messages, lambda: self._model(*shares[0], rngs[0]))
+            (y, backward_own), ys = self._ask(messages, lambda: answer_of(self._model, *shares[0], rngs[0]))
             holders = self._workers[: len(messages)]
 
         y = np.concatenate([y, *ys])
@@ -318,7 +318,7 @@ def _serve(
                 if what == "predict":
                     answer = model.predict(*arguments)
                 elif what == "call":
-                    answer, kept[key] = model(*arguments)
+                    answer, kept[key] = answer_of(model, *arguments)
                 else:
                     answer = kept.pop(key)(*arguments)
                     for parameter, grad in zip(parameters, grads, strict=True):
