@@ -346,7 +346,7 @@ def table_of(rows: list[dict[str, Any]], floor: float, args: argparse.Namespace)
         return [
             *(f"{value['value']:.3f} ± {value['standard_error']:.3f}" for value in values),
             f"{whole['L_0']:.3f}",
-            *(f"{deviation:.3g}" for deviation in deviations(whole)),
+            *(f"{deviation:#.3g}".removesuffix(".") for deviation in deviations(whole)),
         ]
 
     def distances(row: dict[str, Any]) -> list[str]:
@@ -400,62 +400,80 @@ def picture(rows: list[dict[str, Any]], floor: float, args: argparse.Namespace) 
     """Distance and bound against the number of steps, and how noisy the bound's estimate is."""
     import matplotlib.style
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    def plain(value: float, _: Any) -> str:
-        return f"{value:g}"
 
     with matplotlib.style.context(plotting.STYLE, after_reset=True):
         fig = Figure(figsize=(12.4, 4.2), dpi=plotting.DPI, layout="constrained")
-        left, middle, right = fig.subplots(1, 3, width_ratios=[1, 1, 0.8])
-        highest = 0.0
-        for row in rows:
-            distances = [row["frechet_distance"][str(K)] for K in args.sampling_steps]
-            left.plot(args.sampling_steps, distances, **style(row))
-            values, errors = zip(
-                *((b["value"], b["standard_error"]) for b in row["bound"].values()), strict=True
-            )
-            middle.errorbar(lengths(args), values, errors, elinewidth=0.8, **style(row))
-            # In few steps the bound with the small variance is beyond all that one would compare.
-            highest = max(highest, values[-1] if row["variance"] == "fixed_small" else max(values))
-        left.axhline(floor, color=plotting.QUIET, linewidth=0.8)
-        left.annotate(
-            "held-out digits", (1, floor), (-2, 3), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="right", color=plotting.QUIET, fontsize=8,
-        )  # fmt: skip
-        for place, row in enumerate(rows):
-            with_L_0, without = deviations(row["bound"][str(args.T)])
-            right.plot([without, with_L_0], [place] * 2, color=plotting.FRAME, linewidth=1, zorder=1)
-            right.plot(with_L_0, place, "|", color=style(row)["color"], markersize=9)
-            right.plot(without, place, **style(row))
-        for axes, ticks in [(left, args.sampling_steps), (middle, lengths(args))]:
-            axes.set(xscale="log", yscale="log", xlabel="steps")
-            axes.set_xticks(ticks, map(str, ticks))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(FuncFormatter(plain))
-            axes.yaxis.set_minor_locator(NullLocator())
-        lowest = min(b["value"] for row in rows for b in row["bound"].values())
-        middle.set_ylim(lowest / 1.15, highest * 1.15)
-        right.set(xscale="log", xlabel=f"bits per dimension, T = {args.T}", ylim=(len(rows) - 0.4, -0.6))
-        right.set_yticks(range(len(rows)), map(label, rows))
-        for tick, row in zip(right.get_yticklabels(), rows, strict=True):
-            tick.set_color(style(row)["color"])
-        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        right.xaxis.set_major_formatter(FuncFormatter(plain))
-        right.xaxis.set_minor_locator(NullLocator())
-        titles = [
-            f"Fréchet distance of {args.samples} samples",
-            "Bits per dimension of held-out digits",
-            "Deviation of one draw (bar: with $L_0$)",
-        ]
-        for axes, title in zip((left, middle, right), titles, strict=True):
+        panels = fig.subplots(1, 3, width_ratios=[1, 1, 0.8])
+        for axes, draw in zip(panels, (_distances, _bounds, _deviations), strict=True):
+            title = draw(axes, rows, floor, args)
             axes.set_title(title, fontsize=10, color=plotting.INK, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color=plotting.FRAME, linewidth=0.5, axis="x" if axes is right else "y")
+            axes.grid(color=plotting.FRAME, linewidth=0.5, axis="x" if draw is _deviations else "y")
             axes.set_axisbelow(True)
             axes.tick_params(length=0, pad=5)
     return fig
+
+
+def _distances(axes: Any, rows: list[dict[str, Any]], floor: float, args: argparse.Namespace) -> str:
+    """Draw a panel, and return its title."""
+    for row in rows:
+        distances = [row["frechet_distance"][str(K)] for K in args.sampling_steps]
+        axes.plot(args.sampling_steps, distances, **style(row))
+    axes.axhline(floor, color=plotting.QUIET, linewidth=0.8)
+    axes.annotate(
+        "held-out digits", (1, floor), (-2, 3), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", color=plotting.QUIET, fontsize=8,
+    )  # fmt: skip
+    _by_steps(axes, args.sampling_steps)
+    return f"Fréchet distance of {args.samples} samples"
+
+
+def _bounds(axes: Any, rows: list[dict[str, Any]], floor: float, args: argparse.Namespace) -> str:
+    """Draw a panel, and return its title."""
+    lowest, highest = math.inf, 0.0
+    for row in rows:
+        values, errors = zip(*((b["value"], b["standard_error"]) for b in row["bound"].values()), strict=True)
+        axes.errorbar(lengths(args), values, errors, elinewidth=0.8, **style(row))
+        lowest = min(lowest, *values)
+        # In few steps the bound with the small variance is beyond all that one would compare.
+        highest = max(highest, values[-1] if row["variance"] == "fixed_small" else max(values))
+    _by_steps(axes, lengths(args))
+    axes.set_ylim(lowest / 1.15, highest * 1.15)
+    return "Bits per dimension of held-out digits"
+
+
+def _deviations(axes: Any, rows: list[dict[str, Any]], floor: float, args: argparse.Namespace) -> str:
+    """Draw a panel, and return its title."""
+    for place, row in enumerate(rows):
+        with_L_0, without = deviations(row["bound"][str(args.T)])
+        axes.plot([without, with_L_0], [place] * 2, color=plotting.FRAME, linewidth=1, zorder=1)
+        axes.plot(with_L_0, place, "|", color=style(row)["color"], markersize=9)
+        axes.plot(without, place, **style(row))
+    axes.set(xscale="log", xlabel=f"bits per dimension, T = {args.T}", ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), map(label, rows))
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_color(style(row)["color"])
+    _ticks_at_1_2_5(axes.xaxis)
+    return "Deviation of one draw (bar: with $L_0$)"
+
+
+def _by_steps(axes: Any, steps: list[int]) -> None:
+    """Both axes logarithmic, a tick for each number of steps."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set(xscale="log", yscale="log", xlabel="steps")
+    axes.set_xticks(steps, map(str, steps))
+    axes.xaxis.set_minor_locator(NullLocator())
+    _ticks_at_1_2_5(axes.yaxis)
+
+
+def _ticks_at_1_2_5(axis: Any) -> None:
+    """1, 2 and 5 times powers of ten, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 if __name__ == "__main__":
