@@ -1,4 +1,4 @@
-"""How weights begin (Ho et al. 2020, released code): uniform with variance 1 / mean(fan_in, fan_out)."""
+"""How weights begin: uniform with variance 1 / mean(fan_in, fan_out) (docs: B.26)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ __all__ = ["ones", "uniform", "zeros"]
 
 
 def uniform(rng: np.random.Generator, shape: tuple[int, ...], scale: float = 1.0) -> Parameter:
-    """Draw U(-a, a) with variance `scale` / mean(fan_in, fan_out); the last two axes are (in, out).
+    """Draw U(-b, b) with variance `scale` / mean(fan_in, fan_out); (..., in, out).  (docs: B.26)
+
+    Glorot & Bengio 2010, with the numbers of the code that Ho et al. 2020 released.
 
     Parameters
     ----------
