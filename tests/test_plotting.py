@@ -147,11 +147,11 @@ def test_reverse_needs_a_step(points):
 
 
 def test_what_is_drawn_of_the_processes_has_to_be_theirs(points):
-    with pytest.raises(TypeError, match="states holds a ndarray; expected the SamplerState"):
+    with pytest.raises(TypeError, match="states holds an ndarray; expected the SamplerState"):
         plotting.reverse_process([points, points])
     with pytest.raises(TypeError, match="schedules is a NoiseSchedule; expected what each is called"):
         plotting.forward_process(points, td.linear_schedule(5), np.random.default_rng(0))
-    with pytest.raises(TypeError, match="rng is a int"):
+    with pytest.raises(TypeError, match="rng is an int"):
         plotting.forward_process(points, SCHEDULES, 0)
 
 
@@ -424,3 +424,12 @@ def test_without_matplotlib_one_sentence_says_what_to_install(points, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"^Pictures need matplotlib: pip install 'tinydiff\[demos\]'\.$"):
         plotting.training_curve([1.0])
+
+
+def test_what_is_no_figure_is_not_saved(tmp_path):
+    path = tmp_path / "kept.png"
+    path.write_bytes(b"before")
+    for what, came in [(None, "a NoneType"), (np.zeros((2, 2)), "an ndarray")]:
+        with pytest.raises(TypeError, match=f"^fig is {came}; expected a figure"):
+            plotting.save(what, path)
+    assert path.read_bytes() == b"before"

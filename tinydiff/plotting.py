@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_rng
+from tinydiff._checks import check_counts, check_rng, class_or_kind
 from tinydiff.backend import Array, standard_normal, to_numpy
 from tinydiff.checkpoint import replace_file
 from tinydiff.diffusion import GaussianDiffusion
@@ -116,8 +116,8 @@ def forward_process(
     check_rng(rng)
     x0 = _checked("x0", x0)
     if not isinstance(schedules, Mapping):
-        came = type(schedules).__name__
-        raise TypeError(f"schedules is a {came}; expected what each is called, and it: {{'cosine': ...}}.")
+        expected = "what each is called, and it: {'cosine': ...}"
+        raise TypeError(f"schedules is {class_or_kind(schedules)}; expected {expected}.")
     lengths = {schedule.T for schedule in schedules.values()}
     if len(lengths) != 1:
         raise ValueError(f"schedules have T = {sorted(lengths)}; expected at least one, and one T for all.")
@@ -254,8 +254,8 @@ def reverse_process(states: Iterable[SamplerState], columns: int = COLUMNS) -> F
         raise ValueError(f"states holds {len(states)}; expected the noise and what at least one step made.")
     for state in states:
         if not isinstance(state, SamplerState):
-            came = type(state).__name__
-            raise TypeError(f"states holds a {came}; expected the SamplerState that iterate_samples yields.")
+            expected = "the SamplerState that iterate_samples yields"
+            raise TypeError(f"states holds {class_or_kind(state)}; expected {expected}.")
     sample = _checked("states", states[-1].x)
     last = len(states) - 1
     left = last * np.linspace(1, 0, columns) ** 1.5
@@ -283,10 +283,18 @@ def save(fig: Figure, path: str | os.PathLike[str]) -> None:
     path : path
         Destination; its directory is made if it is missing, and an existing file replaced only once the new
         one is complete.
+
+    Raises
+    ------
+    TypeError
+        If `fig` is no figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from PIL import Image
 
+    if not isinstance(fig, Figure):
+        raise TypeError(f"fig is {class_or_kind(fig)}; expected a figure, as the functions here return one.")
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
