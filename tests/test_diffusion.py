@@ -457,7 +457,7 @@ def test_bad_choices_are_named():
         GaussianDiffusion(schedule, variance="small")
     with pytest.raises(ValueError, match=r"^given is 'score'; expected one of 'eps', 'x0', 'v'"):
         GaussianDiffusion(schedule).predict_x0(GOOD, 0, GOOD, given="score")
-    with pytest.raises(TypeError, match=r"^schedule is a ndarray; expected a NoiseSchedule"):
+    with pytest.raises(TypeError, match=r"^schedule is an ndarray; expected a NoiseSchedule"):
         GaussianDiffusion(schedule.betas)
 
 

@@ -336,7 +336,7 @@ def test_what_does_not_fit_is_named():
         digit_report(good[:1], good)
     with pytest.raises(ValueError, match="data has 4 digits; expected at least 8"):
         digit_report(good, good)
-    with pytest.raises(TypeError, match="rng is a int"):
+    with pytest.raises(TypeError, match="rng is an int"):
         digit_report(good, good, good, rng=0)
     with pytest.raises(ValueError, match="heldout has 3 digits; expected at least 4"):
         digit_report(good, good, good[:3])

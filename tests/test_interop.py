@@ -202,10 +202,10 @@ def test_both_directions_copy():
 
 
 def test_only_a_unet_goes_to_diffusers():
-    with pytest.raises(TypeError, match="model is a MLP; expected a UNet"):
+    with pytest.raises(TypeError, match="model is an MLP; expected a UNet"):
         unet_to_diffusers(td.MLP(hidden=4, blocks=1, time_features=4))
     for name in ("Other", "UNet"):  # whatever else it computes, diffusers would compute a UNet's
-        with pytest.raises(TypeError, match=f"model is a {name}; expected a UNet, of tinydiff's own"):
+        with pytest.raises(TypeError, match=f"model is an? {name}; expected a UNet, of tinydiff's own"):
             unet_to_diffusers(type(name, (td.UNet,), {})(**UNET))
 
 
@@ -459,7 +459,7 @@ REMEDY = r"; expected an array of real numbers on the host, as in model\.float.*
     ],
 )
 def test_weights_that_are_no_real_numbers(weight, came):
-    with pytest.raises(ValueError, match=rf"^state\['conv_in\.bias'\] is a {came}.*{REMEDY}"):
+    with pytest.raises(ValueError, match=rf"^state\['conv_in\.bias'\] is an? {came}.*{REMEDY}"):
         unet_from_diffusers(CONFIG, {**random_state(), "conv_in.bias": weight})
 
 
@@ -475,7 +475,7 @@ def test_what_torch_does_not_hand_over_is_named_with_a_remedy():
         (bias.to_sparse(), r"Tensor of torch\.float32 \("),
         (bias.to(torch.complex64), r"Tensor of torch\.complex64"),
     ]:
-        with pytest.raises(ValueError, match=rf"^state\['conv_in\.bias'\] is a {came}.*{REMEDY}"):
+        with pytest.raises(ValueError, match=rf"^state\['conv_in\.bias'\] is an? {came}.*{REMEDY}"):
             unet_from_diffusers(CONFIG, {**state, "conv_in.bias": weight})
     for weight in (bias, bias.half(), bias.double()):
         unet_from_diffusers(CONFIG, {**state, "conv_in.bias": weight})

@@ -686,7 +686,7 @@ def test_the_loss_refuses(options, message):
 
 def test_a_network_without_a_derivative_is_named():
     rng = np.random.default_rng(0)
-    with pytest.raises(TypeError, match=r"model\(x, t\) is a ndarray; expected \(output, backward\)"):
+    with pytest.raises(TypeError, match=r"model\(x, t\) is an ndarray; expected \(output, backward\)"):
         learned_schedule_loss(lambda x, t, rng: x, LearnedSchedule(), rng.random((2, 2)), rng)
 
 

@@ -438,7 +438,7 @@ def test_a_bad_term_is_refused_and_nothing_is_remembered():
         with pytest.raises(ValueError, match=message):
             sampler.update(np.array(t), np.array(losses))
     assert sampler.state_dict()["counts"].sum() == 0
-    with pytest.raises(TypeError, match="rng is a int; expected a numpy"):
+    with pytest.raises(TypeError, match="rng is an int; expected a numpy"):
         sampler.sample(3, 0)
     for options in (dict(T=0), dict(T=2, history=0), dict(T=2, uniform=0.0), dict(T=2, uniform=2)):
         with pytest.raises(ValueError, match="expected"):

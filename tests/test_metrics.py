@@ -138,7 +138,7 @@ def test_sets_of_whatever_dtype_are_measured_in_float64(function, dtype):
 
 @pytest.mark.parametrize("function", [sliced_wasserstein, permutation_test])
 def test_a_seed_is_no_generator(function):
-    with pytest.raises(TypeError, match="rng is a int; expected a numpy"):
+    with pytest.raises(TypeError, match="rng is an int; expected a numpy"):
         function(np.zeros((3, 2)), np.ones((3, 2)), rng=0)
 
 

@@ -442,7 +442,7 @@ def test_what_does_not_fit_is_named():
         IN_THE_PLANE.posterior_mean(GaussianDiffusion(linear_schedule(5)), np.zeros((3, 2)), 5)
     with pytest.raises(ValueError, match="x has dtype complex128"):
         IN_THE_PLANE.log_prob(np.zeros((3, 2), dtype=complex))
-    with pytest.raises(TypeError, match="rng is a int; expected a numpy"):
+    with pytest.raises(TypeError, match="rng is an int; expected a numpy"):
         IN_THE_PLANE.sample(3, 0)
     with pytest.raises(ValueError, match="n is 0"):
         IN_THE_PLANE.sample(0, np.random.default_rng(0))

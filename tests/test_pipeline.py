@@ -197,7 +197,7 @@ def test_files_side_by_side_as_published(tmp_path):
 
 
 def test_nothing_is_written_of_what_cannot_be(tmp_path):
-    with pytest.raises(TypeError, match="model is a MLP"):
+    with pytest.raises(TypeError, match="model is an MLP"):
         save_pipeline(tmp_path / "a", td.MLP(), td.GaussianDiffusion(td.linear_schedule(9)), 8)
     with pytest.raises(TypeError, match="diffusion is a NoiseSchedule"):
         save_pipeline(tmp_path / "a", unet(), td.linear_schedule(9), 8)

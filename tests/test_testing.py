@@ -1146,7 +1146,7 @@ def test_a_shape_or_an_axis_that_fits_no_batch_is_named_by_every_check(check, yo
 @pytest.mark.parametrize(
     ("check", "given", "options", "error"),
     [
-        (testing.assert_schedule, (ABAR, BETAS), {}, "schedule is a ndarray; expected a NoiseSchedule"),
+        (testing.assert_schedule, (ABAR, BETAS), {}, "schedule is an ndarray; expected a NoiseSchedule"),
         (testing.assert_q_sample, (EPS.q_sample, EPS), {}, "schedule is a GaussianDiffusion"),
         (testing.assert_predict_x0, (EPS.predict_x0, LINEAR), {}, "diffusion is a NoiseSchedule"),
         (

@@ -258,7 +258,7 @@ def test_a_network_that_returns_no_derivative_is_named():
     def network(x, t, rng):
         return x
 
-    with pytest.raises(TypeError, match=r"model\(x, t\) is a ndarray; expected \(output, backward\)"):
+    with pytest.raises(TypeError, match=r"model\(x, t\) is an ndarray; expected \(output, backward\)"):
         td.training_loss(network, DIFFUSION, POINTS[:2], np.random.default_rng(0))
 
 

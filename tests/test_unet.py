@@ -332,7 +332,7 @@ X, T = np.zeros((2, 4, 4, 2), np.float32), np.zeros(2, int)
         (X[:, :, :3], T, r"^x has shape \(2, 4, 3, 2\)"),
         (X, T[:1], r"^t has shape \(1,\); expected \(2,\)"),
         (X, np.int64(3), r"^t has shape \(\); expected \(2,\)"),
-        (X, 3, r"^t is a int; expected an array"),
+        (X, 3, r"^t is an int; expected an array"),
         (X, [3, 4], r"^t is a list; expected an array"),
         (X.tolist(), T, r"^x is a list; expected an array"),
         (
@@ -357,7 +357,7 @@ def test_inputs_that_do_not_fit(run, x, t, message):
         (np.zeros((2, 3), np.float32), T, r"^x has shape \(2, 3\); expected \(N, 2\)"),
         (np.zeros(2, np.float32), T, r"^x has shape \(2,\); expected \(N, 2\)"),
         (np.zeros((2, 2), np.float32), T[:1], r"^t has shape \(1,\); expected \(2,\)"),
-        (np.zeros((2, 2), np.float32), 3, r"^t is a int; expected an array"),
+        (np.zeros((2, 2), np.float32), 3, r"^t is an int; expected an array"),
         (np.zeros((2, 2)), T, r"^x is a numpy array of float64; .* float32"),
         (array_api_strict.zeros((2, 2)), T, r"^x is a array_api_strict"),
     ],

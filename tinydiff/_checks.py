@@ -31,7 +31,7 @@ def check_array(**arrays: Any) -> None:
     """TypeError naming the first that is not an array, of whatever library; ValueError if it is masked."""
     for name, array in arrays.items():
         if not hasattr(array, "shape"):
-            raise TypeError(f"{name} is a {type(array).__name__}; expected an array.")
+            raise TypeError(f"{name} is {class_or_kind(array)}; expected an array.")
         check_unmasked(name, array)
 
 
@@ -95,7 +95,7 @@ def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: s
 def check_rng(rng: Any) -> None:
     """TypeError unless `rng` draws as NumPy's and CuPy's generators do: neither a seed nor a RandomState."""
     if isinstance(rng, np.random.RandomState) or not hasattr(rng, "standard_normal"):
-        raise TypeError(f"rng is a {type(rng).__name__}; expected a numpy.random.Generator.")
+        raise TypeError(f"rng is {class_or_kind(rng)}; expected a numpy.random.Generator.")
 
 
 def check_seed(seed: Any) -> None:
@@ -114,4 +114,7 @@ def check_unmasked(name: str, values: Any) -> None:
 
 def class_or_kind(value: Any) -> str:
     """What came, for a message: "a dict", or "the class UNet", which a caller has forgotten to call."""
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"an {name}" if name[0].lower() in "aeio" or name in ("ndarray", "MLP") else f"a {name}"

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinydiff._checks import check_unmasked
+from tinydiff._checks import check_unmasked, class_or_kind
 from tinydiff.backend import Array, array_namespace, asarray_like, device, integers_like, is_numpy_array
 from tinydiff.memory import attempted
 
@@ -37,7 +37,7 @@ def check_data(data: Data) -> None:
     if callable(data):
         return
     if len(getattr(data, "shape", ())) < 1:
-        raise TypeError(f"data is a {type(data).__name__}; expected an array (n, ...) or a callable.")
+        raise TypeError(f"data is {class_or_kind(data)}; expected an array (n, ...) or a callable.")
     if data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected at least one sample.")
     _check_values("data", data)
@@ -117,7 +117,7 @@ def batch_of(
     if callable(data):
         batch = data(batch_size, rng)
         if len(getattr(batch, "shape", ())) < 1 or batch.shape[0] != batch_size:
-            came = f"has shape {batch.shape}" if hasattr(batch, "shape") else f"is a {type(batch).__name__}"
+            came = f"has shape {batch.shape}" if hasattr(batch, "shape") else f"is {class_or_kind(batch)}"
             raise ValueError(f"data(batch_size, rng) {came}; expected an array ({batch_size}, ...).")
         _check_values("data(batch_size, rng)", batch)
         return asarray_like(batch, like)

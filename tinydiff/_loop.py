@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_number, check_seed
+from tinydiff._checks import check_counts, check_number, check_seed, class_or_kind
 from tinydiff._data import STEP, Data, batch_of, beside, check_data, mean_and_rms, warn_of_scale
 from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._progress import progress_bar
@@ -245,7 +245,7 @@ def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Ca
 def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: Any) -> dict[str, Any]:
     """What a run depends on: network, data, plan and `others`; TypeError unless `data_name` is a str."""
     if not isinstance(data_name, str):
-        raise TypeError(f"data_name is a {type(data_name).__name__}; expected a str.")
+        raise TypeError(f"data_name is {class_or_kind(data_name)}; expected a str.")
     return {
         "model": type(model).__name__,
         "config": dict(config_of(model)) or None,

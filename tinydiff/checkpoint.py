@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import class_or_kind
 from tinydiff.backend import get_backend
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.models import MLP, UNet
@@ -199,12 +200,12 @@ def save_model(
     if type(model) not in MODELS.values():
         expected = f"one of {', '.join(MODELS)}, of tinydiff's own"
         raise TypeError(
-            f"model is a {type(model).__name__}; expected {expected} (what another network's state_dict() "
+            f"model is {class_or_kind(model)}; expected {expected} (what another network's state_dict() "
             "returns is kept by checkpoint.save_arrays)."
         )
     if metadata is not None and not isinstance(metadata, Mapping):
         where = ", which goes to diffusion" if isinstance(metadata, GaussianDiffusion) else ""
-        raise TypeError(f"metadata is a {type(metadata).__name__}{where}; expected a mapping.")
+        raise TypeError(f"metadata is {class_or_kind(metadata)}{where}; expected a mapping.")
     about = {"model": type(model).__name__, "config": model.config}  # type: ignore[attr-defined]
     if diffusion is not None:
         about |= process_metadata(diffusion)

@@ -33,7 +33,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_array, check_choice, check_counts, check_network, check_rng
+from tinydiff._checks import check_array, check_choice, check_counts, check_network, check_rng, class_or_kind
 from tinydiff._progress import progress_bar
 from tinydiff.backend import (
     Array,
@@ -549,7 +549,7 @@ def _dot(x: Array, y: Array) -> np.ndarray:
 
 def _check_learned(learned: Any) -> None:
     if not isinstance(learned, LearnedSchedule):
-        raise TypeError(f"learned is a {type(learned).__name__}; expected a LearnedSchedule.")
+        raise TypeError(f"learned is {class_or_kind(learned)}; expected a LearnedSchedule.")
 
 
 def _check_clock(T: int) -> None:

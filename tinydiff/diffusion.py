@@ -43,7 +43,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_choice
+from tinydiff._checks import check_choice, class_or_kind
 from tinydiff.backend import Array, array_namespace, clip_to_unit, column_like, library_of, to_numpy
 from tinydiff.schedules import NoiseSchedule, check_schedule
 
@@ -474,7 +474,7 @@ class GaussianDiffusion:
 def check_diffusion(diffusion: Any) -> None:
     """TypeError unless it is a `GaussianDiffusion`: a schedule is refused, and a model in the wrong place."""
     if not isinstance(diffusion, GaussianDiffusion):
-        raise TypeError(f"diffusion is a {type(diffusion).__name__}; expected a GaussianDiffusion.")
+        raise TypeError(f"diffusion is {class_or_kind(diffusion)}; expected a GaussianDiffusion.")
 
 
 def matching(**arrays: Array) -> tuple[Array, ...]:
@@ -485,7 +485,7 @@ def matching(**arrays: Array) -> tuple[Array, ...]:
         try:
             xp = array_namespace(array)
         except TypeError:
-            raise TypeError(f"{name} is a {type(array).__name__}; expected an array.") from None
+            raise TypeError(f"{name} is {class_or_kind(array)}; expected an array.") from None
         if not xp.isdtype(array.dtype, "real floating"):
             raise ValueError(f"{name} has dtype {array.dtype}; expected a real floating one.")
         if array.ndim == 0:

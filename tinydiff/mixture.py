@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_rng
+from tinydiff._checks import check_counts, check_rng, class_or_kind
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.bound import Bound
 from tinydiff.diffusion import GaussianDiffusion
@@ -494,7 +494,7 @@ def _finite(name: str, values: Any) -> np.ndarray:
     try:
         array = np.array(to_numpy(values), dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is a {type(values).__name__} ({error}); expected numbers.") from None
+        raise ValueError(f"{name} is {class_or_kind(values)} ({error}); expected numbers.") from None
     if not np.all(np.isfinite(array)):
         raise ValueError(f"{name} holds a number that is not finite.")
     return array

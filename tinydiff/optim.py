@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from tinydiff._checks import check_number
+from tinydiff._checks import check_number, class_or_kind
 from tinydiff._together import Together, cut, end_to_end, groups
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.kernels import kernels_for
@@ -127,13 +127,13 @@ def _distinct(parameters: Mapping[str, Parameter] | Iterable[Parameter]) -> list
     """The parameters, each once; TypeError if it is no collection of them, ValueError if there is none."""
     if not isinstance(parameters, Iterable):
         expected = "model.named_parameters(), or an iterable of Parameter"
-        raise TypeError(f"parameters is a {type(parameters).__name__}; expected {expected}.")
+        raise TypeError(f"parameters is {class_or_kind(parameters)}; expected {expected}.")
     given = parameters.values() if isinstance(parameters, Mapping) else parameters
     distinct = list({id(p): p for p in given}.values())
     for p in distinct:
         if not isinstance(p, Parameter):
             expected = "Parameter, as in model.named_parameters()"
-            raise TypeError(f"parameters holds a {type(p).__name__}; expected {expected}.")
+            raise TypeError(f"parameters holds {class_or_kind(p)}; expected {expected}.")
     if not distinct:
         raise ValueError("parameters is empty; expected at least one parameter.")
     return distinct

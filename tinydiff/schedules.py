@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import class_or_kind
 from tinydiff.backend import Array, to_numpy
 
 __all__ = ["NoiseSchedule", "check_schedule", "cosine_schedule", "evenly_spaced_timesteps", "linear_schedule"]
@@ -264,7 +265,7 @@ def evenly_spaced_timesteps(T: int, steps: int) -> np.ndarray:
 def check_schedule(schedule: Any) -> None:
     """TypeError unless it is a `NoiseSchedule`: an array of betas is refused, and a `GaussianDiffusion`."""
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule is a {type(schedule).__name__}; expected a NoiseSchedule.")
+        raise TypeError(f"schedule is {class_or_kind(schedule)}; expected a NoiseSchedule.")
 
 
 def _read_only(table: np.ndarray) -> np.ndarray:
@@ -277,7 +278,7 @@ def _vector(name: str, values: Any, kinds: str, expected: str) -> np.ndarray:
     try:
         vector = to_numpy(values)
     except ValueError as error:  # a ragged list
-        raise ValueError(f"{name} is a {type(values).__name__} ({error}); expected {expected}.") from None
+        raise ValueError(f"{name} is {class_or_kind(values)} ({error}); expected {expected}.") from None
     if vector.ndim != 1 or vector.size == 0:
         raise ValueError(f"{name} has shape {vector.shape}; expected {expected}.")
     if vector.dtype.kind not in kinds:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tinydiff._checks import check_choice, check_counts
+from tinydiff._checks import check_choice, check_counts, class_or_kind
 
 __all__ = ["SHAPES", "sample"]
 
@@ -84,9 +84,9 @@ def sample(name: str, n: int, rng: np.random.Generator, dtype: npt.DTypeLike = n
     check_choice("name", name, SHAPES)
     check_counts(n=n)
     if not isinstance(rng, np.random.Generator):
-        raise TypeError(f"rng is of type {type(rng).__name__}; expected a numpy.random.Generator")
+        raise TypeError(f"rng is {class_or_kind(rng)}; expected a numpy.random.Generator.")
     if np.dtype(dtype) not in (np.float32, np.float64):
-        raise ValueError(f"dtype is {np.dtype(dtype)}; expected float32 or float64")
+        raise ValueError(f"dtype is {np.dtype(dtype)}; expected float32 or float64.")
     shape = _REGISTRY[name]
     points = shape.skeleton(int(n), rng)
     if shape.sigma:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tinydiff._checks import class_or_kind
+
 __all__ = ["check_mapping", "is_count", "is_number", "require", "require_fixed"]
 
 
@@ -28,7 +30,7 @@ def check_mapping(name: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         inside = isinstance(getattr(value, "config", None), Mapping)
         within = "; its attribute config is one" if inside else ""
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a mapping{within}.")
+        raise TypeError(f"{name} is {class_or_kind(value)}; expected a mapping{within}.")
 
 
 def is_count(value: Any) -> bool:

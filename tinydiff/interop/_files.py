@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_counts, class_or_kind
 from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.interop._process import diffusion_from_diffusers, diffusion_to_diffusers
@@ -182,7 +182,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}; expected a JSON object.")
+        raise ValueError(f"{file} holds {class_or_kind(config)}; expected a JSON object.")
     return config
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import class_or_kind
 from tinydiff.backend import Array, get_backend, to_numpy
 from tinydiff.checkpoint import check_sizes
 from tinydiff.interop._config import check_mapping, is_count, is_number, require, require_fixed
@@ -148,7 +149,7 @@ def _check_types(c: Mapping[str, Any]) -> None:
 def check_unet(model: Any) -> None:
     """TypeError unless it is a `UNet`: a subclass may compute something else."""
     if type(model) is not UNet:
-        raise TypeError(f"model is a {type(model).__name__}; expected a UNet, of tinydiff's own.")
+        raise TypeError(f"model is {class_or_kind(model)}; expected a UNet, of tinydiff's own.")
 
 
 def unet_from_diffusers(
@@ -273,7 +274,7 @@ def _on_the_host(name: str, weight: Any) -> np.ndarray:
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         why = f" ({str(error).rstrip('.')})"
     raise ValueError(
-        f"state[{name!r}] is a {type(weight).__name__} of {dtype}{why}; expected an array of real numbers on "
+        f"state[{name!r}] is {class_or_kind(weight)} of {dtype}{why}; expected an array of real numbers on "
         "the host, as in model.float().cpu().state_dict()."
     )
 

@@ -29,7 +29,7 @@ def answer_of(model: Any, x: Array, t: Array, *rng: Any) -> tuple[Array, Callabl
     """Its output and its derivative; TypeError of a `denoise`, say, which has no derivative."""
     answer = model(x, t, *rng)
     if not (isinstance(answer, tuple) and len(answer) == 2 and callable(answer[1])):
-        raise TypeError(f"model(x, t) is a {type(answer).__name__}; expected (output, backward).")
+        raise TypeError(f"model(x, t) is {class_or_kind(answer)}; expected (output, backward).")
     output, backward = answer
     return output, backward
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from tinydiff._checks import class_or_kind
 from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
 
 __all__ = [
@@ -214,7 +215,7 @@ def weight_of(model: Any) -> Array:
     """
     for parameter in model.named_parameters().values():
         return parameter.value
-    raise ValueError(f"model is a {type(model).__name__} without parameters; expected at least one.")
+    raise ValueError(f"model is {class_or_kind(model)} without parameters; expected at least one.")
 
 
 def check_state(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], whose: str) -> None:
@@ -288,7 +289,7 @@ def once(backward: F, shape: tuple[int, ...] | None = None, dtype: Any = None) -
 def _gradient(dy: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """dy in the dtype of the output; TypeError if it is no array of real numbers, ValueError by its shape."""
     if not hasattr(dy, "dtype"):
-        raise TypeError(f"dy is a {type(dy).__name__}; expected an array of shape {shape}.")
+        raise TypeError(f"dy is {class_or_kind(dy)}; expected an array of shape {shape}.")
     if tuple(dy.shape) != shape:
         raise ValueError(f"dy has shape {tuple(dy.shape)}; expected {shape}, that of the output.")
     if dy.dtype == dtype:

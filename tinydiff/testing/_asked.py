@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinydiff._checks import check_number
+from tinydiff._checks import check_number, class_or_kind
 from tinydiff.backend import to_numpy
 from tinydiff.diffusion import GaussianDiffusion
 
@@ -120,7 +120,7 @@ def on_host(name: str, result: Any) -> np.ndarray:
         remedy = " Under jax.disable_jit() it is one." if "Tracer" in kind else ""
         raise AssertionError(f"{name} is a {kind} ({reason}); expected an array.{remedy}") from None
     if array.dtype.kind == "O":
-        raise AssertionError(f"{name} is a {type(result).__name__}; expected an array.")
+        raise AssertionError(f"{name} is {class_or_kind(result)}; expected an array.")
     if array.dtype.kind not in "fiu":
         raise AssertionError(f"{name} has dtype {array.dtype}; expected real numbers.")
     return array
