@@ -628,6 +628,9 @@ TABLES = [
             "the cosine schedule with betas from 1e-4 to 0.9999": of_betas(
                 np.maximum(cosine_betas(1000, cap=0.9999), 1e-4)
             ),
+            "the cosine schedule with betas from 1e-4 to 0.02, the ends of the linear one (E.4)": of_betas(
+                np.clip(cosine_betas(1000), 1e-4, 0.02)
+            ),
             "the cosine schedule without a cap on its betas": (
                 squared_cosine(np.arange(1, 1001) / 1000) / squared_cosine(0.0)
             ),
@@ -663,6 +666,9 @@ TABLES = [
             ),
             "linear betas of linspace(..., T + 1), without the first": of_betas(
                 np.linspace(2.5e-5, 0.005, 4001)[1:]
+            ),
+            "linear betas at T + 1 points, the first of which is in all abar_t, but is no step (E.26)": (
+                of_betas(np.linspace(2.5e-5, 0.005, 4001))[1:]
             ),
         },
     ),
@@ -742,14 +748,18 @@ def ddim(mistake="", eta=0.0, sigma=None, of_x0=lambda a2, b2: np.sqrt(b2), of_e
             others = {"computed": tau[i] - LINEAR.T // len(tau), "t - 1": tau[i] - 1, "too far": after - 1}
             after = others.get(mistake, after)
             a2, b2 = ABAR[tau[i]], ABAR[after] if after >= 0 else 1.0
+            if i == 0 and mistake == "from the end of T":
+                b2 = ABAR[tau[i] - (tau[1] - tau[0])]
+            if i == 0 and mistake == "from the end of T + 1":
+                b2 = np.append(1.0, ABAR)[tau[i] + 1 - (tau[1] - tau[0])]
+            if i == 0 and mistake == "not to 1":
+                b2 = ABAR[0]
             small = (1 - b2) / (1 - a2) * (1 - a2 / b2)
-            sd = sigma(small, tau[i]) if sigma else eta * np.sqrt(small)
+            sd = sigma(small, tau[i]) if sigma else eta and eta * np.sqrt(small)
             x0 = (x - np.sqrt(1 - a2) * eps) / np.sqrt(a2)
             x0 = np.clip(x0, -1, 1) if mistake in ("clipped x_0", "clipped state") else x0
             if mistake == "clipped state":
                 eps = (x - np.sqrt(a2) * x0) / np.sqrt(1 - a2)
-            if i == 0 and mistake == "not to 1":
-                b2 = ABAR[0]
             rest = of_eps(a2, b2, sd) if of_eps else np.sqrt(1 - b2 - sd**2)
             x = of_x0(a2, b2) * x0 + rest * eps + (sd * noise() if sd else 0.0)
             x = np.clip(x, -1, 1) if mistake == "clipped state" else x
@@ -838,6 +848,11 @@ def rotations(first=0.5, second=0.5, ahead="ddim", turned=False):
     return sampler
 
 
+def drawn(end):
+    """Samples that were made pictures."""
+    return lambda *given: end(ours("ddim", V)(*given))
+
+
 def but_for_the_last_step(denoise, x, tau, noise):
     states = td.iterate_samples(denoise, V, x.shape, "ddpm", tau, rng=Noise(noise), x_T=x)
     return list(states)[-2].x
@@ -853,6 +868,12 @@ def whole_step_of_the_long_chain(denoise, x, tau, noise):
         mean, variance = reverse_step()(x, np.array([t]), denoise(x, t))
         x = mean + (np.sqrt(variance) * noise() if t else 0.0)
     return x
+
+
+def last_step_of_the_long_chain(denoise, x, tau, noise):
+    states = td.iterate_samples(denoise, LARGE, x.shape, "ddpm", tau, rng=Noise(noise), x_T=x)
+    x = next(state.x for state in states if state.steps_left == 1)
+    return reverse_step()(x, tau[:1], denoise(x, tau[0]))[0]
 
 
 def nu_first(denoise, x, tau, noise):
@@ -904,6 +925,16 @@ WALKS = [
             "the state clipped after each step": ancestral(mistake="clipped"),
             "the variance fixed_small": ancestral(deviation=lambda beta, small: np.sqrt(small)),
             **{what: ancestral(mean) for what, mean in MEANS.items()},
+        },
+    ),
+    (
+        LARGE,
+        "ddpm",
+        dict(steps=[9, 50, 120, 199]),
+        {
+            "the last step is that of the long chain, which does not lead to the data (E.26)": (
+                last_step_of_the_long_chain
+            )
         },
     ),
     (
@@ -980,6 +1011,12 @@ WALKS = [
                 of_x0=lambda a2, b2: np.sqrt(a2)
             ),
             "abar in front of x_0, without its root": ddim(of_x0=lambda a2, b2: b2),
+            "the last step leads to a time below 0, an index from the end of T entries (E.16)": ddim(
+                "from the end of T"
+            ),
+            "the last step leads to a time below 0, an index from the end of T + 1 entries (E.16)": ddim(
+                "from the end of T + 1"
+            ),
             "steps 0, r, 2 r, ... that leave out the last, T - 1 (E.3)": ddim("leading"),
         },
     ),
@@ -1019,7 +1056,17 @@ WALKS = [
             "steps ..., T - 1 - r, T - 1 that leave out the first, 0": ours(
                 "ddim", V, steps=199 - 28 * np.arange(7)[::-1]
             ),
-            "the first step is left out": lambda denoise, x, tau, z: ours("ddim", V)(denoise, x, tau[:-1], z),
+            "the first step is left out, or x_T is shown at the next time, not its own (E.21)": (
+                lambda denoise, x, tau, z: ours("ddim", V)(denoise, x, tau[:-1], z)
+            ),
+            "the network is shown t = 0 at each step, as of a rate that is made an integer": ours(
+                "ddim", V, lambda t, tau: (A[t] * 0.99).astype(int)
+            ),
+            "the samples are clipped at the end, as pictures are": drawn(lambda x: np.clip(x, -1, 1)),
+            "(x + 1) / 2 of the samples, as pictures are": drawn(lambda x: 0.5 * x + 0.5),
+            "(x + 1) / 2 of the samples, clipped, as pictures are": drawn(
+                lambda x: np.clip(0.5 * x + 0.5, 0, 1)
+            ),
             "the sampler is dpm++": ours("dpm++", V),
             "the sampler is heun": ours("heun", V),
             "the sampler is edm": ours("edm", V),

@@ -830,6 +830,14 @@ def test_an_error_of_ones_own_says_how_it_was_called():
         ),
         (lambda denoise, x: denoise(1e200 * x, 0), "arrives at no finite numbers"),
         (lambda denoise, x: (x, [x]), "what sampler returned is a tuple ("),
+        (
+            lambda denoise, x: np.uint8(127.5 * np.clip(x + 1, 0, 2)),
+            "what sampler returned has dtype uint8, as pictures have; expected the samples before that",
+        ),
+        (
+            lambda denoise, x: denoise(x, 995.0),
+            "t = 995.0; expected a whole number, 0 … 199 (in a time of your own, 10",
+        ),
         (lambda denoise, x: denoise(x, 0, y=None), "noise() is called 0 times; expected 4."),
         (lambda denoise, x: denoise(x, timestep=199), "noise() is called 0 times; expected 4."),
         (lambda denoise, x: denoise(x=x, t=199), "noise() is called 0 times; expected 4."),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff.backend import clip_to_unit
 from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.mixture import GaussianMixture
 from tinydiff.samplers import SAMPLERS, iterate_samples, respaced
@@ -97,6 +98,11 @@ def assert_sampler(
         noise,
     )
     came = on_host("what sampler returned", result)
+    if came.dtype.kind != "f":
+        raise AssertionError(
+            f"what sampler returned has dtype {came.dtype}, as pictures have; expected the samples before "
+            "that, in the range of the data."
+        )
     if came.shape != shape:
         raise AssertionError(f"what sampler returned has shape {came.shape}; expected {shape}.")
 
@@ -183,6 +189,10 @@ def _mistakes(
         """The network is shown, at t, times[t]."""
         return lambda network: ours(lambda x, t: network(x, times[t]))
 
+    def to_pictures(end: Function) -> Function:
+        """What is right, and what is done to it at the end."""
+        return lambda network: end(ours(network))
+
     def of_their_betas(network: Function) -> np.ndarray:
         schedule = NoiseSchedule(diffusion.schedule.betas[timesteps])
         process = GaussianDiffusion(schedule, diffusion.prediction, diffusion.variance)
@@ -197,6 +207,7 @@ def _mistakes(
         "the network is shown t - 1": shown(np.maximum(every - 1, 0)),
         "the network is shown t in bfloat16 (E.14)": shown(np.minimum(in_bfloat16(every), diffusion.T - 1)),
         "the network is shown T - 1 - t": shown(every[::-1]),
+        "the network is shown t = 0 at each step, as of a rate that is made an integer": shown(0 * every),
         "the network is shown the number of the step, not its t": shown(np.searchsorted(timesteps, every)),
         "the network is shown x / a, a state that is not scaled down": lambda network: ours(
             lambda x, t: network(x / a[t[0]], t)
@@ -213,8 +224,15 @@ def _mistakes(
         "steps ..., T - 1 - r, T - 1 that leave out the first, 0": changed(
             steps=diffusion.T - 1 - gap * np.arange(walk.T)[::-1]
         ),
-        "the first step is left out": changed(steps=timesteps[:-1]),
+        "the first step is left out, or x_T is shown at the next time, not its own (E.21)": changed(
+            steps=timesteps[:-1]
+        ),
         "the last step is left out, or leads to abar of the first time": changed(left_out=1),
+        "the samples are clipped at the end, as pictures are": to_pictures(clip_to_unit),
+        "(x + 1) / 2 of the samples, as pictures are": to_pictures(lambda x: (x + 1) / 2),
+        "(x + 1) / 2 of the samples, clipped, as pictures are": to_pictures(
+            lambda x: (clip_to_unit(x) + 1) / 2
+        ),
         "the same noise in every step": changed(rng=_Noise(again=True)),
         "a chain of betas[timesteps], without the betas between them (E.8)": of_their_betas,
         **{
@@ -262,6 +280,9 @@ class _Network:
             raise AssertionError(f"the network is shown t = {t}; expected one time for all of a batch.")
         if now % 1 or not 0 <= now < T:
             why = "E.13; or E.14, in bfloat16" if now == in_bfloat16(T - 1) else "E.13"
+            if now > T and now * T / 1000 in range(T):
+                ours = f"lambda x, u: denoise(x, {T / 1000:g} * u)"
+                why = f"in a time of your own, 1000 / T times ours: {ours}, say"
             if now % 1:
                 own = f"in a time of your own: lambda x, u: denoise(x, {T} * u), say; " if now <= 1 else ""
                 why = f"{own}of sigmas between a chain's make a NoiseSchedule"

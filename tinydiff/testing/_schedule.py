@@ -100,6 +100,9 @@ def _mistakes(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
         "the cosine schedule without its offset s": capped(cosine(s=0.0)),
         "the cosine schedule with betas up to 0.9999": capped(f, cap=0.9999),
         "the cosine schedule with betas from 1e-4 to 0.9999": capped(f, 1e-4, 0.9999),
+        "the cosine schedule with betas from 1e-4 to 0.02, the ends of the linear one (E.4)": capped(
+            f, 1e-4, 0.02
+        ),
         "the cosine schedule without a cap on its betas": f[1:] / f[0],
         "the cosine at T points for T + 1 (E.2)": cosine(T) / cosine(T)[0],
         "the cosine at T points for T + 1, not divided by the first (E.2)": cosine(T),
@@ -107,6 +110,9 @@ def _mistakes(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
         "the linear schedule, its betas times 1000 / T": linear_schedule(T).alphas_cumprod,
         "linear betas of linspace(..., T, endpoint=False)": of_betas(np.linspace(*ends, T, endpoint=False)),
         "linear betas of linspace(..., T + 1), without the first": of_betas(np.linspace(*ends, T + 1)[1:]),
+        "linear betas at T + 1 points, the first of which is in all abar_t, but is no step (E.26)": of_betas(
+            np.linspace(betas[0], betas[-1], T + 1)
+        )[1:],
         "linear betas from 1e-4 to 0.02, whatever T is (E.4)": of_betas(np.linspace(1e-4, 0.02, T)),
         "linear betas from 8.5e-4 to 0.012": of_betas(np.linspace(8.5e-4, 0.012, T)),
         "betas even in their root, 8.5e-4 to 0.012 ('scaled_linear')": of_betas(

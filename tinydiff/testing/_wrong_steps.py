@@ -68,7 +68,7 @@ def _ancestral(
             mean(i, x, output) + (variance(i, x, output) ** power * z if i or at_the_end else 0.0)
         )
 
-    right = step()
+    right, mean_of_long = step(), of(long, 0, timesteps)
 
     def quiet(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
         return right(i, x, output, z if i > 1 else 0 * z, ask)
@@ -84,10 +84,14 @@ def _ancestral(
         "the fourth root of the variance as a standard deviation": step(power=0.25),
         "no noise": step(variance=lambda *_: np.zeros(())),
         "the variance of the long chain (E.8)": step(variance=of(long, 1, timesteps)),
-        "the whole step of the long chain (E.8)": step(of(long, 0, timesteps), of(long, 1, timesteps)),
+        "the whole step of the long chain (E.8)": step(mean_of_long, of(long, 1, timesteps)),
         "the state clipped after each step": lambda *given: clip_to_unit(right(*given)),
         **{what: step(at(mean)) for what, mean in means(walk).items()},
     }
+    if timesteps[0] > 0:  # else they are the same
+        steps["the last step is that of the long chain, which does not lead to the data (E.26)"] = step(
+            lambda i, *given: (right_mean if i else mean_of_long)(i, *given)
+        )
     if walk.variance == "learned_range":
         for what, log_variance in log_variances(walk).items():
             steps[what] = step(variance=at(lambda *given, of=log_variance: np.exp(of(*given))))
@@ -132,6 +136,17 @@ def _ddim(
         """The step that leads to these times of the long chain, the data where they are below 0."""
         return step(np.where(times < 0, 0.0, long.schedule.one_minus_alphas_cumprod[times]))
 
+    def from_the_end() -> dict[str, Step]:
+        """The last step, to a time below 0 that is an index of abar; it may begin with 1, and have T + 1."""
+        below = int(timesteps[0] - (timesteps[1] - timesteps[0] if walk.T > 1 else long.T))
+        indices = {"T": below % long.T, "T + 1": (below + 1) % (long.T + 1) - 1}
+        what = "the last step leads to a time below 0, an index from the end of {} entries (E.16)"
+        return {
+            what.format(entries): towards(np.append(index, timesteps[:-1]))
+            for entries, index in indices.items()
+            if index > timesteps[0]  # else it leads to the data
+        }
+
     sigma, right = eta * np.sqrt(small), step()
     steps = {
         "the state clipped after each step": lambda *given: clip_to_unit(right(*given)),
@@ -139,8 +154,9 @@ def _ddim(
         "the next state is that of t - 1": towards(timesteps - 1),
         "the next state is a step too far, abar_{t-1} at its t": towards(np.append(-1, timesteps[:-1] - 1)),
         "the last step leads to abar of t = 0, not to 1, the data": step(
-            np.append(long.schedule.betas[0], after[1:]), variance=eta**2 * small
+            np.append(long.schedule.one_minus_alphas_cumprod[0], after[1:])
         ),
+        **from_the_end(),
         "sigma_t^2 of the long chain (E.8)": step(variance=eta**2 * small_of_long),
         "eta for eta^2 in sigma_t^2": step(variance=eta * small),
         "sigma_t^2 not taken out of what stands in front of eps": step(of_eps=np.sqrt(after)),
