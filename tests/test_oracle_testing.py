@@ -212,12 +212,13 @@ def test_linspace_of_ddim_is_named(eta, monkeypatch):
         assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch, eta=eta)
 
 
-def test_the_end_of_ddim_in_stable_diffusion_is_named(monkeypatch):
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_the_end_of_ddim_in_stable_diffusion_is_named(eta, monkeypatch):
     scheduler, schedule = same_chain(
         diffusers.DDIMScheduler, "linear", set_alpha_to_one=False, steps_offset=1
     )
     with pytest.raises(AssertionError, match="of this: the last step leads to abar of t = 0, not to 1"):
-        assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch)
+        assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch, eta=eta)
 
 
 def test_dpm_solver_passes(monkeypatch):

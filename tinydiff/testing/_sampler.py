@@ -56,8 +56,8 @@ def assert_sampler(
         Takes ``denoise(x, t)``, with t an integer or (N,), which returns an array (of one, with
         ``return_dict=False``); x_T of `shape`; the times to walk through, an increasing array of int64, in
         NumPy; and ``noise()``, which returns the next standard normal numbers of `shape`, or of that of
-        ``noise(like)`` or ``noise(sizes)``. Returns the samples. Further arguments of ``denoise`` and
-        ``noise`` are ignored.
+        ``noise(like)`` or ``noise(sizes)``. Returns the samples, before they are made pictures. Further
+        arguments of ``denoise`` and ``noise`` are ignored.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what `denoise` returns.
     name, steps, eta, clip
