@@ -1,6 +1,7 @@
 """What is written to disk comes back as it was, or not at all, and never half of it."""
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -129,6 +130,25 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypat
     assert path.read_bytes() == b"new"
 
 
+def test_a_file_that_somebody_reads_is_replaced_once_it_is_let_go(path, monkeypatch):
+    """As on Windows, where an open file cannot be replaced: that ends no training, unless it stays open."""
+    replace, refusals = os.replace, iter([PermissionError("in use")] * 3)
+
+    def refused(source, destination):
+        for error in refusals:
+            raise error
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", refused)
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
+    refusals = itertools.repeat(PermissionError("in use"))
+    with pytest.raises(PermissionError, match="in use"):
+        replace_file(path, b"newer")
+    assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
 def test_a_file_that_a_full_disk_refuses_is_named(path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")  # as writing says it, without a name
@@ -139,9 +159,9 @@ def test_a_file_that_a_full_disk_refuses_is_named(path, monkeypatch):
 
 
 def test_a_directory_in_the_place_of_the_file_is_named(tmp_path):
-    with pytest.raises(IsADirectoryError, match=f"{re.escape(str(tmp_path))}'$"):
+    with pytest.raises(IsADirectoryError, match=f"{re.escape(repr(str(tmp_path)))}$"):
         td.save_model(tmp_path, small_mlp())
-    with pytest.raises(IsADirectoryError, match=f"{re.escape(str(tmp_path))}'$"):
+    with pytest.raises(IsADirectoryError, match=f"{re.escape(repr(str(tmp_path)))}$"):
         td.load_model(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ __all__ = [
 
 MODELS: dict[str, Any] = {"MLP": MLP, "UNet": UNet}
 
+PATIENCE = 3.0  # seconds that somebody else may hold a file which is to be replaced
+
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` so that the path never holds anything but a whole file."""
@@ -49,10 +52,26 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _move(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Move one file over another; where that is refused, again and again for a while.
+
+    Windows refuses it while somebody has either file open, if only to read it: who samples from a checkpoint
+    of a training that goes on, or a virus scanner.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.02)
 
 
 def _no_directory(path: str | os.PathLike[str]) -> Path:
