@@ -883,6 +883,18 @@ def test_shares_cover_the_range_in_order_and_errors_come_out():
         assert _threads._blas[0]() == threads, "BLAS was not given its threads back"
 
 
+def test_openblas_is_found_beside_numpy_where_its_module_does_not_lead_there(monkeypatch):
+    """On Windows a module does not hand on what it is linked to."""
+    if not list((Path(np.__file__).parents[1] / "numpy.libs").glob("*openblas*")):
+        pytest.skip("NumPy did not bring OpenBLAS in a folder beside it")
+    before = _threads._blas[0]()
+    for module in (SimpleNamespace(__file__="nowhere"), SimpleNamespace(__file__=None), None):
+        monkeypatch.setitem(sys.modules, "numpy._core._multiarray_umath", module)
+        get, put = _threads._openblas()
+        put(before)  # the same library: what NumPy multiplies with
+        assert get() == before == _threads._blas[0]()
+
+
 @pytest.mark.skipif(not _threads._blas, reason="needs a BLAS whose threads can be counted")
 @for_each_twin_on_the_cpu
 def test_a_layer_wakes_a_thread_where_it_has_work_for_one(twin, monkeypatch):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,18 +61,26 @@ _holders = _before_hold = 0
 
 
 def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """OpenBLAS's get and set of its number of threads, found among what NumPy has loaded."""
-    try:
-        library: Any = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
-    except (KeyError, OSError, TypeError):
-        return None
-    for prefix in ("scipy_", ""):
-        for suffix in ("64_", "_64", ""):
-            get = getattr(library, f"{prefix}openblas_get_num_threads{suffix}", None)
-            put = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
-            if get is not None and put is not None:
-                put.restype = None
-                return get, put
+    """OpenBLAS's get and set of its number of threads, found among what NumPy has loaded.
+
+    That is its own module, through which what it is linked to is found; on Windows, where a module does not
+    hand that on, the library that its wheels bring beside it.
+    """
+    module = getattr(sys.modules.get("numpy._core._multiarray_umath"), "__file__", None)
+    files = [] if module is None else [module]
+    files += map(str, (Path(np.__file__).parents[1] / "numpy.libs").glob("*openblas*"))
+    for file in files:
+        try:
+            library: Any = ctypes.CDLL(file)
+        except OSError:
+            continue
+        for prefix in ("scipy_", ""):
+            for suffix in ("64_", "_64", ""):
+                get = getattr(library, f"{prefix}openblas_get_num_threads{suffix}", None)
+                put = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
+                if get is not None and put is not None:
+                    put.restype = None
+                    return get, put
     return None
 
 
