@@ -1,6 +1,6 @@
 """Time tinydiff beside PyTorch and diffusers: the same networks, the same weights, in one process, in turn.
 
-With the extra `oracle` (pip install '.[oracle]') each configuration is first checked: output and gradients by
+With the extra `oracle` (pip install ".[oracle]") each configuration is first checked: output and gradients by
 every parameter must agree in float64, and tinydiff's float32 error against PyTorch's float64 may be at most
 4 times PyTorch's own float32 error. Only then is it timed. Without torch, or with --profile, tinydiff's own
 step is laid out layer by layer, beside the rate at which this machine multiplies matrices.
@@ -58,7 +58,7 @@ examples:
 QUICK = "networks of a quarter of the channels, batches of 2, two rounds: to see that all of it runs"
 WORK = ["training", "inference", "ddim"]
 LEAST_SHARE = 0.005  # of the step: layers below it are summed in one line (--json has them all)
-NEEDS_TORCH = "PyTorch and diffusers are needed to compare with: pip install '.[oracle]'"
+NEEDS_TORCH = 'PyTorch and diffusers are needed to compare with: pip install ".[oracle]"'
 
 
 def count(text: str) -> int:

@@ -153,12 +153,12 @@ def test_an_unknown_name_is_refused(name):
     [
         (
             0,
-            "no NVIDIA driver was found either; where there is one, pip install 'cupy-cuda12x[ctk]>=14'",
+            'no NVIDIA driver was found either; where there is one, pip install "cupy-cuda12x[ctk]>=14"',
         ),
         (11040, "the NVIDIA driver knows CUDA 11.4 only, so update it first"),
-        (12040, "pip install 'cupy-cuda12x[ctk]>=14' fits the driver (CUDA 12.4)"),
-        (13000, "pip install 'cupy-cuda13x[ctk]>=14' fits the driver (CUDA 13.0)"),
-        (14010, "pip install 'cupy-cuda13x[ctk]>=14' fits the driver (CUDA 14.1)"),
+        (12040, 'pip install "cupy-cuda12x[ctk]>=14" fits the driver (CUDA 12.4)'),
+        (13000, 'pip install "cupy-cuda13x[ctk]>=14" fits the driver (CUDA 13.0)'),
+        (14010, 'pip install "cupy-cuda13x[ctk]>=14" fits the driver (CUDA 14.1)'),
     ],
 )
 def test_cupy_is_not_installed(monkeypatch, machine, driver, says):
@@ -172,7 +172,7 @@ def test_cupy_is_not_installed(monkeypatch, machine, driver, says):
 def test_the_command_names_what_the_extras_install():
     extras = (Path(__file__).resolve().parents[1] / "setup.cfg").read_text()
     for cuda, package in backend.CUPY_PACKAGES.items():
-        wanted = re.search(r"'(.*)'", backend._pip(package)).group(1)
+        wanted = re.search(r'"(.*)"', backend._pip(package)).group(1)
         assert f"cuda{cuda} =\n    {wanted}\n" in extras
 
 
@@ -211,7 +211,7 @@ NO_DRIVER = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is in
             ["cupy-cuda13x"],
             [
                 "cupy-cuda13x needs a newer driver than this one (CUDA 12.4)",
-                "pip uninstall cupy-cuda13x and then pip install 'cupy-cuda12x[ctk]>=14'",
+                'pip uninstall cupy-cuda13x and then pip install "cupy-cuda12x[ctk]>=14"',
             ],
         ),
         (
@@ -220,7 +220,7 @@ NO_DRIVER = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is in
             ["cupy-cuda12x"],  # older than the driver: that works, and is kept
             [
                 "cannot use the GPU (libnvrtc.so.12: cannot open it)",
-                "pip install 'cupy-cuda12x[ctk]>=14' (it brings",
+                'pip install "cupy-cuda12x[ctk]>=14" (it brings',
             ],
         ),
         (
@@ -236,7 +236,7 @@ NO_DRIVER = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is in
             ["cupy-cuda12x", "cupy-cuda13x"],
             [
                 "cupy-cuda12x and cupy-cuda13x are both installed, where only one may be",
-                "pip uninstall cupy-cuda12x cupy-cuda13x and then pip install 'cupy-cuda12x[ctk]>=14' fits",
+                'pip uninstall cupy-cuda12x cupy-cuda13x and then pip install "cupy-cuda12x[ctk]>=14" fits',
             ],
         ),
         (

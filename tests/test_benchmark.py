@@ -55,7 +55,7 @@ def test_without_torch_it_measures_tinydiff_alone(tmp_path, capsys, monkeypatch)
     flags = ["--quick", "--threads", "1", "--configs", "mnist", "toy", "--json", str(file)]
     module.main(flags)
     said = capsys.readouterr().out
-    assert "pip install '.[oracle]'" in said and "by layer" in said and "PyTorch  " not in said
+    assert 'pip install ".[oracle]"' in said and "by layer" in said and "PyTorch  " not in said
     found = json.loads(file.read_text())
     assert found["failures"] == [] and found["environment"]["threads"] == 1
     works = {(t["config"], t["work"]): t for t in found["times"]}

@@ -736,7 +736,7 @@ def test_the_gallery_without_matplotlib_says_what_is_missing(monkeypatch, tmp_pa
         assert end.value.code == code
     said = capsys.readouterr()
     assert said.out.startswith("usage: gallery.py") and "where the sheet goes" in said.out
-    assert said.err == "gallery.py: Pictures need matplotlib: pip install 'tinydiff[demos]'.\n"
+    assert said.err == 'gallery.py: Pictures need matplotlib: pip install "tinydiff[demos]".\n'
 
 
 def test_the_gallery_makes_what_is_missing_and_nothing_again(tmp_path, monkeypatch, capsys):

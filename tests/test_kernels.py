@@ -1012,7 +1012,7 @@ def test_without_numba_the_message_says_what_to_do(chosen_again, monkeypatch):
         if name.startswith("tinydiff.kernels") and "numba" in name:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(BackendError, match=r"pip install 'tinydiff\[fast\]', or set TINYDIFF_KERNELS=numpy"):
+    with pytest.raises(BackendError, match=r'pip install "tinydiff\[fast\]", or set TINYDIFF_KERNELS=numpy'):
         use("numba")
     assert kernels_for(np.zeros(1)) is numpy_twin
 

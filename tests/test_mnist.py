@@ -490,11 +490,11 @@ def test_without_pooch(world, monkeypatch, tmp_path, cache_dir):
     monkeypatch.setitem(sys.modules, "pooch", None)  # makes `import pooch` fail
     where = None if cache_dir is None else tmp_path / cache_dir
     with pytest.warns(
-        UserWarning, match=r"^using the .* needs pooch \(pip install 'tinydiff\[demos\]'\)"
+        UserWarning, match=r'^using the .* needs pooch \(pip install "tinydiff\[demos\]"\)'
     ) as caught:
         assert len(mnist.load("train", where)[0]) == 10_000
     assert len(caught) == 1
-    with pytest.raises(mnist.MNISTUnavailableError, match=r"needs pooch \(pip install 'tinydiff\[demos\]'\)"):
+    with pytest.raises(mnist.MNISTUnavailableError, match=r'needs pooch \(pip install "tinydiff\[demos\]"\)'):
         mnist.load("test", where)
     assert world.asked == []
 

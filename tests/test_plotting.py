@@ -422,7 +422,7 @@ def test_matplotlib_is_imported_late_and_pyplot_never():
 
 def test_without_matplotlib_one_sentence_says_what_to_install(points, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"^Pictures need matplotlib: pip install 'tinydiff\[demos\]'\.$"):
+    with pytest.raises(ImportError, match=r'^Pictures need matplotlib: pip install "tinydiff\[demos\]"\.$'):
         plotting.training_curve([1.0])
 
 

@@ -211,7 +211,8 @@ def _remedy() -> str:
 
 
 def _pip(package: str) -> str:
-    return f"pip install '{package}[ctk]>=14'"
+    """The command, in quotes that cmd.exe knows, too: outside them it takes > for the name of a file."""
+    return f'pip install "{package}[ctk]>=14"'
 
 
 def _is_installed(package: str) -> bool:

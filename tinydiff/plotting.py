@@ -67,7 +67,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ImportError("Pictures need matplotlib: pip install 'tinydiff[demos]'.") from None
+        raise ImportError('Pictures need matplotlib: pip install "tinydiff[demos]".') from None
 
 
 @contextmanager

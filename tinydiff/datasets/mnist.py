@@ -271,7 +271,7 @@ def _pooch() -> ModuleType:
     try:
         import pooch
     except ImportError:
-        raise MNISTUnavailableError("downloading MNIST needs pooch (pip install 'tinydiff[demos]')") from None
+        raise MNISTUnavailableError('downloading MNIST needs pooch (pip install "tinydiff[demos]")') from None
     return pooch
 
 

@@ -80,7 +80,7 @@ def use(name: str | None = None) -> Any:
         except ImportError as error:
             raise BackendError(
                 f"The numba kernels need Numba, which could not be imported ({error}): "
-                "pip install 'tinydiff[fast]', or set TINYDIFF_KERNELS=numpy."
+                'pip install "tinydiff[fast]", or set TINYDIFF_KERNELS=numpy.'
             ) from None
     return _twin
 
