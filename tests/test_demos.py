@@ -79,8 +79,9 @@ def test_toy_samples_and_metrics(toy):
     assert metrics["settings"]["shape"] == "rings" and metrics["settings"]["sampling_steps"] == 20
     losses = load_arrays(toy / "checkpoint.safetensors")[0]["losses"]
     assert len(losses) == 30 and metrics["final_loss"] == losses[-1]
-    for key in ["training_seconds", "sampling_seconds", "peak_memory_mib"]:
+    for key in ["training_seconds", "sampling_seconds"]:
         assert metrics[key] > 0, key
+    assert metrics["peak_memory_mib"] is None or metrics["peak_memory_mib"] > 0  # Windows does not say
 
 
 def test_distance_and_floor_measure_what_they_say():
@@ -129,7 +130,9 @@ def test_the_model_is_the_moving_average_and_says_what_it_is(name, kind, request
 @pytest.mark.parametrize("name", ["train_toy2d", "sample_mnist", "compare_schedules"])
 def test_a_letter_that_the_output_cannot_hold_ends_no_run(name, monkeypatch):
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(written, encoding="ascii", newline="\n", write_through=True)
+    )
     with pytest.raises(SystemExit):
         demo(name).main(["--help"])
     print("β ± …")
@@ -262,7 +265,7 @@ def test_a_mistake_ends_in_one_sentence(name, flags, words, tmp_path, capsys):
     [
         ("TINYDIFF_BACKEND", "abacus", [], ["TINYDIFF_BACKEND", "abacus", "numpy"]),
         ("TINYDIFF_DATA", "nowhere", ["--data", "full"], ["TINYDIFF_DATA", "nowhere", "train-images"]),
-        ("TINYDIFF_DATA", "~nobody-so", ["--data", "full"], ["TINYDIFF_DATA, ~nobody-so"]),
+        ("TINYDIFF_DATA", "~nobody-so", ["--data", "full"], ["TINYDIFF_DATA, ", "nobody-so"]),
     ],
 )
 def test_a_wrong_environment_ends_in_one_sentence(
@@ -283,7 +286,16 @@ def test_a_missing_library_is_named_before_anything_is_trained(missing, flags, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("out", ["x" * 300, "~nobody-of-this-name/run"])
+@pytest.mark.parametrize(
+    "out",
+    [
+        "x" * 300,
+        pytest.param(
+            "~nobody-of-this-name/run",
+            marks=pytest.mark.skipif(os.name == "nt", reason="Windows takes any name for that of a user"),
+        ),
+    ],
+)
 def test_an_out_that_is_out_of_reach_ends_in_one_sentence(out, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = run("train_toy2d", *TOY, "--out", out, "--quiet", capsys=capsys, expect=2)
@@ -778,7 +790,8 @@ def test_the_gallery_makes_what_is_missing_and_nothing_again(tmp_path, monkeypat
 def test_the_gallery_looks_for_runs_where_the_demos_leave_them(tmp_path, monkeypatch):
     """~ is the home folder to them, also where no shell has seen to that."""
     gallery, asked = demo("gallery"), []
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HOME", "USERPROFILE"):  # the second on Windows
+        monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(gallery, "completed", lambda run, *_: asked.append(run) or sys.exit())
     monkeypatch.setattr(sys, "argv", ["gallery.py", "--runs=~/runs"])
     with pytest.raises(SystemExit):

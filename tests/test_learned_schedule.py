@@ -978,7 +978,7 @@ class Interpolated(LearnedSchedule):
 
 def trained_columns(name):
     """Chapter 14's table: deviation and bound of a row, for the seeds 0 and 1."""
-    page = (Path(__file__).parents[1] / "docs" / "14-learned-schedules.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "14-learned-schedules.md").read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| {name} \| [\d.]+ \| (.*), (.*) \| (.*), (.*) \|$", page, re.MULTILINE)
     return np.array(row, float).reshape(2, 2).T
 
