@@ -116,9 +116,9 @@ def on_host(name: str, result: Any) -> np.ndarray:
             array = np.asarray(array, np.float32)
         array = np.array(to_numpy(array))
     except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        kind, reason = type(result).__name__, str(error).split("\n", 1)[0]
+        kind, reason = class_or_kind(result), str(error).split("\n", 1)[0]
         remedy = " Under jax.disable_jit() it is one." if "Tracer" in kind else ""
-        raise AssertionError(f"{name} is a {kind} ({reason}); expected an array.{remedy}") from None
+        raise AssertionError(f"{name} is {kind} ({reason}); expected an array.{remedy}") from None
     if array.dtype.kind == "O":
         raise AssertionError(f"{name} is {class_or_kind(result)}; expected an array.")
     if array.dtype.kind not in "fiu":
