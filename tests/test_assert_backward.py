@@ -87,7 +87,7 @@ MISTAKES = {
     ),
     "mean": (
         {"of_bias": lambda self, dh: np.mean(dh, axis=0)},
-        r"'bias' is off by .*\n.* a factor of 0\.2, of a mean over the batch where there is a sum\.",
+        r"'bias' is off by .*\n.* a factor of 0\.2, as of a mean over the batch where there is a sum\.",
     ),
     "half": ({"of_bias": lambda self, dh: np.sum(dh, axis=0) / 2}, r"a factor of 0\.5\."),
     "a thousandth": ({"of_bias": lambda self, dh: 1.001 * np.sum(dh, axis=0)}, r"a factor of 1\.001\."),
@@ -112,7 +112,7 @@ MISTAKES = {
     ),
     "a gradient too few": (
         {"inputs": lambda self, dx, dz: dx},
-        r"returns 1 gradients; expected 2, one for each input of floating numbers",
+        r"returns 1 gradients; expected 2, one for each input of floating numbers\. Where some have none",
     ),
     "no gradient": ({"inputs": lambda self, dx, dz: None}, r"returns 0 gradients; expected 2"),
     "no array": ({"of_z": lambda self, h, dy: None}, r"input 1 is None; expected float64 \(5, 4\)"),
@@ -201,6 +201,26 @@ def test_functions_and_their_parameters():
     assert "a factor of 2." in said
 
 
+def test_a_parameter_that_has_a_domain():
+    """It is moved less where y would not be finite."""
+
+    class Log(nn.Module):
+        def __init__(self):
+            self.scale = nn.Parameter(np.full(4, 0.05))
+
+        def __call__(self, x):
+            scale = self.scale.value
+
+            def backward(dy):
+                self.scale.accumulate(np.sum(dy * x, axis=0) / scale)
+                return dy * np.log(scale)
+
+            return x * np.log(scale), backward
+
+    for seed in range(5):
+        testing.assert_backward(Log(), X, seed=seed)
+
+
 def _second(layer, z):
     y, backward = layer(X, z)
     return y, lambda dy: backward(dy)[1]
@@ -254,6 +274,101 @@ def test_what_is_curved_and_what_is_constant():
     assert said.endswith("Expected 0: y does not depend on it.")
 
 
+SIGMAS = np.geomspace(0.002, 80, 12)
+
+
+@pytest.mark.parametrize("x", [1e-6 * np.exp(X), np.exp(X), 255 * np.exp(X), SIGMAS])
+def test_numbers_that_have_a_domain_and_a_scale(x):
+    """Steps in proportion to them leave neither."""
+    for layer, slope in [(np.log, lambda x: 1 / x), (np.sqrt, lambda x: x**-0.5 / 2)]:
+        testing.assert_backward(lambda x, f=layer, g=slope: (f(x), lambda dy: g(x) * dy), x)
+    for at in range(x.shape[0]):
+        wrong = np.where(np.arange(x.size).reshape(x.shape) == at, 1.01, 1)
+        said = refusal(lambda x, w=wrong: (np.log(x), lambda dy: w / x * dy), x)
+        assert f"1 are off, most that at {tuple(int(i) for i in np.unravel_index(at, x.shape))}" in said
+
+
+def test_a_small_gradient_beside_a_large_one():
+    """It has a tolerance of its own."""
+
+    def layer(factor):
+        def call(x, z):
+            return 1e4 * np.sin(x) + z**2, lambda dy: (1e4 * np.cos(x) * dy, factor * z * dy)
+
+        return call
+
+    testing.assert_backward(layer(2), X, Z)
+    assert "input 1" in refusal(layer(2.0002), X, Z)
+
+
+def test_a_small_change_of_a_large_number():
+    for seed in range(5):
+        testing.assert_backward(lambda x: (1e6 + x**2, lambda dy: 2 * x * dy), X, seed=seed)
+    assert "a factor of 1.001." in refusal(lambda x: (1e6 + x**2, lambda dy: 2.002 * x * dy), X)
+
+
+def test_a_sum_that_is_constant():
+    """Its differences are rounding, its gradient 0."""
+
+    def layer(x):
+        e = np.exp(x)
+        p = e / np.sum(e, axis=-1, keepdims=True)
+        return np.sum(
+            p, axis=-1
+        ), lambda dy: p * (dy[:, None] - np.sum(dy[:, None] * p, axis=-1, keepdims=True))
+
+    for seed in range(5):
+        testing.assert_backward(layer, X, seed=seed)
+
+
+def test_what_is_rounded_on_the_way():
+    class Rounded(nn.Module):
+        def __init__(self, sign):
+            self.sign = sign
+
+        def __call__(self, x):
+            y = np.tanh(x.astype(np.float32)).astype(x.dtype)
+            return y, lambda dy: self.sign * dy * (1 - y**2)
+
+    assert "cannot be told from differences: those of different steps do not agree" in refusal(Rounded(1), X)
+    assert "is off by" in refusal(Rounded(-1), X)
+
+
+def test_kinks():
+    """Near one all is well; at one it is said that there is one."""
+
+    def relu(x):
+        return np.maximum(x, 0), lambda dy: dy * (x > 0)
+
+    for seed in range(5):
+        testing.assert_backward(relu, 1e-4 * X, seed=seed)
+        testing.assert_backward(relu, np.array([1.0, 1e-7, -1e-7]), seed=seed)
+    assert "There is a kink: the slopes to both sides are" in refusal(relu, np.maximum(X, 0))
+    assert "kink" not in refusal(lambda x: (x**3, lambda dy: dy), X)
+
+
+def test_dy_is_not_the_input():
+    """Though both come of the same seed: a backward that takes one for the other would be right."""
+
+    def swapped(x):
+        return x * np.sum(x**2), lambda dy: 3 * np.sum(x**2) * dy
+
+    assert "input 0" in refusal(swapped, X, seed=0)
+
+
+def test_a_vector_is_no_transpose_of_itself():
+    said = refusal(lambda x: (x, lambda dy: dy * (1 + 3e-6 * np.arange(4))), normal(4))
+    assert "transpose" not in said and "are off, most that at" in said
+
+
+def test_one_number_of_many():
+    """It need not be among those that are looked at."""
+    x = normal(10_000)
+    wrong = np.where(np.arange(x.size) == 1234, 2.0, 1.0)
+    said = refusal(lambda x: (x**2, lambda dy: 2 * x * dy * wrong), x)
+    assert said.endswith("\nIt is not in 200 of its 10000 numbers: few are off, or all by little.")
+
+
 def test_y_that_is_not_finite():
     assert refusal(lambda x: (x * np.inf, lambda dy: dy), X) == "y is not finite."
 
@@ -278,5 +393,7 @@ def test_bad_arguments():
 
     said = refusal(layer, np.arange(3), error=ValueError)
     assert said == "no input is an array of floats and there is no parameter; expected one."
+    with pytest.raises(ValueError, match=r"y is empty, of shape \(0, 4\)"):
+        testing.assert_backward(layer, X[:0])
     for options in [{"tolerance": 0}, {"tolerance": "small"}, {"seed": -1}]:
         assert next(iter(options)) in refusal(layer, X, error=ValueError, **options)

@@ -16,12 +16,20 @@ from tinydiff.testing._asked import Function, check_tolerance
 
 __all__ = ["assert_backward"]
 
-# Of central differences: rounding, 1e-16 / STEP, and truncation, STEP**2, are both near 1e-11, the latter
-# times the third derivative. From two steps the truncation can be taken out (Richardson's extrapolation).
+# Of central differences, relative to what is moved: rounding, 1e-16 / STEP, and truncation, STEP**2, are both
+# near 1e-11, the latter times the third derivative. Where that is not enough the others are tried: small ones
+# for what is curved or near a kink or a pole, large ones for a small change of a large number.
 STEP = 1e-5
+STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 DIRECTIONS = 2  # that every array is moved along: an error is seen by each that is not at right angles to it
 LOOKED_AT = 200  # numbers of a gradient that is wrong
-SPREAD = 0.3  # by which parameters are moved, so that none is zero
+SPREADS = (
+    0.3,
+    0.03,
+    0.003,
+    3e-4,
+)  # the first at which y is finite moves the parameters, so that none is zero
+SMALL = 1e-3  # of the largest: what is below that counts as this, lest rounding be all that is seen
 
 Key = int | str  # an input by its position, a parameter by its name
 Arrays = dict[Key, np.ndarray]
@@ -37,8 +45,9 @@ def assert_backward(
     """Raise unless ``backward``, of ``y, backward = layer(*inputs)``, is the layer's derivative (docs: B.24).
 
     The gradients of the scalar sum(y dy), with a random dy, are held against central differences, in float64.
-    Inputs are copied. Parameters are moved by small random numbers, because those that are zero hide errors
-    of the layers before them; afterwards they and their gradients are what they were.
+    Steps are in proportion to the numbers, which may be large, small, or of several scales. Inputs are
+    copied. Parameters are moved by small random numbers, because those that are zero hide errors of the
+    layers before them; afterwards they and their gradients are what they were.
 
     Parameters
     ----------
@@ -49,12 +58,13 @@ def assert_backward(
     *inputs
         What the layer is called with. Arrays of floating numbers have gradients. Everything else, times or
         classes say, is passed on; a `numpy.random.Generator` as a copy, so that each call draws the same.
-        Some hundred numbers will do. Where the layer has kinks keep their number small: differences across
-        a kink are no derivative.
+        Some hundred numbers will do. None should be at a
+        kink, as 0 is at that of ReLU: differences across it are no derivative.
     parameters : mapping, optional
         Name -> `tinydiff.nn.Parameter`. Default: those of the layer, if it is a `tinydiff.nn.Module`.
     tolerance : float
-        The largest error that passes, relative to the norm of the largest of the gradients.
+        The largest error that passes, relative to the norm of the gradient; of one below a thousandth of the
+        largest, to that. Each number of a gradient counts times the number that it is the derivative by.
     seed : int
         Of dy, and of the directions of the differences.
 
@@ -62,9 +72,10 @@ def assert_backward(
     ------
     AssertionError
         If a gradient is wrong, is missing, or has another shape or dtype than its array; if gradients are not
-        added to those that are there; if a call spoils the backward of an earlier one; if inputs, parameters
-        or dy are written to; if y is not the same at every call; if a `Module` makes float64 of float32.
-        What is wrong with a gradient is said where it can be told: its sign, a factor, a transpose.
+        added to those that are there; if a call spoils the backward of
+        an earlier one; if inputs, parameters or dy are written to; if y is not the same at every call; if a
+        `Module` makes float64 of float32. What is wrong with a gradient is said where it can be told: its
+        sign, a factor, a transpose, a kink. Also if y is so rough that differences tell nothing.
     TypeError
         If the layer cannot be called or does not return an array and a function.
     ValueError
@@ -78,7 +89,8 @@ def assert_backward(
         parameters = layer.named_parameters() if isinstance(layer, Module) else {}
     before = {name: (p.value, p.grad) for name, p in parameters.items()}
     try:
-        asked = _Asked(layer, inputs, parameters, np.random.default_rng(seed))
+        # Not of `seed` alone: dy would be equal to inputs that come of default_rng(seed), and hide errors.
+        asked = _Asked(layer, inputs, parameters, np.random.default_rng((seed, 1)))
         asked.check_gradients(tolerance)
         asked.check_promises()
         if isinstance(layer, Module):
@@ -86,6 +98,15 @@ def assert_backward(
     finally:
         for name, (value, gradient) in before.items():
             parameters[name].value, parameters[name].grad = value, gradient
+
+
+def _again(x: Any) -> Any:
+    """A generator as it was at first; all else as it is."""
+    return copy.deepcopy(x) if isinstance(x, np.random.Generator) else x
+
+
+def _copied(x: Any) -> Any:
+    return copy.deepcopy(x) if isinstance(x, (np.ndarray, np.random.Generator)) else x
 
 
 class _Asked:
@@ -99,8 +120,11 @@ class _Asked:
         The gradient of its output.
     gradients : dict of arrays
         Those that its backward gives.
-    allowed : float
-        How far a gradient may be off.
+    scale : dict of arrays
+        How far each number is moved at a step of 1. It is about the number, so that none leaves its domain
+        and none is lost beside others.
+    sizes : dict of float
+        The norms of the gradients, each number times its scale.
     """
 
     def __init__(
@@ -110,27 +134,36 @@ class _Asked:
         parameters: Mapping[str, Parameter],
         rng: np.random.Generator,
     ) -> None:
-        self.layer, self.inputs, self.parameters, self.rng = layer, inputs, parameters, rng
+        self.layer, self.parameters, self.rng = layer, parameters, rng
+        self.inputs = [_copied(x) for x in inputs]
         self.at: Arrays = {i: np.array(x, np.float64) for i, x in enumerate(inputs) if _is_floating(x)}
-        for name, p in parameters.items():
-            fan_in = math.prod(p.shape[:-1]) if len(p.shape) > 1 else 1
-            moved = rng.standard_normal(p.shape) * (SPREAD / math.sqrt(fan_in))
-            self.at[name] = to_numpy(p.value).astype(np.float64) + moved
-        if not self.at:
+        if not self.at and not parameters:
             raise ValueError("no input is an array of floats and there is no parameter; expected one.")
-        y = self.called(self.at)[0]
+        values = {name: to_numpy(p.value).astype(np.float64) for name, p in parameters.items()}
+        moves = {name: _move(value.shape, rng) for name, value in values.items()}
+        for spread in SPREADS:
+            self.at |= {name: np.asarray(values[name] + spread * moves[name]) for name in values}
+            with np.errstate(all="ignore"):  # a parameter may have left its domain: then a smaller move
+                y = self.called({key: array.copy() for key, array in self.at.items()}, _copied)[0]
+            if np.all(np.isfinite(y)):
+                break
         if y.dtype != np.float64:
             raise AssertionError(f"y is of {y.dtype} where inputs and parameters are of float64.")
         if not np.all(np.isfinite(y)):
             raise AssertionError("y is not finite.")
+        if y.size == 0:
+            raise ValueError(f"y is empty, of shape {y.shape}; expected numbers to differentiate.")
         self.dy = np.asarray(rng.standard_normal(y.shape))
+        self.size_of_y = float(np.linalg.norm(y) * np.linalg.norm(self.dy))
 
-    def called(self, at: Arrays) -> tuple[np.ndarray, Callable[..., Any]]:
+    def called(
+        self, at: Arrays, others: Callable[[Any], Any] = _again
+    ) -> tuple[np.ndarray, Callable[..., Any]]:
         """y, and backward, at these arrays; the parameters' gradients are zero."""
         for name, p in self.parameters.items():
             p.value = at[name]
             p.zero_grad()
-        given = [at[i] if i in at else _again(x) for i, x in enumerate(self.inputs)]
+        given = [at[i] if i in at else others(x) for i, x in enumerate(self.inputs)]
         answer = self.layer(*given)
         parts = answer if isinstance(answer, tuple) else (answer,)
         if len(parts) != 2 or not (isinstance(parts[0], (np.ndarray, np.generic)) and callable(parts[1])):
@@ -138,13 +171,15 @@ class _Asked:
             raise TypeError(f"layer returns ({came}); expected (y, backward), a NumPy array and a function.")
         return answer
 
-    def given_by(self, backward: Callable[..., Any], at: Arrays, dy: np.ndarray) -> Arrays:
+    def given_by(self, backward: Callable[..., Any], at: Arrays, dy: np.ndarray, where: str = "") -> Arrays:
         """The gradients that backward returns, and the parameters' as they are then."""
         returned, expected = backward(dy), [key for key in at if isinstance(key, int)]
         came = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
         if len(came) != len(expected):
-            each = "one for each input of floating numbers"
-            raise AssertionError(f"backward returns {len(came)} gradients; expected {len(expected)}, {each}.")
+            raise AssertionError(
+                f"backward returns {len(came)} gradients; expected {len(expected)}, one for each input of "
+                "floating numbers. Where some have none, times say, give a function of the others."
+            )
         found = dict(zip(expected, came, strict=True)) | {n: p.grad for n, p in self.parameters.items()}
         for key, gradient in found.items():
             shape, dtype = at[key].shape, at[key].dtype
@@ -152,81 +187,129 @@ class _Asked:
                 what = f"{gradient.dtype} {gradient.shape}" if hasattr(gradient, "shape") else repr(gradient)
                 raise AssertionError(f"the gradient of {_name(key)} is {what}; expected {dtype} {shape}.")
             if not np.all(np.isfinite(gradient)):
-                raise AssertionError(f"the gradient of {_name(key)} is not finite.")
+                raise AssertionError(f"the gradient of {_name(key)} is not finite{where}.")
         return found
 
     def check_gradients(self, tolerance: float) -> None:
         """They are the slopes of sum(y dy); on the way to them nothing is written to."""
-        before = {key: array.copy() for key, array in self.at.items()}
-        dy = self.dy.copy()
+        others = {i: x for i, x in enumerate(self.inputs) if isinstance(x, np.ndarray)}
+        arrays: dict[str, np.ndarray] = {_name(key): x for key, x in (others | self.at).items()} | {
+            "dy": self.dy
+        }
+        before = {name: array.copy() for name, array in arrays.items()}
         y, backward = self.called(self.at)
-        y = y.copy()
+        first = y.copy()
         found = self.given_by(backward, self.at, self.dy)
         self.gradients = {key: gradient.copy() for key, gradient in found.items()}
-        self.allowed = tolerance * max(float(np.linalg.norm(g)) for g in found.values())
-        written = [_name(key) for key in before if not np.array_equal(self.at[key], before[key])]
-        written += [] if np.array_equal(self.dy, dy) else ["dy"]
+        self.scale = {key: _scale(array) for key, array in self.at.items()}
+        self.sizes = {key: float(np.linalg.norm(g * self.scale[key])) for key, g in self.gradients.items()}
+        self.tolerance, self.largest = tolerance, max(self.sizes.values())
+        written = [name for name, array in arrays.items() if not np.array_equal(array, before[name])]
         if written:
             raise AssertionError(f"{' and '.join(written)} is written to, which others may still need.")
-        if not _close(y, self.called(self.at)[0], 1e-9 * float(np.linalg.norm(y))):
+        second = self.called(self.at)[0].copy()
+        if not _close(first, second, 1e-9 * float(np.linalg.norm(first))):
             raise AssertionError("y is another at a second call with the same inputs; expected the same.")
         for key in self.at:
             for _ in range(DIRECTIONS):
-                self._check_slope(key, self.rng.standard_normal(self.at[key].shape))
+                self._check_slope(key, self.scale[key] * self.rng.standard_normal(self.at[key].shape))
 
     def _check_slope(self, key: Key, direction: np.ndarray) -> None:
-        claimed = float(np.sum(self.gradients[key] * direction))
-        error = abs(self.slope(key, direction, claimed) - claimed)
-        if not error <= self.allowed:
+        claimed, allowed = float(np.sum(self.gradients[key] * direction)), self.allowed(key)
+        if abs(self._difference(key, direction, STEP) - claimed) <= allowed:
+            return
+        slopes: list[float] = []
+        for step in STEPS:
+            slopes.append(self.slope(key, direction, step))
+            if abs(slopes[-1] - claimed) <= allowed:
+                return
+        # The three neighbours that agree best say what the slope is, and how sure that is.
+        apart = np.ptp(np.lib.stride_tricks.sliding_window_view(slopes, 3), axis=1)
+        apart += 1e-16 * self.size_of_y / np.array(STEPS[1:-1])
+        best = int(np.argmin(np.where(np.isfinite(apart), apart, np.inf)))
+        unsure, error = float(apart[best]), abs(slopes[best + 1] - claimed)
+        if error <= allowed + 10 * unsure:
+            # Where rounding is all that differs, nothing could be found wrong.
+            if unsure <= max(self.tolerance * self.largest, 1e-9 * self.size_of_y):
+                return
             raise AssertionError(
-                f"the gradient of {_name(key)} is off by {error:.3g} along a random direction; "
-                f"{self.allowed:.1g} would pass.\n{self.what_it_is(key)}"
+                f"the gradient of {_name(key)} cannot be told from differences: those of different steps do "
+                "not agree. Is y rounded to float32 on the way, is it a small change of a large number, or "
+                "is there a kink?"
             )
+        raise AssertionError(
+            f"the gradient of {_name(key)} is off by {error:.3g} along a random direction; "
+            f"{allowed:.1g} would pass.\n{self.what_it_is(key, STEPS[best + 1])}"
+        )
 
-    def slope(self, key: Key, direction: np.ndarray, claimed: float = math.inf) -> float:
-        """How fast sum(y dy) changes as the array moves; without truncation, if that may be what differs."""
+    def _difference(self, key: Key, direction: np.ndarray, step: float) -> float:
+        plus, minus = (self._moved(key, s * direction) for s in (step, -step))
+        return float(np.sum((plus - minus) * self.dy)) / (2 * step)
 
-        def difference(step: float) -> float:
-            ends = [self.called(self.at | {key: self.at[key] + s * direction})[0] for s in (step, -step)]
-            return float(np.sum((ends[0] - ends[1]) * self.dy)) / (2 * step)
+    def _moved(self, key: Key, by: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):  # a step may leave the domain: then a smaller one is believed
+            return self.called(self.at | {key: np.asarray(self.at[key] + by)})[0]
 
-        coarse = difference(STEP)
-        return coarse if abs(coarse - claimed) <= self.allowed else (4 * difference(STEP / 2) - coarse) / 3
+    def slope(self, key: Key, direction: np.ndarray, step: float) -> float:
+        """How fast sum(y dy) changes as the array moves; without truncation (Richardson's extrapolation)."""
+        coarse, fine = (self._difference(key, direction, s) for s in (step, step / 2))
+        return (4 * fine - coarse) / 3
 
-    def what_it_is(self, key: Key) -> str:
+    def allowed(self, key: Key) -> float:
+        """How far a gradient may be off."""
+        return self.tolerance * max(self.sizes[key], SMALL * self.largest)
+
+    def what_it_is(self, key: Key, step: float) -> str:
         """What came in the gradient's place, as far as some of its numbers say."""
         gradient = self.gradients[key]
         some = self.rng.permutation(gradient.size)[:LOOKED_AT]
         came = gradient.reshape(-1)[some]
-        right = np.array([self.slope(key, _unit(i, gradient.shape)) for i in some])
+        scale = self.scale[key].reshape(-1)[some]
+        units = [_unit(i, gradient.shape, size) for i, size in zip(some, scale, strict=True)]
+        right = np.array([self.slope(key, unit, step) for unit in units]) / scale
 
         def is_it(other: np.ndarray) -> bool:
-            return _close(other, right, 1e-5 * float(np.linalg.norm(right)))
+            return _close(other * scale, right * scale, 1e-5 * float(np.linalg.norm(right * scale)))
 
         if not np.any(came):
             return "It is 0." if isinstance(key, int) else "It is 0: backward adds nothing to its grad."
         if not np.any(right):
             return "Expected 0: y does not depend on it."
-        factor = float(came @ right) / float(came @ came)
+        factor = float((came * scale) @ (right * scale)) / float((came * scale) @ (came * scale))
         if abs(factor - 1) > 1e-4 and is_it(factor * came):
             if math.isclose(factor, -1, rel_tol=1e-4):
                 return "It is what comes of this: the sign."
             mean = self.dy.ndim > 0 and math.isclose(factor, self.dy.shape[0], rel_tol=1e-4)
             return (
                 f"It is what comes of this: a factor of {1 / factor:.4g}"
-                f"{', of a mean over the batch where there is a sum' if mean else ''}."
+                f"{', as of a mean over the batch where there is a sum' if mean else ''}."
             )
-        if gradient.T.shape == gradient.shape and is_it(gradient.T.reshape(-1)[some]):
-            return "It is what comes of this: a transpose."
-        for other, of_other in self.gradients.items():
-            if other != key and of_other.shape == gradient.shape and is_it(of_other.reshape(-1)[some]):
-                return f"It is the gradient of {_name(other)}."
-        off = np.abs(came - right)
+        if not is_it(came):  # a vector that is nearly right would be its own transpose
+            if gradient.T.shape == gradient.shape and is_it(gradient.T.reshape(-1)[some]):
+                return "It is what comes of this: a transpose."
+            for other, of_other in self.gradients.items():
+                if other != key and of_other.shape == gradient.shape and is_it(of_other.reshape(-1)[some]):
+                    return f"It is the gradient of {_name(other)}."
+        off = np.abs(came - right) * scale
         worst = int(np.argmax(off))
-        count = np.count_nonzero(off > self.allowed / math.sqrt(gradient.size))
+        count = np.count_nonzero(off > self.allowed(key) / math.sqrt(gradient.size))
+        if not count:
+            return f"It is not in {len(some)} of its {gradient.size} numbers: few are off, or all by little."
         place = tuple(int(i) for i in np.unravel_index(some[worst], gradient.shape))
+        kink = self._kink(key, units[worst], came[worst])
         said = f"{came[worst]:.6g}, expected {right[worst]:.6g}"
-        return f"Of {len(some)} of its numbers {count} are off, most that at {place}: {said}."
+        return f"Of {len(some)} of its numbers {count} are off, most that at {place}: {said}.{kink}"
+
+    def _kink(self, key: Key, unit: np.ndarray, came: float) -> str:
+        """That a number is at a kink, if what came is between two different slopes to its sides."""
+        here, size = self._moved(key, 0 * unit), float(np.max(unit))
+        ends = [(s * size, self._moved(key, s * unit)) for s in (-STEP, STEP)]
+        left, right = (float(np.sum((end - here) * self.dy)) / s for s, end in ends)
+        apart = abs(right - left)
+        between = abs(came - left) + abs(came - right) < 1.01 * apart
+        if not (between and apart > 1e-2 * max(abs(left), abs(right))):
+            return ""
+        return f" There is a kink: the slopes to both sides are {left:.3g} and {right:.3g}."
 
     def check_promises(self) -> None:
         """A backward adds to what is there, and belongs to its own call."""
@@ -235,16 +318,20 @@ class _Asked:
             p.grad = np.ones_like(p.value)
         for key, gradient in self.given_by(backward, self.at, self.dy).items():
             more = gradient - 1 if isinstance(key, str) else gradient
-            if not _close(more, self.gradients[key], self.allowed + 1e-12 * gradient.size):
+            if not self._as_before(key, more, 1e-12 * float(np.sum(self.scale[key]))):
                 raise AssertionError(f"the grad of {_name(key)} that is there is not added to (docs: B.25).")
         _, backward = self.called(self.at)
-        self.called({key: array if isinstance(key, str) else 0.75 * array for key, array in self.at.items()})
+        self.called({key: a if isinstance(key, str) else 0.75 * a for key, a in self.at.items()})
         for key, gradient in self.given_by(backward, self.at, self.dy).items():
-            if not _close(gradient, self.gradients[key], self.allowed):
+            if not self._as_before(key, gradient):
                 raise AssertionError(
                     f"the gradient of {_name(key)} is another if the layer is called again before backward. "
                     "What backward needs should be kept in backward, not on the layer."
                 )
+
+    def _as_before(self, key: Key, gradient: np.ndarray, more: float = 0.0) -> bool:
+        scale = self.scale[key]
+        return _close(gradient * scale, self.gradients[key] * scale, self.allowed(key) + more)
 
     def check_float32(self) -> None:
         """Of float32 comes float32."""
@@ -255,26 +342,33 @@ class _Asked:
                 f"y is of {y.dtype} where inputs and parameters are of float32. A number of NumPy's, such as "
                 "np.sqrt(2), makes float64 of float32; one of Python's, such as math.sqrt(2), does not."
             )
-        self.given_by(backward, at, np.ones_like(y))
+        self.given_by(backward, at, np.ones_like(y), " in float32")
 
 
 def _close(a: np.ndarray, b: np.ndarray, allowed: float) -> bool:
     return bool(np.linalg.norm(a - b) <= allowed)
 
 
-def _unit(i: int, shape: tuple[int, ...]) -> np.ndarray:
+def _move(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """By which a parameter is moved: of a matrix so much that what it makes changes by about 1."""
+    fan_in = math.prod(shape[:-1]) if len(shape) > 1 else 1
+    return np.asarray(rng.standard_normal(shape)) / math.sqrt(fan_in)
+
+
+def _scale(array: np.ndarray) -> np.ndarray:
+    """The size of each number; of one that is very small beside the others, a thousandth of theirs."""
+    usual = float(np.linalg.norm(array)) / math.sqrt(max(array.size, 1))
+    return np.maximum(np.abs(array), SMALL * usual or 1.0)
+
+
+def _unit(i: int, shape: tuple[int, ...], size: float) -> np.ndarray:
     unit = np.zeros(shape)
-    unit.flat[i] = 1.0
+    unit.flat[i] = size
     return unit
 
 
 def _is_floating(x: Any) -> bool:
     return isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind == "f"
-
-
-def _again(x: Any) -> Any:
-    """A generator as it was at first; all else as it is."""
-    return copy.deepcopy(x) if isinstance(x, np.random.Generator) else x
 
 
 def _name(key: Key) -> str:
