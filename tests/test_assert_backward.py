@@ -121,6 +121,14 @@ MISTAKES = {
         {"of_z": lambda self, h, dy: (h * dy).astype(np.float32)},
         r"input 1 is float32 \(5, 4\); expected float64 \(5, 4\)",
     ),
+    "not linear": (
+        {"of_z": lambda self, h, dy: h * np.clip(dy, -9, 9)},
+        r"gradient of input 1 is not 1\.05e\+06 times as large for a dy that is; expected .* linear in dy",
+    ),
+    "none of what is small": (
+        {"of_z": lambda self, h, dy: h * np.where(np.abs(dy) < 1e-5, 0, dy)},
+        r"gradient of input 1 is not 9\.54e-07 times as large",
+    ),
     "infinite": ({"of_z": lambda self, h, dy: h * dy / 0.0}, r"gradient of input 1 is not finite"),
     "always float32": (
         {"output": lambda self, y: y.astype(np.float32)},
@@ -152,6 +160,61 @@ def test_what_is_kept_on_the_layer():
 
     said = refusal(Keeping(), X)
     assert "the gradient of input 0 is another if the layer is called again before backward" in said
+
+
+def test_what_is_kept_on_the_layer_though_alike_at_once_and_again():
+    """A mask of signs, of dropout, and the classes: the other call has others."""
+
+    class Keeping(nn.Module):
+        def __init__(self, keep):
+            self.keep, self.rows = keep, nn.Parameter(np.zeros((3, 4)))
+
+        def __call__(self, x, rng, y):
+            kept = {
+                "signs": x > 0,
+                "dropout": rng.random(x.shape) < 0.5,
+                "classes": np.eye(3, dtype=x.dtype)[y],
+            }
+            self.kept = kept[self.keep]
+
+            def backward(dy):
+                now = kept | {self.keep: self.kept}
+                self.rows.accumulate(now["classes"].T @ dy)
+                return dy * now["signs"] * now["dropout"]
+
+            return x * kept["signs"] * kept["dropout"] + kept["classes"] @ self.rows.value, backward
+
+    rng, classes = np.random.default_rng(3), np.array([0, 2, 2, 1, 1])
+    for keep, name in [("signs", "input 0"), ("dropout", "input 0"), ("classes", "parameter 'rows'")]:
+        said = refusal(Keeping(keep), X, rng, classes)
+        assert f"the gradient of {name} is another if the layer is called again" in said
+
+
+@pytest.mark.parametrize("name", ["y", "the gradient of input 0"])
+def test_an_array_for_several_calls(name):
+    buffer = np.zeros_like(X)
+
+    def layer(x):
+        if name == "y":
+            return np.multiply(x, 2, out=buffer), lambda dy: 2 * dy
+        return x**2, lambda dy: np.multiply(2 * x, dy, out=buffer)
+
+    assert refusal(layer, X) == f"{name} is written to by a later call; expected an array for each call."
+
+
+def test_what_is_written_to_by_the_forward():
+    """Though the second time there is nothing left to write, and though it be classes."""
+    said = refusal(lambda x: (np.maximum(x, 0, out=x), lambda dy: dy * (x > 0)), X)
+    assert said.startswith("input 0 is written to")
+    classes = np.array([0, 2, 2, 1, 0])
+
+    def layer(x, y):
+        rows = np.eye(4)[y]
+        y[:] = 0
+        return x * rows, lambda dy: dy * rows
+
+    assert refusal(layer, X, classes).startswith("input 1 is written to")
+    assert np.array_equal(classes, [0, 2, 2, 1, 0])
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def assert_backward(
     *inputs
         What the layer is called with. Arrays of floating numbers have gradients. Everything else, times or
         classes say, is passed on; a `numpy.random.Generator` as a copy, so that each call draws the same.
-        Some hundred numbers will do. None should be at a
+        The layer is also called with every array reversed. Some hundred numbers will do. None should be at a
         kink, as 0 is at that of ReLU: differences across it are no derivative.
     parameters : mapping, optional
         Name -> `tinydiff.nn.Parameter`. Default: those of the layer, if it is a `tinydiff.nn.Module`.
@@ -72,7 +72,7 @@ def assert_backward(
     ------
     AssertionError
         If a gradient is wrong, is missing, or has another shape or dtype than its array; if gradients are not
-        added to those that are there; if a call spoils the backward of
+        added to those that are there, or are not linear in dy; if a call spoils the backward or the arrays of
         an earlier one; if inputs, parameters or dy are written to; if y is not the same at every call; if a
         `Module` makes float64 of float32. What is wrong with a gradient is said where it can be told: its
         sign, a factor, a transpose, a kink. Also if y is so rough that differences tell nothing.
@@ -210,6 +210,16 @@ class _Asked:
         second = self.called(self.at)[0].copy()
         if not _close(first, second, 1e-9 * float(np.linalg.norm(first))):
             raise AssertionError("y is another at a second call with the same inputs; expected the same.")
+        _, backward = self.called({key: _another(array) for key, array in self.at.items()})
+        backward(self.dy)
+        kept = [] if np.array_equal(y, first) else ["y"]
+        kept += [
+            f"the gradient of {_name(k)}"
+            for k, g in found.items()
+            if not np.array_equal(g, self.gradients[k])
+        ]
+        if kept:
+            raise AssertionError(f"{kept[0]} is written to by a later call; expected an array for each call.")
         for key in self.at:
             for _ in range(DIRECTIONS):
                 self._check_slope(key, self.scale[key] * self.rng.standard_normal(self.at[key].shape))
@@ -312,7 +322,7 @@ class _Asked:
         return f" There is a kink: the slopes to both sides are {left:.3g} and {right:.3g}."
 
     def check_promises(self) -> None:
-        """A backward adds to what is there, and belongs to its own call."""
+        """A backward adds to what is there, is linear, and belongs to its own call."""
         _, backward = self.called(self.at)
         for p in self.parameters.values():
             p.grad = np.ones_like(p.value)
@@ -320,8 +330,16 @@ class _Asked:
             more = gradient - 1 if isinstance(key, str) else gradient
             if not self._as_before(key, more, 1e-12 * float(np.sum(self.scale[key]))):
                 raise AssertionError(f"the grad of {_name(key)} that is there is not added to (docs: B.25).")
+        for factor in (2.0**-20, 2.0**20):  # by a power of two, so that nothing is rounded
+            _, backward = self.called(self.at)
+            for key, gradient in self.given_by(backward, self.at, np.asarray(factor * self.dy)).items():
+                if not self._as_before(key, gradient / factor):
+                    raise AssertionError(
+                        f"the gradient of {_name(key)} is not {factor:.3g} times as large for a dy that is; "
+                        "expected a backward that is linear in dy (docs: B.24)."
+                    )
         _, backward = self.called(self.at)
-        self.called({key: a if isinstance(key, str) else 0.75 * a for key, a in self.at.items()})
+        self.called({key: a if isinstance(key, str) else _another(a) for key, a in self.at.items()}, _another)
         for key, gradient in self.given_by(backward, self.at, self.dy).items():
             if not self._as_before(key, gradient):
                 raise AssertionError(
@@ -369,6 +387,17 @@ def _unit(i: int, shape: tuple[int, ...], size: float) -> np.ndarray:
 
 def _is_floating(x: Any) -> bool:
     return isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind == "f"
+
+
+def _another(x: Any) -> Any:
+    """Another that a layer will take: an array from its end, a generator that has been used."""
+    if isinstance(x, np.random.Generator):
+        x = _again(x)
+        x.random(7)
+    elif isinstance(x, np.ndarray):
+        other = np.flip(x).copy()
+        return np.asarray(0.75 * x) if _is_floating(x) and np.array_equal(other, x) else other
+    return x
 
 
 def _name(key: Key) -> str:
