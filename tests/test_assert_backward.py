@@ -264,6 +264,17 @@ def test_functions_and_their_parameters():
     assert "a factor of 2." in said
 
 
+def test_a_method_has_the_parameters_of_its_module():
+    wrong = with_mistake(of_bias=lambda self, dh: 2 * np.sum(dh, axis=0))
+    assert "parameter 'bias'" in refusal(wrong.__call__, X, Z)
+
+
+def test_a_parameter_with_two_names():
+    """It is one, under the first."""
+    layer = Product()
+    testing.assert_backward(layer, X, Z, parameters={"a": layer.weight, "b": layer.weight, "c": layer.bias})
+
+
 def test_a_parameter_that_has_a_domain():
     """It is moved less where y would not be finite."""
 
@@ -458,5 +469,8 @@ def test_bad_arguments():
     assert said == "no input is an array of floats and there is no parameter; expected one."
     with pytest.raises(ValueError, match=r"y is empty, of shape \(0, 4\)"):
         testing.assert_backward(layer, X[:0])
+    for parameters, said in [([X], "is a list"), ({"x": X}, r"\['x'\] is an? .*ndarray")]:
+        with pytest.raises(TypeError, match=f"parameters{said}" if "[" in said else f"parameters {said}"):
+            testing.assert_backward(layer, X, parameters=parameters)
     for options in [{"tolerance": 0}, {"tolerance": "small"}, {"seed": -1}]:
         assert next(iter(options)) in refusal(layer, X, error=ValueError, **options)

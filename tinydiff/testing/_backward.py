@@ -61,7 +61,8 @@ def assert_backward(
         The layer is also called with every array reversed. Some hundred numbers will do. None should be at a
         kink, as 0 is at that of ReLU: differences across it are no derivative.
     parameters : mapping, optional
-        Name -> `tinydiff.nn.Parameter`. Default: those of the layer, if it is a `tinydiff.nn.Module`.
+        Name -> `tinydiff.nn.Parameter`. Default: those of the layer, if it is a `tinydiff.nn.Module` or a
+        method of one; of a function around one, none.
     tolerance : float
         The largest error that passes, relative to the norm of the gradient; of one below a thousandth of the
         largest, to that. Each number of a gradient counts times the number that it is the derivative by.
@@ -77,7 +78,7 @@ def assert_backward(
         `Module` makes float64 of float32. What is wrong with a gradient is said where it can be told: its
         sign, a factor, a transpose, a kink. Also if y is so rough that differences tell nothing.
     TypeError
-        If the layer cannot be called or does not return an array and a function.
+        If the layer cannot be called or does not return an array and a function, or `parameters` are none.
     ValueError
         If there is nothing to differentiate, or `tolerance` or `seed` is no such number.
     """
@@ -85,15 +86,17 @@ def assert_backward(
     check_seed(seed)
     if isinstance(layer, type) or not callable(layer):
         raise TypeError(f"layer is {class_or_kind(layer)}; expected a function that returns y, backward.")
+    owner = getattr(layer, "__self__", layer)  # of a method
     if parameters is None:
-        parameters = layer.named_parameters() if isinstance(layer, Module) else {}
+        parameters = owner.named_parameters() if isinstance(owner, Module) else {}
+    parameters = _each_once(parameters)
     before = {name: (p.value, p.grad) for name, p in parameters.items()}
     try:
         # Not of `seed` alone: dy would be equal to inputs that come of default_rng(seed), and hide errors.
         asked = _Asked(layer, inputs, parameters, np.random.default_rng((seed, 1)))
         asked.check_gradients(tolerance)
         asked.check_promises()
-        if isinstance(layer, Module):
+        if isinstance(owner, Module):
             asked.check_float32()
     finally:
         for name, (value, gradient) in before.items():
@@ -371,6 +374,18 @@ def _move(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """By which a parameter is moved: of a matrix so much that what it makes changes by about 1."""
     fan_in = math.prod(shape[:-1]) if len(shape) > 1 else 1
     return np.asarray(rng.standard_normal(shape)) / math.sqrt(fan_in)
+
+
+def _each_once(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """Shared ones under their first name only, as `Module` has them; TypeError if they are none."""
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"parameters is {class_or_kind(parameters)}; expected a mapping of names.")
+    unique: dict[int, tuple[str, Parameter]] = {}
+    for name, p in parameters.items():
+        if not isinstance(p, Parameter):
+            raise TypeError(f"parameters[{name!r}] is {class_or_kind(p)}; expected a tinydiff.nn.Parameter.")
+        unique.setdefault(id(p), (name, p))
+    return dict(unique.values())
 
 
 def _scale(array: np.ndarray) -> np.ndarray:
