@@ -114,6 +114,10 @@ MISTAKES = {
         {"inputs": lambda self, dx, dz: dx},
         r"returns 1 gradients; expected 2, one for each input of floating numbers\. Where some have none",
     ),
+    "a list": (
+        {"inputs": lambda self, dx, dz: [dx, dz]},
+        r"backward returns a list; expected an array, or of several a tuple",
+    ),
     "no gradient": ({"inputs": lambda self, dx, dz: None}, r"returns 0 gradients; expected 2"),
     "no array": ({"of_z": lambda self, h, dy: None}, r"input 1 is None; expected float64 \(5, 4\)"),
     "shape": ({"of_x": lambda self, dh: dh[0]}, r"input 0 is float64 \(4,\); expected float64 \(5, 4\)"),
@@ -188,6 +192,22 @@ def test_what_is_kept_on_the_layer_though_alike_at_once_and_again():
     for keep, name in [("signs", "input 0"), ("dropout", "input 0"), ("classes", "parameter 'rows'")]:
         said = refusal(Keeping(keep), X, rng, classes)
         assert f"the gradient of {name} is another if the layer is called again" in said
+
+
+def test_inputs_that_cannot_be_reversed():
+    """Another call that the layer refuses spoils nothing."""
+
+    def layer(sigmas):
+        if np.any(np.diff(sigmas) >= 0):
+            raise ValueError("sigmas must decrease")
+        return np.log(sigmas), lambda dy: dy / sigmas
+
+    def segments(x, starts):
+        lengths = np.diff(np.append(starts, len(x)))
+        return np.add.reduceat(x, starts), lambda dy: np.repeat(dy, lengths)
+
+    testing.assert_backward(layer, np.array([80.0, 10.0, 0.1]))
+    testing.assert_backward(segments, normal(9), np.array([0, 2, 5]))
 
 
 @pytest.mark.parametrize("name", ["y", "the gradient of input 0"])
@@ -469,6 +489,8 @@ def test_bad_arguments():
     assert said == "no input is an array of floats and there is no parameter; expected one."
     with pytest.raises(ValueError, match=r"y is empty, of shape \(0, 4\)"):
         testing.assert_backward(layer, X[:0])
+    with pytest.raises(ValueError, match="input 0 is not finite; expected finite numbers"):
+        testing.assert_backward(layer, np.array([1.0, np.inf]))
     for parameters, said in [([X], "is a list"), ({"x": X}, r"\['x'\] is an? .*ndarray")]:
         with pytest.raises(TypeError, match=f"parameters{said}" if "[" in said else f"parameters {said}"):
             testing.assert_backward(layer, X, parameters=parameters)

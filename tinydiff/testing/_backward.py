@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def assert_backward(
     *inputs
         What the layer is called with. Arrays of floating numbers have gradients. Everything else, times or
         classes say, is passed on; a `numpy.random.Generator` as a copy, so that each call draws the same.
-        The layer is also called with every array reversed. Some hundred numbers will do. None should be at a
+        The layer is also called with every input reversed. Some hundred numbers will do. None should be at a
         kink, as 0 is at that of ReLU: differences across it are no derivative.
     parameters : mapping, optional
         Name -> `tinydiff.nn.Parameter`. Default: those of the layer, if it is a `tinydiff.nn.Module` or a
@@ -142,6 +143,9 @@ class _Asked:
         self.at: Arrays = {i: np.array(x, np.float64) for i, x in enumerate(inputs) if _is_floating(x)}
         if not self.at and not parameters:
             raise ValueError("no input is an array of floats and there is no parameter; expected one.")
+        for key, x in self.at.items():
+            if not np.all(np.isfinite(x)):
+                raise ValueError(f"{_name(key)} is not finite; expected finite numbers.")
         values = {name: to_numpy(p.value).astype(np.float64) for name, p in parameters.items()}
         moves = {name: _move(value.shape, rng) for name, value in values.items()}
         for spread in SPREADS:
@@ -174,9 +178,20 @@ class _Asked:
             raise TypeError(f"layer returns ({came}); expected (y, backward), a NumPy array and a function.")
         return answer
 
+    def call_another(self, then_backward: bool = False) -> None:
+        """With other inputs; if it takes them: it may want sorted ones, say."""
+        at = {key: a if isinstance(key, str) else _another(a) for key, a in self.at.items()}
+        with suppress(ValueError):
+            _, backward = self.called(at, _another)
+            if then_backward:
+                backward(self.dy)
+
     def given_by(self, backward: Callable[..., Any], at: Arrays, dy: np.ndarray, where: str = "") -> Arrays:
         """The gradients that backward returns, and the parameters' as they are then."""
         returned, expected = backward(dy), [key for key in at if isinstance(key, int)]
+        if isinstance(returned, (list, Mapping)):
+            expects = "an array, or of several a tuple"
+            raise AssertionError(f"backward returns {class_or_kind(returned)}; expected {expects}.")
         came = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
         if len(came) != len(expected):
             raise AssertionError(
@@ -213,8 +228,7 @@ class _Asked:
         second = self.called(self.at)[0].copy()
         if not _close(first, second, 1e-9 * float(np.linalg.norm(first))):
             raise AssertionError("y is another at a second call with the same inputs; expected the same.")
-        _, backward = self.called({key: _another(array) for key, array in self.at.items()})
-        backward(self.dy)
+        self.call_another(then_backward=True)
         kept = [] if np.array_equal(y, first) else ["y"]
         kept += [
             f"the gradient of {_name(k)}"
@@ -342,7 +356,7 @@ class _Asked:
                         "expected a backward that is linear in dy (docs: B.24)."
                     )
         _, backward = self.called(self.at)
-        self.called({key: a if isinstance(key, str) else _another(a) for key, a in self.at.items()}, _another)
+        self.call_another()
         for key, gradient in self.given_by(backward, self.at, self.dy).items():
             if not self._as_before(key, gradient):
                 raise AssertionError(
@@ -361,7 +375,8 @@ class _Asked:
         if y.dtype != np.float32:
             raise AssertionError(
                 f"y is of {y.dtype} where inputs and parameters are of float32. A number of NumPy's, such as "
-                "np.sqrt(2), makes float64 of float32; one of Python's, such as math.sqrt(2), does not."
+                "np.sqrt(2), or an array, such as np.ones(3), makes float64 of float32; one of Python's, "
+                "such as math.sqrt(2), does not."
             )
         self.given_by(backward, at, np.ones_like(y), " in float32")
 
