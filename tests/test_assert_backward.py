@@ -219,7 +219,7 @@ def test_an_array_for_several_calls(name):
             return np.multiply(x, 2, out=buffer), lambda dy: 2 * dy
         return x**2, lambda dy: np.multiply(2 * x, dy, out=buffer)
 
-    assert refusal(layer, X) == f"{name} is written to by a later call; expected an array for each call."
+    assert refusal(layer, X) == f"{name} is written to by a later call; expected one for each call."
 
 
 def test_what_is_written_to_by_the_forward():

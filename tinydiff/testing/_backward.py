@@ -24,12 +24,8 @@ STEP = 1e-5
 STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 DIRECTIONS = 2  # that every array is moved along: an error is seen by each that is not at right angles to it
 LOOKED_AT = 200  # numbers of a gradient that is wrong
-SPREADS = (
-    0.3,
-    0.03,
-    0.003,
-    3e-4,
-)  # the first at which y is finite moves the parameters, so that none is zero
+# Of the moves of the parameters, so that none is zero: the first at which y is finite.
+SPREADS = (0.3, 0.03, 0.003, 3e-4)
 SMALL = 1e-3  # of the largest: what is below that counts as this, lest rounding be all that is seen
 
 Key = int | str  # an input by its position, a parameter by its name
@@ -104,13 +100,13 @@ def assert_backward(
             parameters[name].value, parameters[name].grad = value, gradient
 
 
-def _again(x: Any) -> Any:
-    """A generator as it was at first; all else as it is."""
-    return copy.deepcopy(x) if isinstance(x, np.random.Generator) else x
-
-
 def _copied(x: Any) -> Any:
     return copy.deepcopy(x) if isinstance(x, (np.ndarray, np.random.Generator)) else x
+
+
+def _again(x: Any) -> Any:
+    """A generator as it was at first; all else as it is."""
+    return _copied(x) if isinstance(x, np.random.Generator) else x
 
 
 class _Asked:
@@ -211,9 +207,7 @@ class _Asked:
     def check_gradients(self, tolerance: float) -> None:
         """They are the slopes of sum(y dy); on the way to them nothing is written to."""
         others = {i: x for i, x in enumerate(self.inputs) if isinstance(x, np.ndarray)}
-        arrays: dict[str, np.ndarray] = {_name(key): x for key, x in (others | self.at).items()} | {
-            "dy": self.dy
-        }
+        arrays = {_name(key): x for key, x in (others | self.at).items()} | {"dy": self.dy}
         before = {name: array.copy() for name, array in arrays.items()}
         y, backward = self.called(self.at)
         first = y.copy()
@@ -229,14 +223,11 @@ class _Asked:
         if not _close(first, second, 1e-9 * float(np.linalg.norm(first))):
             raise AssertionError("y is another at a second call with the same inputs; expected the same.")
         self.call_another(then_backward=True)
-        kept = [] if np.array_equal(y, first) else ["y"]
-        kept += [
-            f"the gradient of {_name(k)}"
-            for k, g in found.items()
-            if not np.array_equal(g, self.gradients[k])
-        ]
-        if kept:
-            raise AssertionError(f"{kept[0]} is written to by a later call; expected an array for each call.")
+        results = {"y": (y, first)}
+        results |= {f"the gradient of {_name(k)}": (g, self.gradients[k]) for k, g in found.items()}
+        for what, (now, then) in results.items():
+            if not np.array_equal(now, then):
+                raise AssertionError(f"{what} is written to by a later call; expected one for each call.")
         for key in self.at:
             for _ in range(DIRECTIONS):
                 self._check_slope(key, self.scale[key] * self.rng.standard_normal(self.at[key].shape))
