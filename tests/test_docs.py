@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 import tinydiff.nn
 from tinydiff.kernels import many_steps
@@ -247,6 +248,55 @@ def test_no_block_escapes_being_run(page):
 def test_a_block_that_claims_to_check_asserts(page):
     idle = [b.line for b in page.blocks if b.checks and not re.search(r"\b(assert|check)", b.text)]
     assert not idle, f"lines {idle}: these blocks open with an identifier and assert nothing"
+
+
+# --- mathematics
+
+FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$]+?\$", re.S)
+
+
+def mangled(text: str) -> list[str]:
+    """The formulas that a page changes before they are typeset: GitHub, and others, read Markdown first.
+
+    Two underscores after a bracket or an apostrophe, as in E_{x} E_{y}, stress what is between them; a
+    backslash before a sign, as in a thin space, goes; < opens a tag. Nor is a formula found that touches a
+    word or an asterisk.
+    """
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        parts, source = token.children or [], re.sub(r"`[^`]+`", "``", token.content)
+        read = "".join(
+            "\n" if p.type == "softbreak" else p.content if p.type == "text" else "`" for p in parts
+        )
+        for formula in FORMULA.finditer(source if parts else ""):
+            before, after = source[: formula.start()], source[formula.end() :]
+            if formula[0] not in read or re.search(r"[\w*-]\Z", before) or re.match(r"[\w*-]", after):
+                found.append(formula[0])
+    return found
+
+
+@each_page_and_readme
+def test_formulas_pass_through_markdown(page):
+    assert mangled(page.path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"$\mathbf{a}_{i} + \mathbf{b}_{j}$",
+        r"$\mathbf{a}_{i}$ and $\mathbf{b}_{j}$",
+        r"$\beta'_i$ and $\beta'_{j}$",
+        r"$a \, b$",
+        r"$\{a\}$",
+        "$a <b> c$",
+        "$[a](b)$",
+        "*$a$ is stressed*",
+        "the $k$-th",
+    ],
+)
+def test_a_mangled_formula_is_seen(text):
+    assert mangled(text)
+    assert mangled(f"| a table |\n| --- |\n| {text} |")
 
 
 # --- identifiers
