@@ -665,13 +665,20 @@ def test_a_system_that_forks_but_is_not_linux_shares_nothing(monkeypatch):
 
 def test_shared_out_by_itself_where_it_is_worth_it(monkeypatch):
     monkeypatch.setattr(parallel, "threads_in_reach", lambda: 2)
-    model, points = unet(), td.MLP(hidden=96)  # 83,000 weights
-    for each, n in [(model, 64), (points, 256)]:
+    model, points = unet(), td.MLP(hidden=96)  # 45,000 and 83,000 weights
+    larger = td.UNet(block_channels=(16, 32), attention=(False, False))
+    for each, n in [(model, 64), (larger, 2), (points, 256)]:
         with shared_out(each, n) as shared:
             assert isinstance(shared, DataParallel) and len(shared._workers) == 1
             with shared_out(shared, n) as same:
                 assert same is shared
-    for denoise, n, workers in [(model, 64, 1), (model, 7, None), (points, 64, None), (len, 64, None)]:
+    for denoise, n, workers in [
+        (model, 64, 1),
+        (model, 5, None),
+        (larger, 1, None),
+        (points, 64, None),
+        (len, 64, None),
+    ]:
         with shared_out(denoise, n, workers) as same:
             assert same is denoise
     with shared_out(points, 64, 2) as shared:

@@ -46,15 +46,10 @@ from tinydiff.nn.module import Module, Parameter, derivative_of, keeping, once
 
 __all__ = ["DataParallel", "WorkerError", "shared_out"]
 
-# A share of fewer images is not worth a process: the calls of a step cost the same for one as for four.
-SMALLEST_SHARE = 4
-
-# Nor is one of fewer multiplications, of which an MLP takes one for each point and weight: sending the points
-# takes as long.
-SMALLEST_WORK = 2**23
-
-# Each output of theirs depends on its own sample only, and dropout is all they draw; a subclass may differ.
-KNOWN = (UNet, MLP)
+# The networks each of whose outputs depends on its own sample only, and which draw nothing but dropout (a
+# subclass may differ); and the least share of a batch, in samples times weights, that is worth a process: to
+# send it, and to make its calls a second time, takes as long. A U-Net's weight meets many pixels of a sample.
+LEAST_WORK: dict[type, int] = {UNet: 2**17, MLP: 2**23}
 
 
 class WorkerError(RuntimeError):
@@ -103,7 +98,7 @@ class DataParallel(Module):
         self._model = model
         self._parameters = list(model.named_parameters().values())
         self._count = workers
-        self._draws = type(model) not in KNOWN or bool(model.config.get("dropout"))
+        self._draws = type(model) not in LEAST_WORK or bool(model.config.get("dropout"))
         self._workers: list[tuple[Any, Line]] = []
         self._calls = 0
         self._forgotten: list[int] = []  # calls whose backward was thrown away: the workers may let go too
@@ -364,8 +359,8 @@ def shared_out(
         Samples per call.
     workers : int, optional
         Number of processes; of more than `batch_size` the others are not begun. Default: on Linux as many as
-        BLAS would use threads, each with at least four images, or with so many points that there are 2**23
-        multiplications for it in a pass; 1 elsewhere.
+        BLAS would use threads, each with so many samples that these, times the number of weights, are at
+        least 2**17 for a U-Net, 2**23 for an MLP; 1 elsewhere.
     to_predict : bool
         True: a copy is shared out, and the model's own weights are not moved to shared memory, so that
         another thread may train it meanwhile.
@@ -397,12 +392,9 @@ def _can_fork() -> bool:
 
 
 def _default_workers(model: Any, batch_size: int) -> int:
-    if not _can_fork() or multiprocessing.current_process().daemon or type(model) not in KNOWN:
+    if not _can_fork() or multiprocessing.current_process().daemon or type(model) not in LEAST_WORK:
         return 1
     if not all(is_numpy_array(p.value) for p in model.named_parameters().values()):
         return 1
-    if type(model) is UNet:
-        shares = batch_size // SMALLEST_SHARE
-    else:
-        shares = batch_size * model.num_parameters() // SMALLEST_WORK
-    return max(1, min(threads_in_reach(), shares))
+    shares = batch_size * model.num_parameters() // LEAST_WORK[type(model)]
+    return max(1, min(threads_in_reach(), batch_size, shares))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff.kernels._memory import empty
+from tinydiff.kernels._memory import empty, ones
 from tinydiff.kernels._threads import in_parallel, sums
 
 __all__ = [
@@ -30,13 +30,6 @@ def _largest(dtype: np.dtype) -> float:
     return float(np.log(np.finfo(dtype).max)) - 1.0
 
 
-@functools.lru_cache(maxsize=16)
-def _ones(n: int, dtype: np.dtype) -> np.ndarray:
-    ones = np.ones(n, dtype)
-    ones.flags.writeable = False
-    return ones
-
-
 def worth_sharing(pixels: int, w: np.ndarray) -> bool:
     """Whether so many pixels, each of which meets every weight once, are work for several threads."""
     return pixels * w.size >= PARALLEL_PRODUCTS
@@ -44,7 +37,7 @@ def worth_sharing(pixels: int, w: np.ndarray) -> bool:
 
 def column_sums(rows: np.ndarray) -> np.ndarray:
     """The sum over rows (n, D)  ->  (D,), as a product: BLAS adds rows faster than NumPy."""
-    return _ones(len(rows), rows.dtype) @ rows
+    return ones(len(rows), rows.dtype) @ rows
 
 
 def taps_and_bias(
@@ -64,7 +57,7 @@ def taps_and_bias(
 def sum_pixels(x: np.ndarray) -> np.ndarray:
     """As ``portable.sum_pixels``, as a product for each image."""
     n, h, w, c = x.shape
-    return _ones(h * w, x.dtype) @ x.reshape(n, h * w, c)
+    return ones(h * w, x.dtype) @ x.reshape(n, h * w, c)
 
 
 def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:

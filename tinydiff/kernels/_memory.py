@@ -20,7 +20,7 @@ import sys
 
 import numpy as np
 
-__all__ = ["empty", "keep_freed_memory"]
+__all__ = ["empty", "keep_freed_memory", "ones"]
 
 LINE = 64  # bytes of a line of cache, and of the longest vector
 
@@ -29,6 +29,14 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """As ``np.empty``, but beginning with a line of the cache."""
     raw = np.empty(math.prod(shape) * dtype.itemsize + LINE, np.uint8)
     return np.ndarray(shape, dtype, raw, -raw.ctypes.data % LINE)
+
+
+@functools.lru_cache(maxsize=32)
+def ones(n: int, dtype: np.dtype) -> np.ndarray:
+    """A row of ones, to sum by a product; kept, and not to be written to."""
+    row = np.ones(n, dtype)
+    row.flags.writeable = False
+    return row
 
 
 # The parameters of glibc's mallopt, from malloc.h, and its largest threshold for mmap.

@@ -32,7 +32,7 @@ from typing import TypeAlias
 import numpy as np
 
 from tinydiff.kernels._exponential import one_plus_tanh
-from tinydiff.kernels._memory import empty
+from tinydiff.kernels._memory import empty, ones
 from tinydiff.kernels._threads import PARALLEL_SIZE, chunks, in_parallel, scratch, sums
 
 __all__ = [
@@ -59,22 +59,24 @@ def _rows(x: np.ndarray) -> np.ndarray:
 def _repeat(channels: np.ndarray, width: int) -> np.ndarray:
     """Repeat (m, C) along a row of pixels: (m, 1, W C)."""
     m, c = channels.shape
-    return np.repeat(channels[:, None, :], width, axis=1).reshape(m, 1, width * c)
+    return channels[:, None].repeat(width, axis=1).reshape(m, 1, width * c)
 
 
 def _pixel_sums(rows: np.ndarray, channels: int) -> np.ndarray:
     """Sum over the pixels of each image and channel, columns first: (m, H, W C)  ->  (m, C)."""
     m, h, wc = rows.shape
-    columns = np.ones((1, h), rows.dtype) @ rows
-    return (np.ones((1, wc // channels), rows.dtype) @ columns.reshape(m, -1, channels))[:, 0]
+    width = wc // channels
+    columns = ones(h, rows.dtype) @ rows
+    return ones(width, rows.dtype) @ columns.reshape(m, width, channels)
 
 
 def _group_means(sums: np.ndarray, groups: int, pixels: int) -> np.ndarray:
     """Mean over each group from the sums over pixels, repeated for its channels: (m, C)  ->  (m, C)."""
     m, c = sums.shape
     per_group = c // groups
-    means = sums.reshape(m, groups, per_group).sum(axis=2) * (1.0 / (pixels * per_group))
-    return np.repeat(means, per_group, axis=1)
+    means = np.add.reduce(sums.reshape(m, groups, per_group), axis=2)
+    means *= 1.0 / (pixels * per_group)
+    return means.repeat(per_group, axis=1)
 
 
 def _forward(
