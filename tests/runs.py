@@ -40,6 +40,18 @@ def raising(original, at, error=KeyboardInterrupt, when="before"):
     return call
 
 
+def refused(original, times):
+    """`original`, but for its first calls: Windows refuses what is done to a file that somebody has open."""
+    refusals = iter(range(times))
+
+    def call(*args, **kwargs):
+        if next(refusals, None) is not None:
+            raise PermissionError("in use")
+        return original(*args, **kwargs)
+
+    return call
+
+
 def weights_of(model):
     """By name, as they are now."""
     return {name: to_numpy(p.value).copy() for name, p in model.named_parameters().items()}

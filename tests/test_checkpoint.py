@@ -1,7 +1,6 @@
 """What is written to disk comes back as it was, or not at all, and never half of it."""
 
 import errno
-import itertools
 import json
 import os
 import pickle
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.testing import assert_array_equal
+from runs import refused
 
 import tinydiff as td
 from tinydiff import checkpoint
@@ -132,21 +132,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypat
 
 def test_a_file_that_somebody_reads_is_replaced_once_it_is_let_go(path, monkeypatch):
     """As on Windows, where an open file cannot be replaced: that ends no training, unless it stays open."""
-    replace, refusals = os.replace, iter([PermissionError("in use")] * 3)
-
-    def refused(source, destination):
-        for error in refusals:
-            raise error
-        replace(source, destination)
-
-    monkeypatch.setattr(os, "replace", refused)
-    replace_file(path, b"new")
+    monkeypatch.setattr(checkpoint, "PATIENCE", 9.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refused(os.replace, times=3))
+        replace_file(path, b"new")
     assert path.read_bytes() == b"new"
     monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
-    refusals = itertools.repeat(PermissionError("in use"))
+    monkeypatch.setattr(os, "replace", refused(os.replace, times=10**9))
     with pytest.raises(PermissionError, match="in use"):
         replace_file(path, b"newer")
     assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_read_once_it_has_been_replaced(path, monkeypatch):
+    """As on Windows, where it cannot be opened meanwhile, nor be replaced while it is read."""
+    save_arrays(path, {"x": np.arange(3)}, {})
+    monkeypatch.setattr(checkpoint, "PATIENCE", 9.0)
+    monkeypatch.setattr(Path, "open", refused(Path.open, times=3))
+    assert_array_equal(load_arrays(path)[0]["x"], np.arange(3))
 
 
 def test_a_file_that_a_full_disk_refuses_is_named(path, monkeypatch):
@@ -253,6 +256,7 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(path, monkeypatch):
     def refuse(self, *_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.0)
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(PermissionError, match=r"Permission denied: '.*model\.safetensors'"):
         load_arrays(path)

@@ -19,7 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from runs import refused
 
+from tinydiff import checkpoint
 from tinydiff.datasets import mnist
 from tinydiff.datasets.idx import read_idx, write_idx
 
@@ -346,6 +348,17 @@ def test_download_is_cached_and_used_the_second_time(world, split, stem):
     world.assert_original(world.load(split), stem)
     world.assert_original(world.load(split, download=False), stem)
     assert len(world.asked) == 2
+
+
+def test_a_cached_file_that_somebody_reads_is_replaced_once_it_is_let_go(world, monkeypatch):
+    """As on Windows, where an open file cannot be replaced."""
+    world.load()
+    for path in world.cache.iterdir():
+        path.write_bytes(b"damaged since")
+    monkeypatch.setattr(checkpoint, "PATIENCE", 9.0)
+    monkeypatch.setattr(os, "replace", refused(os.replace, times=3))
+    world.assert_original(world.load())
+    world.assert_original(world.load(download=False))
 
 
 def test_the_default_cache_is_the_systems(world, monkeypatch, tmp_path):

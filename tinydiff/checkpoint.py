@@ -12,10 +12,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ __all__ = [
     "load_arrays",
     "load_model",
     "naming",
+    "patiently",
     "process_metadata",
     "remove_unfinished",
     "replace_file",
@@ -39,7 +40,9 @@ __all__ = [
 
 MODELS: dict[str, Any] = {"MLP": MLP, "UNet": UNet}
 
-PATIENCE = 3.0  # seconds that somebody else may hold a file which is to be replaced
+T = TypeVar("T")
+
+PATIENCE = 3.0 if os.name == "nt" else 0.0  # seconds that somebody else may hold a file
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -52,22 +55,22 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        _move(temporary, path)
+        patiently(os.replace, temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _move(temporary: Path, path: Path) -> None:
-    """Move one file over another; where that is refused, again and again for a while.
+def patiently(act: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call it; on Windows, where that is refused, again and again for a while.
 
-    Windows refuses it while somebody has either file open, if only to read it: who samples from a checkpoint
-    of a training that goes on, or a virus scanner.
+    It refuses to replace or delete a file that somebody has open, if only to read it: who samples from a
+    checkpoint of a training that goes on, or a virus scanner. It refuses to open one that is being replaced.
     """
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            return os.replace(temporary, path)
+            return act(*args, **kwargs)
         except PermissionError:
             if time.monotonic() >= until:
                 raise
@@ -85,7 +88,7 @@ def _no_directory(path: str | os.PathLike[str]) -> Path:
 def remove_unfinished(path: Path) -> None:
     """Remove what processes killed in `replace_file` left beside `path`, to which nobody else may write."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
+        patiently(temporary.unlink, missing_ok=True)
 
 
 @contextmanager
@@ -167,9 +170,10 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
     path = _no_directory(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
-    path.open("rb").close()  # PermissionError, where safetensors would say that there is no file
+    # Opened here for its PermissionError, where safetensors would say that there is no file; and kept open,
+    # so that Windows does not replace it before safetensors opens it.
     try:
-        with safe_open(path, framework="np") as file:
+        with patiently(path.open, "rb"), safe_open(path, framework="np") as file:
             metadata = {key: _decode(text) for key, text in (file.metadata() or {}).items()}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, TypeError, AttributeError, ValueError) as error:

@@ -22,6 +22,7 @@ import numpy as np
 
 from tinydiff._checks import check_choice
 from tinydiff.backend import Array, array_namespace
+from tinydiff.checkpoint import patiently
 from tinydiff.datasets.idx import decompress, parse_idx
 
 __all__ = ["SUBSET_FOLDER", "MNISTUnavailableError", "balanced_subset", "load", "to_model_range"]
@@ -258,7 +259,7 @@ def _from_cache(cache: Path, name: str, download: bool) -> np.ndarray:
             except ValueError as error:
                 refused.append(str(error).replace(str(path), url))
                 continue
-            os.replace(path, cached)
+            patiently(os.replace, path, cached)
             return array
     if refused:
         raise ValueError(f"no mirror sent the original, nothing was cached: {'; '.join(refused + unreached)}")
