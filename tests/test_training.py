@@ -1,9 +1,12 @@
 """The training loop: the same run whatever interrupts it, and a run that learns what it is shown."""
 
 import contextlib
+import errno
 import math
+import os
 import re
 import signal
+import subprocess
 import sys
 import tracemalloc
 import warnings
@@ -26,11 +29,12 @@ from runs import (
     failing,
     lines,
     raising,
+    refused,
     weights_of,
 )
 
 import tinydiff as td
-from tinydiff import _data, _loop, _run, training
+from tinydiff import _data, _loop, _run, checkpoint, training
 from tinydiff.bound import step_term
 from tinydiff.checkpoint import load_arrays, save_arrays
 from tinydiff.importance import LossSecondMomentSampler
@@ -531,7 +535,24 @@ def test_a_run_begun_over_a_finished_one_is_not_taken_for_it(tmp_path):
     assert steps_saved(tmp_path) == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on directories")
+@pytest.fixture(params=["this system", "Windows"][: 1 if sys.platform == "win32" else 2])
+def locks(request, monkeypatch):
+    """On Windows a file in the directory is locked, which goes with the lock."""
+    if request.param == "Windows":
+        fcntl = pytest.importorskip("fcntl")
+
+        def locking(descriptor, mode, size):
+            assert (mode, size, os.lseek(descriptor, 0, os.SEEK_CUR) > 0) == ("at once", 1, True)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PermissionError(errno.EACCES, "Permission denied") from None
+
+        monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK="at once"))
+        monkeypatch.setattr(_run, "sys", SimpleNamespace(platform="win32"))
+
+
+@pytest.mark.usefixtures("locks")
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("at", [2, 7])  # before the first checkpoint, and after it
 def test_a_directory_in_which_another_training_runs_is_refused(tmp_path, tmp_path_factory, at, resume):
@@ -549,6 +570,60 @@ def test_a_directory_in_which_another_training_runs_is_refused(tmp_path, tmp_pat
     result = td.train(small_mlp(), DIFFUSION, data, **SETTINGS, run_dir=tmp_path)
     assert_array_equal(result.losses, whole_run(small_mlp, drawn, "drawn", tmp_path_factory)[1].losses)
     td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)  # now nobody does
+    assert sorted(contents(tmp_path)) == ["checkpoint.safetensors", "metrics.jsonl"]
+
+
+TRAINS_FOR_EVER = """
+import sys, time
+import numpy as np
+import tinydiff as td
+
+def data(n, rng):
+    if next(drawn) == 1:
+        print("here", flush=True)
+        time.sleep(600)
+    return np.zeros((n, 2), np.float32)
+
+drawn = iter(range(9))
+diffusion = td.GaussianDiffusion(td.linear_schedule(20))
+td.train(td.MLP(), diffusion, data, steps=9, batch_size=4, run_dir=sys.argv[1], progress=False)
+"""
+
+
+def test_another_process_keeps_its_directory_until_it_dies(tmp_path):
+    command = [sys.executable, "-c", TRAINS_FOR_EVER, tmp_path]
+    how = dict(cwd=Path(__file__).parents[1], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **how) as other:
+        try:
+            assert other.stdout.readline().strip() == b"here"
+            with pytest.raises(ValueError, match=r"belongs to a training that is still running: choose"):
+                td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)
+        finally:
+            other.kill()
+    td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path)
+    assert sorted(contents(tmp_path)) == ["checkpoint.safetensors", "metrics.jsonl"]
+
+
+def test_where_there_are_no_locks_it_trains_all_the_same(tmp_path, monkeypatch):
+    """As on some file systems, and in a browser."""
+    for error in (OSError(errno.EINVAL, "Invalid argument"), ImportError("no module named 'fcntl'")):
+        monkeypatch.setattr(_run, "_lock", raising(_run._lock, 0, error))
+        run = _run.Run(tmp_path, {}, {})
+        run.start(resume=False)
+        run.begin()
+        run.end()
+
+
+@pytest.mark.parametrize("others", [[], [".metrics.jsonl.17.tmp"]])
+def test_a_file_that_somebody_reads_gives_way_once_it_is_let_go(tmp_path, monkeypatch, others):
+    """As on Windows, where an open file cannot be deleted: a finished run's checkpoint, or half a file."""
+    td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
+    for name in others:
+        (tmp_path / name).write_bytes(b"half")
+    monkeypatch.setattr(checkpoint, "PATIENCE", 9.0)
+    monkeypatch.setattr(Path, "unlink", refused(Path.unlink, times=3))
+    td.train(small_mlp(), DIFFUSION, POINTS, **{**SETTINGS, "steps": 4}, run_dir=tmp_path)
+    assert steps_saved(tmp_path) == 4
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -572,7 +647,7 @@ def test_what_another_training_leaves_during_a_first_step_is_kept(tmp_path, resu
     assert contents(tmp_path) == left
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on directories")
+@pytest.mark.usefixtures("locks")
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     interrupt(tmp_path)
     halves = [tmp_path / f".{name}.17.tmp" for name in ("checkpoint.safetensors", "metrics.jsonl")]
@@ -591,7 +666,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
 def test_metrics_that_a_full_disk_refuses_are_named(tmp_path):
     run = _run.Run(tmp_path, {}, {})
     run.metrics = Path("/dev/full")
-    with pytest.raises(OSError, match="'/dev/full'"):
+    with pytest.raises(OSError, match=re.escape(repr(str(run.metrics)))):
         run.log(1, [1.0], 1.0, 0.1)
 
 

@@ -2,22 +2,32 @@
 
 A directory belongs to one run. The files of a finished run are replaced once the first step of a new one has
 succeeded; an unfinished run has to be continued, or deleted by hand. While a process trains there it holds a
-lock on the directory, which the system releases when the process ends.
+lock on the directory (on Windows, on a file there), which the system releases when the process ends.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from tinydiff.checkpoint import load_arrays, naming, remove_unfinished, replace_file, save_arrays
+from tinydiff.checkpoint import (
+    load_arrays,
+    naming,
+    patiently,
+    remove_unfinished,
+    replace_file,
+    save_arrays,
+)
 
 __all__ = ["Run", "Stateful", "load_states", "states_of"]
 
@@ -54,6 +64,8 @@ SIMPLE: dict[str, Any] = dict(
 # What a line of metrics holds, in this order, and how it begins.
 KEYS = ["step", "loss", "grad_norm", "lr", "seconds"]
 LINE = b'{"step": '
+
+LOCK = ".lock"  # the file that is locked on Windows, where a directory cannot be
 
 
 class Run:
@@ -141,7 +153,7 @@ class Run:
                 remove_unfinished(path)
         replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in self._before).encode())
         if not self._resumed:
-            self.checkpoint.unlink(missing_ok=True)
+            patiently(self.checkpoint.unlink, missing_ok=True)
         self._begun = True
 
     def end(self) -> None:
@@ -149,6 +161,9 @@ class Run:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+            if sys.platform == "win32":
+                with suppress(OSError):  # another, who asks for the lock, has it open
+                    (self.directory / LOCK).unlink()
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines of metrics there are; a crash may have left the last one incomplete."""
@@ -244,24 +259,41 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _locked(directory: Path) -> int | None:
-    """A descriptor of `directory` that no other has a lock on; ValueError if one has.
+    """A descriptor of `directory`, or of its `LOCK`, on which no other has a lock; ValueError if one has.
 
-    None where there are no such locks: on Windows, and on some file systems.
+    None where there are no such locks: in a browser, and on some file systems.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return None
     directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
+    if sys.platform == "win32":
+        descriptor = patiently(os.open, directory / LOCK, os.O_RDWR | os.O_CREAT)
+    else:
+        descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(
             f"{directory} belongs to a training that is still running: choose another directory, or wait."
         ) from None
-    except OSError:
+    except (ImportError, OSError):
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _lock(descriptor: int) -> None:
+    """Lock it as long as it is open; BlockingIOError if another has, OSError where there are no locks."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, 2**30, os.SEEK_SET)  # past the end: others cannot read what is locked
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise
+            raise BlockingIOError from None  # it says EACCES; under Wine, whatever was said before
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -260,8 +260,8 @@ def train(
         If an argument is out of range, or belongs to another loss; if `data` is not 8-bit and the decoder is;
         if the checkpoint in `run_dir` is damaged, or was made with other settings; or if it belongs to an
         unfinished run and `resume` is False (that of a finished run gives way); or if another training is
-        running in `run_dir`, which is known where directories can be locked (not on Windows), or has been
-        since this one looked there. Nothing on disk is changed then.
+        running in `run_dir`, which is known where the file system has locks, or has been since this one
+        looked there. Nothing on disk is changed then.
     FloatingPointError
         If the loss or the gradient's norm stops being finite. The model keeps the weights it had before that
         step, and the last checkpoint is kept. On a GPU it is noticed at the next line of metrics or
