@@ -197,7 +197,10 @@ def test_agreement_sees_each_kind_of_mistake():
 # Memory
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux's account of memory")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not Path("/proc/self/smaps_rollup").exists(),
+    reason="Linux's account of memory",
+)
 def test_memory_of_a_process_and_of_those_below_it():
     from _bench.memory import descendants, peak_mib, pss_mib, resident_mib
 
