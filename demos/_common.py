@@ -340,7 +340,7 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
 def _what_is_kept(out: Path) -> str:
     checkpoint = checkpoint_in(out)
     if not checkpoint.exists():
-        return "Interrupted before the first step was done: nothing is kept."
+        return "Interrupted before the first checkpoint: nothing is kept."
     return f"Interrupted: {checkpoint} is kept; the same command with --resume continues from it."
 
 

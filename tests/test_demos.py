@@ -536,7 +536,7 @@ def test_an_interrupted_run_keeps_a_checkpoint_from_which_resume_makes_the_same(
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tmp_path, capsys):
     said = interrupted(tmp_path, capsys, at=0)
-    assert len(said.err.splitlines()) == 1 and "nothing is kept" in said.err
+    assert len(said.err.splitlines()) == 1 and "before the first checkpoint: nothing is kept" in said.err
 
 
 # The comparison of schedules

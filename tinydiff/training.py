@@ -225,7 +225,8 @@ def train(
         Continue from the checkpoint in `run_dir`, which must be given, if there is one. With other settings
         train the trained model again, in another `run_dir`: Adam's moments and the average begin anew.
     checkpoint_every : int
-        Steps between checkpoints; the last step always leaves one, and so does Ctrl-C.
+        Steps between checkpoints; the last step always leaves one, and so does Ctrl-C, unless it comes while
+        a step moves the weights.
     log_every : int
         Steps between lines of metrics.
     workers : int, optional
