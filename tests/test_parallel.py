@@ -1,5 +1,6 @@
 """A batch shared among processes is the batch: the same output and gradients, and nothing left behind."""
 
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -549,6 +550,34 @@ def test_a_worker_that_died_is_reported_and_replaced():
             shared.predict(x, t)
             shared.predict(x, t)  # the pipe may have taken the first question
         assert_close(shared.predict(x, t), model.predict(x, t), "the prediction of its successor")
+
+
+def test_crews_that_begin_at_once_hear_of_the_death_of_their_own(monkeypatch):
+    """No worker holds an end of another crew's line: whoever waits for an answer would wait for ever."""
+    both, ends = threading.Barrier(2), parallel.Line.ends
+
+    def one_after_another():
+        made = ends()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.5)
+        return made
+
+    monkeypatch.setattr(parallel.Line, "ends", one_after_another)
+    with ThreadPoolExecutor(2) as threads:
+        crews = list(threads.map(lambda seed: DataParallel(unet(seed=seed), 2), range(2)))
+    for crew in crews:
+        process, line = crew._workers[0]
+        os.kill(process.pid, signal.SIGKILL)
+        assert line._arrived.poll(10_000)
+    for crew in crews:
+        crew.close()
+
+
+def test_a_crew_ends_by_itself_whatever_began_after_it():
+    with DataParallel(unet(), 2) as first, DataParallel(unet(), 2):
+        process = first._workers[0][0]
+        first.close()
+        assert process.exitcode == 0
 
 
 def test_a_worker_ends_at_sigterm_whatever_the_process_that_leads_does_at_it(request):

@@ -51,6 +51,25 @@ __all__ = ["DataParallel", "WorkerError", "shared_out"]
 # send it, and to make its calls a second time, takes as long. A U-Net's weight meets many pixels of a sample.
 LEAST_WORK: dict[type, int] = {UNet: 2**17, MLP: 2**23}
 
+FORK_WARNINGS = (
+    (r"os\.fork\(\) was called", RuntimeWarning),
+    (r"This process .* is multi-threaded", DeprecationWarning),
+)
+
+# The ends of lines that this process holds, of all crews: a worker inherits them, and would keep them open.
+# Crews begin and end one at a time: a worker that has another's end, unseen, hides its death from the leader.
+_held: weakref.WeakSet[Line] = weakref.WeakSet()
+_changing = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _changing
+    _changing = threading.RLock()  # another thread of the parent may have had it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 
 class WorkerError(RuntimeError):
     """A process that shares the work has failed, or ended, or there can be none."""
@@ -255,22 +274,26 @@ class DataParallel(Module):
         # Imported before the fork, which would wait for ever for what another thread is importing.
         kernels_for(np.empty(0))
         context = multiprocessing.get_context("fork")
-        lines = [Line.ends() for _ in self._grads]
-        for grads, (ours, theirs) in zip(self._grads, lines, strict=True):
-            others = [end for pair in lines for end in pair if end is not theirs]
-            arguments = (theirs, others, self._model, self._parameters, grads)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            with warnings.catch_warnings():  # JAX's and Python's: the fork asks nothing of other threads
-                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-                warnings.filterwarnings("ignore", r"This process .* is multi-threaded", DeprecationWarning)
-                process.start()
-            self._workers.append((process, ours))
-        for _, theirs in lines:
-            theirs.close()
+        with _changing:
+            lines = [Line.ends() for _ in self._grads]
+            _held.update(ours for ours, _ in lines)
+            for grads, (ours, theirs) in zip(self._grads, lines, strict=True):
+                others = [*_held, *(end for _, end in lines if end is not theirs)]
+                arguments = (theirs, others, self._model, self._parameters, grads)
+                process = context.Process(target=_serve, args=arguments, daemon=True)
+                with warnings.catch_warnings():  # JAX's and Python's: the fork asks nothing of other threads
+                    for said, kind in FORK_WARNINGS:
+                        warnings.filterwarnings("ignore", said, kind)
+                    process.start()
+                self._workers.append((process, ours))
+            for _, theirs in lines:
+                theirs.close()
 
     def _end(self) -> None:
         for process, line in self._workers:
-            line.close()  # the worker's next receive ends it
+            with _changing:
+                _held.discard(line)
+                line.close()  # the worker's next receive ends it
             process.join(timeout=0.5)
             if process.is_alive():
                 process.kill()
