@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import tinydiff as td
 from tinydiff import kernels, parallel
 from tinydiff.kernels import _threads, kernels_for
+from tinydiff.nn.module import inference
 from tinydiff.parallel import DataParallel, WorkerError, shared_out
 
 pytestmark = pytest.mark.skipif(not parallel._can_fork(), reason="needs a system that forks")
@@ -571,6 +572,19 @@ def test_crews_that_begin_at_once_hear_of_the_death_of_their_own(monkeypatch):
         assert line._arrived.poll(10_000)
     for crew in crews:
         crew.close()
+
+
+def test_a_crew_that_began_within_inference_keeps_derivatives_after_it():
+    model = unet()
+    x, t = batch(4, np.random.default_rng(0))
+    model(x, t)[1](x)
+    expected = gradients(model)
+    model.zero_grad()
+    with inference():
+        shared = DataParallel(model, 2)
+    with shared:
+        shared(x, t)[1](x)
+    assert_gradients(model, expected)
 
 
 def test_a_crew_ends_by_itself_whatever_began_after_it():

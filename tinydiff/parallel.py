@@ -42,7 +42,7 @@ from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import alone, kernels_for, threads_in_reach
 from tinydiff.models import MLP, UNet
 from tinydiff.models._checks import answer_of, check_model
-from tinydiff.nn.module import Module, Parameter, derivative_of, keeping, once
+from tinydiff.nn.module import Module, Parameter, _keeping, derivative_of, keeping, once
 
 __all__ = ["DataParallel", "WorkerError", "shared_out"]
 
@@ -322,6 +322,7 @@ def _serve(
     for other in others:
         other.close()
     kept: dict[int, Any] = {}
+    _keeping.set(True)  # whatever the thread was within that forked it
     model.zero_grad()
     with alone():
         while True:
