@@ -895,6 +895,18 @@ def test_openblas_is_found_beside_numpy_where_its_module_does_not_lead_there(mon
         assert get() == before == _threads._blas[0]()
 
 
+def test_threads_of_a_program_go_side_by_side_where_each_kernel_has_one(monkeypatch):
+    """They wait for each other where kernels share work out, and only there."""
+    monkeypatch.setattr(_threads, "threads_in_reach", lambda: 1)
+    met = threading.Barrier(2, timeout=20)
+    calls = [threading.Thread(target=in_parallel, args=(lambda start, stop: met.wait(), 4)) for _ in "ab"]
+    for thread in calls:
+        thread.start()
+    for thread in calls:
+        thread.join()
+    assert not met.broken
+
+
 @pytest.mark.skipif(not _threads._blas, reason="needs a BLAS whose threads can be counted")
 @for_each_twin_on_the_cpu
 def test_a_layer_wakes_a_thread_where_it_has_work_for_one(twin, monkeypatch):

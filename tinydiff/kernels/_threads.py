@@ -176,19 +176,18 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
     if not parallel:
         with blas_on_one_thread():
             return [work(0, n)]
-    with _one_region:
-        shares = min(threads_in_reach(), MAX_THREADS, n)
-        if shares < 2:
-            return [work(0, n)]
-        edges = [n * i // shares for i in range(shares + 1)]
-        with blas_on_one_thread():
-            others = [_begin(work, *edges[i : i + 2]) for i in range(1, shares)]
-            try:
-                first = work(*edges[:2])
-            finally:  # nobody may still be writing when an error leaves this function
-                for other in others:
-                    other.exception()
-            return [first] + [other.result() for other in others]
+    shares = min(threads_in_reach(), MAX_THREADS, n)
+    if shares < 2:  # a program's own threads go side by side, then
+        return [work(0, n)]
+    edges = [n * i // shares for i in range(shares + 1)]
+    with _one_region, blas_on_one_thread():
+        others = [_begin(work, *edges[i : i + 2]) for i in range(1, shares)]
+        try:
+            first = work(*edges[:2])
+        finally:  # nobody may still be writing when an error leaves this function
+            for other in others:
+                other.exception()
+        return [first] + [other.result() for other in others]
 
 
 def chunks(start: int, stop: int, bytes_each: int, most: int) -> list[slice]:
