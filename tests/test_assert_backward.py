@@ -407,9 +407,11 @@ def test_a_sum_that_is_constant():
     def layer(x):
         e = np.exp(x)
         p = e / np.sum(e, axis=-1, keepdims=True)
-        return np.sum(
-            p, axis=-1
-        ), lambda dy: p * (dy[:, None] - np.sum(dy[:, None] * p, axis=-1, keepdims=True))
+
+        def backward(dy):
+            return p * (dy[:, None] - np.sum(dy[:, None] * p, axis=-1, keepdims=True))
+
+        return np.sum(p, axis=-1), backward
 
     for seed in range(5):
         testing.assert_backward(layer, X, seed=seed)

@@ -51,11 +51,6 @@ __all__ = ["DataParallel", "WorkerError", "shared_out"]
 # send it, and to make its calls a second time, takes as long. A U-Net's weight meets many pixels of a sample.
 LEAST_WORK: dict[type, int] = {UNet: 2**17, MLP: 2**23}
 
-FORK_WARNINGS = (
-    (r"os\.fork\(\) was called", RuntimeWarning),
-    (r"This process .* is multi-threaded", DeprecationWarning),
-)
-
 # The ends of lines that this process holds, of all crews: a worker inherits them, and would keep them open.
 # Crews begin and end one at a time: a worker that has another's end, unseen, hides its death from the leader.
 _held: weakref.WeakSet[Line] = weakref.WeakSet()
@@ -274,17 +269,16 @@ class DataParallel(Module):
         # Imported before the fork, which would wait for ever for what another thread is importing.
         kernels_for(np.empty(0))
         context = multiprocessing.get_context("fork")
-        with _changing:
+        with _changing, warnings.catch_warnings():  # JAX's and Python's: a fork asks nothing of other threads
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            warnings.filterwarnings("ignore", r"This process .* is multi-threaded", DeprecationWarning)
             lines = [Line.ends() for _ in self._grads]
             _held.update(ours for ours, _ in lines)
             for grads, (ours, theirs) in zip(self._grads, lines, strict=True):
                 others = [*_held, *(end for _, end in lines if end is not theirs)]
                 arguments = (theirs, others, self._model, self._parameters, grads)
                 process = context.Process(target=_serve, args=arguments, daemon=True)
-                with warnings.catch_warnings():  # JAX's and Python's: the fork asks nothing of other threads
-                    for said, kind in FORK_WARNINGS:
-                        warnings.filterwarnings("ignore", said, kind)
-                    process.start()
+                process.start()
                 self._workers.append((process, ours))
             for _, theirs in lines:
                 theirs.close()
