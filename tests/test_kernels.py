@@ -458,23 +458,30 @@ def test_linear_and_silu(twin, lead, c, d, dtype, seed):
     length=st.integers(1, 12),
     d=st.integers(1, 9),
     size=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
-    power=st.sampled_from([(np.exp, 1.0), (np.exp2, math.log2(math.e))]),
+    power=st.sampled_from([_exponential.Power(np.exp, 1.0), _exponential.Power(np.exp2, math.log2(math.e))]),
     narrow=st.sampled_from([4, 64]),
+    likely=st.sampled_from([0.0, 100.0, math.inf]),
     dtype=dtypes,
     seed=seeds,
 )
-def test_attention(twin, n, heads, length, d, size, power, narrow, dtype, seed):
+def test_attention(twin, n, heads, length, d, size, power, narrow, likely, dtype, seed):
     """docs: A.23.  At size 30 whole rows of exp vanish under the bound, and the maximum must take its place.
 
     A score is rounded relative to the bound on it, and p by as much as its score is off. Which exponential is
-    faster is the processor's affair; either must do.
+    faster is the processor's affair; each must do, and whether the maximum is taken at once or when it turns
+    out to be needed.
     """
     with pytest.MonkeyPatch.context() as patch:
         if twin == "cupy":  # both ways
             space("cupy")
             patch.setattr("tinydiff.kernels._cupy_attention.WIDEST", 4 if narrow == 4 else 32)
-        patch.setattr(_exponential, "power", power[0])
-        patch.setattr(_exponential, "LOG_E", power[1])
+        patch.setattr(_exponential, "POWER", power)
+        if twin == "numba":
+            compiled = "tinydiff.kernels._numba_attention"
+            if power.log_e == 1:
+                power = power._replace(of=importlib.import_module(compiled).compiled_exp)
+            patch.setattr(f"{compiled}.POWER", power)
+        patch.setattr(_attention, "LIKELY", likely)
         patch.setattr(_attention, "NARROW", narrow)
         check_attention(twin, n, heads, length, d, size, dtype, seed)
 
@@ -1043,30 +1050,20 @@ def test_numba_is_not_imported_unasked():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_exp_and_sigmoid_of_vectors(dtype):
     """exp to 1 unit in the last place and over all its range, and the sigmoid made of it.  docs: A.25"""
-    import numba
-
-    from tinydiff.kernels._numba_exp import exp
-    from tinydiff.kernels._numba_jit import OPTIONS
-    from tinydiff.kernels._numba_lanes import LANES, load, store
-
-    @numba.njit(**OPTIONS)
-    def exp_of(x, y):
-        for i in range(0, x.size, LANES):
-            store(y, i, exp(load(x, i)))
+    from tinydiff.kernels._numba_attention import compiled_exp
 
     low = float(np.log(np.finfo(dtype).tiny))
     x = np.concatenate([np.linspace(low, 0, 100_000), -np.logspace(-30, 0, 100_000)]).astype(dtype)
     y = np.empty_like(x)
-    exp_of(x, y)
+    compiled_exp(x, y)
     exact = np.exp(x.astype(np.longdouble))
     error = np.abs(y - exact) / (np.finfo(dtype).eps * exact)
     # Apple's ARM and Windows have no longer numbers than float64: there `exact` is rounded itself.
     rounded = 0.5 if np.finfo(np.longdouble).eps == np.finfo(dtype).eps else 0
     assert error[y >= np.finfo(dtype).tiny].max() < 1 + rounded
-    edges = np.array([-np.inf, -800, 800, np.inf, np.nan, 0] * LANES, dtype)
-    y = np.empty_like(edges)
-    exp_of(edges, y)
-    np.testing.assert_array_equal(y, [0, 0, np.inf, np.inf, np.nan, 1] * LANES)
+    edges = np.array([-np.inf, -800, 800, np.inf, np.nan, 0] * 9, dtype)  # more than whole vectors
+    compiled_exp(edges, edges)
+    np.testing.assert_array_equal(edges, [0, 0, np.inf, np.inf, np.nan, 1] * 9)
     _, s = module("numba").silu(np.concatenate([x, -x]))
     exact = 1 / (1 + np.concatenate([1 / exact, exact]))
     assert (np.abs(s - exact) / (np.finfo(dtype).eps * exact)).max() < 3

@@ -15,24 +15,28 @@ key by query, because BLAS is up to twice as fast with factors that lie so (docs
     o = v e / l      dv = e g.T      ds = e * (v.T g - D)      dq = k ds      dk = ds q.T
 
 The shift must be known before the scores are. It need not be their maximum: |q| times the largest |k| is at
-least that. Where it is so much more that a column of e vanishes, the maximum itself is taken.
+least that. Where it is so much more that a column of e vanishes, or may well be, the maximum itself is taken.
 
 Two limits, in float32. Of scores beyond 1e8 the rounding alone is more than exp can take, and NaN may come
 out where the definition picks the largest. And l may be as small as 1e-31, so that do / l overflows, and is
 NaN, if the product of |do| and |v| is beyond 1e6.
 
 Where exp2 is faster than exp (``_exponential.py``) exp(s) = 2^(s log2 e): a factor that q gets on the way.
+The Numba twin has a faster exp where vectors have 256 bits (``_numba_attention.py``).
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
 from tinydiff.kernels import _exponential
+from tinydiff.kernels._exponential import Power
 from tinydiff.kernels._memory import empty
 from tinydiff.kernels._threads import chunks, in_parallel, scratch
 
-__all__ = ["attention", "attention_backward"]
+__all__ = ["Saved", "attention", "attention_backward"]
 
 # Bytes of a block of scores, of a few heads; in the backward two blocks are in use at a time.
 BLOCK_BYTES = 2**19
@@ -44,7 +48,10 @@ PARALLEL_SIZE = 2**16
 # since to transpose them costs more, the wider they are.
 NARROW = 64
 
-Saved = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]
+# Under such a bound a column is likely to vanish: the maximum is taken at once, and exp once, not twice.
+LIKELY = 100.0
+
+Saved: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, Power]
 
 
 def _columns(a: np.ndarray) -> np.ndarray:
@@ -64,33 +71,41 @@ def _lengths(columns: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum(columns * columns, axis=1))
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tuple[np.ndarray, Saved]:
-    """As ``portable.attention``; what it saves is for ``attention_backward`` of this module.  (docs: A.23)"""
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, power: Power | None = None
+) -> tuple[np.ndarray, Saved]:
+    """As ``portable.attention``; what it saves is for ``attention_backward`` of this module.  (docs: A.23)
+
+    `power` takes the exponentials; None: NumPy's faster one.
+    """
     n, heads, length, d = q.shape
+    power = _exponential.POWER if power is None else power
     q1, k1, v1 = _columns(q), _columns(k), _columns(v)
-    q1[:, :d] *= scale * _exponential.LOG_E
+    q1[:, :d] *= scale * power.log_e
     q1[:, d] = -_lengths(q1[:, :d]) * _lengths(k1[:, :d]).max(axis=1, keepdims=True)
     o1 = empty((n * heads, d + 1, length), v.dtype)
     least = np.finfo(q.dtype).tiny / np.finfo(q.dtype).eps
+    far = q1[:, d].min(axis=1) < -LIKELY * power.log_e
 
     def work(start: int, stop: int) -> None:
         for block in chunks(start, stop, length * length * q.itemsize, BLOCK_BYTES):
             e = scratch("scores", (block.stop - block.start, length, length), q.dtype)
-            kt = k1[block].mT
-            np.matmul(kt, q1[block], out=e)
-            _exponential.power(e, out=e)
-            np.matmul(v1[block], e, out=o1[block])
-            if not o1[block, d].min() > least:  # a column of e has vanished, or is not a number
+            kt, vanishes = k1[block].mT, bool(far[block].any())
+            while True:
                 np.matmul(kt, q1[block], out=e)
-                q1[block, d] -= e.max(axis=1)
-                np.matmul(kt, q1[block], out=e)  # as the backward will have it, to the bit
-                _exponential.power(e, out=e)
+                if vanishes:
+                    q1[block, d] -= e.max(axis=1)
+                    np.matmul(kt, q1[block], out=e)  # as the backward will have it, to the bit
+                power.of(e, out=e)
                 np.matmul(v1[block], e, out=o1[block])
+                if vanishes or o1[block, d].min() > least:
+                    break
+                vanishes = True  # a column of e has, or is not a number
 
     in_parallel(work, n * heads, n * heads * length**2 >= PARALLEL_SIZE)
     total = o1[:, d:]
     o = o1[:, :d] / total
-    return _heads(o, q.shape), (q1, k1, v1, o, total, scale)
+    return _heads(o, q.shape), (q1, k1, v1, o, total, scale, power)
 
 
 def _heads(columns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -101,7 +116,7 @@ def _heads(columns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def attention_backward(saved: Saved, do: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``portable.attention_backward``."""
-    q1, k1, v1, o, total, scale = saved
+    q1, k1, v1, o, total, scale, power = saved
     count, d, length = o.shape
     g1 = _columns(do)
     g1[:, :d] /= total
@@ -115,7 +130,7 @@ def attention_backward(saved: Saved, do: np.ndarray) -> tuple[np.ndarray, np.nda
             e, ds = scratch("scores", shape, do.dtype), scratch("dscores", shape, do.dtype)
             q_rows, g_rows = (np.ascontiguousarray(a[block, :d].mT) for a in (q1, g1))
             np.matmul(k1[block].mT, q1[block], out=e)
-            _exponential.power(e, out=e)
+            power.of(e, out=e)
             np.matmul(e, g_rows, out=dv[block])
             np.matmul(v1[block].mT, g1[block], out=ds)
             ds *= e
@@ -124,5 +139,5 @@ def attention_backward(saved: Saved, do: np.ndarray) -> tuple[np.ndarray, np.nda
 
     in_parallel(work, count, count * length**2 >= PARALLEL_SIZE)
     dq *= scale
-    dk *= 1.0 / _exponential.LOG_E  # q1 has the scale, and this factor
+    dk *= 1.0 / power.log_e  # q1 has the scale, and this factor
     return _heads(dq, do.shape), dk.reshape(do.shape), dv.reshape(do.shape)

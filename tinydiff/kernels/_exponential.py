@@ -17,11 +17,19 @@ NumPy says what it uses, so the choice is made once, on import, and is the same 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LOG_E", "one_plus_tanh", "power"]
+__all__ = ["POWER", "Power", "one_plus_tanh"]
+
+
+class Power(NamedTuple):
+    """A power function, and the logarithm of e to its base: exp(x) is of(log_e x)."""
+
+    of: Callable[..., Any]  # of(x, out=...), as NumPy's functions
+    log_e: float
 
 
 def _vectors(function: str) -> str:
@@ -32,11 +40,10 @@ def _vectors(function: str) -> str:
         return ""
 
 
-def _choose_power(of_exp2: str) -> tuple[Any, float]:
-    """A power function, and the logarithm of e to its base."""
+def _choose_power(of_exp2: str) -> Power:
     if of_exp2.startswith(("X86_V4", "AVX512")):
-        return np.exp2, math.log2(math.e)
-    return np.exp, 1.0
+        return Power(np.exp2, math.log2(math.e))
+    return Power(np.exp, 1.0)
 
 
 def _by_tanh(u: np.ndarray, out: np.ndarray) -> None:
@@ -58,8 +65,7 @@ def _choose_tanh(of_exp: str) -> Any:
     return _by_exp if of_exp.startswith(("X86_V3", "AVX2", "FMA3")) else _by_tanh
 
 
-# exp(x) is power(x * LOG_E), or rather, LOG_E goes into a factor of x.
-power, LOG_E = _choose_power(_vectors("exp2"))
+POWER = _choose_power(_vectors("exp2"))
 
 # one_plus_tanh(u, out) writes 1 + tanh(u) to `out`.
 one_plus_tanh = _choose_tanh(_vectors("exp"))

@@ -3,9 +3,9 @@
 Optional, and chosen by ``TINYDIFF_KERNELS=numba`` or ``kernels.use("numba")``. What NumPy does well it goes
 on doing: matrix products, and convolutions that are little else. Compiled is what NumPy can only do as many
 passes over memory: the transforms of Winograd's convolution (``_numba_winograd.py``), normalisation with
-SiLU (``_numba_norm.py``), SiLU alone (``_numba_silu.py``) and the optimiser's step (``_numba_optim.py``).
-They are written with vectors as values (``_numba_lanes.py``), of which ``_numba_exp.py`` takes the
-exponential.
+SiLU (``_numba_norm.py``), SiLU alone (``_numba_silu.py``), attention's exponential (``_numba_attention.py``)
+and the optimiser's step (``_numba_optim.py``). They are written with vectors as values
+(``_numba_lanes.py``), of which ``_numba_exp.py`` takes the exponential.
 
 Arrays that are neither all float32 nor all float64 go to the NumPy twin, as does what gains nothing here.
 The results equal the NumPy twin's up to rounding, not in their bits (docs: A.3, A.24).
@@ -18,9 +18,10 @@ import math
 import numpy as np
 
 from tinydiff.kernels import numpy as numpy_twin
-from tinydiff.kernels._attention import attention, attention_backward
+from tinydiff.kernels._attention import attention_backward
 from tinydiff.kernels._linear import linear, linear_backward, sum_pixels, taps_and_bias, worth_sharing
 from tinydiff.kernels._memory import empty
+from tinydiff.kernels._numba_attention import attention
 from tinydiff.kernels._numba_jit import fits
 from tinydiff.kernels._numba_norm import (
     group_norm,
