@@ -348,6 +348,33 @@ def test_an_error_leaves_blas_as_it_was():
         assert _threads._blas[0]() == before == _threads.threads_in_reach()
 
 
+def test_ctrl_c_while_blas_is_taken_leaves_it_as_it_was(monkeypatch):
+    number = 4
+
+    def put(n):
+        nonlocal number
+        number = n
+        if n == 1:
+            raise KeyboardInterrupt  # which Python raises where a call returns
+
+    monkeypatch.setattr(_threads, "_blas", (lambda: number, put))
+    for held in (_threads.blas_on_one_thread, _threads.alone):
+        with pytest.raises(KeyboardInterrupt), held():
+            pass
+        assert number == 4 == _threads.threads_in_reach()
+
+
+def test_kernels_within_a_loop_leave_blas_to_it():
+    """Each would be a moment in which Ctrl-C leaves BLAS on one thread as long as the traceback is kept."""
+    if _threads._blas is None:
+        pytest.skip("NumPy's BLAS cannot be asked")
+    before = _threads._holders
+    with kernels.many_steps():
+        for parallel in (False, True):
+            seen = _threads.in_parallel(lambda start, stop: _threads._holders, 4, parallel)
+            assert set(seen) == {before + 1}
+
+
 def test_a_thread_goes_on_where_the_program_has_come_to_its_end():
     """From there on it has no threads to share work out to, and computes the same by itself."""
     program = """

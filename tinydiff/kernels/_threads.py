@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,15 @@ PARALLEL_SIZE = 2**16
 # More threads than this find too few images each, and queue for Python's lock.
 MAX_THREADS = 8
 
-_local = threading.local()
+
+class _Local(threading.local):
+    """What is true of a thread."""
+
+    alone = False
+    holds = 0  # of BLAS to one thread, by `blas_on_one_thread`
+
+
+_local = _Local()
 _scratch = threading.local()
 _one_region = threading.Lock()
 _executor: ThreadPoolExecutor | None = None
@@ -99,26 +107,31 @@ def blas_on_one_thread() -> Iterator[None]:
     if _blas is None:
         yield
         return
-    with _holding:
-        if not _holders:
-            _before_hold = _blas[0]()
-            _blas[1](1)
-        _holders += 1
-    try:
+    held = 0
+    try:  # Ctrl-C comes where something is called: never between the count and what is noted of it
+        with _holding:
+            if not _holders:
+                _before_hold = _blas[0]()
+            _holders += 1
+            _local.holds += 1
+            held = 1
+            if _holders == 1:
+                _blas[1](1)
         yield
     finally:
         with _holding:
-            _holders -= 1
-            if not _holders:
+            _holders -= held
+            _local.holds -= held
+            if held and not _holders:
                 _blas[1](_before_hold)
 
 
 @contextmanager
 def alone() -> Iterator[None]:
     """Within it this thread's kernels do not share work out: other processes are on the other cores."""
-    before = getattr(_local, "alone", False)
-    _local.alone = True
+    before = _local.alone
     try:
+        _local.alone = True
         with blas_on_one_thread():
             yield
     finally:
@@ -127,7 +140,7 @@ def alone() -> Iterator[None]:
 
 def threads_in_reach() -> int:
     """How many threads BLAS would use; 1 where it is not known how to ask it."""
-    if _blas is None or getattr(_local, "alone", False):
+    if _blas is None or _local.alone:
         return 1
     with _holding:
         return _before_hold if _holders else _blas[0]()
@@ -173,14 +186,16 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
     """
     if n < 2 or _blas is None:
         return [work(0, n)]
+    # Within a loop that holds it already there is nothing to do, and nothing for Ctrl-C to leave half done.
+    held = nullcontext() if _local.holds > 0 else blas_on_one_thread()
     if not parallel:
-        with blas_on_one_thread():
+        with held:
             return [work(0, n)]
     shares = min(threads_in_reach(), MAX_THREADS, n)
     if shares < 2:  # a program's own threads go side by side, then
         return [work(0, n)]
     edges = [n * i // shares for i in range(shares + 1)]
-    with _one_region, blas_on_one_thread():
+    with _one_region, held:
         others = [_begin(work, *edges[i : i + 2]) for i in range(1, shares)]
         try:
             first = work(*edges[:2])
