@@ -26,7 +26,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import binom
 
 from tinydiff import nn
-from tinydiff.nn import init
+from tinydiff.nn import init, module
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -327,6 +327,27 @@ def test_inference_within_inference_ends_with_the_outer():
     with pytest.raises(RuntimeError, match="inference"):
         backward(dy)
     layer(x)[1](dy)
+
+
+def test_ctrl_c_in_a_prediction_leaves_derivatives_kept(monkeypatch):
+    """It may come as soon as they are no longer kept; no later step of the session could differentiate."""
+    keeping = module._keeping
+
+    class Interrupted:
+        get, reset = keeping.get, keeping.reset
+
+        def set(self, keep):
+            keeping.set(keep)
+            if not keep:
+                raise KeyboardInterrupt  # which Python raises where a call returns
+
+    monkeypatch.setattr(module, "_keeping", Interrupted())
+    layer, x = nn.Linear(2, 3, np.random.default_rng(0)), np.ones((4, 2), np.float32)
+    with pytest.raises(KeyboardInterrupt):
+        layer.predict(x)
+    with pytest.raises(KeyboardInterrupt), nn.inference():
+        pass
+    layer(x)[1](np.ones((4, 3), np.float32))
 
 
 def test_a_layer_that_changes_its_dtype_leaves_its_gradient_behind():

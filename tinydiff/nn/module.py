@@ -184,8 +184,12 @@ class Module:
 
     def predict(self, *inputs: Array) -> Array:
         """Return what a call with these inputs returns first, its output; nothing is kept for a backward."""
-        with inference():
+        before = _keeping.get()
+        try:  # not `with inference()`: Ctrl-C may come between its end and that of the with statement
+            _keeping.set(False)
             return self(*inputs)[0]  # type: ignore[operator]
+        finally:
+            _keeping.set(before)
 
 
 def _walk(name: str, value: Any) -> Iterator[tuple[str, Parameter]]:
@@ -246,11 +250,12 @@ def inference() -> Iterator[None]:
 
     For the ``predict`` of a model. A context variable, so that one thread may predict while another trains.
     """
-    token = _keeping.set(False)
+    before = _keeping.get()
     try:
+        _keeping.set(False)
         yield
     finally:
-        _keeping.reset(token)
+        _keeping.set(before)
 
 
 def keeping() -> bool:
