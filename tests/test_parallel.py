@@ -621,6 +621,43 @@ def test_a_crew_ends_by_itself_whatever_began_after_it():
         assert process.exitcode == 0
 
 
+def test_a_fork_of_the_program_has_a_crew_and_weights_of_its_own():
+    """As a web server forks that loaded the model before: their answers would be one another's."""
+    model = unet()
+    rng = np.random.default_rng(0)
+    (mine, t), (other, _) = batch(4, rng), batch(4, rng)
+    y, expected = model.predict(mine, t), model.predict(other, t)
+    context = multiprocessing.get_context("fork")
+    answer, answers = context.Pipe(False)
+    with DataParallel(model, 2) as shared:
+
+        def forked():
+            said = [shared.predict(other, t) for _ in range(20)]
+            for parameter in model.named_parameters().values():
+                parameter.value *= 0  # the program that forked keeps its own
+            said.append(shared.predict(other, t))
+            answers.send(said)
+            time.sleep(60)
+
+        child = context.Process(target=forked)
+        child.start()
+        try:
+            for _ in range(20):
+                assert_close(shared.predict(mine, t), y, "the prediction")
+            assert answer.poll(30), "the fork is still at it"
+            *said, zeros = answer.recv()
+            for prediction in said:
+                assert_close(prediction, expected, "the fork's prediction")
+            assert not zeros.any(), "the fork's own workers see its weights"
+            assert_close(shared.predict(mine, t), y, "the prediction")
+            worker = shared._workers[0][0]
+            shared.close()
+            assert worker.exitcode == 0, "the worker did not hear of the end: the fork held its line open"
+        finally:
+            child.kill()
+            child.join()
+
+
 def test_a_worker_ends_at_sigterm_whatever_the_process_that_leads_does_at_it(request):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))

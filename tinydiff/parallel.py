@@ -51,15 +51,32 @@ __all__ = ["DataParallel", "WorkerError", "shared_out"]
 # send it, and to make its calls a second time, takes as long. A U-Net's weight meets many pixels of a sample.
 LEAST_WORK: dict[type, int] = {UNet: 2**17, MLP: 2**23}
 
-# The ends of lines that this process holds, of all crews: a worker inherits them, and would keep them open.
-# Crews begin and end one at a time: a worker that has another's end, unseen, hides its death from the leader.
+# The crews of this process, and the ends of lines that it holds, of all of them: whatever is forked inherits
+# them, and would keep them open. Crews begin and end one at a time: a worker that has another's end, unseen,
+# hides its death from the leader.
+_crews: weakref.WeakSet[DataParallel] = weakref.WeakSet()
 _held: weakref.WeakSet[Line] = weakref.WeakSet()
 _changing = threading.RLock()
+
+
+class _Forking(threading.local):
+    """What a thread is forking."""
+
+    workers = False  # those of a crew, not a process of the program's own
+
+
+_forking = _Forking()
 
 
 def _after_fork() -> None:
     global _changing
     _changing = threading.RLock()  # another thread of the parent may have had it
+    for line in list(_held):
+        line.close()
+    _held.clear()
+    if not _forking.workers:
+        for crew in list(_crews):
+            crew._inherited()
 
 
 if hasattr(os, "register_at_fork"):
@@ -99,6 +116,7 @@ class DataParallel(Module):
     products are cut elsewhere and round differently; and each process draws dropout masks of its own. What a
     model of your own computes may depend on its inputs and parameters only: another attribute that changes
     stays in the processes what it was when they began. Threads that use it at once take turns.
+    A program's own fork has the weights as they were, in memory of its own, and begins processes of its own.
 
     Examples
     --------
@@ -121,6 +139,7 @@ class DataParallel(Module):
         self._make_room()
         self._share_values()
         self._fork()
+        _crews.add(self)
 
     def __enter__(self) -> DataParallel:
         return self
@@ -216,14 +235,15 @@ class DataParallel(Module):
         """Memory for weights and gradients that the workers see, which are to be forked after it."""
         if not all(is_numpy_array(p.value) for p in self._parameters):
             raise ValueError("model has weights that are not NumPy arrays; only those can be shared.")
-        self._values = _in_shared_memory(self._parameters)
+        self._values: list[Any] = _in_shared_memory(self._parameters)
         self._grads = [_in_shared_memory(self._parameters) for _ in range(self._count - 1)]
 
     def _share_values(self) -> None:
         """Put the weights where the workers see them; they may have been replaced since."""
         new = [(p, v) for p, v in zip(self._parameters, self._values, strict=True) if p.value is not v]
         if not all(
-            is_numpy_array(p.value) and (p.shape, p.value.dtype) == (v.shape, v.dtype) for p, v in new
+            v is not None and is_numpy_array(p.value) and (p.shape, p.value.dtype) == (v.shape, v.dtype)
+            for p, v in new
         ):
             self._make_room()
             self._end()  # `_ask` forks anew
@@ -231,6 +251,15 @@ class DataParallel(Module):
         for parameter, value in new:
             value[...] = parameter.value
             parameter.value = value
+
+    def _inherited(self) -> None:
+        """In a fork that is none of its workers: they, and the weights' memory, are the other process'."""
+        self._lock = threading.RLock()
+        self._workers, self._unanswered = [], False
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            if parameter.value is value:
+                parameter.value = value.copy()
+        self._values = [None] * len(self._parameters)  # `_share_values` makes room, `_ask` forks
 
     def _ask(self, messages: list[tuple[Any, ...]], own: Callable[[], Any]) -> tuple[Any, list[Any]]:
         """Give the workers their shares, compute this process's own, and collect the answers."""
@@ -275,10 +304,14 @@ class DataParallel(Module):
             lines = [Line.ends() for _ in self._grads]
             _held.update(ours for ours, _ in lines)
             for grads, (ours, theirs) in zip(self._grads, lines, strict=True):
-                others = [*_held, *(end for _, end in lines if end is not theirs)]
+                others = [end for _, end in lines if end is not theirs]
                 arguments = (theirs, others, self._model, self._parameters, grads)
                 process = context.Process(target=_serve, args=arguments, daemon=True)
-                process.start()
+                try:
+                    _forking.workers = True
+                    process.start()
+                finally:
+                    _forking.workers = False
                 self._workers.append((process, ours))
             for _, theirs in lines:
                 theirs.close()
@@ -312,6 +345,7 @@ def _serve(
     """A worker: answer what comes through the line until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends this one, whatever the leader does on it
+    _forking.workers = False  # a fork of this one may be anything
     gc.freeze()  # what was there before the fork belongs to the other process
     for other in others:
         other.close()
