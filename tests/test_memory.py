@@ -326,6 +326,21 @@ def test_a_limit_on_any_group_around_this_process_counts(tmp_path, limited):
     assert memory.available_memory(tmp_path) == 750000
 
 
+@pytest.mark.parametrize("limited", ["docker/1", "docker", "."])
+@pytest.mark.parametrize("seen", [True, False])  # a container does not see the groups that its paths name
+def test_a_limit_on_a_group_of_version_1_counts(tmp_path, limited, seen):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:    2048 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,memory:/docker/1\n1:name=systemd:/a:b\n0::/\n")
+    for group in ("docker/1", "docker", ".") if seen else ".":
+        folder = tmp_path / "sys/fs/cgroup/memory" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        limit = "1000000\n" if group == limited or not seen else "9223372036854771712\n"
+        (folder / "memory.limit_in_bytes").write_text(limit)
+        (folder / "memory.usage_in_bytes").write_text("250000\n")
+    assert memory.available_memory(tmp_path) == 750000
+
+
 def test_available_memory_here():
     free = memory.available_memory()
     assert free is None or free >= 0

@@ -35,6 +35,8 @@ REFUSED = (
     "CUBLAS_STATUS_NOT_INITIALIZED",  # by cublasCreate, for want of memory
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+# The files of a control group, of version 2 and of version 1, where no limit is a number beyond all memory.
+LIMIT_AND_USE = [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")]
 UNKNOWN = 2 * 2**30  # bytes taken to be free where the system does not say
 
 
@@ -167,17 +169,20 @@ def available_memory(root: Path = Path("/")) -> int | None:
         if sys.platform != "win32" and "SC_AVPHYS_PAGES" in os.sysconf_names:
             found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for group in _control_groups(root):
-        with suppress(OSError, ValueError):  # there is no such group, or its limit is "max"
-            limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-            found.append(int(limit) - int(used))
+        for names in LIMIT_AND_USE:
+            with suppress(OSError, ValueError):  # there is no such group, or its limit is "max"
+                limit, used = (int((group / name).read_text()) for name in names)
+                found.append(limit - used)
     return max(0, min(found)) if found else None
 
 
 def _control_groups(root: Path) -> list[Path]:
-    """The folders of this process' control group (of version 2) and of those around it."""
-    own = Path()  # a container sees its own as the outermost
+    """The folders of this process' control groups (version 2, and version 1's for memory) and around them."""
+    own = {"": Path(), "memory": Path()}  # a container sees its own as the outermost
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                own = Path(line.removeprefix("0::/"))
-    return [root / "sys/fs/cgroup" / group for group in (own, *own.parents)]
+            _, controllers, group = line.split(":", 2)
+            for name in own.keys() & controllers.split(","):
+                own[name] = Path(group.lstrip("/"))
+    mounted = root / "sys/fs/cgroup"
+    return [mounted / name / around for name, group in own.items() for around in (group, *group.parents)]
