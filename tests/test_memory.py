@@ -341,6 +341,30 @@ def test_a_limit_on_a_group_of_version_1_counts(tmp_path, limited, seen):
     assert memory.available_memory(tmp_path) == 750000
 
 
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "stat"),
+    [
+        (".", "memory.max", "memory.current", "anon 200000\ninactive_file 700000\nactive_file 50000\n"),
+        (
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "inactive_file 10\ntotal_inactive_file 700000\n",
+        ),
+    ],
+)
+def test_files_that_a_group_has_read_leave_their_memory_free(tmp_path, folder, limit, used, stat):
+    """What has read a large data set has used up its limit, and the system takes that back when asked."""
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:    2048 kB\n")
+    (group / limit).write_text("1000000\n")
+    (group / used).write_text("950000\n")
+    (group / "memory.stat").write_text(stat)
+    assert memory.available_memory(tmp_path) == 750000
+
+
 def test_available_memory_here():
     free = memory.available_memory()
     assert free is None or free >= 0
