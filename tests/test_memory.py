@@ -312,59 +312,6 @@ def test_available_memory_is_the_least_of_system_and_group(tmp_path, limit, used
     assert memory.available_memory(tmp_path) == expected
 
 
-@pytest.mark.parametrize("limited", ["slurm/job_1/step", "slurm/job_1", "slurm", "."])
-def test_a_limit_on_any_group_around_this_process_counts(tmp_path, limited):
-    """A job of a cluster, or what systemd-run starts, is in a group below the mounted one."""
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text("MemAvailable:    2048 kB\n")
-    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n0::/slurm/job_1/step\n")
-    for group in ("slurm/job_1/step", "slurm/job_1", "slurm", "."):
-        folder = tmp_path / "sys/fs/cgroup" / group
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.max").write_text("1000000\n" if group == limited else "max\n")
-        (folder / "memory.current").write_text("250000\n")
-    assert memory.available_memory(tmp_path) == 750000
-
-
-@pytest.mark.parametrize("limited", ["docker/1", "docker", "."])
-@pytest.mark.parametrize("seen", [True, False])  # a container does not see the groups that its paths name
-def test_a_limit_on_a_group_of_version_1_counts(tmp_path, limited, seen):
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text("MemAvailable:    2048 kB\n")
-    (tmp_path / "proc/self/cgroup").write_text("4:cpu,memory:/docker/1\n1:name=systemd:/a:b\n0::/\n")
-    for group in ("docker/1", "docker", ".") if seen else ".":
-        folder = tmp_path / "sys/fs/cgroup/memory" / group
-        folder.mkdir(parents=True, exist_ok=True)
-        limit = "1000000\n" if group == limited or not seen else "9223372036854771712\n"
-        (folder / "memory.limit_in_bytes").write_text(limit)
-        (folder / "memory.usage_in_bytes").write_text("250000\n")
-    assert memory.available_memory(tmp_path) == 750000
-
-
-@pytest.mark.parametrize(
-    ("folder", "limit", "used", "stat"),
-    [
-        (".", "memory.max", "memory.current", "anon 200000\ninactive_file 700000\nactive_file 50000\n"),
-        (
-            "memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "inactive_file 10\ntotal_inactive_file 700000\n",
-        ),
-    ],
-)
-def test_files_that_a_group_has_read_leave_their_memory_free(tmp_path, folder, limit, used, stat):
-    """What has read a large data set has used up its limit, and the system takes that back when asked."""
-    group = tmp_path / "sys/fs/cgroup" / folder
-    group.mkdir(parents=True)
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemAvailable:    2048 kB\n")
-    (group / limit).write_text("1000000\n")
-    (group / used).write_text("950000\n")
-    (group / "memory.stat").write_text(stat)
-    assert memory.available_memory(tmp_path) == 750000
-
-
 def test_available_memory_here():
     free = memory.available_memory()
     assert free is None or free >= 0

@@ -17,11 +17,11 @@ import os
 import sys
 import tracemalloc
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tinydiff._control_groups import memory_left
 from tinydiff.backend import Array, is_cupy_array, is_numpy_array
 from tinydiff.kernels import forget_scratch
 
@@ -35,8 +35,6 @@ REFUSED = (
     "CUBLAS_STATUS_NOT_INITIALIZED",  # by cublasCreate, for want of memory
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-# The files of a control group, of version 2 and of version 1, where no limit is a number beyond all memory.
-LIMIT_AND_USE = [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")]
 UNKNOWN = 2 * 2**30  # bytes taken to be free where the system does not say
 
 
@@ -168,32 +166,5 @@ def available_memory(root: Path = Path("/")) -> int | None:
     except OSError:
         if sys.platform != "win32" and "SC_AVPHYS_PAGES" in os.sysconf_names:
             found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for group in _control_groups(root):
-        for names in LIMIT_AND_USE:
-            with suppress(OSError, ValueError):  # there is no such group, or its limit is "max"
-                limit, used = (int((group / name).read_text()) for name in names)
-                found.append(limit - used + _cached(group))
+    found += memory_left(root)
     return max(0, min(found)) if found else None
-
-
-def _cached(group: Path) -> int:
-    """Bytes of files that a group has read or written: they count as used, and go when memory is short."""
-    found = {}
-    with suppress(OSError):
-        for line in (group / "memory.stat").read_text().splitlines():
-            name, _, size = line.partition(" ")
-            found[name] = size
-    # Version 1 has one number for the group alone, and one with those inside it, as the use is counted.
-    return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
-
-
-def _control_groups(root: Path) -> list[Path]:
-    """The folders of this process' control groups (version 2, and version 1's for memory) and around them."""
-    own = {"": Path(), "memory": Path()}  # a container sees its own as the outermost
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            for name in own.keys() & controllers.split(","):
-                own[name] = Path(group.lstrip("/"))
-    mounted = root / "sys/fs/cgroup"
-    return [mounted / name / around for name, group in own.items() for around in (group, *group.parents)]

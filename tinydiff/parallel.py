@@ -411,8 +411,8 @@ def shared_out(
         Samples per call.
     workers : int, optional
         Number of processes; of more than `batch_size` the others are not begun. Default: on Linux as many as
-        BLAS would use threads, each with so many samples that these, times the number of weights, are at
-        least 2**17 for a U-Net, 2**23 for an MLP; 1 elsewhere.
+        BLAS would use threads, or a container may use processors, each with so many samples that these, times
+        the number of weights, are at least 2**17 for a U-Net, 2**23 for an MLP; 1 elsewhere.
     to_predict : bool
         True: a copy is shared out, and the model's own weights are not moved to shared memory, so that
         another thread may train it meanwhile.

@@ -1,4 +1,4 @@
-"""Threads: a kernel's images are dealt to as many as BLAS would have used.
+"""Threads: a kernel's images are dealt to as many as BLAS would have used, or as a container may.
 
 NumPy and BLAS release Python's lock while they compute, so ordinary threads run side by side. Each takes
 one contiguous share of the images and goes through it in chunks that stay in its own cache, gathering,
@@ -15,6 +15,7 @@ NumPy was built with another BLAS there is one share, and that BLAS threads as i
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import sys
@@ -28,6 +29,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from tinydiff._control_groups import processors
 from tinydiff.kernels._memory import empty
 
 __all__ = [
@@ -138,12 +140,18 @@ def alone() -> Iterator[None]:
         _local.alone = before
 
 
+@functools.cache
+def _most_threads() -> int:
+    """As many as there is a processor's time for: of many processors, a container may have that of a few."""
+    return processors() or sys.maxsize
+
+
 def threads_in_reach() -> int:
-    """How many threads BLAS would use; 1 where it is not known how to ask it."""
+    """How many threads BLAS would use, if they may run at once; 1 where it is not known how to ask it."""
     if _blas is None or _local.alone:
         return 1
     with _holding:
-        return _before_hold if _holders else _blas[0]()
+        return min(_before_hold if _holders else _blas[0](), _most_threads())
 
 
 def _threads() -> ThreadPoolExecutor:
