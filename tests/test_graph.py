@@ -40,7 +40,7 @@ def unet():
     return shaken(td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4))
 
 
-NETWORKS = {"unet": (unet, (8, 8, 1)), "mlp": (lambda: shaken(td.MLP(2, hidden=16, blocks=2)), (2,))}
+NETWORKS = {"unet": (unet, (4, 4, 1)), "mlp": (lambda: shaken(td.MLP(2, hidden=16, blocks=2)), (2,))}
 networks = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -223,7 +223,7 @@ def test_a_recorded_sampling_is_the_sampling(cupy, monkeypatch, name, sampler):
 
     def sampled(recorded):
         monkeypatch.setenv("TINYDIFF_RECORD", recorded)
-        how = dict(sampler=sampler, steps=6, rng=np.random.default_rng(0), progress=False, batch_size=3)
+        how = dict(sampler=sampler, steps=5, rng=np.random.default_rng(0), progress=False, batch_size=3)
         return to_numpy(td.sample(model, PROCESS, (5, *shape), **how))
 
     def change(in_place):
