@@ -15,7 +15,7 @@ key by query, because BLAS is up to twice as fast with factors that lie so (docs
     o = v e / l      dv = e g.T      ds = e * (v.T g - D)      dq = k ds      dk = ds q.T
 
 The shift must be known before the scores are. It need not be their maximum: |q| times the largest |k| is at
-least that. Where it is so much more that a column of e vanishes, or may well be, the maximum itself is taken.
+least that. Where it is so much more that a column of e vanishes, or is likely to, it is the maximum itself.
 
 Two limits, in float32. Of scores beyond 1e8 the rounding alone is more than exp can take, and NaN may come
 out where the definition picks the largest. And l may be as small as 1e-31, so that do / l overflows, and is
