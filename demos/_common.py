@@ -322,9 +322,14 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
     """End what a user can put right in one sentence and exit code 2, and Ctrl-C in one line and 130.
 
     `interrupted` is that line; the default says whether there is a checkpoint in `out`. SIGTERM, by which a
-    cluster or a container ends what runs in it, is as Ctrl-C.
+    cluster or a container ends what runs in it, is as Ctrl-C, and so is SIGHUP, by which a terminal does that
+    is closed or has lost its connection; unless it is ignored, as after nohup.
     """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {end: signal.getsignal(end) for end in ends}
+    before = {end: handler for end, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for end in before:
+        signal.signal(end, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
@@ -334,7 +339,8 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for end, handler in before.items():
+            signal.signal(end, handler)
 
 
 def _what_is_kept(out: Path) -> str:

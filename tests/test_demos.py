@@ -488,7 +488,7 @@ def test_out_of_memory_ends_in_one_sentence(tmp_path, capsys, monkeypatch):
 
 
 class Interrupting:
-    """toy2d.sample, but the user presses Ctrl-C, or somebody sends SIGTERM, at the given training step."""
+    """toy2d.sample, but the user presses Ctrl-C, or somebody sends a signal, at the given training step."""
 
     def __init__(self, at, by):
         self.batches, self.at, self.by, self.sample = 0, at, by, td.datasets.toy2d.sample
@@ -496,9 +496,9 @@ class Interrupting:
     def __call__(self, name, n, rng):
         self.batches += n == 16
         if self.batches > self.at:
-            if self.by == "SIGTERM":
-                signal.raise_signal(signal.SIGTERM)
-            raise KeyboardInterrupt
+            if self.by == "Ctrl-C":
+                raise KeyboardInterrupt
+            signal.raise_signal(getattr(signal, self.by))
         return self.sample(name, n, rng)
 
 
@@ -532,6 +532,18 @@ def test_an_interrupted_run_keeps_a_checkpoint_from_which_resume_makes_the_same(
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     measured = json.loads((tmp_path / "metrics.json").read_text())
     assert measured["training_seconds"] == last["seconds"], "of the run, not of the last call"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="terminals do not say when they are closed here")
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(tmp_path, capsys):
+    assert "--resume" in interrupted(tmp_path, capsys, at=14, by="SIGHUP").err
+    assert load_arrays(tmp_path / "checkpoint.safetensors")[1]["step"] == 14
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        run("train_toy2d", *TOY, "--shape", "rings", "--out", tmp_path, "--quiet", "--resume")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tmp_path, capsys):

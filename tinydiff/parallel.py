@@ -343,7 +343,8 @@ def _serve(
     grads: list[np.ndarray],
 ) -> None:
     """A worker: answer what comes through the line until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
+    for stop in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C, or a terminal closed, is for the process that leads
+        signal.signal(stop, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends this one, whatever the leader does on it
     _forking.workers = False  # a fork of this one may be anything
     gc.freeze()  # what was there before the fork belongs to the other process
