@@ -76,10 +76,9 @@ def array_namespace(*arrays: Array) -> Namespace:
 
     A network of small layers asks several times for every product, so answers are kept by the array's type.
     """
-    kinds = {type(x) for x in arrays}
-    if len(kinds) != 1:
+    kind = type(arrays[0]) if arrays else None
+    if kind is None or any(type(x) is not kind for x in arrays[1:]):
         return array_api_compat.array_namespace(*arrays)
-    (kind,) = kinds
     if kind not in _namespaces:
         _namespaces[kind] = array_api_compat.array_namespace(arrays[0])
     return _namespaces[kind]

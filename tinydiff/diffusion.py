@@ -39,12 +39,21 @@ Salimans & Ho 2022, *Progressive distillation for fast sampling of diffusion mod
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from tinydiff._checks import check_choice, class_or_kind
-from tinydiff.backend import Array, array_namespace, clip_to_unit, column_like, library_of, to_numpy
+from tinydiff.backend import (
+    Array,
+    Namespace,
+    array_namespace,
+    clip_to_unit,
+    column_like,
+    library_of,
+    to_numpy,
+)
 from tinydiff.schedules import NoiseSchedule, check_schedule
 
 __all__ = ["GaussianDiffusion", "Prediction", "Variance", "check_diffusion", "matching"]
@@ -446,7 +455,7 @@ class GaussianDiffusion:
         outside = steps[(steps < 0) | (steps >= self.T)]
         if outside.size:
             raise ValueError(f"t contains {outside[0]}; expected 0 ... {self.T - 1}.")
-        return np.broadcast_to(steps, (N,))
+        return steps if steps.shape == (N,) else np.broadcast_to(steps, (N,))
 
     def _require_signal(self, t: Any, x_t: Array) -> None:
         """ValueError where `x_t` holds nothing of x_0, so that an estimate of eps says nothing of it."""
@@ -486,7 +495,7 @@ def matching(**arrays: Array) -> tuple[Array, ...]:
             xp = array_namespace(array)
         except TypeError:
             raise TypeError(f"{name} is {class_or_kind(array)}; expected an array.") from None
-        if not xp.isdtype(array.dtype, "real floating"):
+        if not _is_floating(xp, array.dtype):
             raise ValueError(f"{name} has dtype {array.dtype}; expected a real floating one.")
         if array.ndim == 0:
             raise ValueError(f"{name} has shape (); expected a batch axis.")
@@ -495,5 +504,11 @@ def matching(**arrays: Array) -> tuple[Array, ...]:
             raise TypeError(f"{name} is an array of {came}; expected {expected}, like {first}.")
         if array.shape != x.shape:
             raise ValueError(f"{name} has shape {array.shape}; expected {x.shape}, like {first}.")
-        checked.append(xp.astype(array, x.dtype, copy=False))
+        checked.append(array if array.dtype == x.dtype else xp.astype(array, x.dtype))
     return tuple(checked)
+
+
+@functools.cache
+def _is_floating(xp: Namespace, dtype: Any) -> bool:
+    """Whether numbers of a library's dtype are real and floating; asked several times a step."""
+    return xp.isdtype(dtype, "real floating")
