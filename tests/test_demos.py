@@ -538,15 +538,17 @@ def test_a_signal_that_ends_it_leaves_a_checkpoint_unless_it_is_ignored(by, tmp_
     """As a cluster, and a terminal that is closed, end it; but not after nohup."""
     if not hasattr(signal, by):
         pytest.skip("this system has no such signal")
-    assert "--resume" in interrupted(tmp_path, capsys, at=14, by=by).err
-    assert load_arrays(tmp_path / "checkpoint.safetensors")[1]["step"] == 14
-    before = signal.signal(getattr(signal, by), signal.SIG_IGN)
+    end = getattr(signal, by)
+    before = signal.signal(end, signal.SIG_DFL)
     try:
+        assert "--resume" in interrupted(tmp_path, capsys, at=14, by=by).err
+        assert load_arrays(tmp_path / "checkpoint.safetensors")[1]["step"] == 14
+        signal.signal(end, signal.SIG_IGN)
         with demo("_common").explained_errors(tmp_path):
-            signal.raise_signal(getattr(signal, by))
-        assert signal.getsignal(getattr(signal, by)) == signal.SIG_IGN
+            signal.raise_signal(end)
+        assert signal.getsignal(end) == signal.SIG_IGN
     finally:
-        signal.signal(getattr(signal, by), before)
+        signal.signal(end, before)
 
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tmp_path, capsys):
