@@ -325,9 +325,8 @@ def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None
     cluster or a container ends what runs in it, is as Ctrl-C, and so is SIGHUP, by which a terminal does that
     is closed or has lost its connection; unless it is ignored, as after nohup.
     """
-    ends = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {end: signal.getsignal(end) for end in ends}
-    before = {end: handler for end, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    ends = (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+    before = {end: was for end in ends if (was := signal.getsignal(end)) not in (signal.SIG_IGN, None)}
     for end in before:
         signal.signal(end, signal.default_int_handler)
     try:

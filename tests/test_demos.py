@@ -541,7 +541,9 @@ def test_a_signal_that_ends_it_leaves_a_checkpoint_unless_it_is_ignored(by, tmp_
     end = getattr(signal, by)
     before = signal.signal(end, signal.SIG_DFL)
     try:
-        assert "--resume" in interrupted(tmp_path, capsys, at=14, by=by).err
+        said = interrupted(tmp_path, capsys, at=14, by=by)
+        assert said.out == "" and len(said.err.splitlines()) == 1
+        assert "checkpoint.safetensors" in said.err and "--resume" in said.err
         assert load_arrays(tmp_path / "checkpoint.safetensors")[1]["step"] == 14
         signal.signal(end, signal.SIG_IGN)
         with demo("_common").explained_errors(tmp_path):
