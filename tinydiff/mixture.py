@@ -107,6 +107,8 @@ class GaussianMixture:
         rounding = 4 * D * np.finfo(np.float64).eps * largest  # of a 0, as eigh finds it
         self._variances = np.where(variances > rounding, variances, 0.0)
         self._axes = axes
+        # So that one product takes points into the axes of all components, (D, K D), or back, (K D, D).
+        self._into, self._back = axes.transpose(1, 0, 2).reshape(D, -1), axes.mT.reshape(-1, D)
         self._means = means.copy()  # writable: PyTorch, which shares the memory, warns of a read-only array
         self.weights = weights / np.sum(weights)
         self.means = means
@@ -407,11 +409,10 @@ class GaussianMixture:
     def _components(self, x: Array, a: Array, s2: Array) -> tuple[Array, Array, Array]:
         """log pi_k N(x; a m_k, V) (N, K); y in each component's axes and its variance V (N, K, D)."""
         xp = array_namespace(x)
-        N, K, D = x.shape[0], self.K, self.D
         log_weights = asarray_like(np.log(self.weights), x)
-        axes = asarray_like(np.moveaxis(self._axes, 0, 1).reshape(D, K * D), x)  # (D, K D): one product
         centres = asarray_like((self.means[:, None, :] @ self._axes)[:, 0, :], x)
-        y = xp.reshape(xp.matmul(x, axes), (N, K, D)) - a[:, :, None] * centres
+        there = xp.reshape(xp.matmul(x, asarray_like(self._into, x)), (x.shape[0], self.K, self.D))
+        y = there - a[:, :, None] * centres
         variance = (a * a)[:, :, None] * asarray_like(self._variances, x) + s2[:, :, None]
         log_joint = log_weights - xp.sum(y * y / variance + xp.log(2 * math.pi * variance), axis=2) / 2
         return log_joint, y, variance
@@ -420,8 +421,7 @@ class GaussianMixture:
         """sum_k r_k U_k y_k, from (N, K) and (N, K, D) to (N, D)."""
         xp = array_namespace(y)
         N, K, D = y.shape
-        axes = asarray_like(np.moveaxis(self._axes, 1, 2).reshape(K * D, D), y)
-        return xp.matmul(xp.reshape(r[:, :, None] * y, (N, K * D)), axes)
+        return xp.matmul(xp.reshape(r[:, :, None] * y, (N, K * D)), asarray_like(self._back, y))
 
     def _posterior_means(
         self, diffusion: GaussianDiffusion, x_t: Array, t: Array | int
