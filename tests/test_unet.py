@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import tinydiff as td
 from tinydiff.models import _checks
+from tinydiff.models.classifier import Classifier
 
 SMALL = dict(
     in_channels=2,
@@ -112,6 +113,34 @@ def test_what_is_embedded_beside_the_time_is_learned():
     model = small(rng)
     inputs = [normal(rng, (3, 4, 4, 2)), normal(rng, (3, 4))]
     assert_central_differences_agree(Case(model.run_embedded, inputs, module=model), rng)
+
+
+class Doubled(td.nn.Module):
+    """Twice a layer: something in its place that has no weights by the layer's names."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        y, backward = self.layer(x)
+        return 2 * y, lambda dy: backward(2 * dy)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "shape"),
+    [
+        (lambda: td.UNet(**SMALL), "conv_in", (2, 4, 4, 2)),
+        (lambda: td.MLP(2, hidden=4, blocks=1, time_features=4), "linear_in", (2, 2)),
+        (lambda: Classifier(channels=(4,), norm_groups=2), "linear", (2, 4, 4, 1)),
+    ],
+)
+def test_the_input_is_compared_with_whatever_weights_are_there(make, name, shape):
+    """Those of an adapter, say, around the layer that is there at first."""
+    rng = np.random.default_rng(0)
+    model = make()
+    setattr(model, name, Doubled(getattr(model, name)))
+    times = () if isinstance(model, Classifier) else (np.array([3, 900]),)
+    td.testing.assert_backward(model, normal(rng, shape), *times)
 
 
 @pytest.mark.parametrize("last_first", [False, True])

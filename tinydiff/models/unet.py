@@ -32,6 +32,7 @@ from tinydiff.nn import (
     silu,
     sinusoidal_embedding,
 )
+from tinydiff.nn.module import weight_of
 
 __all__ = ["UNet", "misfit"]
 
@@ -374,7 +375,7 @@ class UNet(Module):
 
     def check_input(self, x: Array, t: Array) -> None:
         """Raise what the call would, before anything is computed."""
-        check_like_weights(x, self.conv_in.weight.value)
+        check_like_weights(x, weight_of(self.conv_in))
         c = self.config["in_channels"]
         multiple = 2 ** (len(self.config["block_channels"]) - 1)
         if len(x.shape) != 4 or x.shape[3] != c or any(size < 1 or size % multiple for size in x.shape[1:3]):

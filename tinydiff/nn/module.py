@@ -217,7 +217,7 @@ def weight_of(model: Any) -> Array:
     ValueError
         If the model has none.
     """
-    for parameter in model.named_parameters().values():
+    for _, parameter in model._named():
         return parameter.value
     raise ValueError(f"model is {class_or_kind(model)} without parameters; expected at least one.")
 

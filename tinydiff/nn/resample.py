@@ -56,7 +56,7 @@ def upsample_nearest(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 class Upsample(Module):
-    """Nearest neighbour, then a 3x3 convolution.
+    """Nearest neighbour, then a 3x3 convolution, in one: `conv` is not called, only its weights are read.
 
     Parameters
     ----------
