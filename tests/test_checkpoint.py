@@ -383,3 +383,12 @@ def test_only_tinydiff_s_models_are_saved(path, name):
     with pytest.raises(TypeError, match=f"model is an? {name}; expected one of MLP, UNet"):
         td.save_model(path, other(hidden=4, blocks=1, time_features=4))
     assert not path.exists()
+
+
+def test_a_layer_that_is_not_tinydiff_s_is_not_saved(path):
+    """Its config would make another in its place, of the same weights even."""
+    model = small_mlp()
+    model.blocks[0].linear_2 = type("Doubled", (td.nn.Linear,), {})(4, 4, np.random.default_rng(0))
+    with pytest.raises(TypeError, match=r"has a Doubled as blocks\.0\.linear_2; expected tinydiff's"):
+        td.save_model(path, model)
+    assert not path.exists()

@@ -207,6 +207,10 @@ def test_only_a_unet_goes_to_diffusers():
     for name in ("Other", "UNet"):  # whatever else it computes, diffusers would compute a UNet's
         with pytest.raises(TypeError, match=f"model is an? {name}; expected a UNet, of tinydiff's own"):
             unet_to_diffusers(type(name, (td.UNet,), {})(**UNET))
+    adapted = td.UNet(**UNET)
+    adapted.conv_out = type("Adapted", (td.nn.Module,), {})()
+    with pytest.raises(TypeError, match="model has an Adapted as conv_out; expected tinydiff's own layers"):
+        unet_to_diffusers(adapted)
 
 
 def test_a_config_that_names_no_class_loads(directory):

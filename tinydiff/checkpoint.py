@@ -23,6 +23,7 @@ from tinydiff._checks import class_or_kind
 from tinydiff.backend import get_backend
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.models import MLP, UNet
+from tinydiff.models._checks import check_own_layers
 from tinydiff.nn.module import Module
 
 __all__ = [
@@ -215,8 +216,8 @@ def save_model(
     Raises
     ------
     TypeError
-        If `model` is neither a `UNet` nor an `MLP`, `diffusion` is not a `GaussianDiffusion`, or `metadata`
-        cannot be written as JSON.
+        If `model` is neither a `UNet` nor an `MLP`, or a layer of it has been replaced by one of another
+        class; if `diffusion` is not a `GaussianDiffusion`, or `metadata` cannot be written as JSON.
     IsADirectoryError
         If `path` is a directory.
     """
@@ -226,6 +227,7 @@ def save_model(
             f"model is {class_or_kind(model)}; expected {expected} (what another network's state_dict() "
             "returns is kept by checkpoint.save_arrays)."
         )
+    check_own_layers(model)
     if metadata is not None and not isinstance(metadata, Mapping):
         where = ", which goes to diffusion" if isinstance(metadata, GaussianDiffusion) else ""
         raise TypeError(f"metadata is {class_or_kind(metadata)}{where}; expected a mapping.")

@@ -165,8 +165,8 @@ class DataParallel(Module):
         """A copy of the model, by itself: for a moving average, say."""
         return copy.deepcopy(self._model, memo)
 
-    def _named(self) -> Iterator[tuple[str, Parameter]]:
-        return self._model._named()
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        return self._model._parts()
 
     def __call__(
         self, x: Array, t: Array, rng: np.random.Generator | None = None

@@ -17,7 +17,7 @@ from tinydiff._checks import class_or_kind
 from tinydiff.backend import Array, get_backend, to_numpy
 from tinydiff.checkpoint import check_sizes
 from tinydiff.interop._config import check_mapping, is_count, is_number, require, require_fixed
-from tinydiff.models._checks import plain
+from tinydiff.models._checks import check_own_layers, plain
 from tinydiff.models.unet import UNet, misfit
 
 __all__ = [
@@ -147,9 +147,10 @@ def _check_types(c: Mapping[str, Any]) -> None:
 
 
 def check_unet(model: Any) -> None:
-    """TypeError unless it is a `UNet`: a subclass may compute something else."""
+    """TypeError unless it is a `UNet` of its own layers: a subclass may compute something else."""
     if type(model) is not UNet:
         raise TypeError(f"model is {class_or_kind(model)}; expected a UNet, of tinydiff's own.")
+    check_own_layers(model)
 
 
 def unet_from_diffusers(
@@ -230,7 +231,7 @@ def unet_to_diffusers(
     Raises
     ------
     TypeError
-        If `model` is not a `UNet`; a subclass may compute something else.
+        If `model` is not a `UNet` of its own layers; a subclass may compute something else.
     """
     check_unet(model)
     c = model.config  # in which True may stand for 1, and 0 for False

@@ -11,7 +11,15 @@ from tinydiff._checks import check_array, class_or_kind
 from tinydiff.backend import Array, array_namespace, is_cupy_array, library_of
 from tinydiff.nn.module import Module
 
-__all__ = ["answer_of", "check_like_model", "check_like_weights", "check_model", "check_times", "plain"]
+__all__ = [
+    "answer_of",
+    "check_like_model",
+    "check_like_weights",
+    "check_model",
+    "check_own_layers",
+    "check_times",
+    "plain",
+]
 
 
 def plain(**config: Any) -> dict[str, Any]:
@@ -80,6 +88,16 @@ def check_model(model: Any) -> None:
     if not isinstance(model, Module):
         expected = "a UNet, an MLP, or another network derived from nn.Module"
         raise TypeError(f"model is {class_or_kind(model)}; expected {expected}.")
+
+
+def check_own_layers(model: Module) -> None:
+    """TypeError if a layer is not tinydiff's own: what is made of the model's config would not have it."""
+    for name, part in model._parts():
+        if isinstance(part, Module) and not type(part).__module__.startswith("tinydiff."):
+            raise TypeError(
+                f"model has {class_or_kind(part)} as {name}; expected tinydiff's own layers, which its "
+                "config makes again (what state_dict() returns is kept by checkpoint.save_arrays)."
+            )
 
 
 def check_times(t: Any, x: Array) -> None:

@@ -122,6 +122,10 @@ class Module:
         return f"{type(self).__name__}{made_with} of {self.num_parameters():,} parameters"
 
     def _named(self) -> Iterator[tuple[str, Parameter]]:
+        return ((name, part) for name, part in self._parts() if isinstance(part, Parameter))
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        """The parameters and modules that it owns, and those that these own."""
         for name, value in vars(self).items():
             yield from _walk(name, value)
 
@@ -192,12 +196,12 @@ class Module:
             _keeping.set(before)
 
 
-def _walk(name: str, value: Any) -> Iterator[tuple[str, Parameter]]:
-    if isinstance(value, Parameter):
+def _walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (Parameter, Module)):
         yield name, value
-    elif isinstance(value, Module):
-        for inner, parameter in value._named():
-            yield f"{name}.{inner}", parameter
+    if isinstance(value, Module):
+        for inner, part in value._parts():
+            yield f"{name}.{inner}", part
     elif isinstance(value, (list, tuple, Mapping)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _walk(f"{name}.{key}", item)
