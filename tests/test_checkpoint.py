@@ -392,3 +392,7 @@ def test_a_layer_that_is_not_tinydiff_s_is_not_saved(path):
     with pytest.raises(TypeError, match=r"has a Doubled as blocks\.0\.linear_2; expected tinydiff's"):
         td.save_model(path, model)
     assert not path.exists()
+    how = dict(steps=1, batch_size=2, run_dir=path.parent, progress=False)
+    td.train(model, td.GaussianDiffusion(td.linear_schedule(4)), np.zeros((4, 2), np.float32), **how)
+    with pytest.raises(ValueError, match="metadata 'model' is 'MLP with Doubled'; expected one of MLP, UNet"):
+        td.load_model(path.with_name("checkpoint.safetensors"))

@@ -101,6 +101,14 @@ def test_a_class_says_for_itself_that_it_may_be_recorded(there):
     assert _graph.is_wanted(td.nn.Module(), True) is False  # it has no weights
 
 
+def test_a_layer_of_somebody_else_is_not_recorded_unasked(there):
+    """It may look at its numbers: at how much an adapter counts, say, which changes between two walks."""
+    model = td.MLP(hidden=8)
+    model.blocks[0].linear_2 = type("Scaled", (td.nn.Linear,), {})(8, 8, np.random.default_rng(0))
+    assert _graph.is_wanted(model) is False
+    assert _graph.is_wanted(model, True) is True
+
+
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_nothing_is_recorded_in_numpy(asked):
     model = td.MLP(hidden=8)

@@ -47,6 +47,7 @@ from tinydiff.backend import (
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.losses import mean_squared_error
 from tinydiff.memory import is_out_of_memory, let_go
+from tinydiff.models._checks import exchanged_layers
 from tinydiff.nn.module import Module, weight_of
 
 __all__ = [
@@ -70,7 +71,7 @@ def is_wanted(model: Any, asked: bool | None = None) -> bool:
     Parameters
     ----------
     model : Module
-        Its class's own ``recordable`` decides where nothing else does.
+        Its class's own ``recordable`` decides where nothing else does; of tinydiff's own, with their layers.
     asked : bool, optional
         What the caller wants, whatever the class says. Default: what ``TINYDIFF_RECORD`` says, 1 or 0; if
         nothing, what the class says.
@@ -85,7 +86,7 @@ def is_wanted(model: Any, asked: bool | None = None) -> bool:
     if asked is False or (asked is None and not vars(type(model)).get("recordable")):
         return False
     weight = next(iter(model.named_parameters().values()), None)
-    if weight is None or not is_cupy_array(weight.value):
+    if weight is None or not is_cupy_array(weight.value) or (asked is None and exchanged_layers(model)):
         return False
     if hasattr(kernels.kernels_for(weight.value), "end_to_end"):
         return True

@@ -18,6 +18,7 @@ __all__ = [
     "check_model",
     "check_own_layers",
     "check_times",
+    "exchanged_layers",
     "plain",
 ]
 
@@ -90,14 +91,26 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model is {class_or_kind(model)}; expected {expected}.")
 
 
-def check_own_layers(model: Module) -> None:
+def check_own_layers(model: Any) -> None:
     """TypeError if a layer is not tinydiff's own: what is made of the model's config would not have it."""
-    for name, part in model._parts():
-        if isinstance(part, Module) and not type(part).__module__.startswith("tinydiff."):
-            raise TypeError(
-                f"model has {class_or_kind(part)} as {name}; expected tinydiff's own layers, which its "
-                "config makes again (what state_dict() returns is kept by checkpoint.save_arrays)."
-            )
+    for name, part in exchanged_layers(model).items():
+        raise TypeError(
+            f"model has {class_or_kind(part)} as {name}; expected tinydiff's own layers, which its config "
+            "makes again (what state_dict() returns is kept by checkpoint.save_arrays)."
+        )
+
+
+def exchanged_layers(model: Any) -> dict[str, Module]:
+    """The layers by name, in one of tinydiff's own networks, that are of somebody else's class.
+
+    For them neither the network's config speaks nor what its class says of itself.
+    """
+    parts = model._parts() if _is_own(model) else ()
+    return {name: part for name, part in parts if isinstance(part, Module) and not _is_own(part)}
+
+
+def _is_own(part: Any) -> bool:
+    return type(part).__module__.startswith("tinydiff.")
 
 
 def check_times(t: Any, x: Array) -> None:
