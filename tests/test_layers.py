@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import binom
 
-from tinydiff import nn
+from tinydiff import EMA, Adam, nn
 from tinydiff.nn import init, module
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -522,6 +522,13 @@ def test_load_state_dict_refuses_what_does_not_fit_and_changes_nothing():
             layer.load_state_dict(state)
         for name, value in layer.state_dict().items():
             assert_array_equal(value, before[name])
+
+
+def test_a_module_in_the_place_of_its_state_is_named():
+    layer = nn.Linear(2, 3, np.random.default_rng(0))
+    for part in (layer, Adam(layer.named_parameters()), EMA(layer)):
+        with pytest.raises(TypeError, match=r"^state is a Linear; expected a mapping, what state_dict\(\)"):
+            part.load_state_dict(layer)
 
 
 def test_load_state_dict_copies_and_keeps_the_dtype():

@@ -227,7 +227,9 @@ def weight_of(model: Any) -> Array:
 
 
 def check_state(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], whose: str) -> None:
-    """ValueError unless `state` holds arrays of just these names and shapes."""
+    """TypeError unless `state` is a mapping, ValueError unless of arrays of just these names and shapes."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state is {class_or_kind(state)}; expected a mapping, what state_dict() returns.")
     missing = [name for name in shapes if name not in state]
     unexpected = [name for name in state if name not in shapes]
     if missing or unexpected:
