@@ -11,9 +11,9 @@ derived, proved in a test, and runs unchanged on a GPU through CuPy.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tinydiff import datasets, interop, metrics, nn, pretrained
+from tinydiff import backend, datasets, interop, kernels, metrics, nn, pretrained
 from tinydiff._version import __version__
 from tinydiff.backend import BackendError, get_backend
 from tinydiff.bound import bits_per_dim, variational_bound
@@ -48,6 +48,7 @@ __all__ = [
     "Parameter",
     "UNet",
     "__version__",
+    "backend",
     "bits_per_dim",
     "clip_grad_norm",
     "continuous_bound",
@@ -59,6 +60,7 @@ __all__ = [
     "interop",
     "invert",
     "iterate_samples",
+    "kernels",
     "learned_schedule_loss",
     "linear_schedule",
     "load_model",
@@ -78,9 +80,18 @@ __all__ = [
     "warmup_cosine",
 ]
 
+WHEN_ASKED_FOR = ("plotting", "testing")  # modules that only some programs need
 
-def __getattr__(name: str) -> Any:
-    """Modules that only some programs need are imported when they are asked for."""
-    if name in ("plotting", "testing"):
-        return importlib.import_module(f"tinydiff.{name}")
-    raise AttributeError(f"module 'tinydiff' has no attribute {name!r}")
+if TYPE_CHECKING:  # names like the others, so that a misspelt one is an error and not one more of these
+    from tinydiff import plotting as plotting
+    from tinydiff import testing as testing
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in WHEN_ASKED_FOR:
+            return importlib.import_module(f"tinydiff.{name}")
+        raise AttributeError(f"module 'tinydiff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *WHEN_ASKED_FOR})

@@ -53,7 +53,7 @@ def ode_log_likelihood(
     model: Callable[[Array, Array], tuple[Array, Callable[[Array], Array]]],
     diffusion: GaussianDiffusion,
     x: Array,
-    steps: int | Sequence[int] | None = None,
+    steps: int | Sequence[int] | np.ndarray | None = None,
     *,
     probes: int | None = None,
     rng: np.random.Generator | None = None,

@@ -114,7 +114,7 @@ def iterate_samples(
     diffusion: GaussianDiffusion,
     shape: tuple[int, ...],
     sampler: str = "ddpm",
-    steps: int | Sequence[int] | None = None,
+    steps: int | Sequence[int] | np.ndarray | None = None,
     *,
     rng: np.random.Generator,
     eta: float = 0.0,
@@ -236,7 +236,7 @@ def angles(diffusion: GaussianDiffusion) -> np.ndarray:
 
 
 def respaced(
-    diffusion: GaussianDiffusion, steps: int | Sequence[int] | None
+    diffusion: GaussianDiffusion, steps: int | Sequence[int] | np.ndarray | None
 ) -> tuple[GaussianDiffusion, np.ndarray]:
     """The process on some of its times, and those times: all, `steps` of them evenly spaced, or `steps`."""
     check_diffusion(diffusion)
@@ -320,7 +320,7 @@ def sample(
     diffusion: GaussianDiffusion,
     shape: tuple[int, ...],
     sampler: str = "ddpm",
-    steps: int | Sequence[int] | None = None,
+    steps: int | Sequence[int] | np.ndarray | None = None,
     *,
     rng: np.random.Generator,
     eta: float = 0.0,
@@ -463,7 +463,7 @@ def invert(
     denoise: Callable[[Array, Array], Array],
     diffusion: GaussianDiffusion,
     x0: Array,
-    steps: int | Sequence[int] | None = None,
+    steps: int | Sequence[int] | np.ndarray | None = None,
     *,
     progress: bool = True,
 ) -> Array:

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound="Module")
 
 
 class Parameter:
@@ -165,7 +166,7 @@ class Module:
             value = asarray_like(to_numpy(state[name]), parameter.value)
             parameter.value = array_namespace(value).asarray(value, copy=True)
 
-    def to(self, xp: Namespace, dtype: Any = None, device: Any = None) -> Any:
+    def to(self: M, xp: Namespace, dtype: Any = None, device: Any = None) -> M:
         """Move every parameter to `xp` and, if given, to its `dtype` and its `device`; returns self.
 
         Weights can be stored in float16, but networks compute in float32 or float64 only.

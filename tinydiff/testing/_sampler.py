@@ -37,7 +37,7 @@ def assert_sampler(
     sampler: Function,
     diffusion: GaussianDiffusion,
     name: str = "ddpm",
-    steps: int | Sequence[int] | None = None,
+    steps: int | Sequence[int] | np.ndarray | None = None,
     *,
     eta: float = 0.0,
     clip: bool = False,
