@@ -1,7 +1,9 @@
 """The names, arguments and defaults that code outside relies on: there may be more, none of these changes."""
 
+import dataclasses
 import inspect
 
+import numpy as np
 import pytest
 
 import tinydiff as td
@@ -76,3 +78,19 @@ def test_what_is_public_keeps_its_arguments_and_defaults(line):
     is_positional, is_by_name = arguments(getattr(td, name))
     assert is_positional[: len(positional)] == positional
     assert set(by_name) <= set(is_by_name)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        td.bound.Bound,
+        td.metrics.PermutationResult,
+        td.samplers.SamplerState,
+        td.schedule_training.LearnedScheduleResult,
+        td.training.TrainingResult,
+    ],
+)
+def test_what_holds_arrays_is_found_in_a_list_and_in_a_set(kind):
+    one, other = (kind(**{field.name: np.ones(2) for field in dataclasses.fields(kind)}) for _ in range(2))
+    assert [other, one].index(one) == 1
+    assert other not in {one}

@@ -361,7 +361,7 @@ def step_term(
 # The bound of a data set
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bound:
     """A variational bound on the negative log-likelihood, averaged over data.
 

@@ -87,7 +87,7 @@ LARGEST_LEAP = 100
 LEFT = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SamplerState:
     """One state on the way from noise to data.
 

@@ -36,7 +36,7 @@ from tinydiff.training import M
 __all__ = ["LearnedScheduleResult", "train_learned_schedule"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LearnedScheduleResult(Generic[M]):
     """What training a network with its schedule leaves behind.
 

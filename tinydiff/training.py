@@ -38,7 +38,7 @@ M = TypeVar("M", bound=Module)
 Loss: TypeAlias = Literal["simple", "hybrid", "vlb"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingResult(Generic[M]):
     """What a training leaves behind.
 

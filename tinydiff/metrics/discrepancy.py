@@ -30,7 +30,7 @@ __all__ = ["PermutationResult", "energy_distance", "mmd_squared", "permutation_t
 BATCH = 256  # permutations per product of matrices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PermutationResult:
     """What a permutation test found.
 
