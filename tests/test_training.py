@@ -885,6 +885,18 @@ def test_what_numpy_warns_of_is_afterwards_what_it_was(error):
     assert all(now["over"] == now["invalid"] == "ignore" for now in within)
 
 
+def test_what_is_too_small_is_zero_also_for_who_has_numpy_raise_errors():
+    """exp(x) of a SiLU is meant to vanish, in training and in sampling."""
+    model = small_mlp()
+    model.linear_in.bias.value -= np.float32(200)
+    with np.errstate(all="raise"):
+        before = np.geterr()
+        td.train(model, DIFFUSION, drawn, **SETTINGS)
+        samples = td.sample(model, DIFFUSION, (4, 2), rng=np.random.default_rng(1), progress=False)
+        assert np.geterr() == before
+    assert np.all(np.isfinite(samples))
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     calls = iter(range(10**9))
