@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import multiprocessing
 import os
 import signal
@@ -747,6 +748,28 @@ def test_what_cannot_be_shared_is_refused():
     model.to(strict, strict.float64)
     with pytest.raises(ValueError, match="NumPy"):
         DataParallel(model, 2)
+
+
+@pytest.mark.parametrize("limit", [errno.EAGAIN, errno.ENOMEM])
+def test_where_no_more_processes_may_begin_those_that_did_end(limit, monkeypatch):
+    """A container limits their number, and a system may promise no more memory than it has."""
+    model, fork = unet(), os.fork
+    x, t = batch(6, np.random.default_rng(8))
+    expected = model.predict(x, t)
+    begun = []
+
+    def limited():
+        if begun:
+            raise OSError(limit, os.strerror(limit))
+        begun.append(fork())
+        return begun[0]
+
+    monkeypatch.setattr(os, "fork", limited)
+    with pytest.raises(WorkerError, match=rf"\[Errno {limit}\] .*workers=1"):
+        DataParallel(model, 3)
+    with pytest.raises(ProcessLookupError):
+        os.kill(begun[0], 0)
+    assert_close(model.predict(x, t), expected, "the prediction")
 
 
 def shares(workers):

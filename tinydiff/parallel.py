@@ -108,7 +108,8 @@ class DataParallel(Module):
         If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
     RuntimeError
         If this process is daemonic, as a ``Pool``'s are; a `WorkerError`, which is one, if this system is not
-        Linux, and later if a process has failed or ended, or the derivative called is of one that has.
+        Linux or begins no more processes, and later if a process has failed or ended, or the derivative
+        called is of one that has.
 
     Notes
     -----
@@ -310,6 +311,11 @@ class DataParallel(Module):
                 try:
                     _forking.workers = True
                     process.start()
+                except OSError as error:  # a limit to processes, as a container's, or to memory
+                    self._end()
+                    raise WorkerError(
+                        f"a process to share the work could not be begun ({error}): workers=1 needs none."
+                    ) from None
                 finally:
                     _forking.workers = False
                 self._workers.append((process, ours))
