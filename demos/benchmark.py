@@ -172,6 +172,7 @@ class Benchmark:
         default = networks.ON_THE_CPU if device is None else networks.ON_A_GPU
         self.configs = [networks.CONFIGS[name] for name in args.configs or default]
         self.configs = [config.quick() if args.quick else config for config in self.configs]
+        self.ddim_steps = 2 if args.quick else 50
         self.variants = ["eager", "channels_last", "compile"]
         if args.no_compile:
             self.variants.remove("compile")
@@ -310,8 +311,8 @@ class Benchmark:
         self.found["times"].append(
             {"config": config.name, "work": work, "batch": n, "processor_share": given, **found}
         )
-        what = f"{work}, batch {n}" if work != "ddim" else f"50 DDIM steps, batch {n}"
-        print(f"  {what}: median of {self.args.rounds} rounds")
+        what = work if work != "ddim" else f"{self.ddim_steps} DDIM steps"
+        print(f"  {what}, batch {n}: median of {self.args.rounds} rounds")
         for name, seconds in found["seconds"].items():
             line = f"    {name:23}{1e3 * seconds:12.3f} ms"
             if name in found["ratio"]:
@@ -336,15 +337,14 @@ class Benchmark:
     def step(self, side: Any, work: str, batch: Any) -> Any:
         if work != "ddim":
             return getattr(side, work)(batch)
-        steps = 2 if self.args.quick else 50
         if side.name.startswith("tinydiff"):
-            return side.ddim(batch, steps)
+            return side.ddim(batch, self.ddim_steps)
         from _bench.networks import T
 
         import tinydiff as td
         from tinydiff.schedules import evenly_spaced_timesteps
 
-        timesteps = evenly_spaced_timesteps(T, steps)
+        timesteps = evenly_spaced_timesteps(T, self.ddim_steps)
         return side.ddim(batch, timesteps, td.cosine_schedule(T).alphas_cumprod[timesteps])
 
     def compiles(self, step: Any) -> bool:

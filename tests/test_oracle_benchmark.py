@@ -214,4 +214,4 @@ def test_the_run_of_a_gpu_with_the_host_in_its_place(tmp_path, capsys, monkeypat
         ("sampling", "inference"),
         ("sampling", "ddim"),
     ]
-    assert found["environment"]["gpu"] == "none" and "50 DDIM steps" in capsys.readouterr().out
+    assert found["environment"]["gpu"] == "none" and "2 DDIM steps, batch 2:" in capsys.readouterr().out
