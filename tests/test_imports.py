@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 OPTIONAL = ["matplotlib", "torch", "jax", "numba", "cupy", "pooch", "diffusers"]
-ABSENT = [*OPTIONAL, "scipy.special", "scipy.stats", "safetensors", "tqdm", "pytest"]
+LATE = ["array_api_compat.numpy", "numpy.f2py", "scipy.special", "scipy.stats", "safetensors", "tqdm"]
+ABSENT = [*OPTIONAL, *LATE, "pytest"]
 
 
 def run(program, *flags):

@@ -525,7 +525,7 @@ def test_attention_far_below_the_bound_keeps_its_digits(twin):
         ("baseline(X86_V2)", "X86_V3", np.exp, _exponential._by_exp),
         ("baseline(SSE SSE2 SSE3)", "FMA3 AVX2", np.exp, _exponential._by_exp),
         ("baseline(NEON)", "baseline(NEON)", np.exp, _exponential._by_tanh),
-        ("", "", np.exp, _exponential._by_tanh),  # before NumPy 2.1
+        ("", "", np.exp, _exponential._by_tanh),
     ],
 )
 def test_the_exponential_with_vectors_is_chosen(exp2, exp, power, tanh):

@@ -5,7 +5,8 @@ Code that computes never asks this module where it runs. It asks the array::
     xp = array_namespace(x)
 
 and then uses only functions of the array API standard (2023.12 and later), so that NumPy, CuPy and
-array-api-strict arrays go through the same lines. The backend (``TINYDIFF_BACKEND``, or an argument)
+array-api-strict arrays go through the same lines. NumPy follows the standard by itself, since 2.1; for what
+others lack there is array-api-compat. The backend (``TINYDIFF_BACKEND``, or an argument)
 decides one thing only: where *new* arrays are made.
 
 What crosses from a device to the host goes through `to_numpy`, and waits for the device. Nothing in a step
@@ -18,10 +19,9 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, TypeAlias
 
-import array_api_compat.numpy
+import array_api_compat
 import numpy as np
 from array_api_compat import device, is_cupy_array, is_jax_array
 
@@ -72,16 +72,22 @@ _namespaces: dict[type, Namespace] = {}
 
 
 def array_namespace(*arrays: Array) -> Namespace:
-    """Return the array API namespace of `arrays`, as array-api-compat does.
+    """Return the array API namespace of `arrays`: NumPy itself, or as array-api-compat does.
 
     A network of small layers asks several times for every product, so answers are kept by the array's type.
     """
     kind = type(arrays[0]) if arrays else None
     if kind is None or any(type(x) is not kind for x in arrays[1:]):
-        return array_api_compat.array_namespace(*arrays)
+        return _namespace_of(*arrays)
     if kind not in _namespaces:
-        _namespaces[kind] = array_api_compat.array_namespace(arrays[0])
+        _namespaces[kind] = _namespace_of(arrays[0])
     return _namespaces[kind]
+
+
+def _namespace_of(*arrays: Array) -> Namespace:
+    """array-api-compat's answer, but for NumPy, of which it has a copy that takes long to import."""
+    of_numpy = arrays and all(map(array_api_compat.is_numpy_array, arrays))
+    return np if of_numpy else array_api_compat.array_namespace(*arrays)
 
 
 class BackendError(RuntimeError):
@@ -107,7 +113,7 @@ def get_backend(name: str | None = None, device: int | None = None) -> Namespace
     Returns
     -------
     module
-        ``array_api_compat.numpy`` or ``array_api_compat.cupy``.
+        ``numpy`` or ``array_api_compat.cupy``.
 
     Raises
     ------
@@ -122,7 +128,7 @@ def get_backend(name: str | None = None, device: int | None = None) -> Namespace
                 f"device is {device}, but the backend is numpy, which has none to choose from: set "
                 "TINYDIFF_BACKEND=cupy, or leave the device out."
             )
-        return array_api_compat.numpy
+        return np
     if chosen == "cupy":
         return _cupy_namespace(device)
     raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, BACKENDS))}.")
@@ -215,6 +221,8 @@ def _pip(package: str) -> str:
 
 
 def _is_installed(package: str) -> bool:
+    from importlib import metadata
+
     try:
         metadata.version(package)
     except metadata.PackageNotFoundError:

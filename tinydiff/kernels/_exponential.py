@@ -33,10 +33,10 @@ class Power(NamedTuple):
 
 
 def _vectors(function: str) -> str:
-    """The instruction set of a function of NumPy's in float32; "" before NumPy 2.1, which does not say."""
+    """The instruction set of a function of NumPy's in float32; "" where it does not say."""
     try:
         return np.lib.introspect.opt_func_info(f"^{function}$", "float32")[function]["ff"]["current"]
-    except (AttributeError, KeyError):
+    except KeyError:
         return ""
 
 
