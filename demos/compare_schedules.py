@@ -284,7 +284,7 @@ def bound(
 ) -> dict[str, float]:
     """The bound of digits, in bits per dimension, of a chain of some of the steps.  (docs: L.1, L.12)
 
-    `td.bits_per_dim` draws t at random. But L_0 is a large part of the bound and one term of T, so here every
+    `td.bits_per_dim` draws t at random, all but that of L_0. But the next terms are large, too, so here every
     t gets as many draws as any other, of digits at random: the same mean, with a fraction of the spread.
 
     Returns
