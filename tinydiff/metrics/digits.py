@@ -221,7 +221,8 @@ def digit_report(
         digit; ``effective_classes``, exp of their entropy, 1 … 10; ``least_class_share``;
         ``nearest_distance`` and ``least_nearest_distance``, mean and minimum of `nearest_distances`; and
         ``share_too_near``, the share nearer to a digit of the data than 99% of the floor's digits are: for
-        new digits about 0.01, for copies 1. All are numbers that JSON can hold.
+        new digits 0.01 + 0.98 / (n + 1) on average, 0.011 of 1000 and 0.025 of 64; for copies 1. All are
+        numbers that JSON can hold.
 
     Raises
     ------
