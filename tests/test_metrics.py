@@ -296,6 +296,11 @@ def test_divisions_as_discrepant_as_the_observed_count_against_it():
         assert permutation_test(np.zeros((3, 2)), np.zeros((4, 2)), statistic=name).p_value == 1
 
 
+def test_a_result_is_printed_in_one_line():
+    result = permutation_test(*np.random.default_rng(0).normal(size=(2, 5, 2)))
+    assert repr(result) == f"PermutationResult(statistic={result.statistic}, p_value={result.p_value})"
+
+
 def test_more_permutations_than_a_batch_and_the_seed():
     x, y = clouds(0, 2, 10, 2)
     first = permutation_test(x, y, permutations=700)

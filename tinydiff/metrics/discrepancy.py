@@ -18,7 +18,7 @@ for all permutations together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class PermutationResult:
 
     statistic: float
     p_value: float
-    null: np.ndarray
+    null: np.ndarray = field(repr=False)
 
 
 def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None) -> float:
