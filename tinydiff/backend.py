@@ -4,8 +4,8 @@ Code that computes never asks this module where it runs. It asks the array::
 
     xp = array_namespace(x)
 
-and then uses only functions of the array API standard (2023.12 and later), so that NumPy, CuPy and
-array-api-strict arrays go through the same lines. NumPy follows the standard by itself, since 2.1; for what
+and then uses only functions of the array API standard (2024.12 and later), so that NumPy, CuPy and
+array-api-strict arrays go through the same lines. NumPy has all of them itself, since 2.1; for what
 others lack there is array-api-compat. The backend (``TINYDIFF_BACKEND``, or an argument)
 decides one thing only: where *new* arrays are made.
 
@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 import array_api_compat
 import numpy as np
-from array_api_compat import device, is_cupy_array, is_jax_array
+from array_api_compat import device, is_cupy_array, is_jax_array, is_torch_array
 
 from tinydiff._checks import check_rng
 
@@ -258,6 +258,11 @@ def to_numpy(x: Array) -> np.ndarray:
         return x
     if is_cupy_array(x):
         return x.get()
+    if is_jax_array(x) or is_torch_array(x):  # which may be on several devices, or being compiled
+        try:
+            return np.asarray(x)
+        except RuntimeError:  # within torch.func, where DLPack has the numbers
+            pass
     return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
 
 

@@ -150,8 +150,8 @@ def iterate_samples(
     check_signal(walk, timesteps)
     if x_T is None:
         x = standard_normal(rng, shape, _like(denoise))
-    else:  # a copy: whoever is handed a state may write into it
-        x = array_namespace(x_T).asarray(x_T, copy=True)
+    else:  # a copy, through which PyTorch differentiates: whoever is handed a state may write into it
+        x = array_namespace(x_T).astype(x_T, x_T.dtype)
     return _states(_estimator(denoise, walk, timesteps, clip), walk, timesteps, x, sampler, rng, eta, clip)
 
 
