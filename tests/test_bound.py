@@ -21,6 +21,7 @@ from tinydiff.bound import (
     variational_bound,
 )
 from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.losses import vlb_loss
 from tinydiff.mixture import GaussianMixture
 from tinydiff.models import MLP
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
@@ -642,3 +643,18 @@ def test_what_does_not_fit_is_named():
         variational_bound(lambda x, t: x, diffusion, data, rng=None, progress=False)
     with pytest.raises(ValueError, match="output has shape"):
         variational_bound(lambda x, t: x[:, :1], diffusion, data, rng=rng, progress=False)
+
+
+@pytest.mark.parametrize("name", ["output", "x0", "x_t"])
+def test_arrays_of_a_term_are_of_one_library_and_shape(name):
+    given = dict.fromkeys(["output", "x0", "x_t"], np.zeros((3, 2)))
+    process = GaussianDiffusion(linear_schedule(20))
+    for wrong, message in [
+        ([[0.0, 0.0]] * 3, f"^{name} is a list; expected an array"),
+        (strict.zeros((3, 2)), "is an array of "),
+        (np.zeros((3, 1)), r"has shape \(3, [12]\); expected \(3, [12]\), like "),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            step_term(process, **{**given, name: wrong}, t=3)
+    with pytest.raises(TypeError, match=r"^output is a list; expected an array"):
+        vlb_loss(process, [[0.0, 0.0]] * 3, given["x0"], 3, given["x0"])

@@ -430,6 +430,8 @@ def test_bad_first_array_is_named(method):
         call(method, **{name: GOOD.astype(np.int64)})
     with pytest.raises(ValueError, match=f"^{name} has shape \\(\\); expected a batch axis"):
         call(method, **{name: np.zeros(())})
+    with pytest.raises(ValueError, match=f"^{name} is a masked array; expected one in which every number"):
+        call(method, **{name: np.ma.masked_less(GOOD, 0)})
 
 
 @pytest.mark.parametrize("method", [method for method, (_, second) in METHODS.items() if second])

@@ -51,7 +51,7 @@ from tinydiff.backend import (
     to_float64,
     to_numpy,
 )
-from tinydiff.diffusion import GaussianDiffusion, check_diffusion
+from tinydiff.diffusion import GaussianDiffusion, check_diffusion, matching
 from tinydiff.kernels import many_steps
 from tinydiff.nn.module import Module, once, weight_of
 from tinydiff.parallel import shared_out
@@ -305,13 +305,14 @@ def step_term(
     Raises
     ------
     TypeError
-        If `output` or `x_t` is not an array, or they are of two libraries.
+        If `output`, `x0` or `x_t` is not an array, or they are not all of one library.
     ValueError
         If an argument does not fit; the message names it. Also if the output is eps at a t where that says
         nothing of x_0 (`GaussianDiffusion.predict_x0`), or if the decoder is ``"8bit"`` and `x0` at t = 0 is
         not 8-bit data.
     """
     check_decoder(decoder)
+    x0, x_t = matching(x0=x0, x_t=x_t)
     xp = array_namespace(x0)
     N = x0.shape[0]
     steps = np.broadcast_to(to_numpy(t), (N,))

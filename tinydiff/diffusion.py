@@ -44,7 +44,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_choice, class_or_kind
+from tinydiff._checks import check_choice, check_unmasked, class_or_kind
 from tinydiff.backend import (
     Array,
     Namespace,
@@ -106,8 +106,8 @@ class GaussianDiffusion:
       to keep a GPU from waiting.
     - A variance has shape (N, 1, ..., 1), which broadcasts against the data; a learned one has the data's.
     - ``output`` is all that the network returned: with `variance` ``"learned_range"``, both halves.
-    - A wrong ``t``, dtype or shape is a ValueError that names the argument; something that is not an
-      array, or is of another library than the first, is a TypeError.
+    - A wrong ``t``, dtype or shape, or a masked array, is a ValueError that names the argument; something
+      that is not an array, or is of another library than the first, is a TypeError.
 
     Two differences from diffusers' ``DDPMScheduler``: the variance fixed_small at t = 0 is exactly 0 here,
     where diffusers clamps it to 1e-20 (and then adds no noise there); and x0 is clipped only if asked, where
@@ -495,6 +495,7 @@ def matching(**arrays: Array) -> tuple[Array, ...]:
             xp = array_namespace(array)
         except TypeError:
             raise TypeError(f"{name} is {class_or_kind(array)}; expected an array.") from None
+        check_unmasked(name, array)
         if not _is_floating(xp, array.dtype):
             raise ValueError(f"{name} has dtype {array.dtype}; expected a real floating one.")
         if array.ndim == 0:

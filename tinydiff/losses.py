@@ -190,8 +190,8 @@ def vlb_loss(
     TypeError, ValueError
         As `tinydiff.bound.step_term`.
     """
-    xp = array_namespace(output)
     terms, backward = step_term(diffusion, output, x0, diffusion.q_sample(x0, t, noise), t, decoder)
+    xp = array_namespace(terms)
     if record is not None:
         record(terms)
     N = x0.shape[0]
@@ -250,8 +250,8 @@ def hybrid_loss(
     """
     if diffusion.variance != "learned_range":
         raise ValueError(f"diffusion has variance {diffusion.variance!r}; expected 'learned_range'.")
-    xp = array_namespace(output)
     simple, simple_gradient = simple_loss(diffusion, output, x0, t, noise, weights)
+    xp = array_namespace(simple_gradient)
     vlb, vlb_gradient = vlb_loss(diffusion, output, x0, t, noise, decoder=decoder)
     C, weight = x0.shape[-1], float(vlb_weight)  # a NumPy number would make float64 of float32
     gradient = xp.concat([simple_gradient[..., :C], weight * vlb_gradient[..., C:]], axis=-1)
