@@ -126,6 +126,12 @@ class Doubled(td.nn.Module):
         return 2 * y, lambda dy: backward(2 * dy)
 
 
+def without_weights(layer):
+    """A function that computes the same, as fixed features of the input may: it has no weights to find."""
+    return lambda x: layer(x)
+
+
+@pytest.mark.parametrize("other", [Doubled, without_weights])
 @pytest.mark.parametrize(
     ("make", "name", "shape"),
     [
@@ -135,11 +141,11 @@ class Doubled(td.nn.Module):
         (lambda: td.nn.SelfAttention(4, None, 2, 1e-5, np.random.default_rng(0)), "group_norm", (2, 2, 2, 4)),
     ],
 )
-def test_the_input_is_compared_with_whatever_weights_are_there(make, name, shape):
-    """Those of an adapter, say, around the layer that is there at first."""
+def test_the_input_is_compared_with_whatever_weights_are_there(make, name, shape, other):
+    """Those of an adapter, say, around the layer that is there at first, or those of other layers."""
     rng = np.random.default_rng(0)
     model = make()
-    setattr(model, name, Doubled(getattr(model, name)))
+    setattr(model, name, other(getattr(model, name)))
     times = (np.array([3, 900]),) if isinstance(model, (td.MLP, td.UNet)) else ()
     td.testing.assert_backward(model, normal(rng, shape), *times)
 

@@ -10,9 +10,8 @@ import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff.backend import Array, array_namespace, get_backend
-from tinydiff.models._checks import check_like_weights, plain
+from tinydiff.models._checks import check_like_model, plain
 from tinydiff.nn import Conv2d, GroupNorm, Linear, Module, derivative_of, inference, once
-from tinydiff.nn.module import weight_of
 
 __all__ = ["Classifier"]
 
@@ -108,7 +107,7 @@ class Classifier(Module):
             return self._features(x)[0]
 
     def _features(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        check_like_weights(x, weight_of(self.linear))
+        check_like_model(self, x=x)
         c = self.config["in_channels"]
         if len(x.shape) != 4 or x.shape[3] != c:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, H, W, {c}).")

@@ -9,9 +9,8 @@ import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff.backend import Array, get_backend
-from tinydiff.models._checks import check_like_weights, check_times, plain
+from tinydiff.models._checks import check_like_model, check_times, plain
 from tinydiff.nn import Linear, Module, TimestepEmbedding, derivative_of, silu, sinusoidal_embedding
-from tinydiff.nn.module import weight_of
 
 __all__ = ["MLP"]
 
@@ -165,7 +164,7 @@ class MLP(Module):
 
     def check_input(self, x: Array, t: Array) -> None:
         """Raise what the call would, before anything is computed."""
-        check_like_weights(x, weight_of(self.linear_in))
+        check_like_model(self, x=x)
         if len(x.shape) != 2 or x.shape[1] != self.config["in_features"]:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config['in_features']}).")
         check_times(t, x)

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff.backend import Array, get_backend
-from tinydiff.models._checks import check_like_weights, check_times, plain
+from tinydiff.models._checks import check_like_model, check_times, plain
 from tinydiff.nn import (
     Conv2d,
     Downsample,
@@ -32,7 +32,6 @@ from tinydiff.nn import (
     silu,
     sinusoidal_embedding,
 )
-from tinydiff.nn.module import weight_of
 
 __all__ = ["UNet", "misfit"]
 
@@ -375,7 +374,7 @@ class UNet(Module):
 
     def check_input(self, x: Array, t: Array) -> None:
         """Raise what the call would, before anything is computed."""
-        check_like_weights(x, weight_of(self.conv_in))
+        check_like_model(self, x=x)
         c = self.config["in_channels"]
         multiple = 2 ** (len(self.config["block_channels"]) - 1)
         if len(x.shape) != 4 or x.shape[3] != c or any(size < 1 or size % multiple for size in x.shape[1:3]):

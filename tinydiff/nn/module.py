@@ -198,9 +198,10 @@ class Module:
 
 
 def _walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (Parameter, Module)):
+    if isinstance(value, Parameter):
         yield name, value
-    if isinstance(value, Module):
+    elif isinstance(value, Module):
+        yield name, value
         for inner, part in value._parts():
             yield f"{name}.{inner}", part
     elif isinstance(value, (list, tuple, Mapping)):
