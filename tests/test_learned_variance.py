@@ -144,6 +144,14 @@ def test_outputs_of_the_wrong_size_are_named():
         GaussianDiffusion(linear_schedule(5), "eps", "learned")
 
 
+@pytest.mark.parametrize("loss", [simple_loss, vlb_loss, hybrid_loss])
+def test_an_output_of_another_library_is_named(loss):
+    diffusion, x0 = GaussianDiffusion(linear_schedule(5), "eps", "learned_range"), np.zeros((3, 2))
+    output = strict.zeros((3, 4))
+    with pytest.raises(TypeError, match=r"^output is an array of array_api_strict; expected numpy, like x_t"):
+        loss(diffusion, output, x0, np.array([0, 1, 4]), x0)
+
+
 def test_tables_survive_betas_of_any_size():
     for betas in ([1e-300, 1e-300, 0.5], [1.0, 1.0], [5e-324, 0.1], [5e-324] * 2, [0.999, 1e-12]):
         diffusion = GaussianDiffusion(NoiseSchedule(betas), "x0", "learned_range")

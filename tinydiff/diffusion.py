@@ -434,7 +434,9 @@ class GaussianDiffusion:
                 f"output has shape {output.shape}, x_t {x_t.shape}; expected twice x_t's last axis (of at "
                 "least two): with variance 'learned_range' a network returns its prediction and nu."
             )
-        return output[..., :C], output[..., C:]
+        prediction, nu = output[..., :C], output[..., C:]
+        matching(x_t=x_t, output=prediction)
+        return prediction, nu
 
     # Gathering: float64 tables on the host, cast at the moment of use
 
