@@ -452,6 +452,16 @@ def test_estimate_over_random_t_is_unbiased():
     assert estimates[0].L_T == complete.L_T
 
 
+def test_a_chain_of_one_step_has_no_other_t_to_draw():
+    diffusion, data = GaussianDiffusion(NoiseSchedule([0.5])), MOONLIKE.sample(5, np.random.default_rng(0))
+    for t_samples in (None, 3):
+        bound = variational_bound(
+            MOONLIKE.denoiser(diffusion), diffusion, data, rng=Script([]), t_samples=t_samples, progress=False
+        )
+        assert bound.exact
+        assert_allclose(bound.value, bound.L_T + bound.L_t[0], rtol=1e-12)
+
+
 def test_standard_error_is_the_spread_over_data():
     diffusion = GaussianDiffusion(linear_schedule(4))
     rng, n = np.random.default_rng(0), 200
