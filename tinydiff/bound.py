@@ -460,8 +460,9 @@ def variational_bound(
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")
     like = weight_of(denoise) if isinstance(denoise, Module) else data
     T, n = diffusion.T, data.shape[0]
-    exact = t_samples is None or T == 1
-    draws = T - 1 if t_samples is None or T == 1 else t_samples  # for each sample, besides L_0
+    if T == 1:
+        t_samples = None  # there is no t but that of L_0
+    draws = T - 1 if t_samples is None else t_samples  # for each sample, besides L_0
     share = (T - 1) / max(1, draws)  # of the sum over t >= 1: what one draw stands for
 
     totals, priors = np.zeros(n), np.zeros(n)
@@ -479,7 +480,7 @@ def variational_bound(
             N = x0.shape[0]
             priors[rows] = to_numpy(prior_term(diffusion, x0))
             for i in range(1 + draws):
-                t = np.full(N, i) if exact or i == 0 else to_numpy(rng.integers(1, T, size=N))
+                t = np.full(N, i) if t_samples is None or i == 0 else to_numpy(rng.integers(1, T, size=N))
                 x_t = diffusion.q_sample(x0, t, standard_normal(rng, x0.shape, x0))
                 output = predict(x_t, integers_like(t, x0))
                 terms = to_numpy(step_term(diffusion, output, x0, x_t, t, decoder, clip)[0])
@@ -495,7 +496,7 @@ def variational_bound(
         standard_error=float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
         L_T=float(np.mean(priors)),
         L_t=means,
-        exact=exact,
+        exact=t_samples is None,
         unit="nats",
     )
 

@@ -77,10 +77,11 @@ def check_like_model(model: Any, **inputs: Any) -> None:
 
     For functions whose argument has another name than the model's x: messages have that name.
     """
-    check_array(**inputs)
     first = next(model._named(), None) if isinstance(model, Module) else None
-    if first is not None:
-        for name, array in inputs.items():
+    for name, array in inputs.items():
+        if first is None:
+            check_array(**{name: array})
+        else:
             check_like_weights(array, first[1].value, name)
 
 
