@@ -22,7 +22,7 @@ Hutchinson 1989, *A stochastic estimator of the trace of the influence matrix*.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,7 @@ from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
 from tinydiff.models._checks import answer_of, check_like_model
 from tinydiff.nn.module import Module
-from tinydiff.samplers import angles, check_signal, respaced
+from tinydiff.samplers import Steps, angles, check_signal, respaced
 
 __all__ = ["ode_log_likelihood"]
 
@@ -53,7 +53,7 @@ def ode_log_likelihood(
     model: Callable[[Array, Array], tuple[Array, Callable[[Array], Array]]],
     diffusion: GaussianDiffusion,
     x: Array,
-    steps: int | Sequence[int] | np.ndarray | None = None,
+    steps: Steps = None,
     *,
     probes: int | None = None,
     rng: np.random.Generator | None = None,

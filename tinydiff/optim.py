@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from tinydiff._together import Together, cut, end_to_end, groups
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.kernels import kernels_for
 from tinydiff.models._checks import check_model
-from tinydiff.nn.module import Module, Parameter, check_state
+from tinydiff.nn.module import M, Parameter, check_state
 
 __all__ = ["EMA", "Adam", "clip_grad_norm", "warmup_cosine"]
 
@@ -218,9 +218,6 @@ def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) ->
         return (step + 1) / warmup
     progress = (step - warmup) / (steps - warmup)
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-M = TypeVar("M", bound=Module)
 
 
 class EMA(Generic[M]):

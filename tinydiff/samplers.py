@@ -48,7 +48,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -67,6 +67,7 @@ from tinydiff.schedules import evenly_spaced_timesteps
 __all__ = [
     "SAMPLERS",
     "SamplerState",
+    "Steps",
     "angles",
     "check_signal",
     "extrapolation_weights",
@@ -78,6 +79,8 @@ __all__ = [
 ]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "heun", "edm")
+
+Steps: TypeAlias = int | Sequence[int] | np.ndarray | None  # how many of the times, or which; None: all
 
 # By how much "edm" may divide s/a in its first step. At 158 the distance of its samples from data was 0.15,
 # where that of "heun" is 0.022; at 63 it was 0.028 (the exact network of two Gaussians, T = 100).
@@ -114,7 +117,7 @@ def iterate_samples(
     diffusion: GaussianDiffusion,
     shape: tuple[int, ...],
     sampler: str = "ddpm",
-    steps: int | Sequence[int] | np.ndarray | None = None,
+    steps: Steps = None,
     *,
     rng: np.random.Generator,
     eta: float = 0.0,
@@ -235,9 +238,7 @@ def angles(diffusion: GaussianDiffusion) -> np.ndarray:
     return np.arctan2(np.sqrt(one_minus_abar), np.sqrt(abar))
 
 
-def respaced(
-    diffusion: GaussianDiffusion, steps: int | Sequence[int] | np.ndarray | None
-) -> tuple[GaussianDiffusion, np.ndarray]:
+def respaced(diffusion: GaussianDiffusion, steps: Steps) -> tuple[GaussianDiffusion, np.ndarray]:
     """The process on some of its times, and those times: all, `steps` of them evenly spaced, or `steps`."""
     check_diffusion(diffusion)
     timesteps: Any = diffusion.T if steps is None else steps
@@ -320,7 +321,7 @@ def sample(
     diffusion: GaussianDiffusion,
     shape: tuple[int, ...],
     sampler: str = "ddpm",
-    steps: int | Sequence[int] | np.ndarray | None = None,
+    steps: Steps = None,
     *,
     rng: np.random.Generator,
     eta: float = 0.0,
@@ -463,7 +464,7 @@ def invert(
     denoise: Callable[[Array, Array], Array],
     diffusion: GaussianDiffusion,
     x0: Array,
-    steps: int | Sequence[int] | np.ndarray | None = None,
+    steps: Steps = None,
     *,
     progress: bool = True,
 ) -> Array:

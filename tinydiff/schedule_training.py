@@ -30,8 +30,8 @@ from tinydiff.continuous_bound import learned_schedule_loss
 from tinydiff.diffusion import GaussianDiffusion, Prediction
 from tinydiff.kernels import many_steps
 from tinydiff.learned_schedule import LearnedSchedule
+from tinydiff.nn.module import M
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.training import M
 
 __all__ = ["LearnedScheduleResult", "train_learned_schedule"]
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, get_args
+from typing import Any, Generic, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
@@ -30,11 +30,10 @@ from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import largest_batch, let_go
 from tinydiff.models._checks import answer_of, check_like_model
-from tinydiff.nn.module import Module, config_of, weight_of
+from tinydiff.nn.module import M, config_of, weight_of
 
-__all__ = ["Loss", "M", "TrainingResult", "find_batch_size", "train", "training_loss"]
+__all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
 
-M = TypeVar("M", bound=Module)
 Loss: TypeAlias = Literal["simple", "hybrid", "vlb"]
 
 

@@ -24,6 +24,7 @@ from tinydiff._checks import class_or_kind
 from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
 
 __all__ = [
+    "M",
     "Module",
     "Parameter",
     "check_state",

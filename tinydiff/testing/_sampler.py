@@ -10,7 +10,7 @@ import numpy as np
 from tinydiff.backend import clip_to_unit
 from tinydiff.diffusion import GaussianDiffusion, Prediction, check_diffusion
 from tinydiff.mixture import GaussianMixture
-from tinydiff.samplers import SAMPLERS, iterate_samples, respaced
+from tinydiff.samplers import SAMPLERS, Steps, iterate_samples, respaced
 from tinydiff.schedules import NoiseSchedule
 from tinydiff.testing._asked import (
     Function,
@@ -37,7 +37,7 @@ def assert_sampler(
     sampler: Function,
     diffusion: GaussianDiffusion,
     name: str = "ddpm",
-    steps: int | Sequence[int] | np.ndarray | None = None,
+    steps: Steps = None,
     *,
     eta: float = 0.0,
     clip: bool = False,
