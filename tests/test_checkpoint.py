@@ -389,10 +389,54 @@ def test_a_layer_that_is_not_tinydiff_s_is_not_saved(path):
     """Its config would make another in its place, of the same weights even."""
     model = small_mlp()
     model.blocks[0].linear_2 = type("Doubled", (td.nn.Linear,), {})(4, 4, np.random.default_rng(0))
-    with pytest.raises(TypeError, match=r"has a Doubled as blocks\.0\.linear_2; expected tinydiff's"):
+    with pytest.raises(
+        TypeError, match=r"has Doubled of 20 parameters as blocks\.0\.linear_2; expected Linear"
+    ):
         td.save_model(path, model)
     assert not path.exists()
     how = dict(steps=1, batch_size=2, run_dir=path.parent, progress=False)
     td.train(model, td.GaussianDiffusion(td.linear_schedule(4)), np.zeros((4, 2), np.float32), **how)
     with pytest.raises(ValueError, match="metadata 'model' is 'MLP with Doubled'; expected one of MLP, UNet"):
         td.load_model(path.with_name("checkpoint.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net.down_blocks[1].resnets[0].norm2, "groups", 1),
+        lambda net: setattr(net.conv_norm_out, "eps", 1e-6),
+        lambda net: setattr(net.conv_in, "padding", (2, 0)),
+        lambda net: setattr(net.conv_in, "weight", net.conv_out.weight),
+        lambda net: setattr(net.mid_block, "attentions", []),
+        lambda net: setattr(net, "conv_out", lambda h, layer=net.conv_out: layer(h)),
+        lambda net: setattr(net, "extra", td.nn.Linear(2, 2, np.random.default_rng(0))),
+        lambda net: net.config.update(dropout=0.5),
+    ],
+    ids=["groups", "eps", "padding", "weight", "attention", "function", "extra", "config"],
+)
+def test_a_network_that_its_config_does_not_make_is_not_saved(path, change):
+    """What is made of the config would compute something else, or lack weights."""
+    net = td.UNet(block_channels=(4, 8), attention=(False, True), norm_groups=2, head_dim=4)
+    td.save_model(path, net)
+    before = path.read_bytes()
+    change(net)
+    with pytest.raises(TypeError, match=r"model has .*; expected .*, which its config makes again"):
+        td.save_model(path, net)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64])
+def test_settings_of_numpy_s_types_are_those_that_its_config_makes(path, kind):
+    net = td.UNet(
+        np.int64(1),
+        block_channels=np.array([4, 8]),
+        attention=(0, np.True_),
+        norm_groups=2,
+        norm_eps=kind(1e-6),
+        dropout=kind(0.1),
+        head_dim=np.int8(4),
+        downsample_padding=np.uint8(0),
+    )
+    net.to(np, np.float64).note = "and what is said beside it"
+    td.save_model(path, net)
+    assert td.load_model(path)[0].config == net.config

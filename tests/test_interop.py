@@ -209,7 +209,7 @@ def test_only_a_unet_goes_to_diffusers():
             unet_to_diffusers(type(name, (td.UNet,), {})(**UNET))
     adapted = td.UNet(**UNET)
     adapted.conv_out = type("Adapted", (td.nn.Module,), {})()
-    with pytest.raises(TypeError, match="model has an Adapted as conv_out; expected tinydiff's own layers"):
+    with pytest.raises(TypeError, match="model has Adapted of 0 parameters as conv_out; expected Conv2d of"):
         unet_to_diffusers(adapted)
 
 

@@ -216,8 +216,8 @@ def save_model(
     Raises
     ------
     TypeError
-        If `model` is neither a `UNet` nor an `MLP`, or a layer of it has been replaced by one of another
-        class; if `diffusion` is not a `GaussianDiffusion`, or `metadata` cannot be written as JSON.
+        If `model` is neither a `UNet` nor an `MLP`, or has other layers or settings than its config makes;
+        if `diffusion` is not a `GaussianDiffusion`, or `metadata` cannot be written as JSON.
     IsADirectoryError
         If `path` is a directory.
     """

@@ -127,7 +127,7 @@ class Module:
         return ((name, part) for name, part in self._parts() if isinstance(part, Parameter))
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
-        """The parameters and modules that it owns, and those that these own."""
+        """What it holds: parameters, settings, and modules with what these hold."""
         for name, value in vars(self).items():
             yield from _walk(name, value)
 
@@ -199,15 +199,14 @@ class Module:
 
 
 def _walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Parameter):
-        yield name, value
-    elif isinstance(value, Module):
-        yield name, value
-        for inner, part in value._parts():
-            yield f"{name}.{inner}", part
-    elif isinstance(value, (list, tuple, Mapping)):
+    if isinstance(value, (list, tuple, Mapping)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _walk(f"{name}.{key}", item)
+        return
+    yield name, value
+    if isinstance(value, Module):
+        for inner, part in value._parts():
+            yield f"{name}.{inner}", part
 
 
 def config_of(model: Any) -> Mapping[str, Any]:
