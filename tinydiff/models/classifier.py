@@ -108,9 +108,6 @@ class Classifier(Module):
 
     def _features(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
         check_like_model(self, x=x)
-        c = self.config["in_channels"]
-        if len(x.shape) != 4 or x.shape[3] != c:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, H, W, {c}).")
         backwards = []
         h = x
         for conv, norm in zip(self.convs, self.norms, strict=True):
