@@ -27,12 +27,11 @@ __all__ = [
 ]
 
 
-def check_array(**arrays: Any) -> None:
-    """TypeError naming the first that is not an array, of whatever library; ValueError if it is masked."""
-    for name, array in arrays.items():
-        if not hasattr(array, "shape"):
-            raise TypeError(f"{name} is {class_or_kind(array)}; expected an array.")
-        check_unmasked(name, array)
+def check_array(name: str, array: Any) -> None:
+    """TypeError unless it is an array, of whatever library; ValueError if it is masked."""
+    if not hasattr(array, "shape"):
+        raise TypeError(f"{name} is {class_or_kind(array)}; expected an array.")
+    check_unmasked(name, array)
 
 
 def check_batch(name: str, x: Any) -> None:
@@ -56,7 +55,7 @@ def check_features(x: Any, features: int) -> None:
 
 def check_floating(x: Any) -> None:
     """TypeError unless x is an array of real floating numbers: others have no derivative."""
-    check_array(x=x)
+    check_array("x", x)
     if getattr(x.dtype, "kind", "f") in "biucO":  # not every library has it
         raise TypeError(f"x has dtype {x.dtype}; expected a real floating one.")
 

@@ -454,7 +454,7 @@ def variational_bound(
         check_counts(t_samples=t_samples)
     check_network("denoise", denoise)
     check_diffusion(diffusion)
-    check_array(data=data)
+    check_array("data", data)
     check_rng(rng)
     if data.ndim < 2 or data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")

@@ -356,7 +356,7 @@ def learned_schedule_loss(
     """
     _check_clock(T)
     _check_learned(learned)
-    check_like_model(model, x0=x0)
+    check_like_model(model, "x0", x0)
     N = x0.shape[0]
     n = max(1, N // 4) if reconstructions is None else reconstructions
     check_counts(reconstructions=n)
@@ -482,7 +482,7 @@ def continuous_bound(
     _check_learned(learned)
     check_counts(t_samples=t_samples, batch_size=batch_size)
     check_network("denoise", denoise)
-    check_array(data=data)
+    check_array("data", data)
     check_rng(rng)
     if data.ndim < 2 or data.shape[0] < 1:
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")

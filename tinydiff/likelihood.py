@@ -115,7 +115,7 @@ def ode_log_likelihood(
         check_counts(probes=probes)
         check_rng(rng)
     check_network("model", model)
-    check_like_model(model, x=x)
+    check_like_model(model, "x", x)
     check_batch("x", x)
     walk, timesteps = respaced(diffusion, steps)
     check_signal(walk, timesteps)

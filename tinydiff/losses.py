@@ -263,7 +263,7 @@ def _column(name: str, values: Array, x: Array) -> Array:
 
     TypeError unless they are an array; ValueError for another shape or, on the host, below 0.
     """
-    check_array(**{name: values})
+    check_array(name, values)
     N = x.shape[0]
     if tuple(values.shape) != (N,):
         raise ValueError(

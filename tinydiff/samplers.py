@@ -278,7 +278,7 @@ def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> Non
     if len(sizes) == 0 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
         raise ValueError(f"shape is {shape!r}; expected (N, ...), integers of at least 1.")
     if x_T is not None:
-        check_like_model(denoise, x_T=x_T)
+        check_like_model(denoise, "x_T", x_T)
         if tuple(x_T.shape) != tuple(shape):
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected {tuple(shape)}.")
 
@@ -507,7 +507,7 @@ def invert(
     t = 0.
     """
     check_network("denoise", denoise)
-    check_like_model(denoise, x0=x0)
+    check_like_model(denoise, "x0", x0)
     check_batch("x0", x0)
     walk, timesteps = respaced(diffusion, steps)
     estimate = _estimator(denoise, walk, timesteps, clip=False)

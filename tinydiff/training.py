@@ -118,7 +118,7 @@ def training_loss(
     if (T := getattr(t_sampler, "T", diffusion.T)) != diffusion.T:
         raise ValueError(f"t_sampler draws from T = {T} times; diffusion has T = {diffusion.T}.")
     check_rng(rng)
-    check_like_model(model, x0=x0)
+    check_like_model(model, "x0", x0)
     check_batch("x0", x0)
     N = x0.shape[0]
     if t_sampler is None:

@@ -50,7 +50,7 @@ def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
     group normalisation makes of an infinite variance is finite and wrong. `name` is what x is called in
     messages.
     """
-    check_array(**{name: x})
+    check_array(name, x)
     if array_namespace(x) is not array_namespace(weight) or x.dtype != weight.dtype:
         raise ValueError(
             f"{name} is a {library_of(x)} array of {x.dtype}; the model's weights are {library_of(weight)} "
@@ -72,17 +72,16 @@ def _check_device(name: str, of_x: Any, of_weights: Any) -> None:
         )
 
 
-def check_like_model(model: Any, **inputs: Any) -> None:
-    """TypeError unless each is an array; if `model` is a network, ValueError unless it is like its weights.
+def check_like_model(model: Any, name: str, x: Any) -> None:
+    """TypeError unless x is an array; if `model` is a network, ValueError unless it is like its weights.
 
-    For functions whose argument has another name than the model's x: messages have that name.
+    `name` is what the caller's argument is called.
     """
     first = next(model._named(), None) if isinstance(model, Module) else None
-    for name, array in inputs.items():
-        if first is None:
-            check_array(**{name: array})
-        else:
-            check_like_weights(array, first[1].value, name)
+    if first is None:
+        check_array(name, x)
+    else:
+        check_like_weights(x, first[1].value, name)
 
 
 def check_model(model: Any) -> None:
@@ -127,6 +126,6 @@ def _is_own(part: Any) -> bool:
 
 def check_times(t: Any, x: Array) -> None:
     """TypeError unless t is an array, ValueError unless it has one time for each sample of x."""
-    check_array(t=t)
+    check_array("t", t)
     if tuple(t.shape) != (x.shape[0],):
         raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time for each of x.")

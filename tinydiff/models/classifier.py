@@ -107,7 +107,7 @@ class Classifier(Module):
             return self._features(x)[0]
 
     def _features(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        check_like_model(self, x=x)
+        check_like_model(self, "x", x)
         backwards = []
         h = x
         for conv, norm in zip(self.convs, self.norms, strict=True):

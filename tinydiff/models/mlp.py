@@ -164,7 +164,7 @@ class MLP(Module):
 
     def check_input(self, x: Array, t: Array) -> None:
         """Raise what the call would, before anything is computed."""
-        check_like_model(self, x=x)
+        check_like_model(self, "x", x)
         if len(x.shape) != 2 or x.shape[1] != self.config["in_features"]:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config['in_features']}).")
         check_times(t, x)

@@ -374,7 +374,7 @@ class UNet(Module):
 
     def check_input(self, x: Array, t: Array) -> None:
         """Raise what the call would, before anything is computed."""
-        check_like_model(self, x=x)
+        check_like_model(self, "x", x)
         c = self.config["in_channels"]
         multiple = 2 ** (len(self.config["block_channels"]) - 1)
         if len(x.shape) != 4 or x.shape[3] != c or any(size < 1 or size % multiple for size in x.shape[1:3]):
