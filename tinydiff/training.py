@@ -283,7 +283,7 @@ def train(
         data,
         data_name,
         numbers,
-        betas=_digest(diffusion.schedule.betas),
+        betas=hashlib.sha256(diffusion.schedule.betas.tobytes()).hexdigest()[:16],
         prediction=diffusion.prediction,
         lr=float(lr),
         weight_decay=float(weight_decay),
@@ -415,10 +415,6 @@ def _objective(
     if plain and not config_of(model).get("dropout") and is_wanted(model, graph):
         return RecordedLoss(diffusion)
     return lambda network, x0, rng: training_loss(network, diffusion, x0, rng, loss, **how)
-
-
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
 
 
 class _Drawn:
