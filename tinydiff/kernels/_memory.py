@@ -17,6 +17,7 @@ import ctypes
 import functools
 import math
 import sys
+from contextlib import suppress
 
 import numpy as np
 
@@ -46,12 +47,10 @@ NEVER = 2**31 - 1
 
 
 @functools.cache
-def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep what is freed; returns whether it could be told."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, NEVER))
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator, where there is one, to keep what is freed."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            if mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD):
+                mallopt(M_TRIM_THRESHOLD, NEVER)
