@@ -30,9 +30,7 @@ class Downsample(Module):
     """
 
     def __init__(self, channels: int, padding: int, rng: np.random.Generator) -> None:
-        self.conv = Conv2d(
-            channels, channels, 3, stride=2, padding=(1, 1) if padding == 1 else (0, 1), rng=rng
-        )
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=(int(padding), 1), rng=rng)
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
         """x (N, H, W, C)  ->  y (N, H/2, W/2, C); H and W even.  (docs: B.7)"""
