@@ -96,11 +96,11 @@ def store(typingctx, x, index, value):  # type: ignore[no-untyped-def]
     return types.void(x, types.intp, Lanes(x.dtype)), generate
 
 
-def _spread(builder: Any, number: Any, length: int = LANES) -> Any:
-    """A vector of `length` times the same number."""
-    vector = ir.VectorType(number.type, length)
+def _spread(builder: Any, number: Any) -> Any:
+    """A vector of LANES times the same number."""
+    vector = ir.VectorType(number.type, LANES)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), length), [0] * length)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
 
 
