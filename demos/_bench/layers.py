@@ -30,8 +30,8 @@ class Recorder:
     """Own seconds and FLOPs by (layer, "forward" or "backward"), while classes' calls are wrapped."""
 
     def __init__(self, model: Any) -> None:
-        self.names = {id(module): name for name, module in walk("", model)}
-        self.modules = {name: module for name, module in walk("", model)}
+        self.modules = {"": model, **{name: m for name, m in model._parts() if isinstance(m, Module)}}
+        self.names = {id(module): name for name, module in self.modules.items()}
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self.flops: dict[str, int] = defaultdict(int)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -55,12 +55,12 @@ class Recorder:
         classes = {type(module) for module in self.modules.values()}
         before = {cls: cls.__call__ for cls in classes}
         for cls, call in before.items():
-            cls.__call__ = self._wrapped(call)  # type: ignore[method-assign]
+            cls.__call__ = self._wrapped(call)
         try:
             yield
         finally:
             for cls, call in before.items():
-                cls.__call__ = call  # type: ignore[method-assign]
+                cls.__call__ = call
 
     def _wrapped(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(module: Any, *args: Any) -> Any:
@@ -74,17 +74,6 @@ class Recorder:
             return y, self.timed(name, "backward", backward)
 
         return wrapped
-
-
-def walk(name: str, value: Any) -> Iterator[tuple[str, Module]]:
-    """Every module of the model by its path."""
-    if isinstance(value, Module):
-        yield name, value
-        for key, inner in vars(value).items():
-            yield from walk(f"{name}.{key}".lstrip("."), inner)
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from walk(f"{name}.{index}", inner)
 
 
 def flops(module: Any, shape: tuple[int, ...]) -> int:
