@@ -37,7 +37,7 @@ from train_mnist import add_channels, add_data, digits, unet
 import tinydiff as td
 from tinydiff import plotting
 from tinydiff._progress import progress_bar
-from tinydiff.backend import array_namespace, asarray_like, standard_normal, to_numpy
+from tinydiff.backend import asarray_like, integers_like, standard_normal, to_numpy
 from tinydiff.bound import prior_term, step_term
 from tinydiff.checkpoint import replace_file
 from tinydiff.diffusion import Variance
@@ -307,7 +307,7 @@ def bound(
             part = slice(start, start + AT_A_TIME)
             x0 = asarray_like(digits[chosen[part]], like)
             x_t = walk.q_sample(x0, t[part], standard_normal(rng, x0.shape, x0))
-            output = shared.predict(x_t, asarray_like(times[t[part]], x0, array_namespace(x0).int64))
+            output = shared.predict(x_t, integers_like(times[t[part]], x0))
             terms[part] = to_numpy(step_term(walk, output, x0, x_t, t[part], "8bit", clip=True)[0])
     bits = terms.reshape(steps, draws) / (digits[0].size * math.log(2))
     mean, second = np.mean(bits, axis=1), np.mean(np.square(bits), axis=1)

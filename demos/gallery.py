@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DEMOS = Path(__file__).resolve().parent
 DOTS = 4000
 DIGIT_ROWS, DIGIT_COLUMNS = 3, 24
-GREY, BLUE = "#555555", "#0b62a4"
+GREY = "#555555"
 
 
 def main() -> None:
@@ -77,18 +77,18 @@ def draw(shapes: dict[str, Path], digits: np.ndarray) -> Figure:
     for column, (shape, run) in enumerate(shapes.items()):
         measured = json.loads((run / "metrics.json").read_text())
         for row, (points, colour) in enumerate(
-            [(toy2d.sample(shape, DOTS, rng), GREY), (np.load(run / "samples.npy")[:DOTS], BLUE)]
+            [(toy2d.sample(shape, DOTS, rng), GREY), (np.load(run / "samples.npy")[:DOTS], plotting.BLUE)]
         ):
             axes = fig.add_subplot(grid[row, column])
             axes.scatter(points[:, 0], points[:, 1], s=0.6, color=colour, alpha=0.5, linewidths=0)
             axes.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row == 0:
-                axes.set_title(shape.replace("_", " "), fontsize=10, color="#222222")
+                axes.set_title(shape.replace("_", " "), fontsize=10, color=plotting.INK)
             else:
                 axes.set_xlabel(f"{measured['ratio']:.2f} × floor", fontsize=8, color=GREY)
             if column == 0:
-                axes.set_ylabel(["data", "samples"][row], fontsize=10, color="#222222")
+                axes.set_ylabel(["data", "samples"][row], fontsize=10, color=plotting.INK)
     axes = fig.add_subplot(grid[2, :])
     shown = digits[: DIGIT_ROWS * DIGIT_COLUMNS, :, :, 0].reshape(DIGIT_ROWS, DIGIT_COLUMNS, 28, 28)
     axes.imshow(shown.transpose(0, 2, 1, 3).reshape(DIGIT_ROWS * 28, -1), cmap="gray_r", vmin=-1, vmax=1)

@@ -130,8 +130,7 @@ class Tinydiff:
         gradients = self.config.model()  # to carry the gradients across as weights are
         for name, parameter in gradients.named_parameters().items():
             parameter.value = to_numpy(self.model.named_parameters()[name].grad)
-        for parameter in self.model.named_parameters().values():
-            parameter.zero_grad()
+        self.model.zero_grad()
         return {"output": to_numpy(y), **in_torch_layout(gradients)}
 
     def _here(self, batch: Batch) -> Batch:
