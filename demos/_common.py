@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,13 +81,15 @@ class Plain(argparse.ArgumentParser):
         )
         self.data = self.add_argument_group("the data")
 
-    def add_training(self) -> None:
-        """Add the groups ``training`` and ``process``."""
+    def add_training(self, batch: Callable[[str], Any], or_else: str = "") -> None:
+        """Add the groups ``training`` and ``process``; `batch` is the type of --batch."""
         self.training = self.add_argument_group("training")
         self.training.add_argument(
             "--steps", type=count_from(1), metavar="N", help="training steps (default: %(default)s)"
         )
-        self.training.add_argument("--batch", metavar="N", **self.batch())
+        self.training.add_argument(
+            "--batch", type=batch, metavar="N", help=f"data per step{or_else} (default: %(default)s)"
+        )
         self.training.add_argument(
             "--lr", type=positive, metavar="RATE", help="learning rate (default: %(default)s)"
         )
@@ -98,10 +100,6 @@ class Plain(argparse.ArgumentParser):
         self.process.add_argument(
             "--prediction", choices=["eps", "x0", "v"], help="what the network outputs (default: %(default)s)"
         )
-
-    def batch(self) -> dict[str, Any]:
-        """What --batch takes."""
-        return dict(type=count_from(1), help="data per step (default: %(default)s)")
 
     def add_sampling(self) -> None:
         """Add the group of one sampling."""
@@ -160,7 +158,8 @@ class Parser(Plain):
         super().__init__(description, epilog, out, defaults)
         self.on_a_gpu = on_a_gpu or {}
         self.run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
-        self.add_training()
+        auto = f", or auto: as many as fit in memory, up to the default, on a GPU up to {LARGEST_BATCH}"
+        self.add_training(count_or_auto, auto)
         self.training.add_argument(
             "--loss",
             choices=LOSSES,
@@ -171,14 +170,6 @@ class Parser(Plain):
             "--schedule", choices=td.pretrained.SCHEDULES, help="of the noise (default: %(default)s)"
         )
         self.add_sampling()
-
-    def batch(self) -> dict[str, Any]:
-        """What --batch takes."""
-        return dict(
-            type=count_or_auto,
-            help="data per step, or auto: as many as fit in memory, up to the default, on a GPU up to "
-            f"{LARGEST_BATCH} (default: %(default)s)",
-        )
 
     def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
         largest = self.get_default("batch")

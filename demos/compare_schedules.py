@@ -96,7 +96,7 @@ CONFIGURATIONS["learned"] = Configuration("learned", "continuous bound")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Plain(__doc__, EXAMPLES, out=OUT, defaults=DEFAULTS)
-    parser.add_training()
+    parser.add_training(count_from(1))
     parser.run.add_argument(
         "--only",
         nargs="+",
