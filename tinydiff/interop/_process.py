@@ -110,12 +110,10 @@ def diffusion_from_diffusers(config: Mapping[str, Any]) -> GaussianDiffusion:
     require_fixed(c, FIXED)
     for key, known in (("prediction_type", PREDICTIONS), ("variance_type", VARIANCES)):
         require(c, key, c[key] in list(known), f"one of {', '.join(map(repr, known))}")
-    return GaussianDiffusion(
-        NoiseSchedule(_betas(c)), PREDICTIONS[c["prediction_type"]], VARIANCES[c["variance_type"]]
-    )
+    return GaussianDiffusion(_schedule(c), PREDICTIONS[c["prediction_type"]], VARIANCES[c["variance_type"]])
 
 
-def _betas(c: Mapping[str, Any]) -> np.ndarray:
+def _schedule(c: Mapping[str, Any]) -> NoiseSchedule:
     T, betas = c["num_train_timesteps"], c["trained_betas"]
     require(c, "num_train_timesteps", is_count(T), "a positive integer")
     if betas is None:
@@ -128,18 +126,18 @@ def _betas(c: Mapping[str, Any]) -> np.ndarray:
     require(c, "num_train_timesteps", schedule.T == T, f"{schedule.T}, as many as trained_betas")
     rescale = c["rescale_betas_zero_snr"]
     require(c, "rescale_betas_zero_snr", isinstance(rescale, bool), "True or False")
-    return _ending_in_noise(schedule) if rescale and T > 1 else schedule.betas
+    return _ending_in_noise(schedule) if rescale and T > 1 else schedule
 
 
-def _ending_in_noise(schedule: NoiseSchedule) -> np.ndarray:
-    """The betas of a sqrt(abar) that is shifted to end at 0, and scaled to begin as it did.
+def _ending_in_noise(schedule: NoiseSchedule) -> NoiseSchedule:
+    """That of a sqrt(abar) which is shifted to end at 0, and scaled to begin as it did.
 
     (Lin et al. 2023, *Common diffusion noise schedules and sample steps are flawed*, algorithm 1. All betas
     but the first are ratios, from which a scale cancels.)
     """
     root = np.sqrt(schedule.alphas_cumprod)
     abar = (root - root[-1]) ** 2
-    return np.concat([schedule.betas[:1], 1 - abar[1:] / abar[:-1]])
+    return NoiseSchedule(np.concat([schedule.betas[:1], 1 - abar[1:] / abar[:-1]]))
 
 
 def diffusion_to_diffusers(diffusion: GaussianDiffusion, clip: bool = False) -> dict[str, Any]:
