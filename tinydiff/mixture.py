@@ -90,10 +90,8 @@ class GaussianMixture:
             raise ValueError(
                 f"covariances has shape {covariances.shape}; expected (), ({K},) or ({K}, {D}, {D})."
             )
-        turned = np.swapaxes(covariances, 1, 2)
-        if np.any(
-            np.abs(covariances - turned) > 1e-10 * np.max(np.abs(covariances), axis=(1, 2), keepdims=True)
-        ):
+        size = np.max(np.abs(covariances), axis=(1, 2), keepdims=True)
+        if np.any(np.abs(covariances - covariances.mT) > 1e-10 * size):
             raise ValueError("covariances holds a matrix that is not symmetric.")
         filled = weights > 0
         weights, means, covariances = weights[filled], means[filled], covariances[filled]
