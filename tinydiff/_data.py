@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -85,13 +84,10 @@ def _check_values(name: str, values: Array) -> None:
         raise ValueError(
             f"{name} has dtype {values.dtype}; expected a real floating one (of 8-bit images, x / 127.5 - 1)."
         )
-    if is_numpy_array(values) and not all(np.isfinite(part).all() for part in _parts(values)):
-        raise ValueError(f"{name} holds numbers that are not finite.")
-
-
-def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
-    """The values in parts: a file that is mapped into memory may be larger than the memory."""
-    return (values[start : start + 1024] for start in range(0, len(values), 1024))
+    if is_numpy_array(values):  # in parts: a file that is mapped into memory may be larger than the memory
+        for start in range(0, len(values), 1024):
+            if not np.isfinite(values[start : start + 1024]).all():
+                raise ValueError(f"{name} holds numbers that are not finite.")
 
 
 def beside(data: Data, like: Array) -> Data:
