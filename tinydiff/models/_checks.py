@@ -39,8 +39,7 @@ def answer_of(model: Any, x: Array, t: Array, *rng: Any) -> tuple[Array, Callabl
     answer = model(x, t, *rng)
     if not (isinstance(answer, tuple) and len(answer) == 2 and callable(answer[1])):
         raise TypeError(f"model(x, t) is {class_or_kind(answer)}; expected (output, backward).")
-    output, backward = answer
-    return output, backward
+    return answer
 
 
 def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
