@@ -253,23 +253,21 @@ class EMA(Generic[M]):
         self.decay = decay
         self.steps = 0
         self.model: M = copy.deepcopy(model)
-        self._pairs = list(
-            zip(self.model.named_parameters().values(), model.named_parameters().values(), strict=True)
-        )
-        for average, _ in self._pairs:
-            average.zero_grad()
+        self.model.zero_grad()
+        self._averages = list(self.model.named_parameters().values())
+        self._weights = list(model.named_parameters().values())
         self._together = Together()
 
     def update(self) -> None:
         """Take one step of the average: w_ema += (1 - decay) (w - w_ema).  (docs: B.23)"""
         self.steps += 1
         rate = 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
-        averages = [average.value for average, _ in self._pairs]
-        current = [weight.value for _, weight in self._pairs]
+        averages = [average.value for average in self._averages]
+        current = [weight.value for weight in self._weights]
         for which, (together,) in self._together.hold(averages):
             value = end_to_end([current[i] for i in which])
             together.write(kernels_for(value).ema_step(together.flat, value, rate))
-        for (average, _), value in zip(self._pairs, averages, strict=True):
+        for average, value in zip(self._averages, averages, strict=True):
             average.value = value
 
     def state_dict(self) -> dict[str, np.ndarray]:
