@@ -298,17 +298,13 @@ def save(fig: Figure, path: str | os.PathLike[str]) -> None:
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    if not _has_colour_images(fig):
+    # Images of three channels hold more colours than a palette does.
+    if not any(np.asarray(image.get_array()).ndim == 3 for ax in fig.axes for image in ax.images):
         # A palette of 256 colours makes the file a third as large, and no eye sees the difference.
         image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
     replace_file(path, content.getvalue())
-
-
-def _has_colour_images(fig: Figure) -> bool:
-    """Whether it shows images of three channels, which hold more colours than a palette does."""
-    return any(np.asarray(image.get_array()).ndim == 3 for ax in fig.axes for image in ax.images)
 
 
 def smooth(losses: Array) -> np.ndarray:
