@@ -285,8 +285,8 @@ class DataParallel(Module):
                 "a worker process has ended unexpectedly (was memory short?); workers=1 does without."
             ) from None
         for answer in answers:
-            if isinstance(answer, _Failure):
-                raise (MemoryError if answer.of_memory else WorkerError)(answer.text)
+            if isinstance(answer, Exception):
+                raise answer
         return result, answers
 
     def _fork(self) -> None:
@@ -335,12 +335,6 @@ class DataParallel(Module):
         self._unanswered = False
 
 
-class _Failure:
-    def __init__(self, error: Exception) -> None:
-        self.text = f"a worker process failed: {type(error).__name__}: {error}"
-        self.of_memory = isinstance(error, MemoryError)
-
-
 def _serve(
     line: Line,
     others: list[Line],
@@ -378,7 +372,8 @@ def _serve(
                     for parameter, grad in zip(parameters, grads, strict=True):
                         grad[...] = parameter.grad
             except Exception as error:
-                answer = _Failure(error)
+                kind = MemoryError if isinstance(error, MemoryError) else WorkerError
+                answer = kind(f"a worker process failed: {type(error).__name__}: {error}")
             try:
                 line.send(answer)
             except OSError:
