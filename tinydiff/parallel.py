@@ -62,7 +62,7 @@ _changing = threading.RLock()
 class _Forking(threading.local):
     """What a thread is forking."""
 
-    workers = False  # those of a crew, not a process of the program's own
+    line: Line | None = None  # that of a crew's worker; of a process of the program's own there is none
 
 
 _forking = _Forking()
@@ -72,9 +72,10 @@ def _after_fork() -> None:
     global _changing
     _changing = threading.RLock()  # another thread of the parent may have had it
     for line in list(_held):
-        line.close()
+        if line is not _forking.line:
+            line.close()
     _held.clear()
-    if not _forking.workers:
+    if _forking.line is None:
         for crew in list(_crews):
             crew._inherited()
 
@@ -303,13 +304,12 @@ class DataParallel(Module):
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
             warnings.filterwarnings("ignore", r"This process .* is multi-threaded", DeprecationWarning)
             lines = [Line.ends() for _ in self._grads]
-            _held.update(ours for ours, _ in lines)
+            _held.update(end for ends in lines for end in ends)
             for grads, (ours, theirs) in zip(self._grads, lines, strict=True):
-                others = [end for _, end in lines if end is not theirs]
-                arguments = (theirs, others, self._model, self._parameters, grads)
+                arguments = (theirs, self._model, self._parameters, grads)
                 process = context.Process(target=_serve, args=arguments, daemon=True)
                 try:
-                    _forking.workers = True
+                    _forking.line = theirs
                     process.start()
                 except OSError as error:  # a limit to processes, as a container's, or to memory
                     self._end()
@@ -317,7 +317,7 @@ class DataParallel(Module):
                         f"a process to share the work could not be begun ({error}): workers=1 needs none."
                     ) from None
                 finally:
-                    _forking.workers = False
+                    _forking.line = None
                 self._workers.append((process, ours))
             for _, theirs in lines:
                 theirs.close()
@@ -335,21 +335,13 @@ class DataParallel(Module):
         self._unanswered = False
 
 
-def _serve(
-    line: Line,
-    others: list[Line],
-    model: Any,
-    parameters: list[Parameter],
-    grads: list[np.ndarray],
-) -> None:
+def _serve(line: Line, model: Any, parameters: list[Parameter], grads: list[np.ndarray]) -> None:
     """A worker: answer what comes through the line until it is closed."""
     for stop in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C, or a terminal closed, is for the process that leads
         signal.signal(stop, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends this one, whatever the leader does on it
-    _forking.workers = False  # a fork of this one may be anything
+    _forking.line = None  # a fork of this one may be anything
     gc.freeze()  # what was there before the fork belongs to the other process
-    for other in others:
-        other.close()
     kept: dict[int, Any] = {}
     _keeping.set(True)  # whatever the thread was within that forked it
     model.zero_grad()
