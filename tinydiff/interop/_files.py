@@ -165,8 +165,7 @@ def save_pipeline(
         )
     save_diffusers(Path(directory, "unet"), model, sample_size)
     _write(Path(directory, "scheduler", SCHEDULER), scheduler)
-    parts = {"scheduler": scheduler["_class_name"], "unet": "UNet2DModel"}
-    index = {name: ["diffusers", which] for name, which in parts.items()}
+    index = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
     _write(Path(directory, PIPELINE), {"_class_name": "DDPMPipeline", **index})
 
 
