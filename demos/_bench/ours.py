@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,6 @@ from tinydiff.losses import mean_squared_error
 from tinydiff.parallel import shared_out
 
 LR = 1e-4
-
-
-@contextmanager
-def running(model: Any, config: Config, workers: int | None = None) -> Iterator[Any]:
-    """The model as `td.train` and `td.sample` run it: its batches shared out to processes where that pays.
-
-    Or to so many `workers`, as they do where it is asked for.
-    """
-    largest = max((*config.training, *config.inference, *config.ddim))
-    with many_steps(), shared_out(model, largest, workers) as shared:
-        yield shared
 
 
 def training_step(
@@ -47,8 +36,9 @@ def training_step(
 class Tinydiff:
     """One network of tinydiff's, held ready until `close`.
 
-    On a GPU: with these `kernels`, "cupy" or "portable", and its steps `recorded` or not; by default as
-    `td.train` and `td.sample` run it.
+    As `td.train` and `td.sample` run it: its batches shared out to processes where that pays, or to so many
+    `workers`. On a GPU with these `kernels`, "cupy" or "portable", and its steps `recorded` or not, if it is
+    said.
     """
 
     def __init__(
@@ -66,8 +56,12 @@ class Tinydiff:
         self.config = config
         self.xp = td.get_backend(backend)
         self.clock = clock or wall_clock
-        self._stack = ExitStack()
-        self.model = self._stack.enter_context(running(config.model(backend, dtype), config, workers))
+        model = config.model(backend, dtype)
+        largest = max((*config.training, *config.inference, *config.ddim))
+        with ExitStack() as stack:
+            stack.enter_context(many_steps())
+            self.model = stack.enter_context(shared_out(model, largest, workers))
+            self._stack = stack.pop_all()
         self.on_a_gpu = backend == "cupy"
         self.choose_kernels()
         self.recorded = _graph.is_wanted(self.model, recorded)
