@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tinydiff.kernels import blas_on_one_thread
+
 settings.register_profile(
     "default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -69,6 +71,16 @@ def _numpy_backend(monkeypatch):
 def _no_colors(monkeypatch):
     """From 3.13 on, Python paints tracebacks, and from 3.14 on a parser's help, where FORCE_COLOR is set."""
     monkeypatch.setenv("PYTHON_COLORS", "0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blas_threads():
+    """One, as in every loop of `train` and `sample`: between products a second spins, on a core that another
+    process of pytest needs. Kernels share out work as ever. Modules of tests that ask for BLAS's threads
+    have a fixture of this name that leaves them.
+    """
+    with blas_on_one_thread():
+        yield
 
 
 @pytest.fixture

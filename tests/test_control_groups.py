@@ -6,6 +6,11 @@ from tinydiff import _control_groups
 from tinydiff.kernels import _threads
 
 
+@pytest.fixture(scope="module", autouse=True)
+def blas_threads():
+    """As many as BLAS finds, or seems to."""
+
+
 def write(root, folder, **files):
     group = root / "sys/fs/cgroup" / folder
     group.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,11 @@ class OnTheGpu:
         return call
 
 
+@pytest.fixture(scope="module", autouse=True)
+def blas_threads():
+    """As many as BLAS finds."""
+
+
 dtypes = st.sampled_from([np.float64, np.float32])
 seeds = st.integers(0, 2**32 - 1)
 

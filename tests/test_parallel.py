@@ -29,6 +29,11 @@ from tinydiff.parallel import DataParallel, WorkerError, shared_out
 pytestmark = pytest.mark.skipif(not parallel._can_fork(), reason="needs a system that forks")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def blas_threads():
+    """As many as BLAS finds."""
+
+
 def unet(dropout=0.0, dtype=np.float64, seed=0):
     rng = np.random.default_rng(seed)
     model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, dropout=dropout, rng=rng)
