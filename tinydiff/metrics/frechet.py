@@ -45,12 +45,9 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
         If a shape does not fit, there are fewer than two samples in a set, or a value is masked, complex or
         not finite.
     """
-    from scipy.linalg import qr, svdvals
-
     a, b = two_sets(features_a=features_a, features_b=features_b)
     mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
     a, b = (a - mean_a) / math.sqrt(len(a) - 1), (b - mean_b) / math.sqrt(len(b) - 1)
-    (R_a,), (R_b,) = qr(a, mode="r"), qr(b, mode="r")
-    R_a, R_b = R_a[: a.shape[1]], R_b[: b.shape[1]]  # below the square there are zeros
-    spread = np.sum(a * a) + np.sum(b * b) - 2.0 * np.sum(svdvals(R_a @ R_b.T))
+    R_a, R_b = (np.asarray(np.linalg.qr(x, mode="r")) for x in (a, b))
+    spread = np.sum(a * a) + np.sum(b * b) - 2.0 * np.sum(np.linalg.svdvals(R_a @ R_b.T))
     return float(np.sum((mean_a - mean_b) ** 2) + max(0.0, spread))  # rounding may fall below 0
