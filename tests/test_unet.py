@@ -110,8 +110,8 @@ def test_every_parameter_against_central_differences():
 def test_what_is_embedded_beside_the_time_is_learned():
     """A class, say, whose row is added to the sinusoids: in the place of these it has a gradient, too."""
     rng = np.random.default_rng(0)
-    model = small(rng)
-    inputs = [normal(rng, (3, 4, 4, 2)), normal(rng, (3, 4))]
+    model = small(rng, block_channels=(4, 4), attention=(False, False))
+    inputs = [normal(rng, (3, 4, 2, 2)), normal(rng, (3, 4))]
     assert_central_differences_agree(Case(model.run_embedded, inputs, module=model), rng)
 
 
@@ -135,7 +135,7 @@ def without_weights(layer):
 @pytest.mark.parametrize(
     ("make", "name", "shape"),
     [
-        (lambda: td.UNet(**SMALL), "conv_in", (2, 4, 4, 2)),
+        (lambda: td.UNet(1, 1, (4,), 1, (False,), norm_groups=2, head_dim=4), "conv_in", (2, 2, 2, 1)),
         (lambda: td.MLP(2, hidden=4, blocks=1, time_features=4), "linear_in", (2, 2)),
         (lambda: Classifier(channels=(4,), norm_groups=2), "linear", (2, 4, 4, 1)),
         (lambda: td.nn.SelfAttention(4, None, 2, 1e-5, np.random.default_rng(0)), "group_norm", (2, 2, 2, 4)),
