@@ -162,7 +162,7 @@ def test_the_tool_moves_digits(tool):
 
 def test_noise_raises_the_frechet_distance(subset):
     images = subset[0]
-    data, real = images[:1000], images[1000:]
+    data, real = images[:500], images[500:1000]
     of_data, levels = digit_features(data), (0, 0.2, 0.4, 0.6, 0.8)
     distances = [frechet_distance(digit_features(corrupted(real, level)), of_data) for level in levels]
     assert np.all(np.diff(distances) > 0)
