@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tinydiff import plotting
 from tinydiff.kernels import blas_on_one_thread
 
 settings.register_profile(
@@ -81,6 +82,12 @@ def blas_threads():
     """
     with blas_on_one_thread():
         yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Most of a short demo's time, where something else is looked at."""
+    monkeypatch.setattr(plotting, "save", lambda figure, path: None)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from runs import raising
 from scripts import DEMOS, demo, run
 
 import tinydiff as td
-from tinydiff import plotting
 from tinydiff.checkpoint import load_arrays
 
 PICTURES = ["forward.png", "reverse.png", "samples.png", "training.png"]
@@ -34,12 +33,6 @@ def demos_on_the_path():
         patch.syspath_prepend(DEMOS)
         patch.delenv("TINYDIFF_BACKEND", raising=False)
         yield
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Most of a short demo's time, where something else is looked at."""
-    monkeypatch.setattr(plotting, "save", lambda figure, path: None)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +179,7 @@ def test_it_ends_by_saying_where_the_pictures_are_and_how_far_the_samples(tmp_pa
 
 
 @pytest.mark.parametrize(("name", "flags"), [("train_toy2d", TOY), ("train_mnist", MNIST)])
+@pytest.mark.usefixtures("no_pictures")
 def test_quiet_prints_nothing(name, flags, tmp_path, capsys):
     assert run(name, *flags, "--out", tmp_path, "--quiet", capsys=capsys) == ("", "")
 
@@ -607,8 +601,8 @@ def test_the_comparison_leaves_a_table_a_picture_and_the_numbers(compared):
     [
         ("train_toy2d", TOY, 2),  # training, sampling
         ("train_mnist", MNIST, 2),
-        # Training, and for each of two variances five measurements.
-        ("compare_schedules", [*COMPARE, "--only", "learned"], 11),
+        # Training, and for each of two variances three measurements.
+        ("compare_schedules", [*COMPARE, "--sampling-steps", "2", "--only", "learned"], 7),
     ],
 )
 @pytest.mark.usefixtures("no_pictures")

@@ -171,6 +171,7 @@ def test_it_leaves_what_it_promises(saved, demo, tmp_path, monkeypatch):
     ("sampler", "steps", "title"),
     [("heun", 1, "1 Heun step"), ("dpm++", 2, "2 DPM++ steps"), ("edm", 1, "1 EDM step")],
 )
+@pytest.mark.usefixtures("no_pictures")
 def test_title_and_last_line_count_as_one_speaks(sampler, steps, title, saved, demo, tmp_path, monkeypatch):
     titles, draw = [], td.plotting.samples_beside_data
     monkeypatch.setattr(td.plotting, "samples_beside_data", lambda *a: titles.append(a[2]) or draw(*a))
@@ -179,6 +180,7 @@ def test_title_and_last_line_count_as_one_speaks(sampler, steps, title, saved, d
     assert titles == [title] and f"{steps} digit{'s' * (steps - 1)} in " in said
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_training_is_looked_at_before_it_ends(demo, tmp_path):
     data = failing(np.full((4, 28, 28, 1), -1, np.float32), 3, KeyboardInterrupt())
     process, how = td.GaussianDiffusion(td.linear_schedule(9)), dict(steps=5, batch_size=2, progress=False)
@@ -191,6 +193,7 @@ def test_a_training_is_looked_at_before_it_ends(demo, tmp_path):
     assert "betas" not in metrics["trained"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_seed_decides_and_so_does_the_sampler(saved, demo, tmp_path):
     def samples(*flags):
         demo(
@@ -213,6 +216,7 @@ def test_the_seed_decides_and_so_does_the_sampler(saved, demo, tmp_path):
         assert not np.array_equal(samples(*flags), first), flags
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_by_default_it_walks_at_most_the_steps_there_are(saved, demo, tmp_path):
     demo("--model", saved, "--out", tmp_path / "out", "--samples", 1, "--quiet")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["sampling_steps"] == 12
@@ -223,6 +227,7 @@ def test_by_default_it_walks_at_most_the_steps_there_are(saved, demo, tmp_path):
         assert args.sampling_steps == steps
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_report_is_the_digits_report(saved, demo, tmp_path):
     said = demo("--model", saved, "--out", tmp_path, "--samples", 4, "--sampling-steps", 2, "--report")
     report = json.loads((tmp_path / "metrics.json").read_text())["digits"]
@@ -233,6 +238,7 @@ def test_the_report_is_the_digits_report(saved, demo, tmp_path):
     assert str(tmp_path) in said.out.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_with_all_digits_the_report_is_beside_those_not_trained_on(saved, demo, tmp_path, monkeypatch):
     digits, labels = td.datasets.mnist.load()
     full = {"train": (digits[:60], labels[:60]), "test": (digits[60:100], labels[60:100])}
@@ -257,6 +263,7 @@ def test_with_all_digits_the_report_is_beside_those_not_trained_on(saved, demo, 
     assert "--data full, --report can judge 40." in said.err
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_model_of_train_mnist_is_sampled_from(demo, tmp_path):
     train = importlib.import_module("train_mnist")
     flags = ["--steps", "2", "--T", "8", "--batch", "2", "--channels", "8", "8", "--samples", "1", "--quiet"]
