@@ -504,7 +504,7 @@ def test_the_learned_variance_of_images_plays_no_part_in_their_likelihood():
 
 
 def test_log_likelihood_of_images():
-    model = td.UNet(1, 1, (4, 8), 1, attention=(False, True), norm_groups=2, head_dim=4)
+    model = td.UNet(1, 1, (4,), 1, attention=(True,), norm_groups=2, head_dim=4)
     randomise(model, np.random.default_rng(0), np.float32)
     diffusion = td.GaussianDiffusion(td.linear_schedule(20), "v")
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
