@@ -179,7 +179,6 @@ def test_it_ends_by_saying_where_the_pictures_are_and_how_far_the_samples(tmp_pa
 
 
 @pytest.mark.parametrize(("name", "flags"), [("train_toy2d", TOY), ("train_mnist", MNIST)])
-@pytest.mark.usefixtures("no_pictures")
 def test_quiet_prints_nothing(name, flags, tmp_path, capsys):
     assert run(name, *flags, "--out", tmp_path, "--quiet", capsys=capsys) == ("", "")
 

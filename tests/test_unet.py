@@ -28,6 +28,11 @@ SMALL = dict(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def blas_threads():
+    """As many as BLAS finds: whole networks, as they are called outside of `train` and `sample`."""
+
+
 def small(rng, **changes):
     return randomise(td.UNet(**{**SMALL, **changes}, rng=rng).to(np, np.float64), rng)
 
