@@ -385,6 +385,13 @@ def test_layers_in_mappings_have_names_and_a_network_of_ones_own_predicts():
     assert_array_equal(own.predict(x), own(x)[0])
 
 
+def test_a_module_that_is_a_mapping_too_names_what_it_has_as_a_module():
+    own = nn.Module()
+    own.table = type("Table", (nn.Module, dict), {})(size=3)
+    own.table.rows = nn.Parameter(np.zeros(3))
+    assert list(own.named_parameters()) == ["table.rows"]
+
+
 @pytest.mark.parametrize("keys", [("a.b", "a"), (0, "0")])
 def test_two_parameters_of_one_name_are_refused(keys):
     """Or one of them would never be trained, nor saved."""

@@ -167,8 +167,8 @@ class DataParallel(Module):
         """A copy of the model, by itself: for a moving average, say."""
         return copy.deepcopy(self._model, memo)
 
-    def _parts(self) -> Iterator[tuple[str, Any]]:
-        return self._model._parts()
+    def _parts(self, path: str = "") -> Iterator[tuple[str, Any]]:
+        return self._model._parts(path)
 
     def __call__(
         self, x: Array, t: Array, rng: np.random.Generator | None = None

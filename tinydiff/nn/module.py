@@ -12,7 +12,7 @@ itself, so a layer can be called twice before either backward, and parameters ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -126,10 +126,9 @@ class Module:
     def _named(self) -> Iterator[tuple[str, Parameter]]:
         return ((name, part) for name, part in self._parts() if isinstance(part, Parameter))
 
-    def _parts(self) -> Iterator[tuple[str, Any]]:
-        """What it holds: parameters, settings, and modules with what these hold."""
-        for name, value in vars(self).items():
-            yield from _walk(name, value)
+    def _parts(self, path: str = "") -> Iterator[tuple[str, Any]]:
+        """What it holds: parameters, settings, and modules with what these hold; names begin with `path`."""
+        return _walk(path, vars(self).items())
 
     def named_parameters(self) -> dict[str, Parameter]:
         """Return name -> Parameter in order of construction; a shared parameter has its first name only.
@@ -198,15 +197,16 @@ class Module:
             _keeping.set(before)
 
 
-def _walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (list, tuple, Mapping)):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _walk(f"{name}.{key}", item)
-        return
-    yield name, value
-    if isinstance(value, Module):
-        for inner, part in value._parts():
-            yield f"{name}.{inner}", part
+def _walk(path: str, items: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+    for key, value in items:
+        name = f"{path}{key}"
+        if isinstance(value, Module):
+            yield name, value
+            yield from value._parts(f"{name}.")
+        elif isinstance(value, (list, tuple, Mapping)):
+            yield from _walk(f"{name}.", value.items() if isinstance(value, Mapping) else enumerate(value))
+        else:
+            yield name, value
 
 
 def config_of(model: Any) -> Mapping[str, Any]:
