@@ -410,9 +410,11 @@ def test_a_layer_that_is_not_tinydiff_s_is_not_saved(path):
         lambda net: setattr(net.mid_block, "attentions", []),
         lambda net: setattr(net, "conv_out", lambda h, layer=net.conv_out: layer(h)),
         lambda net: setattr(net, "extra", td.nn.Linear(2, 2, np.random.default_rng(0))),
+        lambda net: net.down_blocks[0].attentions.append(td.nn.Module()),  # without weights
+        lambda net: setattr(net.mid_block.resnets[0].conv2, "weight", net.mid_block.resnets[0].conv1.weight),
         lambda net: net.config.update(dropout=0.5),
     ],
-    ids=["groups", "eps", "padding", "weight", "attention", "function", "extra", "config"],
+    ids=["groups", "eps", "padding", "weight", "attention", "call", "extra", "layer", "shared", "config"],
 )
 def test_a_network_that_its_config_does_not_make_is_not_saved(path, change):
     """What is made of the config would compute something else, or lack weights."""

@@ -93,14 +93,19 @@ def check_model(model: Any) -> None:
 def check_own_layers(model: Any) -> None:
     """TypeError unless one of tinydiff's networks is what its config makes: the same layers and settings.
 
-    A file holds the config and the weights. What else has been changed would be lost in silence.
+    A file holds the config and each weight once. What else has been changed would be lost in silence.
     """
     made, has = dict(type(model)(**model.config, backend="numpy")._parts()), dict(model._parts())
-    for name in [*made, *(name for name, _ in model._named())]:
-        if not _alike(has.get(name), made.get(name)):
+    first = {id(parameter): name for name, parameter in model.named_parameters().items()}
+    layers = (name for name, part in has.items() if isinstance(part, (Module, Parameter)))
+    for name in [*made, *layers]:
+        other = first.get(id(has.get(name)), name)
+        if other != name or not _alike(has.get(name), made.get(name)):
+            found = repr(has.get(name)) if other == name else f"{other} again"
+            expected = repr(made[name]) if name in made else "nothing"
             raise TypeError(
-                f"model has {has.get(name)!r} as {name}; expected {made.get(name)!r}, which its config makes "
-                "again (what state_dict() returns is kept by checkpoint.save_arrays)."
+                f"model has {found} as {name}; expected {expected}, which its config makes again (what "
+                "state_dict() returns is kept by checkpoint.save_arrays)."
             )
 
 
