@@ -216,8 +216,9 @@ def save_model(
     Raises
     ------
     TypeError
-        If `model` is neither a `UNet` nor an `MLP`, or has other layers or settings than its config makes;
-        if `diffusion` is not a `GaussianDiffusion`, or `metadata` cannot be written as JSON.
+        If `model` is neither a `UNet` nor an `MLP`, or has other layers or settings than its config makes,
+        or one weight in two places; if `diffusion` is not a `GaussianDiffusion`, or `metadata` cannot be
+        written as JSON.
     IsADirectoryError
         If `path` is a directory.
     """

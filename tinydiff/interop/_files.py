@@ -74,7 +74,7 @@ def save_diffusers(
     Raises
     ------
     TypeError
-        If `model` is not a `UNet` of its own layers; a subclass may compute something else.
+        If `model` is not a `UNet` as its config makes it; a subclass may compute something else.
     """
     from safetensors.numpy import save
 
@@ -146,8 +146,8 @@ def save_pipeline(
     Raises
     ------
     TypeError
-        If `model` is not a `UNet` of its own layers (a subclass may compute something else), or `diffusion`
-        is not a `GaussianDiffusion`.
+        If `model` is not a `UNet` as its config makes it (a subclass may compute something else), or
+        `diffusion` is not a `GaussianDiffusion`.
     ValueError
         If `sample_size` is not of positive integers, or the model's channels are not those of the variance:
         diffusers would read the files, and draw nothing.

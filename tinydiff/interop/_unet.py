@@ -147,7 +147,7 @@ def _check_types(c: Mapping[str, Any]) -> None:
 
 
 def check_unet(model: Any) -> None:
-    """TypeError unless it is a `UNet` of its own layers: a subclass may compute something else."""
+    """TypeError unless it is a `UNet` as its config makes it: a subclass may compute something else."""
     if type(model) is not UNet:
         raise TypeError(f"model is {class_or_kind(model)}; expected a UNet, of tinydiff's own.")
     check_own_layers(model)
@@ -231,7 +231,7 @@ def unet_to_diffusers(
     Raises
     ------
     TypeError
-        If `model` is not a `UNet` of its own layers; a subclass may compute something else.
+        If `model` is not a `UNet` as its config makes it; a subclass may compute something else.
     """
     check_unet(model)
     c = model.config  # in which True may stand for 1, and 0 for False
