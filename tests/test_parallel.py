@@ -371,6 +371,28 @@ def test_ctrl_c_while_blas_is_taken_leaves_it_as_it_was(monkeypatch):
         assert number == 4 == _threads.threads_in_reach()
 
 
+def test_ctrl_c_before_blas_is_taken_leaves_it_as_it_is(monkeypatch):
+    class Lock:
+        """For which another thread has to be waited, the first time."""
+
+        waits = True
+
+        def __enter__(self):
+            if self.waits:
+                self.waits = False
+                raise KeyboardInterrupt
+
+        def __exit__(self, *exception):
+            pass
+
+    told = []
+    monkeypatch.setattr(_threads, "_blas", (lambda: 4, told.append))
+    monkeypatch.setattr(_threads, "_holding", Lock())
+    with pytest.raises(KeyboardInterrupt), _threads.blas_on_one_thread():
+        pass
+    assert told == [] and _threads._holders == 0
+
+
 def test_kernels_within_a_loop_leave_blas_to_it():
     """Each would be a moment in which Ctrl-C leaves BLAS on one thread as long as the traceback is kept."""
     if _threads._blas is None:
@@ -588,7 +610,9 @@ def test_a_worker_that_died_is_reported_and_replaced():
 
 
 def test_crews_that_begin_at_once_hear_of_the_death_of_their_own(monkeypatch):
-    """No worker holds an end of another crew's line: whoever waits for an answer would wait for ever."""
+    """No worker holds an end of another's line, be it of the same crew, begun before it or after: whoever
+    waits for an answer would wait for ever.
+    """
     both, ends = threading.Barrier(2), parallel.Line.ends
 
     def one_after_another():
@@ -599,9 +623,9 @@ def test_crews_that_begin_at_once_hear_of_the_death_of_their_own(monkeypatch):
 
     monkeypatch.setattr(parallel.Line, "ends", one_after_another)
     with ThreadPoolExecutor(2) as threads:
-        crews = list(threads.map(lambda seed: DataParallel(unet(seed=seed), 2), range(2)))
-    for crew in crews:
-        process, line = crew._workers[0]
+        crews = list(threads.map(lambda seed: DataParallel(unet(seed=seed), 3), range(2)))
+    for crew, i in zip(crews, range(2)):
+        process, line = crew._workers[i]
         os.kill(process.pid, signal.SIGKILL)
         assert line._arrived.poll(10_000)
     for crew in crews:
