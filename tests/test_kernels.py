@@ -255,12 +255,13 @@ def check_margin(twin, n, c, d):
     rng = np.random.default_rng(0)
     x, w, b = (normal(rng, shape, np.float64) for shape in ((n, 5, 6, c), (3, 3, c, d), d))
     dy = normal(rng, (n, 10, 11, d), np.float64)
-    actual, expected = (
-        [kernels.conv2d(x, w, b, 1, (4, 3)), *kernels.conv2d_backward(x, w, dy, 1, (4, 3))]
-        for kernels in (twin, portable)
-    )
-    for values in zip(actual, expected):
-        np.testing.assert_allclose(*values, rtol=1e-10, atol=1e-10)
+    for padding in ((4, 3), (3, 4)):
+        actual, expected = (
+            [kernels.conv2d(x, w, b, 1, padding), *kernels.conv2d_backward(x, w, dy, 1, padding)]
+            for kernels in (twin, portable)
+        )
+        for values in zip(actual, expected):
+            np.testing.assert_allclose(*values, rtol=1e-10, atol=1e-10)
 
 
 @for_each_twin
