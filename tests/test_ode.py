@@ -555,7 +555,7 @@ def test_log_likelihood_refuses_and_shows_progress(capsys):
     with pytest.raises(ValueError, match="says nothing of x0 at t = 9"):
         ode_log_likelihood(model, dark, x)
     denoise = GAUSSIAN.denoiser(diffusion)
-    for answer in (denoise, lambda x, t: (denoise(x, t), None)):
+    for answer in (denoise, lambda x, t: (denoise(x, t), None), lambda x, t: (denoise(x, t), len, 0)):
         with pytest.raises(TypeError, match=r"model\(x, t\) is .*; expected \(output, backward\)"):
             ode_log_likelihood(answer, diffusion, x, progress=False)
     assert capsys.readouterr().err == ""

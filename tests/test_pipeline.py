@@ -133,6 +133,7 @@ def test_every_process_crosses_the_border_and_comes_back(betas, prediction, vari
         ({"num_train_timesteps": 0}, "a positive integer"),
         ({"num_train_timesteps": 10.0}, "a positive integer"),
         ({"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}, "2, as many as trained_betas"),
+        ({"num_train_timesteps": 1, "trained_betas": [0.1, 0.2]}, "2, as many as trained_betas"),
         ({"rescale_betas_zero_snr": "no"}, "True or False"),
     ],
     ids=str,
