@@ -131,7 +131,9 @@ def test_diffusers_draws_what_we_draw_from_a_pipeline_of_ours(tmp_path, predicti
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path, local_files_only=True)
     assert type(pipeline.scheduler) is diffusers.DDPMScheduler
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+    assert pipeline(num_inference_steps=5, output_type="np").images.shape == (1, 8, 8, 3)
+    times = td.schedules.evenly_spaced_timesteps(12, 5)  # docs: S.7
+    np.testing.assert_array_equal(pipeline.scheduler.timesteps.numpy()[::-1], times)
 
     ddim = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     ddim.set_timesteps(12)
