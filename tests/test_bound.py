@@ -20,6 +20,7 @@ from tinydiff.bound import (
     step_term,
     variational_bound,
 )
+from tinydiff.continuous_bound import reconstruction_term
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.losses import vlb_loss
 from tinydiff.mixture import GaussianMixture
@@ -653,6 +654,17 @@ def test_what_does_not_fit_is_named():
         variational_bound(lambda x, t: x, diffusion, data, rng=None, progress=False)
     with pytest.raises(ValueError, match="output has shape"):
         variational_bound(lambda x, t: x[:, :1], diffusion, data, rng=rng, progress=False)
+
+
+def test_a_term_without_such_a_decoder_is_refused():
+    """It would be counted as the density's."""
+    x, t = np.zeros((3, 2)), np.zeros(3, int)
+    for of in (
+        lambda decoder: step_term(GaussianDiffusion(linear_schedule(20)), x, x, x, t, decoder),
+        lambda decoder: reconstruction_term(x, x, x, np.full(3, -5.0), "eps", decoder),
+    ):
+        with pytest.raises(ValueError, match="decoder is '8 bit'; expected one of 'density', '8bit'"):
+            of("8 bit")
 
 
 @pytest.mark.parametrize("name", ["output", "x0", "x_t"])
