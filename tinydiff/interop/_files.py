@@ -12,7 +12,7 @@ from tinydiff._checks import check_counts, class_or_kind
 from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.interop._process import diffusion_from_diffusers, diffusion_to_diffusers
-from tinydiff.interop._unet import check_unet, unet_from_diffusers, unet_to_diffusers
+from tinydiff.interop._unet import unet_from_diffusers, unet_to_diffusers
 from tinydiff.models.unet import UNet
 
 __all__ = ["load_diffusers", "load_pipeline", "save_diffusers", "save_pipeline"]
@@ -76,11 +76,7 @@ def save_diffusers(
     TypeError
         If `model` is not a `UNet` as its config makes it; a subclass may compute something else.
     """
-    from safetensors.numpy import save
-
-    config, state = unet_to_diffusers(model, sample_size)
-    replace_file(Path(directory, WEIGHTS), save(state, {"format": "pt"}))
-    _write(Path(directory, CONFIG), config)
+    _write_unet(Path(directory), *unet_to_diffusers(model, sample_size))
 
 
 def load_pipeline(
@@ -155,15 +151,15 @@ def save_pipeline(
     for side in sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]:
         check_counts(sample_size=side)
     scheduler = diffusion_to_diffusers(diffusion, clip)
-    check_unet(model)
-    taken, given = model.config["in_channels"], model.config["out_channels"]
+    config, state = unet_to_diffusers(model, sample_size)
+    taken, given = config["in_channels"], config["out_channels"]
     each = 2 if diffusion.variance == "learned_range" else 1
     if given != each * taken:
         raise ValueError(
             f"model has in_channels={taken} and out_channels={given}; expected {each} for each, of the "
             f"variance {diffusion.variance!r}."
         )
-    save_diffusers(Path(directory, "unet"), model, sample_size)
+    _write_unet(Path(directory, "unet"), config, state)
     _write(Path(directory, "scheduler", SCHEDULER), scheduler)
     index = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
     _write(Path(directory, PIPELINE), {"_class_name": "DDPMPipeline", **index})
@@ -183,6 +179,13 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds {class_or_kind(config)}; expected a JSON object.")
     return config
+
+
+def _write_unet(directory: Path, config: Mapping[str, Any], state: dict[str, Any]) -> None:
+    from safetensors.numpy import save
+
+    replace_file(directory / WEIGHTS, save(state, {"format": "pt"}))
+    _write(directory / CONFIG, config)
 
 
 def _write(file: Path, config: Mapping[str, Any]) -> None:

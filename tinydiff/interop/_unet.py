@@ -24,7 +24,6 @@ __all__ = [
     "DEFAULTS",
     "FIXED",
     "IRRELEVANT",
-    "check_unet",
     "unet_arguments",
     "unet_from_diffusers",
     "unet_to_diffusers",
@@ -146,13 +145,6 @@ def _check_types(c: Mapping[str, Any]) -> None:
     ask("up_block_types", list(up) == mirrored, "the mirror of down_block_types")
 
 
-def check_unet(model: Any) -> None:
-    """TypeError unless it is a `UNet` as its config makes it: a subclass may compute something else."""
-    if type(model) is not UNet:
-        raise TypeError(f"model is {class_or_kind(model)}; expected a UNet, of tinydiff's own.")
-    check_own_layers(model)
-
-
 def unet_from_diffusers(
     config: Mapping[str, Any], state: Mapping[str, Array], backend: str | None = None
 ) -> UNet:
@@ -233,7 +225,9 @@ def unet_to_diffusers(
     TypeError
         If `model` is not a `UNet` as its config makes it; a subclass may compute something else.
     """
-    check_unet(model)
+    if type(model) is not UNet:
+        raise TypeError(f"model is {class_or_kind(model)}; expected a UNet, of tinydiff's own.")
+    check_own_layers(model)
     c = model.config  # in which True may stand for 1, and 0 for False
     config = {
         "_class_name": "UNet2DModel",
