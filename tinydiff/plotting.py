@@ -299,7 +299,7 @@ def save(fig: Figure, path: str | os.PathLike[str]) -> None:
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # Images of three channels hold more colours than a palette does.
-    if not any(np.asarray(image.get_array()).ndim == 3 for ax in fig.axes for image in ax.images):
+    if not any(np.asarray(shown.get_array()).ndim == 3 for ax in fig.axes for shown in ax.images):
         # A palette of 256 colours makes the file a third as large, and no eye sees the difference.
         image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     content = io.BytesIO()

@@ -97,11 +97,12 @@ def check_own_layers(model: Any) -> None:
     """
     made, has = dict(type(model)(**model.config, backend="numpy")._parts()), dict(model._parts())
     first = {id(parameter): name for name, parameter in model.named_parameters().items()}
-    layers = (name for name, part in has.items() if isinstance(part, (Module, Parameter)))
-    for name in [*made, *layers]:
-        other = first.get(id(has.get(name)), name)
-        if other != name or not _alike(has.get(name), made.get(name)):
-            found = repr(has.get(name)) if other == name else f"{other} again"
+    layers = {name: part for name, part in has.items() if isinstance(part, (Module, Parameter))}
+    for name in made | layers:
+        part = has.get(name)
+        other = first.get(id(part), name)
+        if other != name or not _alike(part, made.get(name)):
+            found = repr(part) if other == name else f"{other} again"
             expected = repr(made[name]) if name in made else "nothing"
             raise TypeError(
                 f"model has {found} as {name}; expected {expected}, which its config makes again (what "
