@@ -428,6 +428,18 @@ def test_a_network_that_its_config_does_not_make_is_not_saved(path, change):
     assert path.read_bytes() == before
 
 
+def test_a_checkpoint_of_a_network_that_its_config_does_not_make_is_not_loaded(path):
+    """It holds the run, which can go on; sampled from, what its config makes would draw something else."""
+    net = td.UNet(block_channels=(4, 8), attention=(False, True), norm_groups=2, head_dim=4)
+    net.conv_norm_out.eps = 0.1
+    how = dict(batch_size=2, run_dir=path.parent, final_lr=1.0, warmup=0, progress=False)
+    diffusion, images = td.GaussianDiffusion(td.linear_schedule(4)), np.zeros((4, 8, 8, 1), np.float32)
+    td.train(net, diffusion, images, steps=1, **how)
+    with pytest.raises(ValueError, match=r"metadata 'model' is 'UNet with conv_norm_out\.eps'; expected"):
+        td.load_model(path.with_name("checkpoint.safetensors"))
+    assert len(td.train(net, diffusion, images, steps=2, resume=True, **how).losses) == 2
+
+
 @pytest.mark.parametrize("kind", [float, np.float32, np.float64])
 def test_settings_of_numpy_s_types_are_those_that_its_config_makes(path, kind):
     net = td.UNet(

@@ -845,21 +845,29 @@ def test_a_damaged_checkpoint_is_an_error_and_is_kept(tmp_path, damage, resume):
 
 
 @pytest.mark.parametrize(
-    ("make", "left_out", "match"),
+    ("left_out", "match"),
     [
-        (shared_mlp, None, r"does not fit the model: missing none; unexpected blocks\.1"),  # same config
-        (small_mlp, "adam.m.0", r"missing m\.0"),
-        (small_mlp, "ema.model.linear_in.weight", r"missing model\.linear_in\.weight"),
+        ("model.blocks.1.linear_1.weight", r"does not fit the model: missing blocks\.1\.linear_1\.weight"),
+        ("adam.m.0", r"missing m\.0"),
+        ("ema.model.linear_in.weight", r"missing model\.linear_in\.weight"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path, make, left_out, match):
+def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path, left_out, match):
     interrupt(tmp_path)
     path = tmp_path / "checkpoint.safetensors"
     arrays, metadata = load_arrays(path)
     save_arrays(path, {name: array for name, array in arrays.items() if name != left_out}, metadata)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=rf"checkpoint\.safetensors does not hold .* this model: .*{match}"):
-        td.train(make(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path, resume=True)
+        td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path, resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_of_a_network_with_other_layers_is_another(tmp_path):
+    interrupt(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"model was 'MLP', is 'MLP with blocks\.1\.linear_1\.weight'"):
+        td.train(shared_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path, resume=True)
     assert contents(tmp_path) == before
 
 

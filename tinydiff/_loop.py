@@ -29,8 +29,9 @@ from tinydiff._progress import progress_bar
 from tinydiff._readings import Kept, Readings
 from tinydiff._run import Run, Stateful, load_states, states_of
 from tinydiff.backend import Array, array_namespace, asarray_like, device, to_numpy
+from tinydiff.checkpoint import model_name
 from tinydiff.memory import attempted, what_fits
-from tinydiff.models._checks import check_model, exchanged_layers
+from tinydiff.models._checks import check_model
 from tinydiff.nn.module import config_of, weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
@@ -246,9 +247,8 @@ def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: An
     """What a run depends on: network, data, plan and `others`; TypeError unless `data_name` is a str."""
     if not isinstance(data_name, str):
         raise TypeError(f"data_name is {class_or_kind(data_name)}; expected a str.")
-    layers = sorted({type(layer).__name__ for layer in exchanged_layers(model).values()})
     return {
-        "model": " with ".join([type(model).__name__, *layers]),  # not loaded as if it were without these
+        "model": model_name(model),
         "config": dict(config_of(model)) or None,
         "dtype": str(to_numpy(weight_of(model)).dtype),
         "data": "callable" if callable(data) else [int(size) for size in data.shape],

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +24,14 @@ from tinydiff._checks import class_or_kind
 from tinydiff.backend import get_backend
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.models import MLP, UNet
-from tinydiff.models._checks import check_own_layers
+from tinydiff.models._checks import changes, check_own_layers, exchanged_layers
 from tinydiff.nn.module import Module
 
 __all__ = [
     "check_sizes",
     "load_arrays",
     "load_model",
+    "model_name",
     "naming",
     "patiently",
     "process_metadata",
@@ -236,6 +238,17 @@ def save_model(
     if diffusion is not None:
         about |= process_metadata(diffusion)
     save_arrays(path, model.state_dict(), {**(metadata or {}), **about})
+
+
+def model_name(model: Module) -> str:
+    """The class, which `load_model` makes again, and what of it a config does not say.
+
+    That is, the classes of somebody else's layers, or else the first name where a network has been changed.
+    """
+    changed = sorted({type(layer).__name__ for layer in exchanged_layers(model).values()})
+    if not changed and type(model) in MODELS.values():
+        changed = [name for name, _, _ in islice(changes(model), 1)]
+    return " with ".join([type(model).__name__, *changed])
 
 
 def process_metadata(diffusion: GaussianDiffusion) -> dict[str, Any]:

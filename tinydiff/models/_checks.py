@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from tinydiff.nn.module import Module, Parameter
 
 __all__ = [
     "answer_of",
+    "changes",
     "check_like_model",
     "check_like_weights",
     "check_model",
@@ -95,6 +96,15 @@ def check_own_layers(model: Any) -> None:
 
     A file holds the config and each weight once. What else has been changed would be lost in silence.
     """
+    for name, found, expected in changes(model):
+        raise TypeError(
+            f"model has {found} as {name}; expected {expected}, which its config makes again (what "
+            "state_dict() returns is kept by checkpoint.save_arrays)."
+        )
+
+
+def changes(model: Any) -> Iterator[tuple[str, str, str]]:
+    """Where one of tinydiff's networks is not what its config makes: a name, what is there, what would be."""
     made, has = dict(type(model)(**model.config, backend="numpy")._parts()), dict(model._parts())
     first = {id(parameter): name for name, parameter in model.named_parameters().items()}
     layers = {name: part for name, part in has.items() if isinstance(part, (Module, Parameter))}
@@ -103,11 +113,7 @@ def check_own_layers(model: Any) -> None:
         other = first.get(id(part), name)
         if other != name or not _alike(part, made.get(name)):
             found = repr(part) if other == name else f"{other} again"
-            expected = repr(made[name]) if name in made else "nothing"
-            raise TypeError(
-                f"model has {found} as {name}; expected {expected}, which its config makes again (what "
-                "state_dict() returns is kept by checkpoint.save_arrays)."
-            )
+            yield name, found, repr(made[name]) if name in made else "nothing"
 
 
 def _alike(one: Any, other: Any) -> bool:
