@@ -1132,9 +1132,7 @@ WALKS = [
             "the sum of both slopes, not their mean": karras(1.0, 1.0),
             "the second slope alone, not the mean of both": karras(0.0, 1.0),
             "the second call of a step is shown the state before it": karras(ahead=False),
-            "the second slope over the sigma of the first (diffusers, until its pull request 1512)": karras(
-                over="now"
-            ),
+            "the second slope over the sigma of the first": karras(over="now"),
         },
     ),
     (

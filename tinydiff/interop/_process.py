@@ -52,7 +52,7 @@ OTHER_DEFAULTS = {name: {"beta_start": 0.00085, "beta_end": 0.012} for name in S
 FIXED: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "timestep_type": ("discrete",),
-    "predict_epsilon": (True,),  # until diffusers 0.10
+    "predict_epsilon": (True,),  # until diffusers 0.8
     "snr_shift_scale": (1,),
 }
 

@@ -278,7 +278,7 @@ def _trapezoid(walk: GaussianDiffusion, name: str, clip: bool) -> dict[str, Step
         steps["the second call of a step is shown where Euler's rule leads, not ddim"] = step(ahead=by_euler)
     else:
         sigma = np.tan(phi)
-        steps["the second slope over the sigma of the first (diffusers, until its pull request 1512)"] = step(
+        steps["the second slope over the sigma of the first"] = step(
             second=np.append(0.0, sigma[:-1] / sigma[1:]) / 2
         )
     return steps
