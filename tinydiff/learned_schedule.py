@@ -113,7 +113,8 @@ class LearnedSchedule(Module):
     Parameters
     ----------
     gamma_0, gamma_1 : float
-        Where the end points begin: in [-80, 0) and (0, 80]. The defaults are the paper's, for 8-bit images.
+        Where the end points begin: in [-80, 0) and (0, 80]. The defaults are those of the authors' code, for
+        8-bit images.
     units : int
         Number of sigmoids in the network between them.
 
