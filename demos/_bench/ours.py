@@ -100,6 +100,7 @@ class Tinydiff:
 
     def inference(self, batch: Batch) -> Callable[[], Any]:
         here = self._here(batch)
+        self.choose_kernels()  # those of a side made since may be the definitions, which are not recorded
         predict = _graph.predictor(self.model, self.recorded)
         return self._in_turn(lambda: predict(here.x, here.t))
 
