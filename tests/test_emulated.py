@@ -211,9 +211,12 @@ def test_arrays_do_not_mix(cupy):
         lambda: there + x[0:1].reshape(()),
         lambda: there * [1, 2, 3],
         lambda: cupy.maximum(there, [1]),
+        lambda: cupy.ascontiguousarray(x),
     ):
         with pytest.raises(TypeError):
             wrong()
+    with pytest.raises(ValueError, match="Unsupported dtype object"):
+        cupy.asarray(np.asarray([None]))
     for wrong in (x, [1, 2, 3]):
         with pytest.raises(ValueError, match="non-scalar"):
             there[...] = wrong
@@ -256,6 +259,7 @@ def test_what_is_computed_lies_in_order(cupy):
     turned = np.ones((2, 3, 4)).transpose(2, 0, 1)
     assert cupy.asarray(turned).flags.c_contiguous and cupy.asarray(np.ones((2, 3)).T).flags.f_contiguous
     assert x.get().flags.c_contiguous
+    assert cupy.ascontiguousarray(cupy.ones(())).shape == (1,)
 
 
 def test_what_is_set_has_to_fit(cupy):

@@ -32,6 +32,8 @@ class ndarray:
     __hash__ = None
 
     def __init__(self, shape, dtype=float, memptr=None, order="C"):
+        if np.dtype(dtype).hasobject:
+            raise ValueError(f"Unsupported dtype {np.dtype(dtype)}")
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if memptr is None:
             memptr = current_allocator()(size)
@@ -294,8 +296,12 @@ def asarray(a, dtype=None, order="K"):
 
 
 def ascontiguousarray(a, dtype=None):
+    if not isinstance(a, ndarray):
+        raise TypeError(f"Argument 'a' has incorrect type (expected ndarray, got {type(a)})")
     a = asarray(a, dtype)
-    return a if a.flags.c_contiguous else device_function(np.ascontiguousarray)(a)
+    if a.flags.c_contiguous:
+        return a if a.ndim else a.reshape(1)
+    return device_function(np.ascontiguousarray)(a)
 
 
 def empty(shape, dtype=float, order="C"):
