@@ -81,7 +81,7 @@ class Parameter:
         self._grad = grad if self._grad is None else self._grad + grad
 
     def _checked(self, grad: Array) -> Array:
-        """`grad`, or ValueError: laid end to end with others, one of another shape would shift the rest."""
+        """`grad`; ValueError for another shape: laid end to end with others, it would shift the rest."""
         if tuple(grad.shape) != tuple(self.shape):
             expected = f"{tuple(self.shape)}, the value's"
             raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {expected}.")
@@ -110,10 +110,11 @@ class Module:
     Attributes
     ----------
     recordable : bool
-        Of the class itself, not inherited: on a GPU what it launches depends on the shape of its input only,
-        and it looks at no number on the host. `tinydiff.train` and `tinydiff.sample` then record it.
+        Set on the class itself, not inherited: says that what it launches on a GPU depends only on the shape
+        of its input, and that it looks at no number on the host. `tinydiff.train` and `tinydiff.sample` then
+        record it.
     config : mapping, optional
-        What it was made with, as JSON can hold it: shown by ``repr``, and a run resumes with the same only.
+        What it was made with, as JSON can hold it: shown by ``repr``; a run resumes only with the same.
     """
 
     recordable: ClassVar[bool] = False
@@ -136,7 +137,7 @@ class Module:
         Raises
         ------
         ValueError
-            If two parameters have the same name: keys with dots may.
+            If two parameters have the same name, as keys with dots may bring about.
         """
         seen: set[int] = set()
         unique = {}
@@ -210,7 +211,7 @@ def _walk(path: str, items: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, An
 
 
 def config_of(model: Any) -> Mapping[str, Any]:
-    """What the model says that it was made with: its ``config``; nothing, if that is no mapping."""
+    """What the model says it was made with, its ``config``; empty, if that is no mapping."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}
 
@@ -229,7 +230,7 @@ def weight_of(model: Any) -> Array:
 
 
 def check_state(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], whose: str) -> None:
-    """TypeError unless `state` is a mapping, ValueError unless of arrays of just these names and shapes."""
+    """TypeError unless `state` is a mapping; ValueError unless it has just these names and shapes."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state is {class_or_kind(state)}; expected a mapping, what state_dict() returns.")
     missing = [name for name in shapes if name not in state]
@@ -267,7 +268,7 @@ def inference() -> Iterator[None]:
 
 
 def keeping() -> bool:
-    """Whether derivatives are kept: True but within `inference`."""
+    """Whether derivatives are kept: True except within `inference`."""
     return _keeping.get()
 
 
@@ -282,8 +283,8 @@ def once(backward: F, shape: tuple[int, ...] | None = None, dtype: Any = None) -
     """Let a backward be called once: gradients add up, so a second call would count them twice.
 
     What it held is let go as soon as it returns; in `inference`, at once. With `shape`, its argument must be
-    of that shape, as far as which a kernel may read. It is cast to `dtype`: the gradient of a loss written by
-    hand may well be signs, which are integers.
+    of that shape: a kernel may read that far. It is cast to `dtype`: the gradient of a loss written by hand
+    may well be signs, which are integers.
     """
     if not keeping():
         return _not_kept  # type: ignore[return-value]
@@ -300,7 +301,7 @@ def once(backward: F, shape: tuple[int, ...] | None = None, dtype: Any = None) -
 
 
 def _gradient(dy: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """dy in the dtype of the output; TypeError if it is no array of real numbers, ValueError by its shape."""
+    """dy in the dtype of the output; TypeError unless of real numbers, ValueError for another shape."""
     if not hasattr(dy, "dtype"):
         raise TypeError(f"dy is {class_or_kind(dy)}; expected an array of shape {shape}.")
     if tuple(dy.shape) != shape:

@@ -49,7 +49,7 @@ def sinusoidal_embedding(
         0: the slowest frequency stops short of 1/max_period (diffusers' default); 1: it is exactly that
         (Ho et al. 2020).
     max_period : float
-        The longest period, over 2 pi.
+        The longest period, divided by 2 pi.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def _frequencies(half: int, freq_shift: float, max_period: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _table(length: int, dim: int, dtype: np.dtype, *settings: Any) -> np.ndarray:
-    """The embeddings of the times 0 ... length - 1: a row is what `_embed` returns, in every bit."""
+    """The embeddings of the times 0 ... length - 1: a row is what `_embed` returns, to the last bit."""
     table = _embed(np.arange(length), dim, np.empty(0, dtype), *settings)
     table.flags.writeable = False
     return table
