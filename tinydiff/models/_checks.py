@@ -36,7 +36,7 @@ def plain(**config: Any) -> dict[str, Any]:
 
 
 def answer_of(model: Any, x: Array, t: Array, *rng: Any) -> tuple[Array, Callable[[Array], Array]]:
-    """Its output and its derivative; TypeError of a `denoise`, say, which has no derivative."""
+    """The model's output and its derivative; TypeError if it returns no derivative (a `denoise`, say)."""
     answer = model(x, t, *rng)
     if not (isinstance(answer, tuple) and len(answer) == 2 and callable(answer[1])):
         raise TypeError(f"model(x, t) is {class_or_kind(answer)}; expected (output, backward).")
@@ -94,7 +94,7 @@ def check_model(model: Any) -> None:
 def check_own_layers(model: Any) -> None:
     """TypeError unless one of tinydiff's networks is what its config makes: the same layers and settings.
 
-    A file holds the config and each weight once. What else has been changed would be lost in silence.
+    A file holds the config and each weight once. Any other change would be lost in silence.
     """
     for name, found, expected in changes(model):
         raise TypeError(
@@ -104,7 +104,7 @@ def check_own_layers(model: Any) -> None:
 
 
 def changes(model: Any) -> Iterator[tuple[str, str, str]]:
-    """Where one of tinydiff's networks is not what its config makes: a name, what is there, what would be."""
+    """Where one of tinydiff's networks is not what its config makes: name, what is there, what should be."""
     made, has = dict(type(model)(**model.config, backend="numpy")._parts()), dict(model._parts())
     first = {id(parameter): name for name, parameter in model.named_parameters().items()}
     layers = {name: part for name, part in has.items() if isinstance(part, (Module, Parameter))}
@@ -125,7 +125,7 @@ def _alike(one: Any, other: Any) -> bool:
 def exchanged_layers(model: Any) -> dict[str, Module]:
     """The layers by name, in one of tinydiff's own networks, that are of somebody else's class.
 
-    For them neither the network's config speaks nor what its class says of itself.
+    Neither the network's config nor what its class says of itself holds for them.
     """
     parts = model._parts() if _is_own(model) else ()
     return {name: part for name, part in parts if isinstance(part, Module) and not _is_own(part)}

@@ -17,7 +17,7 @@ __all__ = ["Classifier"]
 
 
 class Classifier(Module):
-    """3x3 convolutions, each with GroupNorm and SiLU, halving the image from the second on; mean; affine.
+    """3x3 convolutions, GroupNorm and SiLU, halving the image from the second on; mean over pixels; affine.
 
     Parameters
     ----------

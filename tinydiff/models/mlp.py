@@ -18,9 +18,9 @@ __all__ = ["MLP"]
 class ResidualBlock(Module):
     """h + linear_2(silu(linear_1(silu(h)) + time_emb_proj(emb))).
 
-    Unlike the U-Net's, it does not begin as the identity. The network's last layer begins at zero, and where
-    both are zero only features of x without t are left to learn from. Predicting v for eight Gaussians on a
-    circle those happen to be of no use: the loss stayed at 1.00 for 3000 steps.
+    Unlike the U-Net's, it does not begin as the identity. The network's last layer begins at zero, and if the
+    blocks did so, too, only features of x without t would be left to learn from. For predicting v of eight
+    Gaussians on a circle these happen to be of no use: the loss stayed at 1.00 for 3000 steps.
     """
 
     def __init__(self, features: int, emb_features: int, rng: np.random.Generator) -> None:
@@ -31,8 +31,8 @@ class ResidualBlock(Module):
     def __call__(self, h: Array, emb: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
         """h (N, F), emb (N, E)  ->  (N, F).  (docs: B.19)
 
-        What a layer or its backward returns and nobody has kept is added to in place: no new array, no new
-        memory to go through.
+        An array that a layer or its backward returns, and that nobody keeps, is added to in place: no new
+        array, no new memory to go through.
         """
         r, backward_silu_1 = silu(h)
         r, backward_1 = self.linear_1(r)
@@ -53,7 +53,7 @@ class ResidualBlock(Module):
 
 
 class MLP(Module):
-    """Predicts from noisy points x_t and their times t points of the same dimension.
+    """Predicts, from noisy points x_t and their times t, points of the same dimension.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class MLP(Module):
     blocks : int
         Number of residual blocks.
     time_features : int
-        Number of sinusoids of the time embedding, and of features of it that each block sees.
+        Number of sinusoids in the time embedding, and of the features that each block sees of it.
     rng : numpy.random.Generator
         Draws the initial weights, in float32 on the host whatever the backend. Default: seed 0.
     backend : {"numpy", "cupy"}, optional

@@ -154,7 +154,7 @@ class UpBlock(Module):
 
 
 class UNet(Module):
-    """DDPM's U-Net: predicts from a noisy image x_t and its time t an image of the same size.
+    """DDPM's U-Net: predicts, from a noisy image x_t and its time t, an image of the same size.
 
     Parameters
     ----------
@@ -331,9 +331,9 @@ class UNet(Module):
     def run_embedded(
         self, x: Array, sinusoids: Array, rng: np.random.Generator | None = None
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-        """Do as the call, from an embedding (N, block_channels[0]) in the place of the time's sinusoids.
+        """Do as the call does, with an embedding (N, block_channels[0]) in place of the time's sinusoids.
 
-        ``dx, dsinusoids = backward(dy)``: what else the embedding is made of, a class say, can be learned.
+        ``dx, dsinusoids = backward(dy)``: whatever else is in the embedding, a class say, can be learned.
         """
         down_backwards = []
         up_backwards = []
@@ -385,7 +385,7 @@ class UNet(Module):
 
 
 def misfit(c: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first argument of `UNet`, all of the right types, that does not fit, and what was expected."""
+    """The first argument of `UNet` that does not fit, and what was expected; all are of the right types."""
     channels, groups, head_dim = c["block_channels"], c["norm_groups"], c["head_dim"]
     if not channels:
         return "block_channels", "at least one number of channels"
