@@ -82,7 +82,7 @@ __all__ = [
 
 WHEN_ASKED_FOR = ("plotting", "testing")  # modules that only some programs need
 
-if TYPE_CHECKING:  # names like the others, so that a misspelt one is an error and not one more of these
+if TYPE_CHECKING:  # where __getattr__ is hidden: a type checker that saw it would accept any misspelt name
     from tinydiff import plotting as plotting
     from tinydiff import testing as testing
 else:

@@ -48,7 +48,7 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_features(x: Any, features: int) -> None:
-    """ValueError unless the last axis has so many: a kernel reads as many as its weights have."""
+    """ValueError unless the last axis has this size: a kernel reads as many as its weights have."""
     if tuple(x.shape[-1:]) != (features,):
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {features}).")
 
@@ -56,12 +56,12 @@ def check_features(x: Any, features: int) -> None:
 def check_floating(x: Any) -> None:
     """TypeError unless x is an array of real floating numbers: others have no derivative."""
     check_array("x", x)
-    if getattr(x.dtype, "kind", "f") in "biucO":  # not every library has it
+    if getattr(x.dtype, "kind", "f") in "biucO":  # not every library has a kind
         raise TypeError(f"x has dtype {x.dtype}; expected a real floating one.")
 
 
 def check_images(x: Any, channels: int) -> None:
-    """ValueError unless x is images of so many channels: a kernel reads as many as its weights have.
+    """ValueError unless x is images with that many channels: a kernel reads as many as its weights have.
 
     TypeError unless they are of real floating numbers.
     """
@@ -78,7 +78,7 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
 
 
 def check_network(name: str, network: Any) -> None:
-    """TypeError unless it can be called; of a training's result it says that the model in it can be."""
+    """TypeError unless it can be called; for a training's result, the message names the model in it."""
     if isinstance(network, type) or not callable(network):
         within = "; its attribute model is one" if callable(getattr(network, "model", None)) else ""
         expected = f"a network, or another function of x and t{within}"
@@ -106,7 +106,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_unmasked(name: str, values: Any) -> None:
-    """ValueError if `values` is a masked array: what its mask hides would be computed with."""
+    """ValueError if `values` is a masked array: the numbers that its mask hides would be used, too."""
     if isinstance(values, np.ma.MaskedArray):
         raise ValueError(f"{name} is a masked array; expected one in which every number counts.")
 

@@ -1,8 +1,8 @@
 """What Linux's control groups leave to this process: the limits of a container, or of a job of a cluster.
 
-A group lies within others, and a limit of each of them counts. Version 2 has one tree of groups, version 1
-one for each kind of limit. A container sees its own group as the outermost. What is not limited is "max" in
-version 2, in version 1 less than 0 or beyond all memory.
+A group lies within others, and the limits of all of them count. Version 2 has one tree of groups, version 1
+one for each kind of limit. A container sees its own group as the outermost. For no limit, version 2 says
+"max", version 1 a number less than 0 or beyond all memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def memory_left(root: Path = ROOT) -> list[int]:
 
 
 def processors(root: Path = ROOT) -> int | None:
-    """Of how many processors the groups may use the time, a started one counted as one; None: no limit."""
+    """How many processors' time the groups may use, rounded up; None: no limit."""
     found = []
     for group in _groups("cpu", root):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
@@ -39,18 +39,18 @@ def processors(root: Path = ROOT) -> int | None:
 
 
 def _cached(group: Path) -> int:
-    """Bytes of files that a group has read or written: they count as used, and go when memory is short."""
+    """Bytes of files that a group has read or written: they count as used, but go when memory is short."""
     found = {}
     with suppress(OSError):
         for line in (group / "memory.stat").read_text().splitlines():
             name, _, size = line.partition(" ")
             found[name] = size
-    # Version 1 has one number for the group alone, and one with those inside it, as the use is counted.
+    # Version 1 has one number for the group alone, and one that counts the groups inside it, as the use does.
     return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
 
 
 def _groups(kind: str, root: Path) -> list[Path]:
-    """The folders of this process' group, of version 2 and for a kind of limit of 1, and of those around."""
+    """The folders of this process' group (version 2's, and version 1's for `kind`) and of those around it."""
     own = {"": Path(), kind: Path()}
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():

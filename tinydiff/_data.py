@@ -26,8 +26,8 @@ LARGE = 10
 
 SEEN = 256  # samples that are looked at, for the scale of the data
 
-# The independent streams of randomness that a seed stands for. None is 0: NumPy pads a seed with zeros, so
-# that [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
+# The independent streams of randomness that a seed stands for. No stream is number 0: NumPy pads a seed with
+# zeros, so [seed, 0, 0] is the stream of `seed` itself, from which the model may have been drawn.
 STEP, EPOCH = 1, 2
 
 
@@ -91,7 +91,7 @@ def _check_values(name: str, values: Array) -> None:
 
 
 def beside(data: Data, like: Array) -> Data:
-    """The data set where `like` is; a callable, and an array that is there already, as they are."""
+    """The data set, moved to where `like` is; a callable, or an array already there, is returned as it is."""
     if callable(data) or (array_namespace(data) is array_namespace(like) and device(data) == device(like)):
         return data
     there, refused = attempted(functools.partial(asarray_like, data, like))

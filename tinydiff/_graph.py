@@ -1,21 +1,21 @@
-"""A step recorded once on a GPU, and asked for again as a whole: a CUDA graph.
+"""A step recorded once on a GPU, and launched again as a whole: a CUDA graph.
 
 Every launch costs the host some microseconds, and a step has hundreds (docs: A.27). From the second step on
-all are the same launches on the same shapes, so they are recorded, with the addresses that they read and
-write. A replay is one launch. What a recording needs:
+every step makes the same launches on the same shapes, so they are recorded, with the addresses that they read
+and write. A replay is one launch. What a recording needs:
 
 - Inputs are copied into arrays that stay, by whoever uses the `Recording`. What else changes from step to
   step is left out of it: noise is drawn before, and clipping, Adam and the moving average come after.
-- It has memory of its own as long as it exists, as much as one pass takes and 32 MiB for cuBLAS: what is
+- It has memory of its own as long as it exists, as much as one pass takes plus 32 MiB for cuBLAS: what is
   freed within it can be used again only within it.
 - Nothing is copied between host and device within it. The kernels of ``kernels/cupy.py`` keep to that, and
   call cuBLAS in a way that can be recorded; the definitions, under CuPy, do not.
 - The same step has run before, unrecorded: by then kernels are compiled, constants are on the device, and
   weights lie end to end.
 
-Recorded are, with the CuPy kernels, the steps of `tinydiff.train` with the plain loss, and what `sample`,
-`iterate_samples` and `invert` ask of a model; of tinydiff's own models, unless ``TINYDIFF_RECORD=0``. The
-bound, the likelihood, the training of a schedule and the other losses run launch by launch.
+With the CuPy kernels and tinydiff's own models, unless ``TINYDIFF_RECORD=0``, two things are recorded: the
+steps of `tinydiff.train` with the plain loss, and what `sample`, `iterate_samples` and `invert` ask of a
+model. The bound, the likelihood, the training of a schedule and the other losses run launch by launch.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ def is_wanted(model: Any, asked: bool | None = None) -> bool:
     Parameters
     ----------
     model : Module
-        Its class's own ``recordable`` decides where nothing else does; of tinydiff's own, with their layers.
+        Its class's own ``recordable`` decides where nothing else does; then a network of tinydiff's counts
+        only with layers of tinydiff's.
     asked : bool, optional
-        What the caller wants, whatever the class says. Default: what ``TINYDIFF_RECORD`` says, 1 or 0; if
-        nothing, what the class says.
+        What the caller wants, whatever the class says. Default: what ``TINYDIFF_RECORD`` says, 1 or 0; if it
+        is not set, what the class says.
 
     Raises
     ------
@@ -133,13 +134,13 @@ class Recording:
         self._device = cupy.cuda.Device()
 
         def beneath(size: int) -> Any:
-            with before:  # in whose order it comes back
+            with before:  # the memory comes back in the order of this stream
                 return cupy.get_default_memory_pool().malloc(size)
 
         self._pool = cupy.cuda.MemoryPool(beneath)
         stream = cupy.cuda.Stream(non_blocking=True)
         before.synchronize()  # nothing is under way that the other stream could miss
-        let_go(cupy.empty(0))  # what the runs before it held, it takes for itself
+        let_go(cupy.empty(0))  # so that it can take the memory that the runs before it held
         ready()  # those runs may have been another thread's
         try:
             with cupy.cuda.using_allocator(self._pool.malloc), stream, late() as unsent:
@@ -147,9 +148,9 @@ class Recording:
                 try:
                     self.result = work()
                 except BaseException as error:
-                    with suppress(Exception):  # what went wrong in `work` is the news
+                    with suppress(Exception):  # the error in `work` is the one to report
                         stream.end_capture()
-                    traceback.clear_frames(error.__traceback__)  # of their arrays
+                    traceback.clear_frames(error.__traceback__)  # which hold arrays
                     raise
                 self._graph = stream.end_capture()
         finally:  # cuBLAS has had a workspace for that stream: it lives as long as what was recorded
@@ -175,8 +176,8 @@ class Recording:
 class Replayed:
     """Calls `work` itself `WARM_UP` times, then records it, and replays the recording from then on.
 
-    Where it cannot be recorded (by this version of a library, say), a warning says so, and every call is one
-    of `work` itself.
+    Where it cannot be recorded (by this version of a library, say), a warning says so, and every call calls
+    `work` itself.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
@@ -210,15 +211,15 @@ class Weights:
         self._arrays = [parameter.value for parameter in self._parameters]
 
     def are_there(self) -> bool:
-        """Whether they still are; what is in them may have changed."""
+        """Whether they still are its weights; the numbers in them may have changed."""
         return all(p.value is array for p, array in zip(self._parameters, self._arrays, strict=True))
 
 
 class RecordedLoss:
     """L_simple and its gradients, as `training_loss` has them, recorded at the third call.  (docs: L.9)
 
-    Times, noise, x_t and the target are computed outside the recording. A batch of another shape discards it,
-    and so do weights in other arrays, as they are after the first step.
+    Times, noise, x_t and the target are computed outside the recording. A batch of another shape discards
+    the recording, and so do weights in other arrays, as they are after the first step.
     """
 
     def __init__(self, diffusion: GaussianDiffusion) -> None:
@@ -229,7 +230,7 @@ class RecordedLoss:
 
     def __call__(self, model: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], None]]:
         if self._weights is None or not self._weights.are_there() or self._given[0].shape != x0.shape:
-            self.forget()  # its memory is for the next
+            self.forget()  # so that the next recording has its memory
         xp = array_namespace(x0)
         t = rng.integers(self._diffusion.T, size=x0.shape[0])
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)
@@ -250,7 +251,7 @@ class RecordedLoss:
 
 
 def loss_and_backward(model: Any, x_t: Array, target: Array, t: Array) -> tuple[Array, Callable[[], None]]:
-    """The mean squared error of the model's output, and what adds its gradients to the parameters'.
+    """The mean squared error of the model's output, and a function to add its gradients to the parameters'.
 
     The gradients are computed here, and laid end to end. The parameters' own must be zero, and are so again
     afterwards.
@@ -275,7 +276,7 @@ def loss_and_backward(model: Any, x_t: Array, target: Array, t: Array) -> tuple[
 
 
 class RecordedPredict:
-    """A model's ``predict``, recorded at the third call of a shape of x; the last `SHAPES` shapes are kept.
+    """A model's ``predict``, recorded at the third call with a shape of x; the last `SHAPES` shapes are kept.
 
     Threads take turns: they share the arrays that a recording reads and writes.
     """
@@ -295,7 +296,7 @@ class RecordedPredict:
         self._by_shape: dict[tuple[int, ...], tuple[Array, Array, Replayed]] = {}
 
     def is_current(self) -> bool:
-        """Whether the model's weights are in the same arrays still, and these kernels the chosen ones."""
+        """Whether the model's weights are still in the same arrays, and its kernels still the chosen ones."""
         return self._weights.are_there() and self._kernels is kernels.kernels_for(self._like)
 
     def __call__(self, x: Array, t: Array) -> Array:
@@ -309,7 +310,7 @@ class RecordedPredict:
                 self._stream = stream
             kept = self._by_shape.pop(x.shape, None)
             if len(self._by_shape) == SHAPES:
-                del self._by_shape[next(iter(self._by_shape))]  # the one not asked for longest
+                del self._by_shape[next(iter(self._by_shape))]  # the one asked for longest ago
             x_there, t_there, replayed = self._by_shape[x.shape] = self._begun(x) if kept is None else kept
             x_there[...] = x
             t_there[...] = asarray_like(t, x, t_there.dtype)
@@ -324,12 +325,12 @@ class RecordedPredict:
                 let_go(x)
                 y = replayed()
             y = xp.asarray(y, copy=True)
-            if stream.ptr == self._per_thread:  # by this name each thread has another, and cannot wait for it
+            if stream.ptr == self._per_thread:  # each thread has its own by this name: others cannot wait
                 stream.synchronize()
             return y
 
     def _is_alike(self, x: Array) -> bool:
-        """Whether it is an array like the weights, on their GPU, and that is the one of this thread."""
+        """Whether it is an array like the weights, on their GPU, and that GPU is this thread's current."""
         if not is_cupy_array(x) or x.dtype != self._like.dtype:
             return False
         return bool(x.device.id == self._like.device.id == self._runtime.getDevice())
@@ -352,7 +353,7 @@ def predictor(model: Module, asked: bool | None = None) -> Callable[[Array, Arra
     """The model's ``predict``; recorded, if that is wanted (`is_wanted`).
 
     A recording stays with the model, and so does its memory, as long as the model's weights are the same
-    arrays; what is in them may change.
+    arrays; the numbers in them may change.
     """
     if not is_wanted(model, asked):
         return model.predict

@@ -3,12 +3,12 @@
 The randomness of a step is a function of (seed, step), and the order of the data (``_data.py``) a function of
 (seed, epoch). So a resumed run is the same run, bit for bit, with no generator state to save.
 
-A step counts once its loss is among the readings (``_readings.py``): it is put there last, so an interruption
-in the middle of a step is recognised by fewer losses than the optimizer has counted steps.
+A step counts once its loss is among the readings (``_readings.py``): it is put there last, so after an
+interruption in the middle of a step there are fewer losses than steps that the optimizer has counted.
 
 On a GPU everything stays where it is. Times and tables live on the host, data, noise, loss and weights on the
-device, and the host runs ahead of it: it waits only where numbers are read, at a line of metrics and at a
-checkpoint, and reads those of all steps since at once.
+device, and the host runs ahead of the device. It waits only where numbers are read, at a line of metrics and
+at a checkpoint, and then reads the numbers of all steps since the last time at once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from tinydiff.parallel import shared_out
 
 __all__ = ["Learner", "Objective", "checked_plan", "loop", "settings_of", "trial"]
 
-# Takes a network (or a DataParallel of it), a batch and a generator; returns the loss, and what adds to the
-# gradients.
+# Takes a network (or a DataParallel of it), a batch and a generator; returns the loss, and a function that
+# adds to the gradients.
 Objective: TypeAlias = Callable[[Any, Array, np.random.Generator], tuple[Array, Callable[[], Any]]]
 
 
@@ -56,7 +56,7 @@ class Plan:
     ema_decay: float
 
     def settings(self) -> dict[str, Any]:
-        """As JSON holds them; it has no infinity."""
+        """The numbers as JSON can hold them: it has no infinity."""
         return {**asdict(self), "clip_norm": str(self.clip_norm)}
 
 
@@ -94,12 +94,12 @@ class Learner:
         return states_of(self._parts)
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """The other way; what else is in `state` is left alone."""
+        """Take up what `state_dict` returned; whatever else is in `state` is ignored."""
         load_states(self._parts, _brought_up_to_date(state))
 
 
 def _brought_up_to_date(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The state, of older versions too, which called the average ``ema.`` and kept no count of steps."""
+    """The state by today's names: older versions called the average ``ema.`` and kept no count of steps."""
     if "adam.steps" in state:
         return state
     renamed = {re.sub(r"^ema\.", "ema.model.", name): array for name, array in state.items()}
@@ -127,7 +127,7 @@ def loop(
     Parameters
     ----------
     learners : sequence of Learner
-        Of which the first is shared out to processes.
+        The first of them is shared out to processes.
     loss : callable
         See `Objective`.
     data, resume, checkpoint_every, log_every, workers, progress
@@ -137,7 +137,7 @@ def loop(
     plan : Plan
         The numbers.
     at_once : bool
-        Read the loss of every step: where a number costs nothing, or the next step needs it.
+        Read the loss at every step: for where reading costs nothing, or the next step needs the number.
     counted : callable
         Called when a step is about to count.
     unit : str
@@ -161,7 +161,7 @@ def loop(
         with ExitStack() as stack:
             if run is not None:
                 stack.callback(run.end)
-            # Not NumPy but `Readings` says if a number is not finite; the processes inherit the setting.
+            # `Readings` says if a number is not finite, NumPy need not; the processes inherit the setting.
             stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
             shared = stack.enter_context(shared_out(network.model, plan.batch_size, workers))
             bar = progress_bar(progress, total=plan.steps, initial=start, desc="training", unit="step")
@@ -219,7 +219,7 @@ def _loss_and_norm(
 def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Callable[[int], None]:
     """step(n): forward and backward of a batch of n, whose gradients are thrown away.
 
-    A loss that records is asked until it does; the recording is thrown away, too.
+    A loss that records is called until it does; the recording is thrown away, too.
     """
     xp = array_namespace(like)
     shape = (data(1, np.random.default_rng(0)) if callable(data) else data).shape[1:]

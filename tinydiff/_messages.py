@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # there is none where there are no processes, in a browser sa
 
 __all__ = ["Line"]
 
-# Seconds. Longer than what one process does between two messages of a small network's step; a step that is
-# slower than this does not notice being woken.
+# Seconds. Longer than a process computes between two messages in a small network's step; in a slower step the
+# time to wake is not noticed.
 AWAKE = 1e-3
 
 

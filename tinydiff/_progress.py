@@ -18,7 +18,7 @@ def progress_bar(shown: bool, over: Iterable[Any] | None = None, **how: Any) -> 
     shown : bool
         Whether it is wanted.
     over : iterable, optional
-        What the bar hands on, one after the other. Default: it is moved by its ``update``.
+        What the bar hands on, one after the other. Default: the bar is moved by its ``update``.
     **how
         As tqdm takes it: total, desc, unit, initial, leave.
     """

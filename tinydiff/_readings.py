@@ -1,9 +1,9 @@
 """The numbers of a training that the host wants to see, and when it asks for them.
 
-On a device, to read a number is to wait until all that was asked of it is done. So the losses and gradients'
-norms stay there, step after step, and are read together (docs: A.21). That a number is not finite is then
-noticed late: the weights go back to those after the last reading that found all in order (docs: A.22). With
-NumPy a number is there as soon as it is computed, and every step is read.
+To read a number from a device is to wait until all that was asked of the device is done. So the losses and
+gradients' norms stay there, step after step, and are read together (docs: A.21). A number that is not finite
+is then noticed late: the weights go back to those at the last reading that found all in order (docs: A.22).
+With NumPy a number is there as soon as it is computed, and every step is read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Readings:
         log_every: int,
         checkpoint_every: int,
     ) -> None:
-        self._losses: list[Any] = losses  # floats; then, of steps not read yet, pairs
+        self._losses: list[Any] = losses  # floats; then pairs, for steps not read yet
         self._run, self._kept, self._rate, self._show = run, kept, rate, show
         self._steps, self._log_every, self._checkpoint_every = steps, log_every, checkpoint_every
         self._mean = math.nan
@@ -67,7 +67,7 @@ class Readings:
         return self._losses[:]
 
     def read(self, step: int, pair: Pair) -> tuple[int, Numbers] | None:
-        """Read the numbers, `pair` those of `step`, before it moves the weights; None if they may wait.
+        """Read the numbers up to `pair`, those of `step`, before it moves the weights; None if they may wait.
 
         Returns the first step that was not read yet, and the numbers from there on. FloatingPointError if
         one is not finite; the weights go back to those that are kept.
@@ -150,7 +150,7 @@ class Kept:
         self._copies = [array_namespace(p.value).asarray(p.value, copy=True) for p in self._parameters]
 
     def put_back(self) -> str:
-        """Give the weights the values they had; returns what to say of it."""
+        """Give the weights the values they had; returns the words for a message."""
         for p, value in zip(self._parameters, self._copies, strict=True):
             p.value = value
         return f"the weights are back to those after {self._steps} steps"

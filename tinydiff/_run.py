@@ -41,7 +41,7 @@ class Stateful(Protocol):
 
 
 def states_of(parts: Mapping[str, Stateful]) -> dict[str, np.ndarray]:
-    """The states of all parts in one: the names of each have its key of `parts` in front."""
+    """The states of all parts in one: each name with the key of its part in front."""
     return {
         f"{prefix}{name}": array
         for prefix, part in parts.items()
@@ -50,13 +50,13 @@ def states_of(parts: Mapping[str, Stateful]) -> dict[str, np.ndarray]:
 
 
 def load_states(parts: Mapping[str, Stateful], state: Mapping[str, np.ndarray]) -> None:
-    """The other way: each part is given what begins with its prefix; what else there is is left alone."""
+    """The other way: each part is given what begins with its prefix; the rest is ignored."""
     for prefix, part in parts.items():
         own = {name: array for name, array in state.items() if name.startswith(prefix)}
         part.load_state_dict({name.removeprefix(prefix): array for name, array in own.items()})
 
 
-# What older checkpoints leave out: when they were written there was one loss.
+# What older checkpoints leave out: when they were written there was only one loss.
 SIMPLE: dict[str, Any] = dict(
     loss="simple", min_snr_gamma=None, variance=None, decoder=None, importance_sampling=False
 )
@@ -76,7 +76,7 @@ class Run:
     directory : Path
         Where they are; made if it is missing.
     settings : dict
-        What the run depends on; another run with the same ones goes on where this one stopped.
+        What the run depends on; another run with the same settings goes on where this one stopped.
     states : mapping of str to Stateful
         What a checkpoint holds, by the prefix of its arrays' names. One with the prefix "" is given all
         arrays, and picks its own.
@@ -109,7 +109,7 @@ class Run:
     def start(self, resume: bool) -> list[float]:
         """Take up the checkpoint if there is one to take up; return the losses so far."""
         if self.directory.is_dir():
-            self._lock = _locked(self.directory)  # refuses one that goes on before any advice to delete it
+            self._lock = _locked(self.directory)  # refuses a directory in use before any advice to delete it
             self.end()
         elif self.directory.exists():
             raise NotADirectoryError(f"run_dir is {self.directory}, which is not a directory.")
@@ -162,7 +162,7 @@ class Run:
             os.close(self._lock)
             self._lock = None
             if sys.platform == "win32":
-                with suppress(OSError):  # another, who asks for the lock, has it open
+                with suppress(OSError):  # another run, which asks for the lock, has it open
                     (self.directory / LOCK).unlink()
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -183,7 +183,7 @@ class Run:
         return lines
 
     def _check_settings(self, before: dict[str, Any], done: int) -> None:
-        """ValueError unless going on is the run that these settings would have been from its first step."""
+        """ValueError unless going on gives the run that these settings would have given from its start."""
         before = SIMPLE | _as_json(before)
         changed = [k for k, v in self.settings.items() if _differ(k, before.get(k), v)]
         if changed == ["steps"] and self.settings["final_lr"] == 1 and self.settings["steps"] >= done:
@@ -226,13 +226,13 @@ def _is_checkpoint(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 
 
 def _is_ours(line: Any) -> bool:
-    """Whether it is as `Run.log` writes one."""
+    """Whether it is a line that `Run.log` writes."""
     numbers = isinstance(line, dict) and all(type(number) in (int, float) for number in line.values())
     return numbers and list(line) == KEYS and type(line["step"]) is int
 
 
 def _differ(name: str, before: Any, now: Any) -> bool:
-    """Whether a setting has changed; moments by more than rounding, and only where both are known."""
+    """Whether a setting has changed; the data's moments by more than rounding, where both are known."""
     if name != "data_mean_and_rms":
         return bool(before != now)
     return None not in (before, now) and math.dist(before, now) > 1e-4 * now[1]
@@ -259,7 +259,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _locked(directory: Path) -> int | None:
-    """A descriptor of `directory`, or of its `LOCK`, on which no other has a lock; ValueError if one has.
+    """A locked descriptor of `directory`, or of its `LOCK`; ValueError if another has the lock.
 
     None where there are no such locks: in a browser, and on some file systems.
     """
@@ -282,7 +282,7 @@ def _locked(directory: Path) -> int | None:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock it as long as it is open; BlockingIOError if another has, OSError where there are no locks."""
+    """Lock it as long as it is open; BlockingIOError if another has it, OSError where there are no locks."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -292,7 +292,7 @@ def _lock(descriptor: int) -> None:
         except OSError as error:
             if error.errno == errno.EINVAL:
                 raise
-            raise BlockingIOError from None  # it says EACCES; under Wine, whatever was said before
+            raise BlockingIOError from None  # Windows says EACCES; Wine, whatever was said before
     else:
         import fcntl
 

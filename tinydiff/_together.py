@@ -1,8 +1,8 @@
-"""Many arrays as one: laid end to end, so that one call does what would be a call for each.
+"""Many arrays as one: laid end to end, so that one call does the work of a call for each.
 
 A network has a hundred weights and more. What is done to them element by element (Adam, the moving average,
-scaling) does not mind where an array ends, and a dozen calls for each take longer than their arithmetic: of
-small arrays on the host, of any on a GPU.
+scaling) does not depend on where an array ends, and a dozen calls for each array take longer than their
+arithmetic: for small arrays on the host, for any on a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def groups(arrays: Sequence[Array]) -> list[list[int]]:
 
 
 def end_to_end(arrays: Sequence[Array]) -> Array:
-    """Their elements in a row, (size,), to read: it may be a view."""
+    """The arrays' elements in a row, (size,), only to be read: it may be a view."""
     laid = getattr(kernels_for(arrays[0]), "end_to_end", None)
     if laid is not None:
         return laid(arrays)

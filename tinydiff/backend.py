@@ -5,12 +5,12 @@ Code that computes never asks this module where it runs. It asks the array::
     xp = array_namespace(x)
 
 and then uses only functions of the array API standard (2024.12 and later), so that NumPy, CuPy and
-array-api-strict arrays go through the same lines. NumPy has all of them itself, since 2.1; for what
-others lack there is array-api-compat. The backend (``TINYDIFF_BACKEND``, or an argument)
-decides one thing only: where *new* arrays are made.
+array-api-strict arrays go through the same lines. NumPy has had all of them itself since 2.1;
+array-api-compat supplies what others lack. The backend (``TINYDIFF_BACKEND``, or an argument) decides one
+thing only: where *new* arrays are made.
 
 What crosses from a device to the host goes through `to_numpy`, and waits for the device. Nothing in a step
-needs to: times and tables stay on the host, and what is sent the other way does not wait.
+needs to cross: times and tables stay on the host, and what is sent the other way does not wait.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def library_of(x: Any) -> str:
     return type(x).__module__.partition(".")[0]
 
 
-# The namespace of every type of array that has been asked for by itself.
+# Every namespace that has been asked for with arrays of a single type, by that type.
 _namespaces: dict[type, Namespace] = {}
 
 
@@ -85,7 +85,7 @@ def array_namespace(*arrays: Array) -> Namespace:
 
 
 def _namespace_of(*arrays: Array) -> Namespace:
-    """array-api-compat's answer, but for NumPy, of which it has a copy that takes long to import."""
+    """array-api-compat's answer; for NumPy, NumPy itself, as array-api-compat's copy takes long to import."""
     of_numpy = arrays and all(map(array_api_compat.is_numpy_array, arrays))
     return np if of_numpy else array_api_compat.array_namespace(*arrays)
 
@@ -95,7 +95,7 @@ class BackendError(RuntimeError):
 
 
 def backend_name(name: str | None = None) -> str:
-    """What `get_backend` takes `name` for: of None, what ``TINYDIFF_BACKEND`` says, or ``"numpy"``."""
+    """The backend that `name` means: for None, what ``TINYDIFF_BACKEND`` says, or else ``"numpy"``."""
     return (name if name is not None else os.environ.get("TINYDIFF_BACKEND") or "numpy").strip().lower()
 
 
@@ -200,7 +200,7 @@ def _remedy() -> str:
     if major < min(CUPY_PACKAGES):
         return f"{_how_to_install()}, {OR_NUMPY}"
     ours = {cuda: package for cuda, package in CUPY_PACKAGES.items() if _is_installed(package)}
-    if len(ours) > 1:  # the files of one lie on the other's
+    if len(ours) > 1:  # the files of one have overwritten the other's
         return (
             f"{' and '.join(ours.values())} are both installed, where only one may be, so pip uninstall "
             f"{' '.join(ours.values())} and then {_how_to_install()}, {OR_NUMPY}"
@@ -216,7 +216,7 @@ def _remedy() -> str:
 
 
 def _pip(package: str) -> str:
-    """The command, in quotes that cmd.exe knows, too: outside them it takes > for the name of a file."""
+    """The command, in quotes that cmd.exe knows, too: without them > would write to a file."""
     return f'pip install "{package}[ctk]>=14"'
 
 
@@ -290,14 +290,14 @@ def asarray_like(values: Any, like: Array, dtype: Any = None) -> Array:
 
 
 def integers_like(values: np.ndarray, like: Array) -> Array:
-    """Integers of the host, times or places, beside `like`: int64, or as wide as its library has them.
+    """Integers from the host (times, indices), beside `like`: int64, or as wide as its library has them.
 
     No dtype is asked for: JAX would warn that it has no int64 (unless it is told to have).
     """
     return array_namespace(like).asarray(values, device=device(like))
 
 
-# What `constant_like` has made, by where it is, what made it and of what.
+# What `constant_like` has made, by where it is, what made it and from what.
 _constants: dict[tuple[Any, ...], Array] = {}
 
 
@@ -307,7 +307,7 @@ def constant_like(make: Callable[..., np.ndarray], *of: Any, like: Array, dtype:
     Parameters
     ----------
     make : callable
-        Makes the numbers on the host, the same for the same `of`, which can be hashed.
+        Makes the numbers on the host, the same for the same `of`, which must be hashable.
     like : array
         Decides library and device.
     dtype : dtype
@@ -341,18 +341,18 @@ def sum_samples(x: Array) -> Array:
 def clip_to_unit(x: Array) -> Array:
     """x limited to [-1, 1], the range of images.
 
-    Not ``xp.clip``, for which array-api-compat selects by a mask: the host would wait to learn how many.
+    Not ``xp.clip``, where array-api-compat selects by a mask: the host would wait to learn how many elements.
     """
     xp = array_namespace(x)
     return xp.minimum(xp.maximum(x, -1.0), 1.0)
 
 
 def generator_beside(like: Array, rng: Any) -> Any:
-    """Return a generator whose numbers come into being beside `like`.
+    """Return a generator that makes its numbers beside `like`.
 
     That is `rng` itself, from which nothing is drawn, unless `like` is on a GPU and `rng` draws on the host.
-    Then it is a ``cupy.random.Generator`` that one number of `rng` seeds: as reproducible, and no noise
-    crosses from the host. The numbers are others than `rng` would have drawn.
+    Then it is a ``cupy.random.Generator`` that one number of `rng` seeds: just as reproducible, and no noise
+    crosses from the host. The numbers are not those that `rng` would have drawn.
 
     Parameters
     ----------
