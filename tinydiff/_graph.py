@@ -330,7 +330,7 @@ class RecordedPredict:
             return y
 
     def _is_alike(self, x: Array) -> bool:
-        """Whether it is an array like the weights, on their GPU, and that GPU is this thread's current."""
+        """Whether it is an array like the weights, on their GPU, which is this thread's current one."""
         if not is_cupy_array(x) or x.dtype != self._like.dtype:
             return False
         return bool(x.device.id == self._like.device.id == self._runtime.getDevice())

@@ -103,7 +103,7 @@ def gaussian_kl(
     d = mean1 - mean2
     log_r = log_variance1 - log_variance2
     r_minus_1 = xp.expm1(log_r)  # r - 1 - log r keeps its digits where the two variances are almost equal
-    rate2 = xp.exp(-log_variance2 / 2)  # the root of the precision, which float32 has down to e^-176
+    rate2 = xp.exp(-log_variance2 / 2)  # the root of the precision: in float32 down to a variance of e^-176
     scaled = d * rate2
     squares = scaled * scaled
     kl = (r_minus_1 - log_r + squares) / 2
@@ -168,8 +168,8 @@ def discretized_gaussian_nll(
 
     In nats. The 256 levels 2 k / 255 - 1 have bins of width 2/255; the two outer bins go on to infinity, so
     that the probabilities sum to 1 (Ho et al. 2020, eq. 13). A bin whose ends are m < p, in standard
-    deviations from the mean, has P = Phi(p) - Phi(m). Of a bin above the mean the mirror image is taken, so
-    that Phi counts small tails and not what is missing to 1; and with rho = log Phi(m) - log Phi(p),
+    deviations from the mean, has P = Phi(p) - Phi(m). For a bin above the mean the mirror image is taken, so
+    that Phi is a small tail, and not a number next to 1; and with rho = log Phi(m) - log Phi(p),
 
         log P = log Phi(p) + log(1 - exp(rho))
 
@@ -207,7 +207,7 @@ def discretized_gaussian_nll(
     level = _levels(x)
     mean_host = to_float64(mean)
     sigma = np.exp(to_float64(log_variance) / 2)
-    # Two neighbours share an edge to the last bit, as a quotient of integers.
+    # Two neighbours share an edge to the last bit, for it is a quotient of integers.
     low = ((2 * level - 256) / 255 - mean_host) / sigma
     high = ((2 * level - 254) / 255 - mean_host) / sigma
     mirrored = low + high > 0
@@ -218,7 +218,7 @@ def discretized_gaussian_nll(
     below, above = np.where(mirrored, highest, lowest), np.where(mirrored, lowest, highest)
 
     def hazard(z: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):  # far above the mean erfcx is inf, and the hazard 0 as it should
+        with np.errstate(over="ignore"):  # far above the mean erfcx is inf, and the hazard rightly 0
             return math.sqrt(2 / math.pi) / erfcx(-z / math.sqrt(2))
 
     log_upper = np.where(above, 0.0, log_ndtr(p))
@@ -262,7 +262,7 @@ def prior_term(diffusion: GaussianDiffusion, x0: Array) -> Array:
     array of shape (N,)
     """
     abar = float(diffusion.schedule.alphas_cumprod[-1])
-    # Of a chain that ends in noise 1 - abar is 1, its logarithm is 0, and abar is what log1p still sees.
+    # In a chain that ends in noise 1 - abar rounds to 1 and its logarithm to 0; log1p still sees abar.
     log_noise = math.log(diffusion.schedule.one_minus_alphas_cumprod[-1]) if abar > 0.5 else math.log1p(-abar)
     return sum_samples(abar * x0 * x0 - (abar + log_noise)) / 2
 
@@ -321,8 +321,8 @@ def step_term(
     inside = xp.astype(xp.abs(guess) <= 1, guess.dtype) if clip else 1.0
     guess = clip_to_unit(guess) if clip else guess
 
-    # The means' common part in x_t is left out: what it adds to the difference is rounding. What is left is
-    # c x_0 and c x_0^, and the mean of x_0 = 1, x_t = 0 is c.
+    # The means' common part in x_t is left out: it would add only rounding to the difference. What is left is
+    # c x_0 and c x_0^, and c is the mean for x_0 = 1, x_t = 0.
     ones = column_like(np.ones(N), x0)
     c, _ = diffusion.q_posterior_mean_variance(ones, 0 * ones, steps)
     log_small, log_large = diffusion.log_variance_range
@@ -380,7 +380,7 @@ class Bound:
     exact : bool
         True: every t was summed. False: `value` is an unbiased estimate over random t ≥ 1.
     unit : {"nats", "bits/dim"}
-        Of all of these. Nats are for a sample; bits for one of its dimensions.
+        Of all of these: nats for a sample, or bits for each of its dimensions.
     """
 
     value: float
@@ -409,13 +409,13 @@ def variational_bound(
     (Ho et al. 2020, eq. 5.) Every term is an expectation over q(x_t | x_0), for which one x_t is drawn per
     sample and t. The sum over t is either complete, or estimated from L_0 and a few random other t for each
     sample, as L_T + L_0 + (T - 1) * mean(L_t): unbiased, too, and `standard_error` then includes the choice
-    of t. The first of these t have the largest terms, and few draws fall there: with fewer than 10 T of them,
-    n * t_samples in all, the standard error tends to be too small.
+    of t. The smallest of these t have the largest terms, and few draws fall there: with fewer than 10 T in
+    all, n * t_samples, the standard error tends to be too small.
 
     Parameters
     ----------
     denoise : callable or UNet or MLP
-        ``denoise(x, t)``, as for `sample`. A tinydiff model is asked by its ``predict``, in its dtype.
+        ``denoise(x, t)``, as for `sample`. Of a tinydiff model the ``predict`` is called, in its dtype.
     diffusion : GaussianDiffusion
         The process; for a shorter chain, one with ``schedule.respace(timesteps)``, and a `denoise` that is
         told the times of the chain it was trained on.
@@ -583,7 +583,7 @@ def _put(x: Array, rows: np.ndarray, values: Array) -> Array:
 
 
 def _levels(x: Array, name: str = "x") -> np.ndarray:
-    """k = 0 ... 255 of 8-bit data 2 k / 255 - 1, in float64 on the host; ValueError if it is none."""
+    """k = 0 ... 255 of 8-bit data 2 k / 255 - 1, in float64 on the host; ValueError for other data."""
     x_host = to_float64(x)
     level = np.round((x_host + 1) * 127.5)
     with np.errstate(invalid="ignore"):  # inf - inf: nan, which is not close

@@ -65,10 +65,10 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def patiently(act: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call it; on Windows, where that is refused, again and again for a while.
+    """Call `act`; on Windows, if that is refused, again and again for a while.
 
-    It refuses to replace or delete a file that somebody has open, if only to read it: who samples from a
-    checkpoint of a training that goes on, or a virus scanner. It refuses to open one that is being replaced.
+    Windows refuses to replace or delete a file that somebody has open, if only to read it: a virus scanner,
+    or who samples from the checkpoint of a running training. It refuses to open one that is being replaced.
     """
     until = time.monotonic() + PATIENCE
     while True:
@@ -89,7 +89,7 @@ def _no_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what processes killed in `replace_file` left beside `path`, to which nobody else may write."""
+    """Remove what processes killed in `replace_file` left beside `path`; nobody else may be writing to it."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         patiently(temporary.unlink, missing_ok=True)
 
@@ -126,7 +126,7 @@ def save_arrays(
     TypeError
         If a value of `metadata` cannot be written as JSON.
     ValueError
-        If an array has the name that safetensors gives to metadata: the file could not be read.
+        If an array has the name that safetensors gives to metadata: the file could not be read again.
     """
     from safetensors.numpy import save
 
@@ -143,10 +143,10 @@ def save_arrays(
 
 
 def _sorted_header(content: bytes) -> bytes:
-    """The same file with its header by name: safetensors writes metadata in another order each time."""
+    """The same file, its header sorted by name: safetensors writes metadata in another order each time."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the numbers begin where eight bytes do
+    header += b" " * (-len(header) % 8)  # the numbers begin at a multiple of eight bytes
     return b"".join((len(header).to_bytes(8, "little"), header, memoryview(content)[end:]))
 
 
@@ -241,9 +241,9 @@ def save_model(
 
 
 def model_name(model: Module) -> str:
-    """The class, which `load_model` makes again, and what of it a config does not say.
+    """The name of the model's class, which `load_model` makes again, and what its config does not say.
 
-    That is, the classes of somebody else's layers, or else the first name where a network has been changed.
+    The latter is the classes of somebody else's layers, or else the first name where a network was changed.
     """
     changed = sorted({type(layer).__name__ for layer in exchanged_layers(model).values()})
     if not changed and type(model) in MODELS.values():
@@ -252,7 +252,7 @@ def model_name(model: Module) -> str:
 
 
 def process_metadata(diffusion: GaussianDiffusion) -> dict[str, Any]:
-    """What `tinydiff.pretrained.diffusion_from` makes the process of; TypeError if it is none."""
+    """What `tinydiff.pretrained.diffusion_from` makes the process from; TypeError if it is no process."""
     check_diffusion(diffusion)
     betas = diffusion.schedule.betas.tolist()
     return {"betas": betas, "prediction": diffusion.prediction, "variance": diffusion.variance}
@@ -272,9 +272,9 @@ def load_model(path: str | os.PathLike[str], backend: str | None = None) -> tupl
     Returns
     -------
     model : UNet or MLP
-        With weights of the dtype in which they were saved, of float16 in float32.
+        With weights of the dtype in which they were saved, but float32 if that was float16.
     metadata : dict
-        Of a checkpoint its ``"step"``, the run's ``"settings"``, and its process.
+        That of a checkpoint has its ``"step"``, the run's ``"settings"``, and its process.
 
     Raises
     ------
@@ -310,7 +310,7 @@ def _average(
     arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The average in a training's checkpoint, with the arrays and metadata of a saved model."""
-    prefix = "ema.model." if "adam.steps" in arrays else "ema."  # before its parts had states of their own
+    prefix = "ema.model." if "adam.steps" in arrays else "ema."  # ema.: before parts had states of their own
     about = {name: metadata["settings"].get(name) for name in ("model", "config")}
     average = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
     return average, {**metadata, **about}
@@ -319,7 +319,7 @@ def _average(
 def check_sizes(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """ValueError naming a size larger than the number of weights: a layer has at least one for each.
 
-    It is asked before the network is made, which could take all the memory there is.
+    To be called before the network is made, which could take all the memory there is.
     """
     weights = sum(array.size for array in arrays.values())
     for name, value in config.items():

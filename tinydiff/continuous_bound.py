@@ -14,10 +14,10 @@ If gamma moves, the state turns from x_0 towards eps (docs: S.12),
 
     da/dgamma = -a s^2 / 2,    ds/dgamma = s a^2 / 2,    dz/dgamma = a s / 2 v,    dv/dgamma = -a s / 2 z
 
-so the gradient by gamma is that of the weights in front, and what comes back through the network's input.
+so the gradient by gamma is that of the weights in front, plus what comes back through the network's input.
 
-Of gamma there is one number for each sample. They are float64 on the host, like a schedule's tables, and cast
-at the moment of use.
+Each sample has its own gamma. They are float64 on the host, like a schedule's tables, and cast at the moment
+of use.
 
 References
 ----------
@@ -314,9 +314,9 @@ def learned_schedule_loss(
 ) -> tuple[Array, Callable[[], None]]:
     """The bound of a batch in bits per dimension, and what it teaches network and schedule.  (docs: S.13)
 
-    An estimate: of every sample the integral's term at one random time, and of the first of them the
-    reconstruction. (Kingma et al. 2021, appendix I.) It is unbiased if their order says nothing about them,
-    as that of independent draws or of shuffled data.
+    An estimate: the integral's term of every sample at one random time, and the reconstruction of the first
+    samples. (Kingma et al. 2021, appendix I.) It is unbiased if the samples' order says nothing about them,
+    as with independent draws or shuffled data.
 
     Parameters
     ----------
@@ -337,14 +337,15 @@ def learned_schedule_loss(
     even : bool
         Times evenly spaced, as in `draw_times`.
     reconstructions : int, optional
-        Of how many samples, the first ones, the reconstruction is estimated, 1 … N. Default: a quarter.
+        From how many samples, the first ones, the reconstruction is estimated, 1 … N. Default: a quarter.
 
     Returns
     -------
     loss : array, 0-d
     backward : callable
         Without argument. Adds the loss's gradient to those of the model's parameters and of the two end
-        points, and to the others of the schedule that of the mean squared term (`LearnedSchedule.separate`).
+        points. To those of the schedule's other parameters it adds the gradient of the mean squared term
+        (`LearnedSchedule.separate`).
 
     Raises
     ------
@@ -415,8 +416,8 @@ class ContinuousBound:
     standard_error : float
         Of `value`. From the spread over the data if the times were drawn one by one; nan for a single sample.
         `even` times make up for one another within a batch, so then it is from the spread over batches, if
-        there are at least 8. Of fewer it is the former, and too large: of data of many dimensions, whose
-        terms differ by their times above all, by several times.
+        there are at least 8. With fewer batches it is from the spread over the data, and too large: several
+        times for data of many dimensions, whose terms differ by their times above all.
     prior, reconstruction, integral : float
         Its three terms.
     """
@@ -445,13 +446,13 @@ def continuous_bound(
     """Estimate the continuous-time bound of data, without bias.  (docs: S.10)
 
     (Kingma et al. 2021, eq. 11 and 17.) It is the limit of ``variational_bound`` with
-    ``GaussianDiffusion(learned.schedule(S), prediction, "fixed_large")`` for a long chain, S levels, and a
-    network that is told the times of T levels.
+    ``GaussianDiffusion(learned.schedule(S), prediction, "fixed_large")`` for many levels S, and a network
+    that is told the times of T levels.
 
     Parameters
     ----------
     denoise : callable or UNet or MLP
-        ``denoise(z, t)`` with real t in [0, T-1]. A tinydiff model is asked by its ``predict``, in its dtype.
+        ``denoise(z, t)`` with real t in [0, T-1]. Of a tinydiff model ``predict`` is called, in its dtype.
     learned : LearnedSchedule
         The forward process.
     data : array of shape (n, ...)

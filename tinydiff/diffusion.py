@@ -23,8 +23,8 @@ The network may predict x_0, the noise eps, or v (Salimans & Ho 2022). Because a
     v   = a eps - s x_0             eps = s x_t + a v
 
 The variance of the reverse steps lies between two extremes, beta~_t and beta_t (right for point data and for
-standard normal data; docs: P.7). One formula, between their logarithms, has the fixed and the learned
-variances in it (Nichol & Dhariwal 2021, eq. 15):
+standard normal data; docs: P.7). One formula, which interpolates between their logarithms, covers the fixed
+and the learned variances (Nichol & Dhariwal 2021, eq. 15):
 
     log sigma_t^2 = f log beta_t + (1 - f) log beta~_t,       f = 0, 1, or (nu + 1) / 2 with a learned nu
 
@@ -76,8 +76,8 @@ class GaussianDiffusion:
         The variance of the reverse steps (Ho et al. 2020, section 3.2): the posterior's beta~_t, right if the
         data is a single point, or beta_t, right if the data is standard normal. Or learned (Nichol & Dhariwal
         2021, eq. 15): the network's output has twice the data's size on the last axis. The first half is the
-        prediction; the second is nu, which takes each element's log-variance from the one of those two, at
-        -1, to the other, at 1, and is not clipped: beyond, the variance lies outside.
+        prediction; the second is nu, which takes each element's variance from beta~_t, at nu = -1, to beta_t,
+        at nu = 1, evenly in its logarithm. It is not clipped: beyond these, the variance lies outside.
 
     Attributes
     ----------
@@ -277,13 +277,13 @@ class GaussianDiffusion:
         output : array, shape of `x_t` (learned variance: twice that on the last axis)
             What it answered.
         given : {"eps", "x0", "v"}, optional
-            What `output` is, an array of `x_t`'s shape then. Default: the network's answer, an estimate of
-            ``self.prediction``.
+            What `output` is an estimate of; it then has `x_t`'s shape. Default: `output` is the network's
+            answer, with an estimate of ``self.prediction``.
 
         Returns
         -------
         array, shape of `x_t`
-            From eps (x_t - s eps) / a (Ho et al. 2020, eq. 15), from v a x_t - s v (Salimans & Ho 2022).
+            From eps: (x_t - s eps) / a (Ho et al. 2020, eq. 15); from v: a x_t - s v (Salimans & Ho 2022).
 
         Raises
         ------
@@ -313,7 +313,7 @@ class GaussianDiffusion:
         Returns
         -------
         array, shape of `x_t`
-            From x0 (x_t - a x_0) / s (Ho et al. 2020, eq. 4), from v s x_t + a v (Salimans & Ho 2022).
+            From x0: (x_t - a x_0) / s (Ho et al. 2020, eq. 4); from v: s x_t + a v (Salimans & Ho 2022).
         """
         x_t, output, given = self._prediction_of(x_t, output, given)
         a, s = self._rates(x_t, t)
@@ -334,7 +334,7 @@ class GaussianDiffusion:
         Returns
         -------
         array, shape of `x_t`
-            From eps (eps - s x_t) / a, from x0 (a x_t - x_0) / s.
+            From eps: (eps - s x_t) / a; from x0: (a x_t - x_0) / s.
 
         Raises
         ------
@@ -363,7 +363,7 @@ class GaussianDiffusion:
         Parameters
         ----------
         x_t, t, output
-            As in `predict_x0`; of a learned variance, `output` is the prediction and nu.
+            As in `predict_x0`; with a learned variance, `output` is the prediction and nu.
         clip : bool
             Clip the estimate of x_0 to [-1, 1] first; right for images, wrong for data that leaves [-1, 1].
 
@@ -373,8 +373,8 @@ class GaussianDiffusion:
             At t = 0 the estimate of x_0 itself.
         variance : array, shape (N, 1, ..., 1), or of `x_t` if learned
             beta~_t or beta_t, by ``self.variance``, or what nu makes of the two, element by element
-            (`model_log_variance`). At t = 0 the first is 0 and the second is beta_0, but a sampler adds no
-            noise after the last step.
+            (`model_log_variance`). At t = 0 the former two are 0 and beta_0, but a sampler adds no noise
+            after the last step.
 
         Raises
         ------

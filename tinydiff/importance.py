@@ -3,12 +3,12 @@
 The terms of L_vlb differ by orders of magnitude over t, so that t drawn uniformly makes a noisy estimate.
 Drawn with probabilities p_t and weighted by their inverse, the terms still have the same expectation, and the
 variance is least where p_t is in proportion to the root of the term's second moment (Nichol & Dhariwal 2021,
-eq. 18 and section 3.3). L_t is the term at the code's t, with the papers' t L_{t-1} (docs: V.7):
+eq. 18 and section 3.3). L_t is the term at the code's t; in the papers' numbering it is L_{t-1} (docs: V.7):
 
     L_vlb = E_{t ~ p} [ L_t / p_t ],        p_t = sqrt( E[L_t^2] ) / sum_k sqrt( E[L_k^2] )
 
 The second moments are not known in advance and change as the network learns. A history of the last few terms
-at each t stands for them; t is uniform until every t has one.
+at each t stands for them; t is uniform until every history is full.
 """
 
 from __future__ import annotations

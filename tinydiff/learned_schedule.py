@@ -25,9 +25,9 @@ Time
 ----
 Level u of the process is the code's time t = (T - 1) u: real in training, 0 … T-1 afterwards. Then
 ``learned.schedule(T)`` has ``alphas_cumprod[t] = sigmoid(-gamma(t / (T - 1)))``, from gamma_0 at t = 0 to
-gamma_1 at t = T - 1, and a network that was trained on real t with that T knows its integers: it goes with
-``GaussianDiffusion``, ``sample`` and ``bits_per_dim`` like any other. For fewer steps,
-respace it. For a chain of another length S tell the network the times that it knows:
+gamma_1 at t = T - 1, and a network that was trained on real t with that T knows these integer times. The
+schedule goes with ``GaussianDiffusion``, ``sample`` and ``bits_per_dim`` like any other. For fewer steps,
+respace it. For a chain of another length S, tell the network the times that it knows:
 ``lambda x, t: model.predict(x, t * (T - 1) / (S - 1))``.
 
 References
@@ -61,7 +61,7 @@ class Rise(Module):
 
     Notes
     -----
-    Of each unit `height`, `slope` and `bias` are the parameters: softplus^-1 of w_k, softplus^-1 of v_k, b_k.
+    The parameters `height`, `slope` and `bias` hold, for each unit, softplus^-1 of w_k and of v_k, and b_k.
     """
 
     def __init__(self, units: int) -> None:
@@ -91,7 +91,7 @@ class Rise(Module):
 
         @once
         def backward(deta: Array, dslope: Array) -> Array:
-            """The quotient's derivative; then m(0), m(1), m and m' by the table above; returns du."""
+            """The quotient's derivative; then that of m(0), m(1), m and m' by the table above; returns du."""
             dm_at_1 = -xp.sum(deta * eta + dslope * eta_slope) / delta
             dm_at_0 = -xp.sum(deta) / delta - dm_at_1
             dm = xp.concat([xp.stack([dm_at_0, dm_at_1]), deta / delta])[:, None]
@@ -265,12 +265,12 @@ class LearnedSchedule(Module):
         ------
         ValueError
             If `T` is not a count; if an end point is not finite, or beyond 80, where the signal-to-noise
-            ratio is no float32; or if gamma rises in some step by less than float64 sees.
+            ratio is no float32; or if gamma rises in some step by less than float64 resolves.
 
         Notes
         -----
-        A step that leaves less than 1e-16 rounds to beta = 1, and abar to 0: ``alphas_cumprod`` is right
-        to about 1e-16 absolute, not relative, as in `NoiseSchedule.respace`.
+        Where 1 - beta is below 1e-16, beta rounds to 1, and abar to 0: ``alphas_cumprod`` is right to about
+        1e-16 absolute, not relative, as in `NoiseSchedule.respace`.
         """
         check_counts(T=T)
         if not (-self.gamma_0 <= FARTHEST and self.gamma_1 <= FARTHEST):  # NaN compares false: refused, too

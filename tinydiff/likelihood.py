@@ -62,8 +62,8 @@ def ode_log_likelihood(
     """Log-density under the probability-flow ODE, by the instantaneous change of variables.
 
     Heun's rule takes x and the integral of the trace together from the data to the noise, over the times of
-    the schedule and nothing in between. The error falls as 1 / steps^2, but for that of the piece before the
-    first time, which is one step whatever `steps` is: it needs data that is smooth at the scale of the first
+    the schedule and nothing in between. The error falls as 1 / steps^2, except that of the piece before the
+    first time: that is one step whatever `steps` is, and needs data that is smooth at the scale of the first
     time's noise.  (docs: R.13, R.14)
 
     Parameters
@@ -80,8 +80,8 @@ def ode_log_likelihood(
         How many of the schedule's T times to walk through, evenly spaced; or which, increasing. Default: all.
     probes : int, optional
         Number of random sign vectors in Hutchinson's estimate of the trace, each drawn once for the whole
-        way. The estimate of the log-density has no bias from it, and a variance that falls as 1 / probes.
-        Default: none. The trace is exact, and takes as many passes as a sample has numbers.
+        way. It gives the log-density no bias, and a variance that falls as 1 / probes. Default: none; the
+        trace is then exact, and takes as many passes as a sample has numbers.
     rng : numpy.random.Generator
         Draws the signs; needed with `probes` only.
     progress : bool
@@ -148,7 +148,7 @@ def _velocity_and_trace(
     t = xp.full(x.shape[0], int(timesteps[i]), device=device(x))
     trace = np.zeros(x.shape[0])
     for z in _unit_vectors(x) if directions is None else directions:
-        output, backward = answer_of(model, x, t)  # once for each z: a backward can be called once
+        output, backward = answer_of(model, x, t)  # once for each z: a backward can be called only once
         # v is linear, p x + q output with numbers p and q; so are its derivatives, applied to z.
         dx = walk.predict_v(z, i, 0.0 * z, given=walk.prediction)
         doutput = walk.predict_v(0.0 * z, i, z, given=walk.prediction)

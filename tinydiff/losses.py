@@ -107,7 +107,7 @@ def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -
     """Min-SNR weights for `simple_loss` (Hang et al. 2023).  (docs: L.10)
 
     A squared error of x0 counts min(snr_t, gamma) times. That of eps is snr times as large, that of v snr + 1
-    times, so by what the network predicts the weight is
+    times, so the weight depends on what the network predicts:
 
         x0: min(snr, gamma)     eps: min(1, gamma / snr)     v: min(snr, gamma) / (snr + 1)
 
@@ -157,7 +157,7 @@ def vlb_loss(
 
     (Nichol & Dhariwal 2021, section 3.) T * mean over the batch of (weight * L_t) / (D log 2): with t uniform
     and weights of 1, or with the t and the weights of a `LossSecondMomentSampler`, it is an unbiased estimate
-    of the bound without L_T, of which no network's output is a part.
+    of the bound without L_T, in which no network's output has a part.
 
     Parameters
     ----------
@@ -214,9 +214,9 @@ def hybrid_loss(
 ) -> tuple[Array, Array]:
     """L_hybrid = L_simple + lambda L_vlb, with the mean's gradient stopped in L_vlb.  (docs: V.5)
 
-    (Nichol & Dhariwal 2021, eq. 16.) L_simple teaches the prediction and L_vlb the variance. As the first
-    half of the output is all that the mean depends on, and the second all that the variance does, stopping
-    the mean's gradient is to take L_vlb's on the second half only.
+    (Nichol & Dhariwal 2021, eq. 16.) L_simple teaches the prediction and L_vlb the variance. The mean
+    depends only on the first half of the output, and the variance only on the second, so to stop the mean's
+    gradient is to take L_vlb's on the second half only.
 
     Parameters
     ----------
@@ -279,8 +279,8 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     """L = mean over n of -log p_n[label_n],  p = softmax(logits),  dL/dlogits = (p - onehot(labels)) / N.
 
     By the derivative of the softmax (docs: B.14). With z the logits, -log p_y = log sum_k exp(z_k) - z_y,
-    whose derivative with respect to z_k is exp(z_k) / sum_j exp(z_j) - [k = y]. The largest logit is taken
-    off first: that changes nothing, and no exponential overflows.
+    whose derivative with respect to z_k is exp(z_k) / sum_j exp(z_j) - [k = y]. The largest logit is
+    subtracted first: that changes nothing, and no exponential overflows.
 
     Parameters
     ----------
@@ -322,5 +322,5 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     exp = xp.exp(z)
     total = xp.sum(exp, axis=1, keepdims=True)
     log_p = z - xp.log(total)
-    value = -xp.sum(xp.where(labelled, log_p, xp.zeros_like(log_p))) / shape[0]  # 0 log_p: NaN of log 0
+    value = -xp.sum(xp.where(labelled, log_p, xp.zeros_like(log_p))) / shape[0]  # 0 log 0 is NaN
     return value, (exp / total - onehot) / shape[0]

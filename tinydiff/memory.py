@@ -75,7 +75,7 @@ def what_fits(step: Callable[[int], None], like: Array, batch_size: int, refused
 
 
 def let_go(like: Array) -> None:
-    """Give back what CuPy's pools hold unused, if `like` is on a GPU: arrays to come may need it whole."""
+    """Give back what CuPy's pools hold unused, if `like` is on a GPU: it may be needed in one piece."""
     if is_cupy_array(like):
         import cupy
 
@@ -99,15 +99,15 @@ def largest_batch(step: Callable[[int], None], like: Array, most: int) -> int:
     Returns
     -------
     int
-        On the host by need(n) and half of `available_memory`; elsewhere by doubling n until a step of a
-        quarter more fails.
+        On the host by need(n) and half of `available_memory`; elsewhere by doubling n until a step with a
+        quarter more samples fails.
     """
     if is_numpy_array(like):
         fits = _by_two_steps(step)
     else:
 
         def fits(n: int) -> bool:
-            # A trial has CuPy's pool whole; a training has cut it up before, and needs more of it.
+            # A trial has CuPy's pool in one piece; a training has cut it up, and needs more of it.
             return _runs(step, like, n + n // 4)
 
     largest, n = 0, 1
@@ -118,7 +118,7 @@ def largest_batch(step: Callable[[int], None], like: Array, most: int) -> int:
 
 def _by_two_steps(step: Callable[[int], None]) -> Callable[[int], bool]:
     """fits(n): whether need(n), the line through two small steps, is at most half of what is free."""
-    step(1)  # what is made once and kept is not the step's
+    step(1)  # so that what is made once and kept is not counted
     one, two = _peak(step, 1), _peak(step, 2)
     free = available_memory()
     allowed = (UNKNOWN if free is None else free) / 2
@@ -154,9 +154,8 @@ def _peak(step: Callable[[int], None], n: int) -> int:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes of host memory that this process may still take, or None where the system does not say.
 
-    On Linux what the kernel estimates to be free without swapping, or what is left of the limit of this
-    process' control group (that of a container, or of a job of a cluster), or of one around it, if that is
-    less.
+    On Linux the least of what the kernel estimates to be free without swapping, and what is left of the
+    limits of this process' control group (a container's, or a cluster job's) and of those around it.
     """
     found = []
     try:

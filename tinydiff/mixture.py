@@ -54,7 +54,7 @@ class GaussianMixture:
         Centres.
     covariances : float, array_like of shape (K,), or of shape (K, D, D)
         One variance for all components and axes, one for each component, or full covariance matrices. They
-        may be singular, as those of single points are; only a density, then, does not exist.
+        may be singular, as those of single points are; only the density does not exist then.
 
     Attributes
     ----------
@@ -70,8 +70,8 @@ class GaussianMixture:
     Notes
     -----
     In all methods, x is a floating array of shape (N, D) of any library that follows the array API standard.
-    The result is of its library, device and dtype. What follows from a `diffusion` takes t as it does: an
-    integer array of shape (N,), or one integer. An x or a t that does not fit is a ValueError.
+    The result is of its library, device and dtype. Methods with a `diffusion` take t as it does: an integer
+    array of shape (N,), or one integer. An x or a t that does not fit is a ValueError.
     """
 
     def __init__(self, weights: Any, means: Any, covariances: Any) -> None:
@@ -102,7 +102,7 @@ class GaussianMixture:
                 f"covariances holds a matrix with the negative eigenvalue {np.min(variances):.3g}; "
                 "expected positive semidefinite ones."
             )
-        rounding = 4 * D * np.finfo(np.float64).eps * largest  # of a 0, as eigh finds it
+        rounding = 4 * D * np.finfo(np.float64).eps * largest  # what eigh may find for a 0
         self._variances = np.where(variances > rounding, variances, 0.0)
         self._axes = axes
         # So that one product takes points into the axes of all components, (D, K D), or back, (K D, D).
@@ -211,7 +211,7 @@ class GaussianMixture:
         Parameters
         ----------
         nodes : int
-            Of quadrature, along each axis of the narrowest component; of wider ones more.
+            Of quadrature, along each axis of the narrowest component; wider ones have more.
 
         Returns
         -------
@@ -220,8 +220,8 @@ class GaussianMixture:
         Raises
         ------
         ValueError
-            If there is no density; or, of several components, if `nodes` is not an integer of at least 2 or
-            D > 2, where ``-mean(log_prob(sample(n, rng)))`` is the way.
+            If there is no density; or, with several components, if `nodes` is not an integer of at least 2,
+            or if D > 2 (there take ``-mean(log_prob(sample(n, rng)))``).
         """
         self._require_density()
         if self.K == 1:
@@ -313,10 +313,10 @@ class GaussianMixture:
     def denoiser(self, diffusion: GaussianDiffusion) -> Callable[[Array, Array], Array]:
         """Return the best possible network, ``denoise(x_t, t)``.  (docs: L.8, V.2)
 
-        It is the conditional expectation of what `diffusion` wants predicted, eps, x0 or v, given x_t: the
-        least squared error. With learned variances the second half is the nu of the best one (Bao et al.
-        2022), the variance of each coordinate of x_{t-1} given x_t; nu may lie outside [-1, 1]. Where that
-        variance is 0, for point data at t = 0, it is the lower end, -1.
+        It is the conditional expectation of what `diffusion` wants predicted, eps, x0 or v, given x_t, which
+        has the least squared error. With learned variances the second half is the nu of the best variance
+        (Bao et al. 2022), that of each coordinate of x_{t-1} given x_t; nu may lie outside [-1, 1]. Where
+        that variance is 0, for point data at t = 0, it is the lower end, -1.
 
         Parameters
         ----------
@@ -360,7 +360,7 @@ class GaussianMixture:
         Raises
         ------
         ValueError
-            If there are several components, and `nodes` is not an integer of at least 2 or D > 2.
+            If there are several components, and `nodes` is not an integer of at least 2, or D > 2.
         """
         schedule = diffusion.schedule
         denoise = self.denoiser(diffusion)

@@ -22,8 +22,8 @@ __all__ = ["EMA", "Adam", "clip_grad_norm", "warmup_cosine"]
 class Adam:
     """Adam (Kingma & Ba 2015, algorithm 1); with `weight_decay`, AdamW (Loshchilov & Hutter 2019).
 
-    From its second step on it changes the weights in place: a backward that is still to be called belongs
-    before the step, and what ``state_dict()`` returned changes too unless it is copied.
+    From its second step on it changes the weights in place: call a backward before the step, not after it,
+    and copy what ``state_dict()`` returned if it is to stay as it is.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Adam:
     TypeError
         If `parameters` is neither a mapping nor an iterable: a model, say; or holds what is no `Parameter`.
     ValueError
-        If a setting is out of range, the message names it; or if there is no parameter.
+        If a setting is out of range (the message names it), or there is no parameter.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], ma
     Parameters
     ----------
     parameters : mapping of name to Parameter, or iterable of Parameter
-        Whose gradients; one given twice counts once.
+        Those whose gradients are scaled; one given twice counts once.
     max_norm : float
         The bound, > 0; ``math.inf`` only measures.
 
@@ -231,8 +231,8 @@ class EMA(Generic[M]):
         The model in training.
     decay : float
         In [0, 1). Update k = 1, 2, ... uses ``min(decay, (1 + k) / (10 + k))``, so that a short training
-        is not dominated by its first weights. In float32 the average stands still within 6e-8 / (1 - decay)
-        of a weight near 1, 6e-4 with 0.9999 and 0.06 with 0.999999 (docs: E.18).
+        is not dominated by its first weights. In float32 the average stops moving within 6e-8 / (1 - decay)
+        of a weight near 1: 6e-4 with 0.9999 and 0.06 with 0.999999 (docs: E.18).
 
     Attributes
     ----------

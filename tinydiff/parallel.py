@@ -46,14 +46,15 @@ from tinydiff.nn.module import Module, Parameter, _keeping, derivative_of, keepi
 
 __all__ = ["DataParallel", "WorkerError", "shared_out"]
 
-# The networks each of whose outputs depends on its own sample only, and which draw nothing but dropout (a
+# The networks whose outputs depend each on its own sample only, and which draw nothing but dropout (a
 # subclass may differ); and the least share of a batch, in samples times weights, that is worth a process: to
-# send it, and to make its calls a second time, takes as long. A U-Net's weight meets many pixels of a sample.
+# send a smaller one, and to make the calls a second time, takes as long as to compute it. A U-Net's weight
+# meets many pixels of a sample.
 LEAST_WORK: dict[type, int] = {UNet: 2**17, MLP: 2**23}
 
-# The crews of this process, and the ends of lines that it holds, of all of them: whatever is forked inherits
-# them, and would keep them open. Crews begin and end one at a time: a worker that has another's end, unseen,
-# hides its death from the leader.
+# The crews of this process, and all ends of lines that it holds: whatever is forked inherits them, and would
+# keep them open. Crews begin and end one at a time: a worker that unknowingly holds another worker's end
+# hides that worker's death from the leader.
 _crews: weakref.WeakSet[DataParallel] = weakref.WeakSet()
 _held: weakref.WeakSet[Line] = weakref.WeakSet()
 _changing = threading.RLock()
@@ -62,7 +63,7 @@ _changing = threading.RLock()
 class _Forking(threading.local):
     """What a thread is forking."""
 
-    line: Line | None = None  # that of a crew's worker; of a process of the program's own there is none
+    line: Line | None = None  # a crew's worker has one, a process of the program's own has none
 
 
 _forking = _Forking()
@@ -70,7 +71,7 @@ _forking = _Forking()
 
 def _after_fork() -> None:
     global _changing
-    _changing = threading.RLock()  # another thread of the parent may have had it
+    _changing = threading.RLock()  # another thread of the parent may have held it
     for line in list(_held):
         if line is not _forking.line:
             line.close()
@@ -85,7 +86,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class WorkerError(RuntimeError):
-    """A process that shares the work has failed, or ended, or there can be none."""
+    """A process that shares the work has failed or ended, or could not be begun."""
 
 
 class DataParallel(Module):
@@ -108,17 +109,18 @@ class DataParallel(Module):
     ValueError
         If `workers` is not an integer of at least 1, or the weights are not NumPy arrays.
     RuntimeError
-        If this process is daemonic, as a ``Pool``'s are; a `WorkerError`, which is one, if this system is not
-        Linux or begins no more processes, and later if a process has failed or ended, or the derivative
-        called is of one that has.
+        If this process is daemonic, as a ``Pool``'s are. A `WorkerError`, which is a RuntimeError, if this
+        system is not Linux or begins no more processes; later also if a process has failed or ended, or held
+        the derivative that is called and has ended since.
 
     Notes
     -----
     The same inputs give the same bits on every run with the same number of processes. With another number,
     products are cut elsewhere and round differently; and each process draws dropout masks of its own. What a
     model of your own computes may depend on its inputs and parameters only: another attribute that changes
-    stays in the processes what it was when they began. Threads that use it at once take turns.
-    A program's own fork has the weights as they were, in memory of its own, and begins processes of its own.
+    stays in the processes what it was when they began. Threads that call it at once take turns.
+    A fork that the program makes has the weights as they were, in memory of its own, and begins processes of
+    its own.
 
     Examples
     --------
@@ -218,7 +220,7 @@ class DataParallel(Module):
         return np.concatenate([y, *ys])
 
     def _edges(self, x: Array, t: Array) -> list[int]:
-        """Where the batch is cut; what is no batch stays whole, and the model says what is wrong with it.
+        """Where the batch is cut; what is not a batch stays whole, and the model says what is wrong with it.
 
         A network's `check_input` is asked first, so that its messages are about the batch, not a share of it.
         """
@@ -234,7 +236,7 @@ class DataParallel(Module):
         return [tuple(a[start:stop] for a in arrays) for start, stop in pairwise(edges)]
 
     def _make_room(self) -> None:
-        """Memory for weights and gradients that the workers see, which are to be forked after it."""
+        """Make memory for weights and gradients that the workers see; they must be forked after that."""
         if not all(is_numpy_array(p.value) for p in self._parameters):
             raise ValueError("model has weights that are not NumPy arrays; only those can be shared.")
         self._values: list[Any] = _in_shared_memory(self._parameters)
@@ -255,7 +257,7 @@ class DataParallel(Module):
             parameter.value = value
 
     def _inherited(self) -> None:
-        """In a fork that is none of its workers: they, and the weights' memory, are the other process'."""
+        """In a fork that is none of its workers: these, and the weights' memory, are the other process'."""
         self._lock = threading.RLock()
         self._workers, self._unanswered = [], False
         for parameter, value in zip(self._parameters, self._values, strict=True):
@@ -297,7 +299,7 @@ class DataParallel(Module):
             raise WorkerError("processes share the work on Linux only; expected workers=1 on this system.")
         if multiprocessing.current_process().daemon:
             raise RuntimeError("a daemonic process, as a Pool's, may start no others; expected workers=1.")
-        # Imported before the fork, which would wait for ever for what another thread is importing.
+        # Imported before the fork, since a fork would wait for ever for what another thread is importing.
         kernels_for(np.empty(0))
         context = multiprocessing.get_context("fork")
         with _changing, warnings.catch_warnings():  # JAX's and Python's: a fork asks nothing of other threads
@@ -311,7 +313,7 @@ class DataParallel(Module):
                 try:
                     _forking.line = theirs
                     process.start()
-                except OSError as error:  # a limit to processes, as a container's, or to memory
+                except OSError as error:  # a limit on processes, as a container's, or on memory
                     self._end()
                     raise WorkerError(
                         f"a process to share the work could not be begun ({error}): workers=1 needs none."
@@ -343,7 +345,7 @@ def _serve(line: Line, model: Any, parameters: list[Parameter], grads: list[np.n
     _forking.line = None  # a fork of this one may be anything
     gc.freeze()  # what was there before the fork belongs to the other process
     kept: dict[int, Any] = {}
-    _keeping.set(True)  # whatever the thread was within that forked it
+    _keeping.set(True)  # whatever the thread that forked it was within
     model.zero_grad()
     with alone():
         while True:
@@ -399,14 +401,14 @@ def shared_out(
     Parameters
     ----------
     model : callable
-        Any; what is not a `UNet` or an `MLP` (a subclass is not) with NumPy weights is handed back as it is
-        unless `workers` says otherwise.
+        Any. Unless `workers` says otherwise, what is not a `UNet` or an `MLP` (a subclass is not) with NumPy
+        weights is handed back as it is.
     batch_size : int
         Samples per call.
     workers : int, optional
-        Number of processes; of more than `batch_size` the others are not begun. Default: on Linux as many as
-        BLAS would use threads, or a container may use processors, each with so many samples that these, times
-        the number of weights, are at least 2**17 for a U-Net, 2**23 for an MLP; 1 elsewhere.
+        Number of processes; no more than `batch_size` are begun. Default: on Linux as many as BLAS would use
+        threads, or a container may use processors, but each with enough samples that these, times the number
+        of weights, are at least 2**17 for a U-Net, 2**23 for an MLP; 1 elsewhere.
     to_predict : bool
         True: a copy is shared out, and the model's own weights are not moved to shared memory, so that
         another thread may train it meanwhile.

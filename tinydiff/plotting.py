@@ -2,7 +2,7 @@
 
 Every function takes arrays and returns a matplotlib ``Figure``, which `save` writes as PNG. Points (N, 2)
 are drawn as dots and images (N, H, W, C) as a mosaic; nothing else differs between the two. Images of one
-channel are drawn as ink on paper, 1 black and -1 white (of photographs draw ``-x``). matplotlib is imported
+channel are drawn as ink on paper, 1 black and -1 white (for photographs draw ``-x``). matplotlib is imported
 only when something is drawn, no window is opened, and pyplot's global state is not touched.
 """
 
@@ -63,7 +63,7 @@ STYLE: dict[Any, Any] = {
 
 
 def require_matplotlib() -> None:
-    """ImportError that says what to install; to be called before computing what is to be drawn."""
+    """ImportError if it is missing, saying what to install; to be called before computing what to draw."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -192,14 +192,14 @@ def training_curve(losses: Array, label: str = "mean squared error") -> Figure:
 def samples_beside_data(samples: Array, data: Array, title: str = "") -> Figure:
     """Draw samples and data in two panels with the same limits, a little beyond the data.
 
-    Of points outside them, and of such as are not finite, the panel's title says how many there are.
+    The panel's title says how many points are outside them, or not finite.
 
     Parameters
     ----------
     samples, data : array of shape (N, 2) or (N, H, W, C)
-        Points, or images in [-1, 1]; N may differ, but they look alike only if it does not.
+        Points, or images in [-1, 1]; N may differ, but the two look alike only with the same N.
     title : str
-        What to say about them, behind "Samples beside data".
+        What to say about them, after "Samples beside data".
 
     Returns
     -------
@@ -233,8 +233,8 @@ def reverse_process(states: Iterable[SamplerState], columns: int = COLUMNS) -> F
         What `iterate_samples` yields, from the noise to the sample: of some thousands of points, or a few
         images.
     columns : int
-        How many states to show, at most, from the first to the last: the closer to the end, the more closely,
-        for that is where the detail comes.
+        How many states to show, at most, from the first to the last, more closely spaced towards the end,
+        where the detail comes.
 
     Returns
     -------
@@ -424,7 +424,7 @@ def _show(ax: Axes, x: np.ndarray, colour: str | np.ndarray, limit: float = LIMI
         ax.imshow(_mosaic(x), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
         return
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    # Dots that would cover half the panel if none overlapped, in points; beyond that no finer than a pixel.
+    # In points, half the distance between dots if they lay in a square grid; but never too fine to be seen.
     side = ax.get_window_extent().width * 72 / ax.figure.dpi
     diameter = min(max(0.5 * side / math.sqrt(len(x)), 0.8), 3.0)
     ax.scatter(x[:, 0], x[:, 1], s=diameter**2, c=colour, alpha=0.6, linewidths=0)

@@ -1,8 +1,8 @@
 """From noise to data: one formula, and a table of samplers.
 
 A sampler takes any callable ``denoise(x, t) -> prediction``: a network, a wrapped model of another
-framework, or the exact denoiser of a known density. Fewer steps than the schedule has means walking down a
-subsequence of its times, with betas recomputed so that the marginals at those times stay the same.
+framework, or the exact denoiser of a known density. To take fewer steps than the schedule has is to walk down
+a subsequence of its times, with betas recomputed so that the marginals at those times stay the same.
 
 At x, whose rates of signal and noise are a and s, one has an estimate D of the data, and with it one of the
 noise, since x = a D + s eps. The next state, of rates a' and s', is made of the same two (docs: R.4):
@@ -101,7 +101,7 @@ class SamplerState:
     t : int
         The time of `x`, 0 … T-1; -1: `x` is data.
     x : array of shape (N, ...)
-        The state. The walk goes on from whatever is written into it before the next one is asked for.
+        The state. It may be written into: the walk goes on from what it holds when the next one is asked for.
     x0 : array of shape (N, ...) or None
         The data predicted where the step that led here began; None at the start.
     """
@@ -249,7 +249,7 @@ def respaced(diffusion: GaussianDiffusion, steps: Steps) -> tuple[GaussianDiffus
 
 
 def check_signal(walk: GaussianDiffusion, timesteps: np.ndarray) -> None:
-    """ValueError if the walk meets pure noise and the network says eps: nothing of x0.  (docs: F.7)"""
+    """ValueError if eps is predicted where the walk meets pure noise: it says nothing of x0.  (docs: F.7)"""
     if walk.prediction == "eps" and walk.schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
             f"diffusion has prediction 'eps', which says nothing of x0 at t = {timesteps[-1]}, where "
@@ -337,8 +337,8 @@ def sample(
     ----------
     denoise : callable or UNet or MLP
         ``denoise(x, t)`` with x (N, ...) and t (N,), times of `diffusion`'s schedule (0 … T-1, also with
-        fewer `steps`), returns what `diffusion.prediction` names. A tinydiff model is asked by its
-        ``predict``.
+        fewer `steps`), returns what `diffusion.prediction` names. Of a tinydiff model the
+        ``predict`` is called.
     diffusion : GaussianDiffusion
         The process that is reversed.
     shape : tuple of int
@@ -359,11 +359,11 @@ def sample(
     clip : bool
         Clip each predicted x0 to [-1, 1], the range of images.
     x_T : array of shape `shape`, optional
-        The start, for a model of the library and dtype of its weights. Default: drawn from N(0, I), for a
-        model like its weights, for another callable in float32 on the default backend (``TINYDIFF_BACKEND``).
+        The start; for a model, of the library and dtype of its weights. Default: drawn from N(0, I), like its
+        weights for a model, in float32 on the default backend (``TINYDIFF_BACKEND``) for another callable.
     batch_size : int, optional
-        How many samples to walk at a time. Default: all. A part of what the samples depend on: noise is
-        drawn batch after batch.
+        How many samples to walk at a time. Default: all. The samples depend on it, too: noise is drawn batch
+        after batch.
     workers : int, optional
         Processes that share each batch, as `tinydiff.parallel.shared_out` has it. Default: one for each core
         for a `UNet` or a large batch of an `MLP`, in NumPy, on Linux.
@@ -397,14 +397,14 @@ def sample(
     thousands, and a few steps evenly spaced in t overshoot by far; "heun" is of the same order and cost and
     does not.
 
-    On a GPU what a `UNet` or an `MLP` is asked is recorded as a CUDA graph the third time it is asked for a
-    batch of one shape, and replayed from then on. The recordings of the last two shapes stay with the model,
-    and each holds the memory that one pass takes. ``TINYDIFF_RECORD=0``: nothing is recorded.
+    On a GPU the prediction of a `UNet` or an `MLP` is recorded as a CUDA graph the third time it is asked for
+    a batch of one shape, and replayed from then on. The recordings of the last two shapes stay with the
+    model, and each holds the memory that one pass takes. ``TINYDIFF_RECORD=0``: nothing is recorded.
 
     Two differences from diffusers' schedulers. By default DDPM's and DDIM's leave out the last of the times
     ("leading"), and DPM-Solver's the first, 0; here both ends of the schedule are always walked through, as
     in Nichol & Dhariwal (2021, section 4). And with `clip`, DDIM's eps is taken from the clipped x0, so that
-    the two belong together; there only with ``use_clipped_model_output=True``.
+    the two belong together; diffusers does so only with ``use_clipped_model_output=True``.
     """
     _check_start(denoise, shape, x_T)
     total = shape[0]
@@ -432,7 +432,7 @@ def sample(
         )
 
     def some_steps(n: int) -> None:
-        """As many as it takes until what the network is asked may be recorded."""
+        """As many as it takes until the network's prediction may be recorded."""
         try:
             for _ in islice(walk(denoise, 0, n, np.random.default_rng(0)), 2 + WARM_UP):
                 pass
@@ -472,9 +472,9 @@ def invert(
 
     The step is DDIM's with eta = 0, but to the next later time: x' = a' D + s' eps (Song, Meng & Ermon 2021,
     section 4.3). It takes D and eps at the state where it begins; the step back down, which is to undo it,
-    takes them at the other. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives `x0` back up to
-    an error that falls as 1 / steps, and one that does not, of the piece between `x0` and t = 0: for data of
-    variance c, about ((1 - abar_0) / c)^2 times its distance from the mean.
+    takes them at the state where it ends. So ``sample(..., "ddim", steps, x_T=invert(..., steps))`` gives
+    `x0` back up to an error that falls as 1 / steps, and one that does not, that of the piece between `x0`
+    and t = 0: for data of variance c, about ((1 - abar_0) / c)^2 times its distance from the mean.
 
     Parameters
     ----------
@@ -483,7 +483,7 @@ def invert(
     diffusion : GaussianDiffusion
         The process whose end the result belongs to.
     x0 : array of shape (N, ...)
-        Data, for a model of the library and dtype of its weights.
+        Data; for a model, of the library and dtype of its weights.
     steps : int or sequence of int, optional
         As in `sample`.
     progress : bool

@@ -94,7 +94,7 @@ def train_learned_schedule(
 
     Afterwards ``GaussianDiffusion(result.schedule, prediction)`` and ``result.model`` go together in
     ``sample``, ``variational_bound`` and ``bits_per_dim``. For a bound take the variance ``"fixed_large"``:
-    it is the continuous bound that this loss estimates, up to 1/T.
+    the bound is then the continuous one that this loss estimates, up to 1/T.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def train_learned_schedule(
         How many updates, on how many samples each. As for `train`, with a `final_lr` of 1 a run may be
         resumed with more steps.
     seed : int
-        Of all randomness, 0 … 2**32 - 1.
+        Seed of all randomness, 0 … 2**32 - 1.
     lr, schedule_lr : float
         Adam's learning rate at the end of the warm-up, for the network and for the schedule.
     gamma_0, gamma_1, units
@@ -126,7 +126,7 @@ def train_learned_schedule(
     clip_norm : float
         Bound on the norm of the network's gradient; ``math.inf`` for none. The schedule's is not clipped.
     ema_decay : float
-        Of the moving averages, in [0, 1).
+        Decay of the moving averages, in [0, 1).
     data_name, run_dir, resume, checkpoint_every, log_every
         As for `train`: the files of the run, and whether it goes on from them.
     workers : int, optional

@@ -135,7 +135,7 @@ class NoiseSchedule:
         starts = np.concat([[0], tau[:-1] + 1])  # the first of the old steps that each new step makes
         with np.errstate(divide="ignore"):
             log_alphas = np.log1p(-self.betas[: tau[-1] + 1])
-        # Summing log alpha over each jump, not dividing two abar, keeps small betas exact and 0/0 away.
+        # Summing log alpha over each jump, not dividing two abar, keeps small betas exact and avoids 0/0.
         # (An index of reduceat is as wide as an address: on a 32-bit system it does not take int64.)
         return NoiseSchedule(-np.expm1(np.add.reduceat(log_alphas, starts.astype(np.intp))))
 

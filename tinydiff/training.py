@@ -88,17 +88,17 @@ def training_loss(
         A batch of data.
     rng : numpy.random.Generator
         Draws times, noise, and dropout masks. On a GPU it draws the times, and seeds the generator there that
-        draws the others (`generator_beside`).
+        draws the rest (`generator_beside`).
     loss : {"simple", "hybrid", "vlb"}
-        `simple_loss`, `hybrid_loss` or `vlb_loss` (docs: L.9, V.5, V.4). Of a learned variance the first
-        teaches nothing; without one there is no second.
+        `simple_loss`, `hybrid_loss` or `vlb_loss` (docs: L.9, V.5, V.4). The first does not teach a learned
+        variance; the second needs one.
     min_snr_gamma : float, optional
         Weigh L_simple by `min_snr_weight` with this gamma (docs: L.10). Default: no weights.
     decoder : {"density", "8bit"}
         What L_0 is in the bound: the density of points, or the probability of 8-bit levels.
     t_sampler : LossSecondMomentSampler, optional
-        Draws t and the weights of the bound's terms, and is given these terms to remember (docs: V.6), for
-        ``"vlb"`` only; of the diffusion's T. Default: t is uniform.
+        Draws t and the weights of the bound's terms, and is given these terms to remember (docs: V.6). For
+        ``"vlb"`` only, and made for the diffusion's T. Default: t is uniform.
 
     Returns
     -------
@@ -187,7 +187,7 @@ def train(
         model is goes there once, as a whole; for one that does not fit, pass a callable.
     steps : int
         Number of training steps in all. A run with a `final_lr` of 1 and the same `warmup` may be resumed
-        with more, also when it was finished: no step depends on how many follow.
+        with more, even one that was finished: no step depends on how many follow.
     batch_size : int
         Samples per step.
     loss : {"simple", "hybrid", "vlb"}
@@ -215,14 +215,15 @@ def train(
     ema_decay : float
         Decay of the moving average of the weights.
     data_name : str
-        What the data is called: a run is only resumed on data of the same name (and shape; and of an array
-        on the host the same mean and root mean square, to four digits, of some of its samples).
+        What the data is called: a run is only resumed on data of the same name and shape, and if it is an
+        array on the host, with the same mean and root mean square of some of its samples, to four digits.
     run_dir : path, optional
         Directory for ``metrics.jsonl`` (a line every `log_every` steps) and ``checkpoint.safetensors``.
         Default: nothing is written.
     resume : bool
-        Continue from the checkpoint in `run_dir`, which must be given, if there is one. With other settings
-        train the trained model again, in another `run_dir`: Adam's moments and the average begin anew.
+        Continue from the checkpoint in `run_dir`, which must be given, if there is one. To go on with other
+        settings, train the trained model again in another `run_dir`: Adam's moments and the average begin
+        anew.
     checkpoint_every : int
         Steps between checkpoints; the last step always leaves one, and so does Ctrl-C, unless it comes while
         a step moves the weights.
@@ -234,10 +235,10 @@ def train(
         on what other processes do not see.
     graph : bool, optional
         On a GPU, record a step as a CUDA graph when it has run a few times, and replay it from then on, if
-        that can be: with the loss ``"simple"``, unweighted, without dropout. As long as the training lasts
-        the recording holds the memory that one forward and backward takes. Default: what ``TINYDIFF_RECORD``
-        says, 0 or 1; if nothing, yes for a `UNet` or an `MLP`, and no for another class, which may look at
-        its numbers on the host (unless it says that it is ``recordable``).
+        that is possible: with the loss ``"simple"``, unweighted, without dropout. As long as the training
+        lasts the recording holds the memory that one forward and backward takes. Default: what
+        ``TINYDIFF_RECORD`` says, 0 or 1; if it is not set, yes for a `UNet` or an `MLP`, and no for another
+        class, which may look at its numbers on the host (unless it says that it is ``recordable``).
     progress : bool
         Show a progress bar (loss, steps per second, time left) on the standard error stream.
 
@@ -249,7 +250,7 @@ def train(
     -----
     UserWarning
         If `data`, or the first batch that it draws, is on the host and the noise hardly hides it: pictures in
-        0 … 255, say; or if these are pictures in [0, 1].
+        0 … 255, say; or if it holds pictures in [0, 1].
 
     Raises
     ------
@@ -260,8 +261,8 @@ def train(
         If an argument is out of range, or belongs to another loss; if `data` is not 8-bit and the decoder is;
         if the checkpoint in `run_dir` is damaged, or was made with other settings; or if it belongs to an
         unfinished run and `resume` is False (that of a finished run gives way); or if another training is
-        running in `run_dir`, which is known where the file system has locks, or has been since this one
-        looked there. Nothing on disk is changed then.
+        running in `run_dir`, which is known where the file system has locks, or has run there since this one
+        looked. Nothing on disk is changed then.
     FloatingPointError
         If the loss or the gradient's norm stops being finite. The model keeps the weights it had before that
         step, and the last checkpoint is kept. On a GPU it is noticed at the next line of metrics or
@@ -340,9 +341,9 @@ def find_batch_size(
 ) -> int:
     """Return the largest power of two with which a step of training fits in memory.
 
-    Forward and backward are tried, while memory for what else `train` keeps is set aside: on a GPU with
-    batches of 1, 2, 4, … until one does not fit; with NumPy by the memory that batches of 1 and 2 take, up to
-    half of what is free. The gradients are zero afterwards, the weights as they were.
+    Forward and backward are tried while memory is set aside for what else `train` keeps: on a GPU with
+    batches of 1, 2, 4, … until one does not fit; with NumPy with batches of 1 and 2, whose memory tells which
+    batch takes half of what is free. The gradients are zero afterwards, the weights as they were.
 
     Parameters
     ----------
@@ -371,8 +372,8 @@ def find_batch_size(
     like = weight_of(model)
     data_there = beside(data, like)
     forget(model)
-    # Adam's moments, the moving average, and the weights that are kept to go back to. Beside a recording also
-    # the gradients as they are clipped; without one that is done where the activations were.
+    # Adam's moments, the moving average, and the weights that are kept to go back to. With a recording also
+    # the clipped gradients; without one they take the place of the activations.
     kept = 5 if isinstance(objective, RecordedLoss) else 4
     weights = [p.value for p in model.named_parameters().values()]
     reserve = [array_namespace(like).zeros_like(weight) for weight in weights for _ in range(kept)]
@@ -418,7 +419,7 @@ def _objective(
 
 
 class _Drawn:
-    """Keeps the terms from its sampler until the step counts: before that, the step may be interrupted."""
+    """Withholds the terms from its sampler until the step counts: till then it may be interrupted."""
 
     def __init__(self, sampler: LossSecondMomentSampler) -> None:
         self._sampler = sampler
