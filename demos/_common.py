@@ -22,7 +22,7 @@ from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.parallel import WorkerError
 from tinydiff.samplers import SAMPLERS
 
-LARGEST_BATCH = 1024  # that --batch auto takes on a GPU
+LARGEST_BATCH = 1024  # the most that --batch auto takes on a GPU
 
 LOSSES = {  # what their values are
     "simple": "mean squared error",
@@ -38,13 +38,13 @@ EXPLAINED = (
 
 
 class Plain(argparse.ArgumentParser):
-    """The flags of what trains or samples, in groups a demo adds to; a wrong one ends in one sentence."""
+    """The flags of a demo that trains or samples, in groups it may add to; a wrong one ends in a sentence."""
 
     def __init__(self, description: str, epilog: str, out: str, defaults: dict[str, Any]) -> None:
         super().__init__(
             description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a file on Windows, say, which has no β
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file on Windows, say, cannot encode β
             sys.stdout.reconfigure(errors="replace")
         self.set_defaults(**defaults)
         self.run = self.add_argument_group("the run")
@@ -52,7 +52,7 @@ class Plain(argparse.ArgumentParser):
             "--out", type=folder, metavar="DIR", help=f"where the results go (default: {out})"
         )
         self.run.add_argument(
-            "--seed", type=count_from(0), metavar="N", default=0, help="of everything random (default: 0)"
+            "--seed", type=count_from(0), metavar="N", default=0, help="seed of all randomness (default: 0)"
         )
         self.run.add_argument("--quiet", action="store_true", help="print nothing but errors")
         self.run.add_argument(
@@ -70,7 +70,7 @@ class Plain(argparse.ArgumentParser):
             "--tf32",
             action="store_true",
             help="let the GPU round the factors of float32 products to 11 binary digits, which may be faster "
-            "(as CUPY_TF32=1)",
+            "(the same as CUPY_TF32=1)",
         )
         self.run.add_argument(
             "--workers",
@@ -95,7 +95,7 @@ class Plain(argparse.ArgumentParser):
         )
         self.process = self.add_argument_group("the diffusion")
         self.process.add_argument(
-            "--T", type=count_from(1), metavar="N", help="its length (default: %(default)s)"
+            "--T", type=count_from(1), metavar="N", help="its length in steps (default: %(default)s)"
         )
         self.process.add_argument(
             "--prediction", choices=["eps", "x0", "v"], help="what the network outputs (default: %(default)s)"
@@ -104,7 +104,7 @@ class Plain(argparse.ArgumentParser):
     def add_sampling(self) -> None:
         """Add the group of one sampling."""
         self.sampling_steps = self.get_default("sampling_steps")
-        self.set_defaults(sampling_steps=None)  # so that only a number that was asked for can be too large
+        self.set_defaults(sampling_steps=None)  # so that only a number the user gave can be too large
         sampling = self.add_argument_group("sampling")
         sampling.add_argument(
             "--samples", type=count_from(1), metavar="N", help="how many (default: %(default)s)"
@@ -137,7 +137,7 @@ class Plain(argparse.ArgumentParser):
         first.add_argument("--backend")
         try:
             return backend_name(first.parse_known_args(*given)[0].backend)
-        except argparse.ArgumentError:  # which the whole parser will name
+        except argparse.ArgumentError:  # the whole parser will name it
             return ""
 
 
@@ -158,16 +158,16 @@ class Parser(Plain):
         super().__init__(description, epilog, out, defaults)
         self.on_a_gpu = on_a_gpu or {}
         self.run.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
-        auto = f", or auto: as many as fit in memory, up to the default, on a GPU up to {LARGEST_BATCH}"
+        auto = f", or auto: as many as fit in memory, at most the default, or on a GPU {LARGEST_BATCH}"
         self.add_training(count_or_auto, auto)
         self.training.add_argument(
             "--loss",
             choices=LOSSES,
-            help="the simple loss; the hybrid or the variational bound, for which the network also learns "
-            "the variance of the reverse steps (default: %(default)s)",
+            help="the simple loss; or the hybrid one or the variational bound, for both of which the network "
+            "also learns the variance of the reverse steps (default: %(default)s)",
         )
         self.process.add_argument(
-            "--schedule", choices=td.pretrained.SCHEDULES, help="of the noise (default: %(default)s)"
+            "--schedule", choices=td.pretrained.SCHEDULES, help="how the noise grows (default: %(default)s)"
         )
         self.add_sampling()
 
@@ -229,7 +229,7 @@ def walk_of(args: argparse.Namespace) -> str:
 
 
 def schedules(T: int) -> dict[str, td.NoiseSchedule]:
-    """The choices of --schedule: those that `td.pretrained.load` makes again from the model's file."""
+    """The choices of --schedule: those that `td.pretrained.load` rebuilds from a model's file."""
     return {name: schedule(T) for name, schedule in td.pretrained.SCHEDULES.items()}
 
 
@@ -239,14 +239,14 @@ def learned_variance(loss: str) -> bool:
 
 
 def loss_options(loss: str, decoder: str) -> dict[str, Any]:
-    """What a --loss is for `td.train`: the bound with t drawn by importance, as it is noisy otherwise."""
+    """The options of `td.train` for a --loss; the bound, noisy otherwise, gets its t by importance."""
     return dict(loss=loss, decoder=decoder, importance_sampling=loss == "vlb")
 
 
 def choose_device(args: argparse.Namespace) -> None:
-    """Make the GPU of --device the current one. To be called first: what is missing ends the demo here.
+    """Make the GPU of --device the current one. Call it first: if anything is missing, the demo ends here.
 
-    In `args`, and so in metrics.json, is from then on what the environment chose.
+    From then on `args`, and so metrics.json, hold what the environment chose.
     """
     chosen = backend_name(args.backend)
     if chosen == "cupy":
@@ -261,7 +261,7 @@ def choose_device(args: argparse.Namespace) -> None:
 def settle_batch(
     args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion, data: Any, decoder: str
 ) -> None:
-    """Put a number in the place of --batch auto: that of the run which is resumed, or what fits."""
+    """Replace --batch auto by a number: that of the run being resumed, or as many as fit."""
     if args.batch != "auto":
         return
     if args.resume and checkpoint_in(args.out).exists():
@@ -287,17 +287,17 @@ def save_trained(args: argparse.Namespace, model: Any, diffusion: td.GaussianDif
 
 
 def checkpoint_in(out: Path) -> Path:
-    """What `td.train` leaves in its folder."""
+    """The checkpoint that `td.train` leaves in its folder."""
     return out / "checkpoint.safetensors"
 
 
 def training_seconds(out: Path) -> float:
-    """Of the whole run in `out`, however often it was resumed: by the last line of its metrics."""
+    """Seconds of the whole run in `out`, however often it was resumed: from the last line of its metrics."""
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
 
 def folder(text: str) -> Path:
-    """The type of a flag that takes a folder: ~ is the home folder, also where no shell has seen to that."""
+    """The type of a flag that takes a folder: ~ is the home folder, even if no shell has expanded it."""
     try:
         path = Path(text).expanduser()
         in_the_way = path.exists() and not path.is_dir()
@@ -310,11 +310,11 @@ def folder(text: str) -> Path:
 
 @contextmanager
 def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None]:
-    """End what a user can put right in one sentence and exit code 2, and Ctrl-C in one line and 130.
+    """Turn errors that a user can put right into a sentence and exit code 2, and Ctrl-C into a line and 130.
 
     `interrupted` is that line; the default says whether there is a checkpoint in `out`. SIGTERM, by which a
-    cluster or a container ends what runs in it, is as Ctrl-C, and so is SIGHUP, by which a terminal does that
-    is closed or has lost its connection; unless it is ignored, as after nohup.
+    cluster or a container ends what runs in it, counts as Ctrl-C. So does SIGHUP, sent by a terminal that is
+    closed or has lost its connection. A signal that is ignored, as SIGHUP after nohup, stays so.
     """
     ends = (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
     before = {end: was for end in ends if (was := signal.getsignal(end)) not in (signal.SIG_IGN, None)}

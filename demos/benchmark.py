@@ -23,14 +23,14 @@ from typing import Any
 
 EPILOG = """how it is made fair:
   - Both sides run in this process, in turn, A B A B; a turn is as many steps as fill 0.2 s (at least one).
-    Given are medians over the turns, and tinydiff's median over the other's, with the quartiles of the same
-    ratio taken round by round: what else the machine does in a round slows both.
-  - Both have the same number of threads (--threads; default: all cores this process may use), set through
-    torch.set_num_threads, and in OpenBLAS, which tinydiff's kernels take as their number of threads.
-    PyTorch's threads and OpenBLAS's are not the same; each side's rest while the other has its turn.
-  - Both have had 3 steps before any counts (torch.compile compiles then). Python's garbage collector runs
-    between turns only. Where a turn is of several steps, one more is taken first that does not count: it
-    brings back to the caches what the other's turn drove out.
+    Printed are medians over the turns, and tinydiff's median over the other's, with the quartiles of the same
+    ratio taken round by round: whatever else the machine does in a round slows both.
+  - Both have the same number of threads (--threads; default: all cores this process may use), set by
+    torch.set_num_threads, and in OpenBLAS, whose number of threads tinydiff's kernels use as well.
+    PyTorch's threads and OpenBLAS's are different ones; each side's rest while the other has its turn.
+  - Both take 3 steps before any counts (torch.compile compiles then). Python's garbage collector runs
+    between turns only. Where a turn has several steps, one that does not count is taken first: it brings
+    back to the caches what the other's turn drove out.
   - tinydiff runs as in td.train: within tinydiff.kernels.many_steps. That also tells the C library's
     allocator to keep freed memory, for the whole process, so PyTorch gains by it too.
   - PyTorch runs as it comes: NCHW, torch.optim.Adam (--fused-adam for its fused form), zero_grad to None,
@@ -38,12 +38,12 @@ EPILOG = """how it is made fair:
   - The networks are diffusers' UNet2DModel with its own defaults (8 channels a head; 32 groups for cifar),
     and for `toy` the MLP written out in PyTorch. No weight is zero.
   - On a GPU (--backend cupy) times are the device's own, between two events queued around a turn's steps,
-    and so is a whole walk of 50 DDIM steps. tinydiff runs there as by default: its CUDA kernels, its steps
-    recorded as CUDA graphs. So does torch.compile, with mode="reduce-overhead", which is PyTorch's own way
-    to CUDA graphs; eager and channels_last launch kernel by kernel. cuDNN chooses its algorithms in the
-    warm-up. TF32 is on both sides or on neither; tinydiff's attention with narrow heads, a kernel without
-    products of cuBLAS, is float32 arithmetic even so. Memory beside the host's: what each allocator took
-    from the driver.
+    and so is the time of a whole walk of 50 DDIM steps. tinydiff runs there with its defaults: its CUDA
+    kernels, its steps recorded as CUDA graphs. torch.compile records them, too, with mode="reduce-overhead",
+    PyTorch's own way to CUDA graphs; eager and channels_last launch kernel by kernel. cuDNN chooses its
+    algorithms in the warm-up. TF32 is on for both sides or for neither; tinydiff's attention with narrow
+    heads, a kernel without products of cuBLAS, computes in float32 even then. Beside the host's memory stands
+    what each allocator took from the driver.
   - Peak memory is that of a process of its own, which imports one side only and takes 4 training steps:
     the high-water mark of its resident set (VmHWM). If it has children, the largest sum of their
     proportional set sizes (PSS), so that shared pages count once.
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=WORK,
         default=WORK,
         metavar="WORK",
-        help="what is timed: training, inference, on a GPU ddim (50 steps from noise to data) (default: all)",
+        help="what to time: training, inference, on a GPU ddim (50 steps from noise to data); default: all",
     )
     parser.add_argument("--rounds", type=count, metavar="N", help="turns of each side (default: 9)")
     parser.add_argument("--threads", type=count, metavar="N", help="of both sides (default: all cores)")
@@ -91,8 +91,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--workers",
         type=count,
         metavar="N",
-        help="processes that share each of tinydiff's batches (default: as in training and sampling, one a "
-        "thread)",
+        help="processes that share each of tinydiff's batches (default: as in training and sampling, one for "
+        "each thread)",
     )
     parser.add_argument("--quick", action="store_true", help=QUICK)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (a minute each)")
@@ -140,13 +140,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def set_threads(threads: int) -> None:
-    """In this process, and in those it starts."""
+    """Set the number of threads in this process, and in those it starts."""
     # The last is Accelerate's, NumPy's BLAS on macOS.
     for library in ("OPENBLAS_NUM", "OMP_NUM", "MKL_NUM", "VECLIB_MAXIMUM"):
         os.environ[f"{library}_THREADS"] = str(threads)
     from tinydiff.kernels import _threads
 
-    if _threads._blas is not None:  # where NumPy came with the variables set otherwise
+    if _threads._blas is not None:  # NumPy may have been imported with other values of the variables
         _threads._blas[1](threads)
     else:
         print("NumPy's BLAS is not OpenBLAS: it may use more threads than --threads says.", file=sys.stderr)
@@ -230,7 +230,7 @@ class Benchmark:
         return theirs.PyTorch(twin, variant, where, dtype, exact_time, self.args.fused_adam, clock)
 
     def variants_of(self, config: Any) -> list[str]:
-        """Those of PyTorch; points have no channels_last."""
+        """PyTorch's variants; points have no channels_last."""
         return [v for v in self.variants if v != "channels_last" or len(config.shape) == 3]
 
     def sides(self, config: Any) -> dict[str, Any]:

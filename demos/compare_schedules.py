@@ -4,9 +4,9 @@ In the manner of Nichol & Dhariwal (2021), tables 1 and 2 and figure 8: bits per
 and the Fréchet distance of samples, against the number of sampling steps. The learned schedule is that of
 Kingma et al. (2021). Every configuration is trained for the same number of steps, on the same digits.
 
-Every configuration has a folder of its own in DIR. What is there already is not made again: the same command
-continues an interrupted comparison, a training from its last checkpoint, and two processes can share the work
-by --only.
+Every configuration has a folder of its own in DIR. What is already there is not made again: the same command
+continues an interrupted comparison (a training from its last checkpoint), and two processes can share the
+work by --only.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ OUT = "runs/compare"
 EMA_DECAY = 0.99
 CHECKPOINT_EVERY = 100
 HELD_OUT = 1000  # digits that no configuration is trained on
-AT_A_TIME = 64  # what the network is shown together
+AT_A_TIME = 64  # digits that the network is shown at once
 BOUND, SAMPLES = 3, 4  # streams of the seed, beside those of training
 SYMBOLS = {"fixed_large": "β", "fixed_small": "β̃", "learned_range": "learned"}
 
@@ -81,7 +81,7 @@ class Configuration(NamedTuple):
 
     @property
     def variances(self) -> list[Variance]:
-        """Of the reverse steps: a network that learned none goes with either of the two extremes.
+        """Those of the reverse steps: a network that learned none can have either of the two extremes.
 
         (The bound that a learned schedule is trained by is that of beta in a chain of endless length.)
         """
@@ -120,13 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=count_from(1),
         nargs="+",
         metavar="N",
-        help="how many of the T steps to sample in, each of them (default: 5 10 25, at most T)",
+        help="how many of the T steps to sample in, one number or several (default: 5 10 25, at most T)",
     )
     measuring.add_argument(
         "--draws",
         type=count_from(2),
         metavar="N",
-        help="how many noisy digits to estimate each bound from, two a step at least (default: %(default)s)",
+        help="how many noisy digits to estimate each bound from, at least two a step (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     args.out = args.out or Path(OUT)
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def lengths(args: argparse.Namespace) -> list[int]:
-    """Of the chains whose bound is estimated: those that are sampled from, and the whole."""
+    """Numbers of steps of the chains whose bound is estimated: those that are sampled from, and the whole."""
     return sorted({*args.sampling_steps, args.T})
 
 
@@ -208,7 +208,7 @@ def say(args: argparse.Namespace, what: str) -> None:
 def trained(
     configuration: Configuration, args: argparse.Namespace, data: np.ndarray, folder: Path
 ) -> tuple[td.UNet, td.NoiseSchedule, np.ndarray]:
-    """The network, its schedule and its losses: made, continued, or taken up from `folder`."""
+    """The network, its schedule and its losses: trained, continued, or read from `folder`."""
     model = unet(args, learned_variance(configuration.loss), np.random.default_rng(args.seed))
     how = dict(
         steps=args.steps,
@@ -284,15 +284,14 @@ def bound(
 ) -> dict[str, float]:
     """The bound of digits, in bits per dimension, of a chain of some of the steps.  (docs: L.1, L.12)
 
-    `td.bits_per_dim` draws t at random, all but that of L_0. But the next terms are large, too, so here every
-    t gets as many draws as any other, of digits at random: the same mean, with a fraction of the spread.
+    `td.bits_per_dim` draws every t at random but that of L_0. But the terms next to L_0 are large, too, so
+    here every t gets as many draws as any other, of random digits: the same mean, a fraction of the spread.
 
     Returns
     -------
     dict
-        ``value``, its ``standard_error``, its parts ``L_T`` and ``L_0``; and what the estimate from a single
-        draw of uniform t would have for a ``variance``, and that of the terms without L_0
-        (``variance_without_L_0``).
+        ``value``, its ``standard_error``, its parts ``L_T`` and ``L_0``; and the ``variance`` of an estimate
+        from a single draw at a uniform t, also without the term L_0 (``variance_without_L_0``).
     """
     rng = np.random.default_rng([args.seed, BOUND, steps])
     walk, times = respaced(diffusion, steps)
@@ -435,7 +434,7 @@ def _bounds(axes: Any, rows: list[dict[str, Any]], floor: float, args: argparse.
         values, errors = zip(*((b["value"], b["standard_error"]) for b in row["bound"].values()), strict=True)
         axes.errorbar(lengths(args), values, errors, elinewidth=0.8, **style(row))
         lowest = min(lowest, *values)
-        # In few steps the bound with the small variance is beyond all that one would compare.
+        # With few steps the bound with the small variance lies far above all that one would compare.
         highest = max(highest, values[-1] if row["variance"] == "fixed_small" else max(values))
     _by_steps(axes, lengths(args))
     axes.set_ylim(lowest / 1.15, highest * 1.15)

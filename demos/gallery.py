@@ -1,7 +1,7 @@
 """Draw what the demos make on one sheet: samples of the eight shapes beneath fresh data, and digits.
 
-Reads the runs that `train_toy2d.py --shape NAME` left in runs/, and digits of its own, and first makes what
-is missing (half a minute a shape, seconds for the digits, which the weights in the package draw).
+Reads the runs that `train_toy2d.py --shape NAME` left in runs/, and a run with digits of its own. What is
+missing is made first (half a minute a shape, seconds for the digits, which the weights in the package draw).
 """
 
 from __future__ import annotations

@@ -32,16 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model",
         type=Path,
         metavar="FILE",
-        help="what train_mnist.py left: a model.safetensors, or the checkpoint.safetensors of a run that "
-        "goes on (default: the weights in the package)",
+        help="what train_mnist.py left: a model.safetensors, or the checkpoint.safetensors of a run that is "
+        "not finished (default: the weights in the package)",
     )
     parser.run.add_argument(
         "--report",
         action="store_true",
-        help="judge the digits (legible, all ten, distributed as MNIST's, no copies of --data), in "
+        help="judge the digits (are they legible, all ten, distributed as MNIST's, no copies of --data?), in "
         "metrics.json under digits",
     )
-    add_data(parser, use="what the digits are shown beside and judged by: ")
+    add_data(parser, use="data to show the digits beside and to judge them by: ")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/mnist-samples")
     with explained_errors(args.out, interrupted="Interrupted: there is no metrics.json of this run."):
@@ -100,7 +100,7 @@ def check(args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion,
 
 
 def heldout(args: argparse.Namespace) -> np.ndarray | None:
-    """With all 60,000 training digits, MNIST's test digits; else none, and some of the data are set aside."""
+    """MNIST's test digits with all 60,000 for training; else None, and some of the data are set aside."""
     if args.data != "full":
         return None
     return mnist.to_model_range(mnist.load("test")[0])

@@ -52,8 +52,8 @@ DEFAULTS = dict(
     sampling_steps=100,
     checkpoint_every=100,
 )
-# What differs with --backend cupy: the training of the weights that come with the package, on all digits.
-# A step takes some milliseconds there, and a checkpoint as long as eight of them.
+# What differs with --backend cupy: the training is that of the package's weights, on all digits.
+# A step takes a few milliseconds there, and a checkpoint as long as eight steps.
 ON_A_GPU = dict(data="full", channels=[32, 64, 64], steps=15_000, samples=256, checkpoint_every=1000)
 LAYERS_PER_BLOCK, EMA_DECAY = 1, 0.995
 SAMPLES_AT_A_TIME = 64  # bounds the memory, and fills one picture

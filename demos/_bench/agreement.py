@@ -1,9 +1,9 @@
 """Do both sides compute the same? Asked before anything is timed.
 
 In float64 the two differ by rounding only, in the output and in the gradient by every parameter. In float32
-each is compared with PyTorch's float64 on the same input, and tinydiff's error with PyTorch's error: both
-are given the time's sinusoids rounded once from float64, so that what is compared is the arithmetic
-(diffusers itself computes the angles in float32).
+each is compared with PyTorch's float64 on the same input, and tinydiff's error with PyTorch's error. Both
+are given the time's sinusoids rounded once from float64, so that only the arithmetic is compared (diffusers
+itself computes the angles in float32).
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ the steps and one after them, and the device says how long passed between the tw
 the default stream.
 
 TF32 products are on for both sides or off for both: in PyTorch by its switches for matrix products and for
-cuDNN (whose default is on), for tinydiff by CUPY_TF32, which CuPy reads at its first float32 product. Its
-kernels ask cuBLAS themselves and heed it in batched products, too. Attention with narrow heads (32 channels
-at most) is a kernel of its own, without products of cuBLAS: that is float32 arithmetic even so. Of the
-definitions CuPy 14 multiplies the batched products, those of attention, in float32.
+cuDNN (whose default is on), for tinydiff by CUPY_TF32, which CuPy reads at its first float32 product.
+tinydiff's kernels call cuBLAS themselves and obey CUPY_TF32 in batched products, too. Attention with narrow
+heads (32 channels at most) is a kernel of its own, without products of cuBLAS: it computes in float32 even
+then. In the definitions CuPy 14 computes the batched products, those of attention, in float32.
 """
 
 from __future__ import annotations

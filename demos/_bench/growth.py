@@ -1,7 +1,7 @@
 """How the time of a training step grows: the exponent p of time ~ batch^p, and of time ~ pixels^p.
 
-The least-squares slope of log time on log size. 1: in proportion. Below 1: what a step costs whatever its
-size still weighs; above: it falls out of a cache, or attention (pixels squared) has begun to tell.
+The least-squares slope of log time on log size. If it is 1, time grows in proportion to size; if less, the
+fixed cost of a step still weighs; if more, a step falls out of a cache, or attention (pixels squared) tells.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def exponent(sizes: Any, seconds: Any) -> float:
 def growth(
     sides_of: Callable[[Config], dict[str, Any]], rounds: int, quick: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """For batch and pixels: the sizes, and of each side the median seconds and the exponent.
+    """For batch and pixels: the sizes, and for each side the median seconds and the exponent.
 
     Pixels grow at the configuration's own batch. `sides_of` builds the sides of a configuration by name; they
     are closed here.

@@ -3,7 +3,7 @@
 A module's own time is what it takes less what the modules inside it take; so all times add up to the step's.
 FLOPs are those of the definition, two for a multiplication and an addition: a convolution's by every tap, and
 twice as many in the backward (for dx and for dW). Winograd's convolutions make do with fewer, so their share
-of the machine's rate may be more than they reach, and even more than 1.
+of the machine's rate may be more than they really reach, and even more than 1.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Recorder:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Wrap the calls of all classes of modules there are in the model, and put them back."""
+        """Wrap the calls of every class of module in the model; put them back at the end."""
         classes = {type(module) for module in self.modules.values()}
         before = {cls: cls.__call__ for cls in classes}
         for cls, call in before.items():
@@ -77,7 +77,7 @@ class Recorder:
 
 
 def flops(module: Any, shape: tuple[int, ...]) -> int:
-    """Of the module's own products in one forward, from the shape of its output."""
+    """FLOPs of the module's own products in one forward, from the shape of its output."""
     if isinstance(module, td.nn.Upsample):  # which doubles and convolves in one
         module = module.conv
     if isinstance(module, td.nn.Conv2d):
@@ -91,7 +91,7 @@ def flops(module: Any, shape: tuple[int, ...]) -> int:
 
 
 def kind(module: Any) -> str:
-    """What the layers are summed up by."""
+    """The kind by which layers are summed up."""
     if isinstance(module, td.nn.Upsample):
         return "doubling and convolution 3x3"
     if isinstance(module, td.nn.Conv2d):

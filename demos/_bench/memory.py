@@ -1,11 +1,12 @@
 """The most memory a side holds while it takes training (or inference) steps, in a process of its own.
 
-That process imports what the side needs, builds the network, takes a few steps, and ends. Alone, its peak is
-what the kernel counted: the high-water mark of its resident set (VmHWM; elsewhere than Linux, ru_maxrss).
-Where it has children, shared pages must not count twice: then the peak is the largest sum, over it and all
-below it, of proportional set sizes (PSS: a page shared by k processes counts 1/k for each), looked at every
-20 ms by the parent, or the first one's own peak if that is larger: they share libraries with this process.
-What the process held once all was imported, before the network was built, is told beside it.
+That process imports what the side needs, builds the network, takes a few steps, and ends. Without
+children, its peak is what the kernel counted: the high-water mark of its resident set (VmHWM; elsewhere than
+on Linux, ru_maxrss). With children, shared pages must not count twice: then the peak is the largest sum, over
+it and all below it, of proportional set sizes (PSS: a page shared by k processes counts 1/k for each), which
+its parent reads every 20 ms. If its own peak is larger, that is taken: PSS counts the libraries shared with
+the parent only in part. Beside it is told what the process held when all was imported, before the network was
+built.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def resident_mib() -> float | None:
 def peak_mib() -> float | None:
     """The high-water mark; None where the system does not say.
 
-    VmHWM first: ru_maxrss of a process begins at what the one that started it held.
+    VmHWM comes first, because a process's ru_maxrss begins at what its parent held.
     """
     peak = _status("VmHWM")
     if peak is not None:

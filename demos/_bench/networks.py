@@ -14,7 +14,7 @@ T = 1000
 
 
 class Batch(NamedTuple):
-    """What a step is taken on, on the host: float32, and as the same numbers in float64 where asked."""
+    """The arrays of a step, on the host, in float32; `astype` gives the same numbers in float64."""
 
     x: np.ndarray  # (N, H, W, C) or (N, D)
     t: np.ndarray  # (N,), 0 … T-1
@@ -38,7 +38,7 @@ class Config:
     ddim: tuple[int, ...] = ()  # 50 steps from noise to data; on a GPU only
 
     def model(self, backend: str | None = "numpy", dtype: Any = np.float32) -> Any:
-        """The network, no weight of it zero: a fresh one ends in zeros, and most gradients would be zero."""
+        """The network, with no weight zero: a fresh one ends in zeros, so most of its gradients are zero."""
         rng = np.random.default_rng(0)
         model = self.network(**self.arguments, backend="numpy")
         for parameter in model.named_parameters().values():

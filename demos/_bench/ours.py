@@ -36,9 +36,9 @@ def training_step(
 class Tinydiff:
     """One network of tinydiff's, held ready until `close`.
 
-    As `td.train` and `td.sample` run it: its batches shared out to processes where that pays, or to so many
-    `workers`. On a GPU with these `kernels`, "cupy" or "portable", and its steps `recorded` or not, if it is
-    said.
+    It runs as in `td.train` and `td.sample`: its batches are shared out to processes where that pays, or to
+    as many `workers` as given. On a GPU, `kernels` ("cupy" or "portable") and `recorded` (whether its steps
+    are recorded) replace the defaults.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Tinydiff:
         self._stack.close()
 
     def choose_kernels(self) -> None:
-        """Those of this side: another may have had its turn."""
+        """Use this side's kernels: another may have had its turn."""
         if self.on_a_gpu:
             use_on_gpu(self.kernels)
 
@@ -100,7 +100,7 @@ class Tinydiff:
 
     def inference(self, batch: Batch) -> Callable[[], Any]:
         here = self._here(batch)
-        self.choose_kernels()  # those of a side made since may be the definitions, which are not recorded
+        self.choose_kernels()  # a side made since may have chosen the definitions, which are not recorded
         predict = _graph.predictor(self.model, self.recorded)
         return self._in_turn(lambda: predict(here.x, here.t))
 

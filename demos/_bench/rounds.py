@@ -1,4 +1,4 @@
-"""Timing in turn, A B A B, and what is said of the times: medians, and the ratio of each round."""
+"""Timing in turn, A B A B, and what is reported: medians, and the ratio of each round."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds a step of each, round by round.
 
-    A turn is as many steps as fill `seconds_a_turn`, at least one, after one that does not count where they
-    are short: it brings back to the caches what the others' turns drove out. Python's garbage collector runs
-    between turns only.
+    A turn is as many steps as fill `seconds_a_turn`, at least one. Where it has several, one that does not
+    count is taken first: it brings back to the caches what the others' turns drove out. Python's garbage
+    collector runs between turns only.
     """
     counts = {}
     for name, step in steps.items():

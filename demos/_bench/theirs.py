@@ -126,8 +126,8 @@ def training_step(
 class PyTorch:
     """One network of PyTorch's in one of three variants: eager, channels_last, compile.
 
-    The last is on a GPU compiled with ``mode="reduce-overhead"``, into CUDA graphs: what these return is
-    written over by the next step, so a new step is announced, and what is to stay is copied.
+    On a GPU the last is compiled with ``mode="reduce-overhead"``, into CUDA graphs: the next step overwrites
+    what they return, so each step is announced, and what is to stay is copied.
     """
 
     def __init__(
