@@ -1,10 +1,10 @@
-"""Diffusion code of your own, held against this: which identity it breaks, and by which known mistake.
+"""Your own diffusion code, checked against this: which identity it breaks, and by which known mistake.
 
-Each function takes yours, in whatever framework, asks it at every t what it gives, and raises an
-AssertionError unless that is what the identity says. The message says how far off it is and at which t. If
-all numbers, at every t, are to a thousandth those that a mistake of its list gives, it names that mistake;
-those with an E are in chapter 9 of the docs. `assert_backward` is of a layer or a network that is written as
-tinydiff's are: whether its derivative is one.
+Each check takes a function of yours, in whatever framework, calls it at every t, and raises an AssertionError
+unless it returns what the identity says. The message says how far off it is and at which t. If all numbers,
+at every t, are to a thousandth those that a mistake on the check's list gives, the message names that
+mistake; those with an E are in chapter 9 of the docs. `assert_backward` takes a layer or a network that is
+written as tinydiff's are, and checks that its backward is its derivative.
 
 >>> import torch
 >>> from tinydiff import linear_schedule, testing
@@ -17,7 +17,7 @@ Traceback (most recent call last):
 ...
 AssertionError: ...
 
-What is called what elsewhere, and what these checks cannot find, is in chapter 13 of the docs.
+Chapter 13 of the docs says what things are called elsewhere, and what these checks cannot find.
 """
 
 from tinydiff.testing._backward import assert_backward

@@ -1,4 +1,4 @@
-"""What a function is asked, and what comes back of it, whatever its framework."""
+"""What a function is asked, and what comes back from it, whatever its framework."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = [
 Function: TypeAlias = Callable[..., Any]
 
 # As many samples as a row has pixels: numbers (N,) that were not made a column then spread along the row
-# without a word, and are seen.
+# without an error, and the result shows it.
 SHAPE = (8, 3, 4, 8)
 
 
 def asked_up_to(diffusion: GaussianDiffusion) -> int:
-    """T; or fewer times if the network says eps, which says nothing of x_0 where x_t is all noise.
+    """T, or less if the network predicts eps, which says nothing of x_0 where x_t is all noise.
 
     ValueError if there is no such time.
     """
@@ -54,13 +54,13 @@ def asked_up_to(diffusion: GaussianDiffusion) -> int:
 def times(T: int, N: int, rng: np.random.Generator) -> np.ndarray:
     """All of 0 … T-1 as batches (., N), and some of them again to fill the last one.
 
-    In mixed order: what takes one t, or another's, for a whole batch is then far off, not by a step.
+    In random order, so that code which takes one t, or another's, for a whole batch is far off.
     """
     return rng.permutation(np.resize(np.arange(T), -(-T // N) * N)).reshape(-1, N)
 
 
 def in_bfloat16(t: Any) -> np.ndarray:
-    """Times as bfloat16 has them: of 256 … 512 every second, above it every fourth."""
+    """Times rounded to bfloat16, which has every second of 256 … 512, and every fourth above."""
     mantissa, exponent = np.frexp(t)
     return np.ldexp(np.round(256 * mantissa), exponent - 8).astype(np.int64)
 
@@ -82,7 +82,7 @@ def called(function: Function, signature: str, *given: Any) -> Any:
 
 
 def answering(answer: Function) -> Function:
-    """A network that says ``answer(x, t)``, and may be called as diffusers' are; the rest is ignored."""
+    """A network that returns ``answer(x, t)``, and may be called as diffusers' are; the rest is ignored."""
 
     def network(
         x: Any, t: Any = None, *_: Any, timestep: Any = None, return_dict: Any = True, **__: Any
@@ -94,20 +94,20 @@ def answering(answer: Function) -> Function:
 
 
 def asked_shape(given: tuple[Any, ...], how: dict[str, Any]) -> tuple[int, ...] | None:
-    """Of what shape these ask numbers, as arguments of `randn_like` or `randn`; None if they do not say."""
+    """The shape that these, as arguments of `randn_like` or `randn`, ask for; None if they do not say."""
     for sizes in (*given, how.get("size"), how.get("shape")):
         if isinstance(sizes, (tuple, list)):
             return tuple(sizes)
     if given and all(isinstance(n, int) for n in given):
         return given
-    like: Any = given[0] if len(given) == 1 else None  # and no key, which is of integers
+    like: Any = given[0] if len(given) == 1 else None  # and not a key of JAX's, which holds integers
     return tuple(like.shape) if "float" in str(getattr(like, "dtype", "")) else None
 
 
 def on_host(name: str, result: Any) -> np.ndarray:
-    """A copy of `result` as a NumPy array, without its gradients' graph; AssertionError if it is none."""
+    """A copy of `result` as a NumPy array, without its gradients' graph; AssertionError if it is no array."""
     array = result
-    bfloat16 = "bfloat16" in str(getattr(array, "dtype", ""))  # which NumPy has not
+    bfloat16 = "bfloat16" in str(getattr(array, "dtype", ""))  # which NumPy does not have
     try:
         if hasattr(array, "detach"):  # PyTorch's
             array = array.detach().cpu()
@@ -127,13 +127,13 @@ def on_host(name: str, result: Any) -> np.ndarray:
 
 
 def output_shape(diffusion: GaussianDiffusion, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """That of a network's output for data of `shape`: of a learned variance twice that on the last axis."""
+    """The shape of a network's output for data of `shape`; a learned variance doubles the last axis."""
     halves = 2 if diffusion.variance == "learned_range" else 1
     return (*shape[:-1], halves * shape[-1])
 
 
 def laid_out(diffusion: GaussianDiffusion, axis: int, output: np.ndarray) -> np.ndarray:
-    """A network's output, with the two halves of a learned variance on `axis`, and not on the last."""
+    """A network's output, with the two halves of a learned variance on `axis`, not on the last one."""
     learned = diffusion.variance == "learned_range"
     return np.concat(np.split(output, 2, axis=-1), axis=axis) if learned else output
 
@@ -144,7 +144,7 @@ def check_tolerance(tolerance: Any) -> None:
 
 
 def check_shape(shape: Any, axis: int = -1) -> None:
-    """ValueError unless `shape` is that of a batch of data, and has that axis."""
+    """ValueError unless `shape` is that of a batch of data, and has this axis."""
     sizes = shape if isinstance(shape, tuple) else ()
     if len(sizes) < 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
         raise ValueError(f"shape is {shape!r}; expected (N, ...), two or more integers of at least 1.")

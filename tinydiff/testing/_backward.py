@@ -18,15 +18,15 @@ from tinydiff.testing._asked import Function, check_tolerance
 __all__ = ["assert_backward"]
 
 # Of central differences, relative to what is moved: rounding, 1e-16 / STEP, and truncation, STEP**2, are both
-# near 1e-11, the latter times the third derivative. Where that is not enough the others are tried: small ones
-# for what is curved or near a kink or a pole, large ones for a small change of a large number.
+# near 1e-11, the latter times the third derivative. Where this step is not enough, the others are tried:
+# small ones where y is curved or near a kink or a pole, large ones for a small change of a large number.
 STEP = 1e-5
 STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
-DIRECTIONS = 2  # that every array is moved along: an error is seen by each that is not at right angles to it
-LOOKED_AT = 200  # numbers of a gradient that is wrong
-# Of the moves of the parameters, so that none is zero: the first at which y is finite.
+DIRECTIONS = 2  # along which every array is moved: each that is not at right angles to an error shows it
+LOOKED_AT = 200  # numbers of a wrong gradient
+# How far parameters are moved, so that none is zero: the first of these at which y is finite.
 SPREADS = (0.3, 0.03, 0.003, 3e-4)
-SMALL = 1e-3  # of the largest: what is below that counts as this, lest rounding be all that is seen
+SMALL = 1e-3  # of the largest: anything smaller counts as this much, or only rounding would be seen
 
 Key = int | str  # an input by its position, a parameter by its name
 Arrays = dict[Key, np.ndarray]
@@ -41,7 +41,7 @@ def assert_backward(
 ) -> None:
     """Raise unless ``backward``, of ``y, backward = layer(*inputs)``, is the layer's derivative (docs: B.24).
 
-    The gradients of the scalar sum(y dy), with a random dy, are held against central differences, in float64.
+    The gradients of the scalar sum(y dy), with a random dy, are compared with central differences in float64.
     Steps are in proportion to the numbers, which may be large, small, or of several scales. Inputs are
     copied. Parameters are moved by small random numbers, because those that are zero hide errors of the
     layers before them; afterwards they and their gradients are what they were.
@@ -50,19 +50,20 @@ def assert_backward(
     ----------
     layer : callable
         A layer, a network, or a function: returns an array y and its derivative, which takes the gradient of
-        y, adds to the gradients of the parameters, and returns the gradient of the input, or of several a
-        tuple.
+        y, adds to the gradients of the parameters, and returns the gradient of the input, or a tuple of them
+        if there are several inputs.
     *inputs
         What the layer is called with. Arrays of floating numbers have gradients. Everything else, times or
         classes say, is passed on; a `numpy.random.Generator` as a copy, so that each call draws the same.
-        The layer is also called with every input reversed. Some hundred numbers will do. None should be at a
-        kink, as 0 is at that of ReLU: differences across it are no derivative.
+        The layer is also called with every input reversed. A few hundred numbers will do. None should be at
+        a kink, such as 0 for ReLU: a difference across it is no derivative.
     parameters : mapping, optional
         Name -> `tinydiff.nn.Parameter`. Default: those of the layer, if it is a `tinydiff.nn.Module` or a
-        method of one; of a function around one, none.
+        method of one; for a function around one, none.
     tolerance : float
-        The largest error that passes, relative to the norm of the gradient; of one below a thousandth of the
-        largest, to that. Each number of a gradient counts times the number that it is the derivative by.
+        The largest error that passes, relative to the norm of the gradient, or to a thousandth of the largest
+        gradient's if that is more. For this, each number of a gradient is multiplied by the number that it is
+        the derivative by.
     seed : int
         Of dy, and of the directions of the differences.
 
@@ -75,9 +76,10 @@ def assert_backward(
         `Module` makes float64 of float32. What is wrong with a gradient is said where it can be told: its
         sign, a factor, a transpose, a kink. Also if y is so rough that differences tell nothing.
     TypeError
-        If the layer cannot be called or does not return an array and a function, or `parameters` are none.
+        If the layer cannot be called or does not return an array and a function, or `parameters` is not as
+        said above.
     ValueError
-        If there is nothing to differentiate, or `tolerance` or `seed` is no such number.
+        If there is nothing to differentiate, or `tolerance` or `seed` is not as said above.
     """
     check_tolerance(tolerance)
     check_seed(seed)
@@ -89,7 +91,7 @@ def assert_backward(
     parameters = _each_once(parameters)
     before = {name: (p.value, p.grad) for name, p in parameters.items()}
     try:
-        # Not of `seed` alone: dy would be equal to inputs that come of default_rng(seed), and hide errors.
+        # Not from `seed` alone: dy would be equal to inputs drawn from default_rng(seed), and hide errors.
         asked = _Asked(layer, inputs, parameters, np.random.default_rng((seed, 1)))
         asked.check_gradients(tolerance)
         asked.check_promises()
@@ -121,8 +123,8 @@ class _Asked:
     gradients : dict of arrays
         Those that its backward gives.
     scale : dict of arrays
-        How far each number is moved at a step of 1. It is about the number, so that none leaves its domain
-        and none is lost beside others.
+        How far each number is moved at a step of 1: about as far as it is from 0, so that none leaves its
+        domain and none is lost beside others.
     sizes : dict of float
         The norms of the gradients, each number times its scale.
     """
@@ -162,7 +164,7 @@ class _Asked:
     def called(
         self, at: Arrays, others: Callable[[Any], Any] = _again
     ) -> tuple[np.ndarray, Callable[..., Any]]:
-        """y, and backward, at these arrays; the parameters' gradients are zero."""
+        """y, and backward, at these arrays; the parameters' gradients are set to zero."""
         for name, p in self.parameters.items():
             p.value = at[name]
             p.zero_grad()
@@ -175,7 +177,7 @@ class _Asked:
         return answer
 
     def call_another(self, then_backward: bool = False) -> None:
-        """With other inputs; if it takes them: it may want sorted ones, say."""
+        """Call the layer with other inputs, if it takes them: it may want sorted ones, say."""
         at = {key: a if isinstance(key, str) else _another(a) for key, a in self.at.items()}
         with suppress(ValueError):
             _, backward = self.called(at, _another)
@@ -205,7 +207,7 @@ class _Asked:
         return found
 
     def check_gradients(self, tolerance: float) -> None:
-        """They are the slopes of sum(y dy); on the way to them nothing is written to."""
+        """Check that the gradients are the slopes of sum(y dy), and that nothing is written to on the way."""
         others = {i: x for i, x in enumerate(self.inputs) if isinstance(x, np.ndarray)}
         arrays = {_name(key): x for key, x in (others | self.at).items()} | {"dy": self.dy}
         before = {name: array.copy() for name, array in arrays.items()}
@@ -247,7 +249,7 @@ class _Asked:
         best = int(np.argmin(np.where(np.isfinite(apart), apart, np.inf)))
         unsure, error = float(apart[best]), abs(slopes[best + 1] - claimed)
         if error <= allowed + 10 * unsure:
-            # Where rounding is all that differs, nothing could be found wrong.
+            # Where only rounding differs, nothing could be found wrong.
             if unsure <= max(self.tolerance * self.largest, 1e-9 * self.size_of_y):
                 return
             raise AssertionError(
@@ -302,7 +304,7 @@ class _Asked:
                 f"It is what comes of this: a factor of {1 / factor:.4g}"
                 f"{', as of a mean over the batch where there is a sum' if mean else ''}."
             )
-        if not is_it(came):  # a vector that is nearly right would be its own transpose
+        if not is_it(came):  # a vector is its own transpose: a nearly right one would be called that
             if gradient.T.shape == gradient.shape and is_it(gradient.T.reshape(-1)[some]):
                 return "It is what comes of this: a transpose."
             for other, of_other in self.gradients.items():
@@ -319,7 +321,7 @@ class _Asked:
         return f"Of {len(some)} of its numbers {count} are off, most that at {place}: {said}.{kink}"
 
     def _kink(self, key: Key, unit: np.ndarray, came: float) -> str:
-        """That a number is at a kink, if what came is between two different slopes to its sides."""
+        """Says that a number is at a kink, if what came is between different slopes on its two sides."""
         here, size = self._moved(key, 0 * unit), float(np.max(unit))
         ends = [(s * size, self._moved(key, s * unit)) for s in (-STEP, STEP)]
         left, right = (float(np.sum((end - here) * self.dy)) / s for s, end in ends)
@@ -330,7 +332,7 @@ class _Asked:
         return f" There is a kink: the slopes to both sides are {left:.3g} and {right:.3g}."
 
     def check_promises(self) -> None:
-        """A backward adds to what is there, is linear, and belongs to its own call."""
+        """Check that a backward adds to what is there, is linear, and belongs to its own call."""
         _, backward = self.called(self.at)
         for p in self.parameters.values():
             p.grad = np.ones_like(p.value)
@@ -360,7 +362,7 @@ class _Asked:
         return _close(gradient * scale, self.gradients[key] * scale, self.allowed(key) + more)
 
     def check_float32(self) -> None:
-        """Of float32 comes float32."""
+        """Check that float32 gives float32."""
         at: Arrays = {key: array.astype(np.float32) for key, array in self.at.items()}
         y, backward = self.called(at)
         if y.dtype != np.float32:
@@ -377,13 +379,13 @@ def _close(a: np.ndarray, b: np.ndarray, allowed: float) -> bool:
 
 
 def _move(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """By which a parameter is moved: of a matrix so much that what it makes changes by about 1."""
+    """By how much a parameter is moved: a matrix by so much that its products change by about 1."""
     fan_in = math.prod(shape[:-1]) if len(shape) > 1 else 1
     return np.asarray(rng.standard_normal(shape)) / math.sqrt(fan_in)
 
 
 def _each_once(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """Shared ones under their first name only, as `Module` has them; TypeError if they are none."""
+    """Shared ones under their first name only, as `Module` has them; TypeError if one is no parameter."""
     if not isinstance(parameters, Mapping):
         raise TypeError(f"parameters is {class_or_kind(parameters)}; expected a mapping of names.")
     unique: dict[int, tuple[str, Parameter]] = {}
@@ -395,7 +397,7 @@ def _each_once(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
 
 
 def _scale(array: np.ndarray) -> np.ndarray:
-    """The size of each number; of one that is very small beside the others, a thousandth of theirs."""
+    """The size of each number; for one that is very small beside the others, a thousandth of theirs."""
     usual = float(np.linalg.norm(array)) / math.sqrt(max(array.size, 1))
     return np.maximum(np.abs(array), SMALL * usual or 1.0)
 
@@ -411,7 +413,7 @@ def _is_floating(x: Any) -> bool:
 
 
 def _another(x: Any) -> Any:
-    """Another that a layer will take: an array from its end, a generator that has been used."""
+    """Another input that a layer will take: an array reversed, a generator that has been used."""
     if isinstance(x, np.random.Generator):
         x = _again(x)
         x.random(7)

@@ -51,11 +51,11 @@ def assert_bound_terms(
     Parameters
     ----------
     bound_terms : callable
-        Takes x0 and x_t of `shape`, t (N,) and the network's output, and returns (N,), in nats: of each
-        sample KL(q || p), of posterior and step, where t > 0, and what the decoder says where t = 0.
+        Takes x0 and x_t of `shape`, t (N,) and the network's output, and returns (N,), in nats: for each
+        sample KL(q || p), of posterior and step, where t > 0, and the decoder's term where t = 0.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what the output is. With ``"fixed_large"`` the term at t = 0
-        may have either variance that code takes there, beta_0, or that of ``"fixed_small"``.
+        may have either of the variances that code uses there: beta_0, or that of ``"fixed_small"``.
     decoder : {"density", "8bit"}
         As in `tinydiff.bound.step_term`.
     axis : int
@@ -74,12 +74,12 @@ def assert_bound_terms(
     rng, s_0 = np.random.default_rng(0), math.sqrt(diffusion.schedule.one_minus_alphas_cumprod[0])
     batches = []
     for t in times(asked_up_to(diffusion), shape[0], rng):
-        levels = np.clip(rng.integers(-64, 320, shape), 0, 255)  # the outer ones, which are others, often
+        levels = np.clip(rng.integers(-64, 320, shape), 0, 255)  # often the outer ones, whose formula differs
         x0 = 2 * levels / 255 - 1 if decoder == "8bit" else rng.uniform(-1, 1, shape)
         x_t = diffusion.q_sample(x0, t, rng.standard_normal(shape))
         output = rng.uniform(-1, 1, output_shape(diffusion, shape))
         output[..., shape[-1] :] = rng.uniform(*NU, output[..., shape[-1] :].shape)
-        if diffusion.prediction == "x0":  # elsewhere P(level) is no number, but of our decoder, at t = 0
+        if diffusion.prediction == "x0":  # far from x0 P(level) is 0 at t = 0, except in our decoder
             near = x0 + s_0 * output[..., : shape[-1]]
             output[..., : shape[-1]] = np.where(column_like(t, x0) == 0, near, output[..., : shape[-1]])
         batches.append((x0, x_t, t, output))
@@ -99,13 +99,13 @@ def assert_bound_terms(
         if refusal is None:
             return
         refusals.append(refusal)
-    # Of the convention that is yours, by all signs: where the mistake has a name, else the nearer one.
+    # The message for what seems to be your convention: that with a named mistake, else the nearer one.
     _, message = min(refusals, key=lambda refusal: ("comes of this" not in refusal[1], refusal[0]))
     raise AssertionError(message)
 
 
 def _conventions(diffusion: GaussianDiffusion) -> list[GaussianDiffusion]:
-    """The process; and with fixed_large, as the papers' code has it, with the small variance at t = 0."""
+    """The process; with fixed_large also one with the small variance at t = 0, as in the papers' code."""
     if diffusion.variance != "fixed_large":
         return [diffusion]
     other = copy.copy(diffusion)
@@ -117,7 +117,7 @@ def _conventions(diffusion: GaussianDiffusion) -> list[GaussianDiffusion]:
 def _ours_and_mistakes(
     diffusion: GaussianDiffusion, decoder: Decoder, shape: tuple[int, ...]
 ) -> tuple[Function, dict[str, Function]]:
-    """Of (x0, x_t, t, output), the terms (N,): what is right, and by its name what is not."""
+    """The terms (N,) as functions of (x0, x_t, t, output): the right one, and wrong ones by name."""
     from scipy.special import ndtr
 
     learned, schedule, D = diffusion.variance == "learned_range", diffusion.schedule, math.prod(shape[1:])
@@ -155,7 +155,7 @@ def _ours_and_mistakes(
         return mistake
 
     def levels(**how: Any) -> Function:
-        """The terms, of the probability of a level."""
+        """The terms, with the probability of a level."""
         return built(likelihood=partial(_of_levels, Phi=ndtr, least=1e-300, **how))
 
     mistakes = {

@@ -28,10 +28,10 @@ def assert_q_sample(
     q_sample : callable
         Takes x0 and noise of `shape` and t (N,), 0 … T-1, and returns x_t.
     schedule : NoiseSchedule
-        Whose rates it should have; `assert_schedule` compares the schedule itself.
+        The schedule whose rates it should have; `assert_schedule` compares the schedule itself.
     shape : tuple of int
         (N, ...), the shape of a batch. Best with N equal to the last size: rates (N,) that were not made a
-        column then broadcast along the last axis, which is no error, but is seen in the numbers.
+        column then broadcast along the last axis, which raises no error, but shows in the numbers.
     asarray : callable
         From a NumPy array, float64 or (t) int64, to what your function takes: ``torch.as_tensor``.
     tolerance : float
@@ -40,8 +40,9 @@ def assert_q_sample(
     Raises
     ------
     AssertionError
-        If it is something else, or writes into what it is given, other than a network's output. The message
-        says how far off and at which t, and names the mistake that gives just this, if it is known here.
+        If it is something else, or if the function writes into what it is given, other than a network's
+        output. The message says how far off it is and at which t, and names the mistake that gives just this,
+        if it is known here.
     TypeError, ValueError
         If `schedule`, `shape` or `tolerance` is not as said above.
     """
@@ -147,8 +148,8 @@ def assert_predict_x0(
     predict_x0 : callable
         Takes x_t and output of `shape` and t (N,), and returns an estimate of x0, not clipped.
     diffusion : GaussianDiffusion
-        Its ``prediction`` says what the output is. Where that is eps, times are left out at which x_t is all
-        noise: it says nothing of x0 there.
+        Its ``prediction`` says what the output is. Where that is eps, times at which x_t is all noise
+        are left out: eps says nothing of x0 there.
     shape, asarray, tolerance
         As in `assert_q_sample`.
 
@@ -198,7 +199,7 @@ def assert_predict_x0(
 
 
 def _pairs(T: int, shape: tuple[int, ...], of_noise: bool = False) -> list[tuple[np.ndarray, ...]]:
-    """Batches of an array, t and another array, at all of 0 … T-1; the first is data, or leaves [-1, 1]."""
+    """Batches of an array, t and another array, at all of 0 … T-1; the first array is data, or noise."""
     rng = np.random.default_rng(0)
     batches: list[tuple[np.ndarray, ...]] = []
     for t in times(T, shape[0], rng):

@@ -1,8 +1,9 @@
 """Whether a function gives what it should, at every t; and if not, which known mistake gives what came.
 
-Yours, ours, and ours with each mistake planted are functions of the same arguments, and are asked the same
-batches. Yours is wrong if it is at some distance from ours; its mistake is the planted one from which it is
-at none. A mistake is named only if it gives every number of every sample, to a thousandth at worst (float32).
+Yours, ours, and ours with each mistake planted are functions of the same arguments, and are called with the
+same batches. Yours is wrong if it is at some distance from ours; its mistake is the planted one at no
+distance from it. A mistake is named only if it gives every number of every sample, to a thousandth at worst
+(float32).
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ class Claim:
     name, arguments, expected : str
         What to call the function, what it takes, and the formula, with its identifier.
     ours : callable
-        The right function, of NumPy arrays; returns one, or a tuple of them.
+        The right function, of NumPy arrays; returns an array, or a tuple of arrays.
     mistakes : dict of callables
-        Functions like `ours`, each with one mistake, by a description of it.
+        Functions like `ours`, each with one mistake, by the mistake's description.
     results : tuple of str
         The name of each array, where there are several.
     free_at_0 : tuple of str
         Those of `results` that are not compared at t = 0.
     rounding : float
-        What float32 may leave where right is next to nothing.
+        The error that float32 may leave where the right number is nearly 0.
     shown : callable, optional
-        From the arguments of `ours` to those that the function is given.
+        Turns the arguments of `ours` into those that the function is given.
     """
 
     name: str
@@ -69,10 +70,10 @@ class Claim:
         Parameters
         ----------
         yours : callable
-            Of arrays as `asarray` makes them; returns an array, or a tuple in the order of `ours`. What has
-            one number for each sample may come as (N,), (N, 1, ..., 1), or of the shape of the data.
+            Of arrays as `asarray` makes them; returns an array, or a tuple in the order of `ours`. One number
+            for each sample may come as (N,), (N, 1, ..., 1), or in the shape of the data.
         batches : sequence of tuples of arrays
-            The arguments of each call; the one of integers is t.
+            The arguments of each call; that of integers is t.
         asarray : callable
             From a NumPy array to what `yours` takes.
         tolerance : float
@@ -155,7 +156,7 @@ class Claim:
     def _rounded(
         self, t: np.ndarray, wrong: np.ndarray, came: np.ndarray, right: np.ndarray, tolerance: float
     ) -> bool:
-        """Whether it may be the rounding of float32: little, or more but at the first t; and at few t."""
+        """Whether the error may be float32's rounding: small, or larger but at the first t; and at few t."""
         with np.errstate(all="ignore"):
             apart = _largest(came[: len(t)] - right[: len(t)])
         wrong = np.where(apart <= self.rounding, 0.0, wrong)
@@ -174,9 +175,9 @@ class Claim:
         asarray: Function,
         written: set[str],
     ) -> list[np.ndarray]:
-        """What yours gives of a batch, each checked to have the shape of ours.
+        """What yours returns for a batch, each array checked to have the shape of ours.
 
-        What it writes into is added to `written`; a network's output is its own.
+        The arguments that it writes into are added to `written`, except a network's output, which is its own.
         """
         shown = [asarray(x.copy()) for x in self.shown(*batch)]  # a copy: yours may write into it
         to_keep = [name for name in self.arguments.split(", ") if name not in ("network", "output")]
@@ -203,12 +204,12 @@ class Claim:
 
 
 def single(worst: float, result: np.ndarray) -> bool:
-    """Whether it is of less than float64, and off by no more than rounding may explain."""
+    """Whether a result has less than float64's precision, and is off by no more than rounding may explain."""
     return worst < 0.05 and result.dtype.kind == "f" and result.dtype.itemsize < 8
 
 
 def named(distances: dict[str, float], worst: float, tolerance: float, unknown: str = "") -> str:
-    """A sentence that names the mistakes from which yours has no distance, or says that there is none."""
+    """A sentence that names the mistakes at no distance from yours, or says that there is none."""
     near = max(tolerance, min(1e-3, worst / 20))
     found = sorted((far, what) for what, far in distances.items() if far <= near)
     if not found:
@@ -239,10 +240,10 @@ def moved_in_time(ours: Function, T: int) -> dict[str, Function]:
 
 
 def distance(yours: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Of each sample the largest difference of `yours` and `other`, relative to `other`'s largest number.
+    """For each sample the largest difference of `yours` and `other`, relative to `other`'s largest number.
 
-    If that is below a millionth of `right`'s largest, it is rounding, and this millionth stands for it. Where
-    neither is finite they agree: 1 / 0 gives inf or nan, by the order of the factors.
+    If that number is below a millionth of `right`'s largest, it is rounding, and the millionth replaces it.
+    Where neither is finite they agree: 1 / 0 gives inf or nan, depending on the order of the factors.
     """
     agree = (yours == other) | ~(np.isfinite(yours) | np.isfinite(other))
     with np.errstate(all="ignore"):
@@ -252,7 +253,7 @@ def distance(yours: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndar
 
 
 def _largest(array: np.ndarray) -> np.ndarray:
-    """Of each sample the largest size."""
+    """For each sample the largest absolute value."""
     return np.max(np.abs(array), axis=tuple(range(1, array.ndim)))
 
 

@@ -1,4 +1,4 @@
-"""Whether a loss is L_simple: what it shows the network, what it holds the answer against, how it adds up."""
+"""Whether a loss is L_simple: what it shows the network, what it compares the answer with, how it adds up."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def assert_loss(
     loss : callable
         Takes ``network(x_t, t)``, x0 and noise of `shape` and t (N,), 0 … T-1. Returns the squared error's
         mean over the numbers of each sample, (N,), or the mean of these, one number. The network is a
-        function of x_t and t, or ``timestep``, and returns an array (of one, with ``return_dict=False``);
-        further arguments are ignored.
+        function of x_t and t, or ``timestep``, and returns an array (a tuple of one, with
+        ``return_dict=False``); further arguments are ignored.
     diffusion : GaussianDiffusion
-        Its ``prediction`` says what the answer is held against. Of the half of the answer that is a learned
-        variance L_simple says nothing.
+        Its ``prediction`` says what the answer is compared with. L_simple leaves out the half of the answer
+        that is a learned variance.
     min_snr_gamma : float, optional
-        Each sample counts `tinydiff.losses.min_snr_weight` with this gamma. Default: 1.
+        Each sample is weighed by `tinydiff.losses.min_snr_weight` with this gamma. Default: by 1.
     axis : int
         As in `assert_p_mean_variance`.
     shape, asarray, tolerance
@@ -64,7 +64,7 @@ def assert_loss(
     Raises
     ------
     AssertionError
-        As in `assert_q_sample`; and if the network is not asked, or is shown something else.
+        As in `assert_q_sample`; and if the network is not asked, or is shown something other than x_t and t.
     TypeError, ValueError
         As in `assert_q_sample`.
     """
@@ -95,10 +95,11 @@ def assert_loss(
     def to_one(per_sample: Function, end: Function = np.mean) -> Function:
         return lambda *given: np.full(shape[0], end(per_sample(*given)))
 
-    # In the mean of many t what counts little is lost: at one time each first; then mixed, for the columns.
+    # In a mean over many t what counts little is lost: so first one t in each batch, then mixed ones, which
+    # show numbers (N,) that were not made a column.
     alike = _batches(diffusion, shape, np.repeat(np.arange(diffusion.T)[:, None], shape[0], axis=1), rng)
     of_batch = "a sum over the batch, not a mean"
-    if shape[0] == shape[-1]:  # one factor
+    if shape[0] == shape[-1]:  # the same factor
         of_batch = "a sum over the batch or over the last axis, not a mean"
         del mistakes[OF_LAST]
     mistakes = {what: to_one(mistake) for what, mistake in mistakes.items()} | {
@@ -156,7 +157,7 @@ def _check_t(t: np.ndarray, right: np.ndarray, T: int) -> None:
 
 
 def _why(t: np.ndarray, right: np.ndarray, T: int) -> str:
-    """What the network is shown in the place of the right times, if it is known."""
+    """What it is that the network is shown in the place of the right times, if it is known."""
     if any(np.array_equal(t, right + by) for by in (-1, 1)):
         return " (E.13)"
     if np.array_equal(t, in_bfloat16(right)):
@@ -175,7 +176,7 @@ def _why(t: np.ndarray, right: np.ndarray, T: int) -> str:
 def _ours_and_mistakes(
     diffusion: GaussianDiffusion, gamma: float | None, shape: tuple[int, ...]
 ) -> tuple[Function, dict[str, Function]]:
-    """Of (x0, t, noise, output), a number for each sample: what is right, and by its name what is not."""
+    """The loss (N,) as functions of (x0, t, noise, output): the right one, and wrong ones by name."""
     schedule, C, axes = diffusion.schedule, shape[-1], tuple(range(1, len(shape)))
     a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
     one = np.ones(schedule.T)
@@ -247,7 +248,7 @@ def _ours_and_mistakes(
 
 
 def _wrong_weights(diffusion: GaussianDiffusion, gamma: float | None) -> dict[str, np.ndarray]:
-    """Weights (T,) that are taken for those of L_simple, which are Min-SNR's with this gamma, or none."""
+    """Weights (T,) that are mistaken for the right ones: Min-SNR's with this gamma, or none."""
     schedule, snr, every = diffusion.schedule, diffusion.schedule.snr, np.arange(diffusion.T)
 
     def weights_of(gamma: float, prediction: Prediction = diffusion.prediction) -> np.ndarray:
@@ -269,7 +270,7 @@ def _wrong_weights(diffusion: GaussianDiffusion, gamma: float | None) -> dict[st
             "an error of eps, as denoising-diffusion-pytorch weighs them all": errors["eps"],
             "an error of v": errors["v"],
         }
-        if diffusion.prediction == "v":  # P2 weighs errors of eps; of v this is an error of x_0
+        if diffusion.prediction == "v":  # P2 weighs errors of eps; for v this gives an error of x_0
             del weights["the weights of P2 with k = 1 and gamma = 1, 1 / (1 + snr)"]
         return weights
 

@@ -14,8 +14,8 @@ from tinydiff.testing._judge import Claim, linear, moved_in_time
 
 __all__ = ["NU", "assert_p_mean_variance", "assert_q_posterior", "log_variances", "means"]
 
-# What is asked about, of a learned variance: from one end to beyond the other, for it is not to be clipped;
-# below the lower one what is interpolated outside the logarithm (E.12) would be no variance.
+# The nu that a learned variance is asked for: from one end to beyond the other, as nu is not to be clipped;
+# below the lower end an interpolation outside the logarithm (E.12) would give no variance.
 NU = -1.0, 1.2
 
 
@@ -32,11 +32,11 @@ def assert_q_posterior(
     Parameters
     ----------
     q_posterior : callable
-        Takes x0 and x_t of `shape` and t (N,), and returns the mean and the variance, that as (N,),
-        (N, 1, ..., 1) or of `shape`. At t = 0, where no noise is added, any variance will do. The x0 leaves
-        [-1, 1], as a network's estimate does.
+        Takes x0 and x_t of `shape` and t (N,), and returns the mean and the variance, the latter as
+        (N,), (N, 1, ..., 1) or of `shape`. At t = 0, where no noise is added, any variance will do. The x0
+        that it is given leaves [-1, 1], as a network's estimate does.
     schedule : NoiseSchedule
-        The chain's. For fewer steps that of the steps, ``schedule.respace(timesteps)``.
+        The chain's. For fewer steps, that of those steps: ``schedule.respace(timesteps)``.
     shape, asarray, tolerance
         As in `assert_q_sample`.
 
@@ -118,14 +118,14 @@ def assert_p_mean_variance(
     ----------
     p_mean_variance : callable
         Takes x_t of `shape`, t (N,) and the network's output, and returns the mean and the variance of
-        p(x_{t-1} | x_t), as `assert_q_posterior` has it. The output of a learned variance is the prediction,
-        then nu, which is not clipped: from -1 to 1.2.
+        p(x_{t-1} | x_t), as `assert_q_posterior` has it. With a learned variance the output is the
+        prediction, then nu, which is not to be clipped: it goes from -1 to 1.2.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what the output is, and which variance to take.
     clip : bool
         Whether the estimate of x0 is to be clipped to [-1, 1].
     axis : int
-        On which your output of a learned variance has its two halves: 1 for (N, C, H, W).
+        The axis on which your output has the two halves of a learned variance: 1 for (N, C, H, W).
     shape, asarray, tolerance
         As in `assert_q_sample`.
 
@@ -200,7 +200,7 @@ def assert_p_mean_variance(
 
 
 def means(diffusion: GaussianDiffusion) -> dict[str, Function]:
-    """What is taken for the mean of the step back (Ho et al. 2020, eq. 11): functions of (x_t, t, output)."""
+    """Mistaken means of the step back (Ho et al. 2020, eq. 11): functions of (x_t, t, output)."""
     schedule = diffusion.schedule
     alpha, beta, abar = schedule.alphas, schedule.betas, schedule.alphas_cumprod
     rest = schedule.one_minus_alphas_cumprod
@@ -228,7 +228,7 @@ def means(diffusion: GaussianDiffusion) -> dict[str, Function]:
 
 
 def log_variances(diffusion: GaussianDiffusion) -> dict[str, Function]:
-    """What is taken for the logarithm of a learned variance: functions of (x_t, t, output)."""
+    """Mistaken logarithms of a learned variance: functions of (x_t, t, output)."""
 
     def nu(output: np.ndarray) -> np.ndarray:
         return output[..., output.shape[-1] // 2 :]

@@ -48,16 +48,16 @@ def assert_sampler(
 ) -> None:
     """Raise unless ``sampler(denoise, x_T, timesteps, noise)`` arrives where tinydiff's does (docs: R.4).
 
-    The network is the best one of a mixture of two Gaussians, a formula, and remembers what it was asked.
+    The network is the best one for a mixture of two Gaussians, by a formula; it remembers what it was asked.
 
     Parameters
     ----------
     sampler : callable
-        Takes ``denoise(x, t)``, with t an integer or (N,), which returns an array (of one, with
-        ``return_dict=False``); x_T of `shape`; the times to walk through, an increasing array of int64, in
-        NumPy; and ``noise()``, which returns the next standard normal numbers of `shape`, or of that of
-        ``noise(like)`` or ``noise(sizes)``. Returns the samples, before they are made pictures. Further
-        arguments of ``denoise`` and ``noise`` are ignored.
+        Takes ``denoise(x, t)``, with t an integer or (N,), which returns an array (a tuple of one, with
+        ``return_dict=False``); x_T of `shape`; the times to walk through, an increasing NumPy array of int64;
+        and ``noise()``, which returns the next standard normal numbers of `shape`, or of the shape that
+        ``noise(like)`` or ``noise(sizes)`` asks for. Returns the samples, before they are turned into
+        pictures. Further arguments of ``denoise`` and ``noise`` are ignored.
     diffusion : GaussianDiffusion
         Its ``prediction`` and ``variance`` say what `denoise` returns.
     name, steps, eta, clip
@@ -70,9 +70,9 @@ def assert_sampler(
     Raises
     ------
     AssertionError
-        If it arrives elsewhere. The message says how far off, at which t the network is first asked something
-        else, and names the mistake that leads to just these samples, if it is one of those known here. Each
-        of those is walked as far as it goes along with yours.
+        If it arrives elsewhere. The message says how far off, and at which t the network is first asked
+        something else. It names the mistake that leads to just these samples, if it is known here. Each known
+        mistake is walked as far as it goes along with yours.
     TypeError, ValueError
         If an argument is not as said above.
     """
@@ -147,14 +147,14 @@ def assert_sampler(
 def _ours(
     diffusion: GaussianDiffusion, name: str, timesteps: np.ndarray, eta: float, clip: bool, x_T: np.ndarray
 ) -> Function:
-    """From a network to our samples; further arguments change what is right."""
+    """A function from a network to our samples; further arguments change what is right."""
 
     def samples(
         network: Function,
         rng: Any = None,
         name: str = name,
         prediction: Prediction = diffusion.prediction,
-        left_out: int = 0,  # so many of the last steps
+        left_out: int = 0,  # how many of the last steps
         **changed: Any,
     ) -> np.ndarray:
         process = GaussianDiffusion(diffusion.schedule, prediction, diffusion.variance)
@@ -174,7 +174,7 @@ def _mistakes(
     x_T: np.ndarray,
     tolerance: float,
 ) -> dict[str, Function]:
-    """By what each does wrong, from a network to samples."""
+    """Functions from a network to samples, by what each does wrong."""
     ours = _ours(diffusion, name, timesteps, eta, clip, x_T)
     short = diffusion.schedule.respace(timesteps)
     walk = GaussianDiffusion(short, diffusion.prediction, diffusion.variance)
@@ -189,7 +189,7 @@ def _mistakes(
         return lambda network: ours(lambda x, t: network(x, times[t]))
 
     def to_pictures(end: Function) -> Function:
-        """What is right, and what is done to it at the end."""
+        """The right samples, with something done to them at the end."""
         return lambda network: end(ours(network))
 
     def of_their_betas(network: Function) -> np.ndarray:
@@ -240,7 +240,7 @@ def _mistakes(
         },
         **{what: stepping(step) for what, step in steps.items()},
     }
-    if 1 - s_T > tolerance:  # else what is right comes near it
+    if 1 - s_T > tolerance:  # else this is nearly right
         start = "it starts from sigma_T x_T, and not from sqrt(1 + sigma_T^2) x_T"
         mistakes[f"{start}; the first is another convention, EDM's"] = changed(x_T=s_T * x_T)
     if diffusion.variance == "learned_range":
@@ -258,21 +258,21 @@ Call: TypeAlias = tuple[int, np.ndarray]  # of the network: t and x
 
 
 class _Elsewhere(Exception):
-    """A walk has left the one that it was to go along with."""
+    """A walk has left the one that it was to follow."""
 
 
 class _Network:
-    """The best network of data whose numbers are each of one mixture; it remembers what it was asked.
+    """The best network for data whose numbers each come from one mixture; it remembers what it was asked.
 
-    What it says of a learned variance is not the best, but some nu. Where there is a walk to go `along` with,
-    it ends one that asks for something else with `_Elsewhere`.
+    For a learned variance it gives not the best nu, but some nu. Where there is a walk to go `along` with, it
+    raises `_Elsewhere` when it is asked something else.
     """
 
     def __init__(self, diffusion: GaussianDiffusion, along: Sequence[Call] = ()) -> None:
         self.calls: list[Call] = []
         self._along = along
         self._diffusion, self._learned = diffusion, diffusion.variance == "learned_range"
-        # Means outside [-1, 1], and data on both sides: clipping, and what of, is seen in the samples.
+        # Means outside [-1, 1], and data inside and outside: the samples show clipping, and what was clipped.
         mixture = GaussianMixture([0.4, 0.6], [[-1.2], [1.1]], [0.1, 0.2])
         self._denoise = mixture.denoiser(GaussianDiffusion(diffusion.schedule, diffusion.prediction))
 
@@ -298,7 +298,7 @@ class _Network:
                 f"the network is shown t = {now}; expected a whole number, 0 … {T - 1} ({why})."
             )
         if not (self.calls and self.calls[-1][0] == now and np.array_equal(self.calls[-1][1], x)):
-            self.calls.append((int(now), x))  # once, if it is asked twice, for guidance
+            self.calls.append((int(now), x))  # once, if it is asked twice, as for guidance
             if not _asked_alike(self._along[len(self.calls) - 1 :], self.calls[-1:]):
                 raise _Elsewhere
         x = x.astype(np.float64)
@@ -306,7 +306,7 @@ class _Network:
             prediction = self._denoise(x.reshape(-1, 1), np.full(x.size, int(now))).reshape(x.shape)
         if not self._learned:
             return prediction
-        # The best nu for all steps is not that for fewer, where it is far beyond its range.
+        # The best nu for all steps is not that for fewer steps, which is far beyond nu's range.
         nu = np.mean(NU) + (NU[1] - NU[0]) / 2 * np.sin(2 * x)
         return np.concat([prediction, nu], axis=-1)
 

@@ -12,16 +12,17 @@ from tinydiff.testing._judge import FLOAT32, named, single
 
 __all__ = ["assert_schedule"]
 
-# An abar_t at which nothing of the data is left, by whatever rounding.
+# An abar_t at which nothing of the data is left, whatever the rounding.
 NOTHING = 1e-16
 
 
 def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: float = 0.01) -> None:
     """Raise unless `alphas_cumprod` has the schedule's log-SNR at every t (docs: F.4, S.1).
 
-    That is all a network sees of a schedule. Two tables of float32 differ in it by less than 0.001, for the
-    linear and the cosine one of 1000 steps; in longer chains, whose ends are nearer to 0 and 1, by more. That
-    is at the first t: in float64 the second half agrees to a tenth, even if the betas were float32.
+    That is all a network sees of a schedule. Two float32 tables of the linear or the cosine schedule of 1000
+    steps differ in it by less than 0.001; those of longer chains, whose ends are nearer to 0 and 1, by more.
+    They do so at the first t: in float64 the second half agrees to a tenth of that, even if the betas were
+    float32.
 
     Parameters
     ----------
@@ -30,8 +31,8 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
     schedule : NoiseSchedule
         What it should be the table of.
     tolerance : float
-        The largest difference of log(abar / (1 - abar)) that passes; of a table in float64, a tenth of it in
-        its second half.
+        The largest difference of log(abar / (1 - abar)) that passes; in the second half of a float64 table, a
+        tenth of it.
 
     Raises
     ------
@@ -53,7 +54,7 @@ def assert_schedule(alphas_cumprod: Any, schedule: NoiseSchedule, *, tolerance: 
         raise AssertionError(f"alphas_cumprod has shape {table.shape}; expected ({T},).")
     wrong = _apart(table, right, schedule.one_minus_alphas_cumprod)
     line, stricter = np.full(T, float(tolerance)), ""
-    if np.any(table != table.astype(np.float32)):  # which it may be cast from
+    if np.any(table != table.astype(np.float32)):  # else it may be cast from float32
         line[T // 2 :] = tolerance / 10
         stricter = f", {tolerance / 10:.3g} from t = {T // 2} on,"
     over = np.where(wrong > line, wrong, 0.0)
@@ -81,7 +82,7 @@ def _apart(table: np.ndarray, abar: np.ndarray, one_minus_abar: np.ndarray) -> n
 
 
 def _mistakes(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
-    """Tables that are taken for that of `schedule`, or for those of the two that have a name."""
+    """Tables that are mistaken for that of `schedule`, or for those of the two schedules with a name."""
     T, betas, abar = schedule.T, schedule.betas, schedule.alphas_cumprod
     ends = 0.1 / T, min(20 / T, 0.999)
 

@@ -16,10 +16,10 @@ from tinydiff.testing._reverse import log_variances, means
 
 __all__ = ["Step", "walked", "wrong_steps"]
 
-# Of (i, x, output, z, ask): from the state of step i, what the network says of it, fresh noise, and what asks
-# the network once more, ask(x, i), to the next.
+# From (i, x, output, z, ask) to the next state: step i, its state, what the network says of that, fresh
+# noise, and ask(x, i), which asks the network once more.
 Step: TypeAlias = Callable[[int, np.ndarray, np.ndarray, np.ndarray, Function], np.ndarray]
-# Of (i, x, output): what a step is made of.
+# A function of (i, x, output) that a step is made of.
 Part: TypeAlias = Callable[[int, np.ndarray, np.ndarray], Any]
 
 
@@ -37,7 +37,7 @@ def walked(step: Step, network: Function, x: np.ndarray, timesteps: np.ndarray, 
 def wrong_steps(
     long: GaussianDiffusion, walk: GaussianDiffusion, timesteps: np.ndarray, name: str, eta: float, clip: bool
 ) -> dict[str, Step]:
-    """By what each does wrong, steps of the sampler called `name`; `walk` is `long` on the times alone."""
+    """Steps of the sampler called `name`, by what each does wrong; `walk` is `long` on the times alone."""
     with np.errstate(divide="ignore", invalid="ignore"):
         if name == "ddpm":
             return _ancestral(long, walk, timesteps, clip)
@@ -88,7 +88,7 @@ def _ancestral(
         "the state clipped after each step": lambda *given: clip_to_unit(right(*given)),
         **{what: step(at(mean)) for what, mean in means(walk).items()},
     }
-    if timesteps[0] > 0:  # else they are the same
+    if timesteps[0] > 0:  # else it is the right step
         steps["the last step is that of the long chain, which does not lead to the data (E.26)"] = step(
             lambda i, *given: (right_mean if i else mean_of_long)(i, *given)
         )
@@ -137,7 +137,7 @@ def _ddim(
         return step(np.where(times < 0, 0.0, long.schedule.one_minus_alphas_cumprod[times]))
 
     def from_the_end() -> dict[str, Step]:
-        """The last step, to a time below 0 that is an index of abar; it may begin with 1, and have T + 1."""
+        """The last step, to a time below 0 that counts from the end of abar, with or without a 1 in front."""
         below = int(timesteps[0] - (timesteps[1] - timesteps[0] if walk.T > 1 else long.T))
         indices = {"T": below % long.T, "T + 1": (below + 1) % (long.T + 1) - 1}
         what = "the last step leads to a time below 0, an index from the end of {} entries (E.16)"
@@ -184,7 +184,7 @@ def _ddim(
         steps["x_0 is clipped, and eps is of the one that is not, which is diffusers' default"] = step(
             clip=True, eps_unclipped=True
         )
-    if eta > 0:  # else it is 0, and eps is left out
+    if eta > 0:  # else sigma_t is 0, and this leaves eps out
         steps["sigma_t in front of eps, not the root of 1 - abar - sigma_t^2"] = step(of_eps=sigma)
     return steps
 
