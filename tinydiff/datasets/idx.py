@@ -7,7 +7,7 @@
     4       4 d   length of each dimension
     4 + 4d  ...   the elements, and nothing after them
 
-Files travel gzip-compressed or plain. Whatever is wrong with one ends in a ValueError that names it.
+Files travel gzip-compressed or plain. Anything wrong with a file ends in a ValueError that names it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read_idx(source: str | os.PathLike[str] | bytes, ndim: int | None = None) ->
 def decompress(content: bytes, name: str, most: int = -1) -> bytes:
     """Undo gzip if `content` is a gzip stream, else return it as it is; `name` is for the error message.
 
-    At most `most` bytes of what the stream holds: a small one may hold more than memory.
+    Returns at most `most` bytes of what the stream holds: a small stream may hold more than fits in memory.
     """
     if not content.startswith(GZIP_MAGIC):
         return content

@@ -76,7 +76,7 @@ def load(
     """Load digits and their labels.
 
     The full sets are looked for in the folder that the environment variable ``TINYDIFF_DATA`` names (if it
-    is set, nowhere else), then in the cache, then on the mirrors. If ``"train"`` cannot be fetched, the
+    is set, only there), then in the cache, then on the mirrors. If ``"train"`` cannot be fetched, the
     subset is returned in its place with a one-line ``UserWarning``; ``"test"`` has no stand-in.
 
     Parameters
@@ -103,7 +103,7 @@ def load(
     FileNotFoundError
         If ``TINYDIFF_DATA`` is set and a file is missing there.
     MNISTUnavailableError
-        If ``"test"`` is neither on this machine nor to be fetched.
+        If ``"test"`` is not on this machine and cannot be fetched.
     """
     check_choice("split", split, tuple(SPLITS))
     images, labels = f"{SPLITS[split]}-images-idx3-ubyte", f"{SPLITS[split]}-labels-idx1-ubyte"
@@ -142,7 +142,7 @@ def to_model_range(images: Array) -> Array:
     TypeError
         If `images` is not of dtype uint8.
     ValueError
-        If it has not three dimensions.
+        If it does not have three dimensions.
     """
     xp = array_namespace(images)
     if images.dtype != xp.uint8:
@@ -196,7 +196,7 @@ def _verified(path: Path, name: str) -> np.ndarray:
     """Read a file and accept it only if it is the original `name`."""
     shape, expected = FILES[name]
     whole = 4 + 4 * len(shape) + math.prod(shape)
-    content = decompress(path.read_bytes(), str(path), whole + 1)  # one more shows that it is longer
+    content = decompress(path.read_bytes(), str(path), whole + 1)  # one byte more shows that it is longer
     array = parse_idx(content, str(path), ndim=len(shape))
     if array.shape != shape:
         raise ValueError(f"{path}: shape {array.shape}; expected {shape}")
@@ -251,7 +251,7 @@ def _from_cache(cache: Path, name: str, download: bool) -> np.ndarray:
             path = Path(folder) / f"{name}.gz"
             try:
                 _retrieve(url, path)
-            except OSError as error:  # as the exceptions of requests are, too
+            except OSError as error:  # the exceptions of requests are OSErrors, too
                 unreached.append(f"{url}: {type(error).__name__}: {error}")
                 continue
             try:

@@ -1,4 +1,4 @@
-"""What is asked of an entry of diffusers' configurations, and how one that does not fit is named."""
+"""Checks of entries in diffusers' configurations, and errors that name an entry that does not fit."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def require(config: Mapping[str, Any], key: str, fits: bool, expected: str) -> N
 
 
 def require_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
-    """ValueError naming an entry that is there and has none of the values that are accepted."""
+    """ValueError naming an entry that is there with a value that is not accepted."""
     for key, accepted in fixed.items():
         if key in config:
             require(config, key, config[key] in accepted, " or ".join(map(repr, accepted)))
 
 
 def check_mapping(name: str, value: Any) -> None:
-    """TypeError naming what is no mapping; of a scheduler or a model it says that its config is one."""
+    """TypeError naming what is no mapping; for a scheduler or a model it says that its config is one."""
     if not isinstance(value, Mapping):
         inside = isinstance(getattr(value, "config", None), Mapping)
         within = "; its attribute config is one" if inside else ""

@@ -96,7 +96,7 @@ def load_pipeline(
     -------
     model : UNet
     diffusion : GaussianDiffusion
-        See `diffusion_from_diffusers`. How the pipeline samples is not in it: most of those for images clip
+        See `diffusion_from_diffusers`. How the pipeline samples is not in it: most pipelines for images clip
         (``tinydiff.sample(..., clip=True)``).
 
     Raises
@@ -145,8 +145,8 @@ def save_pipeline(
         If `model` is not a `UNet` as its config makes it (a subclass may compute something else), or
         `diffusion` is not a `GaussianDiffusion`.
     ValueError
-        If `sample_size` is not of positive integers, or the model's channels are not those of the variance:
-        diffusers would read the files, and draw nothing.
+        If `sample_size` is not of positive integers, or the model's channels are not those that the variance
+        needs: diffusers would read the files, and draw nothing.
     """
     for side in sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]:
         check_counts(sample_size=side)

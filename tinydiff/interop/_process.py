@@ -82,8 +82,9 @@ def diffusion_from_diffusers(config: Mapping[str, Any]) -> GaussianDiffusion:
     ----------
     config : mapping
         The scheduler's configuration, as in diffusers' ``scheduler_config.json``, or ``scheduler.config``;
-        what is left out has diffusers' default. What says how to sample (``clip_sample``,
-        ``timestep_spacing``, ``use_karras_sigmas``, ...) is not read: say it to `tinydiff.sample`.
+        what is left out has diffusers' default. Entries that say how to sample
+        (``clip_sample``, ``timestep_spacing``, ``use_karras_sigmas``, ...) are not read: say it to
+        `tinydiff.sample`.
 
     Returns
     -------
@@ -100,7 +101,7 @@ def diffusion_from_diffusers(config: Mapping[str, Any]) -> GaussianDiffusion:
     """
     check_mapping("config", config)
     if "_use_default_values" in config and not {"_class_name", "beta_schedule"} & set(config):
-        raise ValueError(  # the config of a scheduler just made has all entries, but not the class
+        raise ValueError(  # a newly made scheduler's config has all entries, but not the class
             "config is of a scheduler of diffusers that has no 'beta_schedule'; expected one of "
             f"{', '.join(SCHEDULERS)}."
         )
@@ -130,7 +131,7 @@ def _schedule(c: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def _ending_in_noise(schedule: NoiseSchedule) -> NoiseSchedule:
-    """That of a sqrt(abar) which is shifted to end at 0, and scaled to begin as it did.
+    """The schedule with sqrt(abar) shifted to end at 0, and scaled to begin as before.
 
     (Lin et al. 2023, *Common diffusion noise schedules and sample steps are flawed*, algorithm 1. All betas
     but the first are ratios, from which a scale cancels.)

@@ -29,7 +29,7 @@ __all__ = [
     "unet_to_diffusers",
 ]
 
-# What diffusers 0.42's UNet2DModel assumes where its config is silent, and tinydiff's U-Net can vary.
+# What tinydiff's U-Net can vary, as diffusers 0.42's UNet2DModel assumes it where its config is silent.
 DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -91,7 +91,7 @@ AVERAGING = {
     "power",
 }
 
-# Attention weights as diffusers named them until 0.16, in which the published DDPM checkpoints are written.
+# What diffusers called attention weights until 0.16, as the published DDPM checkpoints still do.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -148,7 +148,7 @@ def _check_types(c: Mapping[str, Any]) -> None:
 def unet_from_diffusers(
     config: Mapping[str, Any], state: Mapping[str, Array], backend: str | None = None
 ) -> UNet:
-    """Build the U-Net that diffusers' ``UNet2DModel`` with this config and these weights is.
+    """Build the U-Net that computes what diffusers' ``UNet2DModel`` with this config and these weights does.
 
     Parameters
     ----------
@@ -252,7 +252,7 @@ def unet_to_diffusers(
 
 
 def _present_name(name: str) -> str:
-    """What diffusers calls the weight today; older checkpoints name those of attention otherwise."""
+    """What diffusers calls the weight today; older checkpoints name attention weights otherwise."""
     parts = name.split(".")
     if len(parts) >= 2 and "attentions" in parts:
         parts[-2] = FORMER_NAMES.get(parts[-2], parts[-2])
@@ -260,7 +260,7 @@ def _present_name(name: str) -> str:
 
 
 def _on_the_host(name: str, weight: Any) -> np.ndarray:
-    """The weight as a NumPy array of real numbers; what is none, or lies elsewhere, is refused by name."""
+    """The weight as a NumPy array of real numbers; what is not, or lies elsewhere, is refused by name."""
     dtype, why = getattr(weight, "dtype", "no dtype"), ""
     try:
         array = to_numpy(weight)

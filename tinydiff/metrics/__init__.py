@@ -1,7 +1,7 @@
 """How far samples are from data: points in `sliced` and `discrepancy`, digits in `frechet` and `digits`.
 
-Each distance between two finite sets of the same density is not 0 but at its sampling floor; what a number
-means is seen beside the floor, the same distance between data and other data.
+Between two finite sets of the same density each distance is not 0 but at its sampling floor. A number is
+judged beside that floor, the same distance between data and other data.
 """
 
 from tinydiff.metrics.digits import (

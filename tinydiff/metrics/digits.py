@@ -1,9 +1,9 @@
 """How far generated digits are from MNIST's: what a small classifier sees, and the nearest copies.
 
-The classifier is of tinydiff's own layers and travels with the package; ``tools/train_digit_classifier.py``
-trained it on MNIST's 60,000 training digits. Its features, the means over pixels that its last layer sees,
-take the place that an Inception network's have in the FID: the numbers compare with each other, and with no
-published FID.
+The classifier is made of tinydiff's own layers and travels with the package;
+``tools/train_digit_classifier.py`` trained it on MNIST's 60,000 training digits. Its features, the means over
+pixels that its last layer sees, take the place that an Inception network's have in the FID: the numbers can
+be compared with each other, but with no published FID.
 
 Four questions, since no one number answers all of them: are the digits distributed as MNIST's are (Fréchet
 distance), is each one legible (confidence), are all ten there (class shares), and are they new (distance to
@@ -105,7 +105,7 @@ def digit_probabilities(images: np.ndarray) -> np.ndarray:
 def digit_frechet_distance(samples: np.ndarray, data: np.ndarray) -> float:
     """Fréchet distance between two sets of digits in the classifier's feature space.
 
-    It falls as either set grows: compare numbers for equally many only.
+    It falls as either set grows: compare only numbers for equally many.
 
     Parameters
     ----------
@@ -204,11 +204,11 @@ def digit_report(
     samples : array of float, shape (n, 28, 28, 1)
         Generated digits in [-1, 1], on the host; n ≥ 2.
     data : array of float, shape (m, 28, 28, 1)
-        The digits the generator was trained on, or some of them: a copy of another is not found out.
+        The digits the generator was trained on, or some of them: a copy of a digit left out is not noticed.
     heldout : array of float, shape (k, 28, 28, 1), optional
         Real digits it was not trained on, k ≥ n, of which n are drawn. Default: n of `data`, m ≥ 2 n, are set
-        aside and the others take the place of `data`. (Samples are still compared with all of `data` for
-        the nearest, so that no copy goes unseen; that brings them slightly nearer than the floor.)
+        aside and the others take the place of `data`. (The nearest to a sample is still sought in all of
+        `data`, so that no copy goes unseen; that brings samples slightly nearer than the floor.)
     rng : numpy.random.Generator, optional
         Draws the digits of the floor. Default: seed 0.
 

@@ -58,9 +58,9 @@ def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None)
     x, y : array of shape (n, D) and (m, D)
         Two sets of points on the host, n, m ≥ 2. Memory grows with (n + m)^2: 32 bytes for each pair.
     bandwidth : float, optional
-        h > 0 of k(x, y) = exp(-|x - y|^2 / (2 h^2)). Default: the median distance between two different of
-        all n + m points (the "median heuristic"), pairs that coincide left out. That is as wide as the
-        cloud: it sees where the points lie and how far they spread, but hardly what is finer.
+        h > 0 of k(x, y) = exp(-|x - y|^2 / (2 h^2)). Default: the median distance between two of all
+        n + m points (the "median heuristic"), pairs that coincide left out. That is as wide as the cloud: it
+        sees where the points lie and how far they spread, but hardly anything finer.
 
     Returns
     -------
@@ -173,7 +173,7 @@ def _gaussian(distances: np.ndarray, bandwidth: float | None) -> np.ndarray:
     """The kernel's matrix, with a diagonal of 0."""
     if bandwidth is None:
         apart = distances[distances > 0]
-        bandwidth = float(np.median(apart)) if apart.size else 1.0  # all points are one: any kernel says so
+        bandwidth = float(np.median(apart)) if apart.size else 1.0  # all points coincide: any kernel says so
     check_number("bandwidth", bandwidth, lambda h: 0 < h < np.inf, "a positive number")
     K = np.exp(-0.5 * (distances / bandwidth) ** 2)
     np.fill_diagonal(K, 0.0)

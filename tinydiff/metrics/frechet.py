@@ -27,7 +27,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """Squared 2-Wasserstein distance between the Gaussians with the two sets' means and covariances.
 
     Covariances are the unbiased ones (divided by n - 1). The distance itself is biased upwards, the more the
-    fewer the samples: compare numbers from equally many only.
+    fewer the samples: compare only numbers from equally many.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
     Raises
     ------
     ValueError
-        If an entry is missing or has no such value; the message names it.
+        If an entry is missing or has another value; the message names it.
     """
     for key in ("prediction",) if "betas" in metadata else ("schedule", "T", "prediction"):
         if key not in metadata:
