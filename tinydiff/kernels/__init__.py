@@ -2,10 +2,10 @@
 
 ``portable.py`` is the definition: readable, in the array API standard, right for every library.
 ``numpy.py`` is a faster twin of the same functions for NumPy arrays, tested against the definition over
-random shapes; ``numba.py`` is another, faster still, for who installs the extra ``fast`` and asks for it
-(``TINYDIFF_KERNELS=numba``, or `use`). ``cupy.py`` is the one for CuPy's, in CUDA; with
-``TINYDIFF_CUPY_KERNELS=portable``, or `use_on_gpu`, they go through the definition, too. A layer asks for the
-module that fits its input::
+random shapes; ``numba.py`` is another, faster still, for those who install the extra ``fast`` and ask for it
+(``TINYDIFF_KERNELS=numba``, or `use`). ``cupy.py`` is the twin for CuPy's arrays, in CUDA; with
+``TINYDIFF_CUPY_KERNELS=portable``, or `use_on_gpu`, these go through the definition, too. A layer asks for
+the module that fits its input::
 
     kernels = kernels_for(x)
     y = kernels.conv2d(x, weight, bias, stride, padding)
@@ -57,7 +57,7 @@ def kernels_for(x: Array) -> Any:
 def use(name: str | None = None) -> Any:
     """Choose the twin for NumPy arrays, from now on in this process; returns its module.
 
-    What a forward pass of one twin has kept is for the backward of the same: layers see to that.
+    What one twin's forward pass has kept is for the same twin's backward: layers see to that.
 
     Parameters
     ----------
@@ -112,18 +112,18 @@ def use_on_gpu(name: str | None = None) -> Any:
 
 
 def _is_for_amd() -> bool:
-    cupy = sys.modules.get("cupy")  # who asks has its arrays
+    cupy = sys.modules.get("cupy")  # imported already: whoever asks has its arrays
     return cupy is not None and bool(cupy.cuda.runtime.is_hip)
 
 
 @contextmanager
 def many_steps() -> Iterator[None]:
-    """Set this process up for a loop of many steps alike: training, sampling.
+    """Set this process up for a loop of many similar steps: training, sampling.
 
     Freed memory is kept for the next step (from now on), and BLAS is held to one thread while the kernels
     share out what is worth sharing (until the loop ends). A product that BLAS would have split between
-    threads may round differently. That a number is too small for its dtype is no error here, whatever NumPy
-    was told to do about it: exp(x) in a SiLU is meant to vanish. Nothing else changes.
+    threads may round differently. A number too small for its dtype is no error here, whatever NumPy was told
+    to do about underflow: exp(x) in a SiLU is meant to vanish. Nothing else changes.
     """
     keep_freed_memory()
     with blas_on_one_thread(), np.errstate(under="ignore"):

@@ -4,9 +4,9 @@ Scores of L pixels against L pixels are the largest array of a U-Net, and short-
 has only L rows of d numbers. So a few heads at a time are taken to the end, the scores in scratch, and the
 backward computes them again instead of reading them back.
 
-Of the passes over the scores one remains, the exponential; what else a softmax does is moved into the
+Of the passes over the scores only the exponential remains; what else a softmax does is moved into the
 products around it, which read and write the scores anyway. Pixels are columns here, and the scores stand
-key by query, because BLAS is up to twice as fast with factors that lie so (docs: A.23)::
+key by query, because BLAS is up to twice as fast with factors laid out so (docs: A.23)::
 
     [k; 1].T [q; -m]  =  k.T q - m              a shift m of each column, so that exp cannot overflow
     [v; 1] e          =  [v e; l]               the sum l of each column of e = exp(k.T q - m)
@@ -14,14 +14,15 @@ key by query, because BLAS is up to twice as fast with factors that lie so (docs
 
     o = v e / l      dv = e g.T      ds = e * (v.T g - D)      dq = k ds      dk = ds q.T
 
-The shift must be known before the scores are. It need not be their maximum: |q| times the largest |k| is at
-least that. Where it is so much more that a column of e vanishes, or is likely to, it is the maximum itself.
+The shift must be known before the scores are. It need not be their maximum: |q| times the largest |k|, which
+is at least that, will do. Where this is so much larger that a column of e vanishes, or is likely to, the
+shift is the maximum itself.
 
-Two limits, in float32. Of scores beyond 1e8 the rounding alone is more than exp can take, and NaN may come
+Two limits, in float32. With scores beyond 1e8 the rounding alone is more than exp can take, and NaN may come
 out where the definition picks the largest. And l may be as small as 1e-31, so that do / l overflows, and is
 NaN, if the product of |do| and |v| is beyond 1e6.
 
-Where exp2 is faster than exp (``_exponential.py``) exp(s) = 2^(s log2 e): a factor that q gets on the way.
+Where exp2 is faster than exp (``_exponential.py``), exp(s) is 2^(s log2 e), and q is given the factor.
 The Numba twin has a faster exp where vectors have 256 bits (``_numba_attention.py``).
 """
 
@@ -44,11 +45,11 @@ BLOCK_BYTES = 2**19
 # Fewer scores than this are not worth a second thread.
 PARALLEL_SIZE = 2**16
 
-# In heads of at most so many channels pixels are columns in memory, too; in wider ones by their strides only,
-# since to transpose them costs more, the wider they are.
+# In heads of at most so many channels, pixels are columns in memory, too; in wider ones only by their
+# strides, since transposing costs more the wider they are.
 NARROW = 64
 
-# Under such a bound a column is likely to vanish: the maximum is taken at once, and exp once, not twice.
+# With a larger shift a column is likely to vanish: the maximum is taken at once, so exp once, not twice.
 LIKELY = 100.0
 
 Saved: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, Power]
@@ -100,7 +101,7 @@ def attention(
                 np.matmul(v1[block], e, out=o1[block])
                 if vanishes or o1[block, d].min() > least:
                     break
-                vanishes = True  # a column of e has, or is not a number
+                vanishes = True  # a column of e has vanished, or is not a number
 
     in_parallel(work, n * heads, n * heads * length**2 >= PARALLEL_SIZE)
     total = o1[:, d:]

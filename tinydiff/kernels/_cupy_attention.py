@@ -2,7 +2,7 @@
 
 With eight channels a head the scores are many times what they are computed from, so they are never written: a
 thread has one query and goes through the keys, which a block reads together, 64 at a time. It keeps the
-largest score so far, m, and sum exp(s - m); when a larger one comes, what it has is scaled to it (Milakov &
+largest score so far, m, and sum exp(s - m); when a larger one comes, its sums are scaled to that (Milakov &
 Gimelshein 2018; docs: A.31). Kept for the backward are m and the sum's inverse:
 p_ab = exp(s_ab - m_a) / sum_a.
 

@@ -1,7 +1,7 @@
 """Kernels written in CUDA, compiled for one type of number by NVRTC when they are first called.
 
 A source says REAL where it means float or double. Integers are passed as ``long long`` and numbers as
-``double``, what CuPy makes of Python's; arithmetic on images is in REAL.
+``double``, as CuPy passes Python's; arithmetic on images is in REAL.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def compiled(source: str, name: str, kind: str, *defines: str) -> Any:
 
 
 def blocks_of(count: int) -> int:
-    """So many blocks have a thread for each of `count` things."""
+    """How many blocks have a thread for each of `count` things."""
     return -(-count // THREADS)
 
 

@@ -343,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(LANES) convolve_dw(
 
 
 def fits(k: int, *arrays: Any, uneven: tuple[int, ...] = ()) -> bool:
-    """Whether images (..., channels) and weights of k k taps are such that this file can take them here.
+    """Whether this file can take these images (..., channels) and weights of k k taps, on this device.
 
     `uneven` are the sizes of a result, where that is `doubled`, or `turned` with a stride.
     """
@@ -364,7 +364,7 @@ def fits(k: int, *arrays: Any, uneven: tuple[int, ...] = ()) -> bool:
 
 @functools.cache
 def _device(number: int) -> tuple[bool, int]:
-    """Whether it knows TF32 (from Ampere on), and the bytes of shared memory that a block may have."""
+    """Whether a device has TF32 (from Ampere on), and the bytes of shared memory that a block may have."""
     device = cupy.cuda.Device(number)
     return int(device.compute_capability) >= 80, device.attributes["MaxSharedMemoryPerBlockOptin"]
 
@@ -375,7 +375,7 @@ def _warps(columns: int) -> tuple[int, int]:
 
 
 def _height(outputs: int, columns: int, warps: tuple[int, int]) -> int:
-    """MT, the sixteens of outputs that a warp has: as many as leave enough blocks."""
+    """MT, how many times 16 outputs a warp has: as many as leave enough blocks."""
     for height in (4, 2) if warps[1] == 4 else (2,):
         if -(-outputs // (16 * height * warps[0])) * columns >= ENOUGH:
             return height
@@ -412,8 +412,8 @@ def convolved(
 ) -> Any:
     """The convolution of x (N, H, W, C) with w (k, k, C, D), at `sizes` places, plus bias (D,) or None.
 
-    With `doubled`, of `upsample(x)`. With `turned`, the derivative of a convolution by its input: x is the
-    output's (N, H', W', C), w (k, k, D, C), and `sizes` are the input's.  (docs: B.7, B.8, A.28)
+    With `doubled` it is that of `upsample(x)`; with `turned`, the derivative of a convolution by its input: x
+    is the output's (N, H', W', C), w (k, k, D, C), and `sizes` are the input's.  (docs: B.7, B.8, A.28)
     """
     n, h, width, c = x.shape
     k, d = w.shape[0], w.shape[2 if turned else 3]
@@ -436,7 +436,7 @@ def weight_gradient(
 ) -> tuple[Any, Any]:
     """The derivatives by weights and bias, (k k C, D) and (D,), of a convolution of x.  (docs: B.9, A.28)
 
-    x (N, H, W, C), of whose doubling with `doubled`; dy (N, H', W', D), the gradient by the output.
+    x (N, H, W, C), to be doubled first if `doubled`; dy (N, H', W', D), the gradient by the output.
     """
     n, h, width, c = x.shape
     _, *sizes, d = dy.shape

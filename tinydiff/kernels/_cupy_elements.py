@@ -49,9 +49,9 @@ def adam_step(
     eps: float,
     decay: float,
 ) -> tuple[Any, Any, Any]:
-    """Step `value`, `m` and `v`, in place or, with a beta below 1/2, not; see ``portable.adam_step``.
+    """Step `value`, `m` and `v`, in place unless a beta is below 1/2; see ``portable.adam_step``.
 
-    There the kernel's v + (1 - beta) (g^2 - v) would lose a small g after a large one.
+    With such a beta the kernel's v + (1 - beta) (g^2 - v) would lose a small g after a large one.
     """
     if min(beta1, beta2) < 0.5:
         return portable.adam_step(value, grad, m, v, step_size, beta1, beta2, root, eps, decay)

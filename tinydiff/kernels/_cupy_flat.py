@@ -35,7 +35,7 @@ _of_this_thread = threading.local()  # what `late` has put off: another may trai
 
 @contextmanager
 def late() -> Iterator[list[tuple[Any, np.ndarray]]]:
-    """Within it nothing is sent: the list grows by (array there, what to send) for when it may be."""
+    """Within it nothing is sent: the list gets (array there, what to send), to be sent when it may be."""
     before = getattr(_of_this_thread, "unsent", None)
     unsent: list[tuple[Any, np.ndarray]] = []
     _of_this_thread.unsent = unsent
@@ -69,7 +69,7 @@ def _chunks(*sizes: int) -> np.ndarray:
 
 
 def end_to_end(arrays: Sequence[Any]) -> Any:
-    """Their elements in a row, (size,), to read: it may be a view.  All are of one dtype."""
+    """The arrays' elements in a row, (size,), only to be read: it may be a view.  All are of one dtype."""
     arrays = [cupy.ascontiguousarray(array) for array in arrays]
     first, sizes = arrays[0], [array.size for array in arrays]
     addresses = np.asarray([array.data.ptr for array in arrays], np.int64)

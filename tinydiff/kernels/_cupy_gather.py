@@ -2,7 +2,7 @@
 
 A thread copies one number, or, where channels and addresses allow, 16 bytes of them. `seen` and `reached` are
 the lines of ``portable.py`` for one pixel and tap. An image whose pixels are to be doubled first (B.15) is
-read at half the place.
+read at half its row and column.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ extern "C" __global__ void windows(
 def seen_rows(x: Any, k: int, stride: int, padding: portable.Padding, doubled: bool = False) -> Any:
     """The pixels that each output of a convolution of x (N, H, W, C) sees: (N H' W', k k C).
 
-    With `doubled`, of `upsample(x)`.  (docs: B.7)
+    With `doubled` it is a convolution of `upsample(x)`.  (docs: B.7)
     """
     _, h, w, c = x.shape
     if (k, stride, *padding, doubled) == (1, 1, 0, 0, False):

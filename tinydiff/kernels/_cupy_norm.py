@@ -2,8 +2,9 @@
 
 A block of threads has one image and a few groups side by side, so that what it reads of a pixel fills a
 sector of memory (32 bytes). Thread t has one channel of them, c = t mod width, and every rows-th pixel from
-r = t div width on. It goes through its pixels for the mean, for the variance of what is left (docs: A.14),
-and to write; from the second time on they are in the cache. Backward goes twice: for the sums, and to write.
+r = t div width on. It goes through its pixels three times: for the mean, for the variance of what is left
+(docs: A.14), and to write; from the second time on they are in the cache. The backward goes through them
+twice: for the sums, and to write.
 
 Kept for the backward are the input, its mean and 1/sqrt(var + eps); the rest is computed again (docs: A.10,
 A.11). The two means over a group are sums over its channels of weight times sums over pixels::
@@ -158,7 +159,7 @@ class Normed(NamedTuple):
 
 
 def _width(channels: int, per_group: int) -> int:
-    """Channels of a block: whole groups, `SECTOR` channels if there are so many, that divide all."""
+    """Channels of a block: whole groups, a divisor of all, with `SECTOR` channels if there are so many."""
     groups = channels // per_group
     packed = next(
         k for k in range(1, groups + 1) if groups % k == 0 and (k * per_group >= SECTOR or k == groups)

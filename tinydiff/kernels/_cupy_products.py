@@ -1,4 +1,4 @@
-"""Matrix products by cuBLAS, asked directly.
+"""Matrix products by cuBLAS, called directly.
 
 CuPy's own ``@`` cannot be part of a recording: it refuses cuBLAS on a stream that is being captured. It also
 copies a transposed factor of a batched product, and does not heed CUPY_TF32 there. So cuBLAS is called here
@@ -79,7 +79,7 @@ class _Handle:
 
 
 class _Handles(dict[int, _Handle]):
-    """Those of a thread, by device. When it ends they are for others.
+    """A thread's handles, by device. When it ends they go to others.
 
     They are not destroyed: that waits for the device, and something recorded may still know their memory.
     """
@@ -152,7 +152,7 @@ def is_tf32() -> bool:
 
 
 def product(a: Any, b: Any, *, ta: bool = False, tb: bool = False, scale: float = 1.0) -> Any:
-    """scale a b of matrices, or of as many as the first axis counts; with `ta` a.T, with `tb` b.T.
+    """scale a b of two matrices, or of as many pairs as the first axis counts; with `ta` a.T, with `tb` b.T.
 
     a (..., M, K) or, with ta, (..., K, M); b (..., K, N) or (..., N, K)  ->  (..., M, N). What is not
     contiguous is copied.

@@ -58,7 +58,7 @@ extern "C" __global__ void softmax_backward(const REAL* p_, REAL* dp_, long long
 
 
 def softmax_in_place(x: Any) -> Any:
-    """Of each row of x (..., L), contiguous, which is written over and returned."""
+    """Softmax of each row of x (..., L), contiguous; x is written over and returned."""
     return _by_rows("softmax", x, x)
 
 

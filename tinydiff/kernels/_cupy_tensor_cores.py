@@ -3,16 +3,16 @@
 They multiply a tile of 16 x 8 by one of 8 x 8 and add in float32, but see 11 digits of each factor (TF32):
 the last 13 bits of a float32 are cut off. There are two ways to live with that.
 
-- SPLIT, for float32 (docs: A.29): a number is high + low, high what is seen of it, and a product is three::
+- SPLIT, for float32 (docs: A.29): a number is high + low, high being what is seen, and a product is three::
 
       a b  ~  a_low b_high + a_high b_low + a_high b_high
 
   What is left out, a_low b_low and what is cut off of low, is some 2^-22 of a b. The tensor cores cut off
-  what they add, too: only the three times eight terms of two tiles are added there, and the sum goes on in
+  sums, too: so only the three times eight terms of two tiles are added there, and the sum goes on in
   float32, which rounds (Ootomo & Yokota 2022).
-- Not SPLIT, for TF32 (docs: A.30): the factor as it is seen. To be cut off takes half a unit of the 11th
-  digit from it on average, 2^-11 E[1 / m] of itself: 0.72 2^-11, if the logarithm of its mantissa m in
-  [1, 2) is uniform. It is made larger by so much before. That is as good as rounding, in one operation; a
+- Not SPLIT, for TF32 (docs: A.30): the factor as it is seen. The cut takes half a unit of the 11th digit
+  from it on average, 2^-11 E[1 / m] of itself: 0.72 2^-11, if the logarithm of its mantissa m in [1, 2) is
+  uniform. So it is first made larger by as much. That is as good as rounding, in one operation; a
   number of 11 digits stays what it is.
 
 Lane l of a warp holds, with g = l div 4 and q = l mod 4: of a (16 x 8) rows g and g + 8 in columns q and

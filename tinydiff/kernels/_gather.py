@@ -5,7 +5,7 @@ with respect to the input is the transpose of the same two steps: a product, the
 back and added.
 
 A convolution to fewer channels than it comes from (the last of a U-Net goes from 32 to 1) is done the other
-way about. With stride 1 it is itself the transpose of a convolution back from y to x, with the taps turned
+way round. With stride 1 it is itself the transpose of a convolution back from y to x, with the taps turned
 round; so the rows are made of the few channels of y, not of the many of x.
 """
 

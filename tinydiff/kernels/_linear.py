@@ -45,7 +45,7 @@ def taps_and_bias(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of a convolution's taps and bias from dy (N, H', W', D), its images shared out to threads.
 
-    ``taps(start, stop)`` returns the share of images start … stop-1 in the first.
+    ``taps(start, stop)`` returns the share of images start … stop-1 in the gradient of the taps.
     """
 
     def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

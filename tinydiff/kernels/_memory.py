@@ -7,8 +7,8 @@ at a time did not change (it cannot: what is kept is what was used).
 
 What NumPy asks for begins at any multiple of 16 bytes. A vector of 64 that is stored across two lines takes
 twice the time: adding two arrays into a third of 128 KiB goes at 10.5 billion float32 numbers a second where
-the third begins with a line, and else at 5.3. So what kernels go through many times is made by `empty`.
-Finding the address takes one or two microseconds, so small arrays are left where they are.
+the third begins with a line, and otherwise at 5.3. So arrays that kernels go through many times are made by
+`empty`. Finding the address takes one or two microseconds, so small arrays are left where they are.
 """
 
 from __future__ import annotations

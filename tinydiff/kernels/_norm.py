@@ -2,7 +2,7 @@
 
 Element-wise chains are bound by memory: here every step of the chain is done on a block of a few images
 that stays in cache, in place. Nothing is kept for the backward but the input, its mean and 1/sqrt(var + eps);
-the rest is cheaper computed again than written and read.
+the rest is cheaper to compute again than to write and read.
 
 Written per channel, with xc = x - mean and a = rstd weight (docs: A.10, A.11)::
 
@@ -11,7 +11,7 @@ Written per channel, with xc = x - mean and a = rstd weight (docs: A.10, A.11)::
     dx = a dz - rstd mean(weight dz) - rstd xhat mean(weight dz xhat)
 
 so the two means over a group are sums over its channels of weight times each image's share of dbias and
-dweight. SiLU's sigmoid is got from a hyperbolic tangent, which overflows nowhere: with u = z / 2 and
+dweight. SiLU's sigmoid comes from a hyperbolic tangent, which overflows nowhere: with u = z / 2 and
 T = tanh u::
 
     z sigmoid(z) = u (1 + T)      dz = dy (1 + T) (1 + u (1 - T)) / 2

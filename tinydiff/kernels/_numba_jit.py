@@ -1,8 +1,8 @@
 """How every kernel of the Numba twin is compiled.
 
 ``nogil``: the threads of ``_threads.py`` run side by side. ``error_model="numpy"``: dividing by zero gives
-infinity, not an exception. Of the fast-math flags only ``contract``: a product and a sum may become one
-fused instruction, which rounds once where the definition rounds twice. Nothing is reordered, and NaN and
+infinity, not an exception. Of the fast-math flags only ``contract`` is set: a product and a sum may become
+one fused instruction, which rounds once where the definition rounds twice. Nothing is reordered, and NaN and
 infinity are what they are elsewhere: the trainer looks for them in the loss.
 
 What is compiled is kept on disk, beside this file or, where that cannot be written, in the user's cache
@@ -46,8 +46,8 @@ def jit(function: Callable[..., Any]) -> Any:
         compiled = njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # "no locator available": nowhere to write
         return njit(**OPTIONS)(function)
-    # What is in the cache is good as long as its file is unchanged, says Numba. But the other files of this
-    # twin are compiled into it. Should a later Numba keep this elsewhere, only who edits them is affected.
+    # Numba trusts its cache as long as the function's own file is unchanged. But the other files of this twin
+    # are compiled into it. Should a later Numba keep this stamp elsewhere, only those who edit them notice.
     with suppress(AttributeError):
         compiled._cache._cache_file._source_stamp = _sources()
     return compiled

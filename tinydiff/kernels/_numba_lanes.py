@@ -65,7 +65,7 @@ def _alignment(context: Any, dtype: Any) -> int:
 
 
 def _is_flat(x: Any) -> bool:
-    """Whether neighbours in the array are neighbours in memory: LANES of another would be other numbers."""
+    """Whether neighbours in the array are neighbours in memory: else LANES would be other numbers."""
     return isinstance(x, types.Array) and x.ndim == 1 and x.layout == "C"
 
 
@@ -150,7 +150,7 @@ def clamp(typingctx, value, low, high):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def scale_by_power_of_two(typingctx, value, shifted, magic):  # type: ignore[no-untyped-def]
-    """Return value * 2^n for shifted = magic + n, where `magic` is so large that its last digit is the ones.
+    """Return value * 2^n for shifted = magic + n, where `magic` is so large that its last bit counts ones.
 
     The bits of shifted and magic then differ by the integer n. It is put into the exponent of a float in two
     halves, so that neither overflows where the product does not.

@@ -5,7 +5,7 @@ and for the result; backward once for dz and its sums, and once for dx. Between 
 sixteen channels everything stays in registers, exp included. Four sums run side by side, so that one need
 not wait for the other.
 
-Channels that are no multiple of sixteen are left to the NumPy twin; what is saved has the same form.
+Where the channels are not a multiple of sixteen the NumPy twin is used; what it saves has the same form.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ G = np.array(
 # Bytes of V and M of a chunk: what fits the second-level cache.
 CHUNK_BYTES = 2**20
 
-# Most patches of a chunk of the backward. BLAS adds their products to dU one after the other; over more
+# The most patches in a chunk of the backward. BLAS adds their products to dU one after the other; over more
 # patches the rounding of these sums would show (docs: A.24).
 MOST_PATCHES = 32
 

@@ -1,4 +1,4 @@
-"""Threads: a kernel's images are dealt to as many as BLAS would have used, or as a container may.
+"""Threads: a kernel's images are shared out to as many as BLAS would use, or as a container allows.
 
 NumPy and BLAS release Python's lock while they compute, so ordinary threads run side by side. Each takes
 one contiguous share of the images and goes through it in chunks that stay in its own cache, gathering,
@@ -57,7 +57,7 @@ class _Local(threading.local):
     """What is true of a thread."""
 
     alone = False
-    holds = 0  # of BLAS to one thread, by `blas_on_one_thread`
+    holds = 0  # how often it holds BLAS to one thread, by `blas_on_one_thread`
 
 
 _local = _Local()
@@ -71,10 +71,10 @@ _holders = _before_hold = 0
 
 
 def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """OpenBLAS's get and set of its number of threads, found among what NumPy has loaded.
+    """OpenBLAS's functions that get and set its number of threads, found in what NumPy has loaded.
 
-    That is its own module, through which what it is linked to is found; on Windows, where a module does not
-    hand that on, the library that its wheels bring beside it.
+    They are found through NumPy's own module, which is linked to them; on Windows, where a module does not
+    hand on what it is linked to, in the library that NumPy's wheels bring beside it.
     """
     module = getattr(sys.modules.get("numpy._core._multiarray_umath"), "__file__", None)
     files = [] if module is None else [module]
@@ -99,18 +99,18 @@ _blas = _openblas()
 
 @contextmanager
 def blas_on_one_thread() -> Iterator[None]:
-    """Hold BLAS to one thread for a while; kernels go on sharing work out as if it were not.
+    """Hold BLAS to one thread for a while; kernels go on sharing work out as if it were not held.
 
     For a loop of many small products: two threads inside BLAS gain little on each, and between them spin on
-    a core that others need. On a busy machine a small network trains ten times slower so. Several threads
-    may hold it, and end in any order: the last gives BLAS back the number that the first found.
+    a core that others need. On a busy machine they make a small network's training ten times slower. Several
+    threads may hold it, and end in any order: the last gives BLAS back the number that the first found.
     """
     global _holders, _before_hold
     if _blas is None:
         yield
         return
     held = 0
-    try:  # Ctrl-C comes where something is called: never between the count and what is noted of it
+    try:  # Ctrl-C comes where something is called: never between the count and the notes of it
         with _holding:
             if not _holders:
                 _before_hold = _blas[0]()
@@ -142,12 +142,12 @@ def alone() -> Iterator[None]:
 
 @functools.cache
 def _most_threads() -> int:
-    """As many as there is a processor's time for: of many processors, a container may have that of a few."""
+    """As many as get a processor's time: of many processors, a container may be given the time of a few."""
     return processors() or sys.maxsize
 
 
 def threads_in_reach() -> int:
-    """How many threads BLAS would use, if they may run at once; 1 where it is not known how to ask it."""
+    """How many threads BLAS would use, if they may run at once; 1 where there is no way to ask."""
     if _blas is None or _local.alone:
         return 1
     with _holding:
@@ -200,7 +200,7 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
         with held:
             return [work(0, n)]
     shares = min(threads_in_reach(), MAX_THREADS, n)
-    if shares < 2:  # a program's own threads go side by side, then
+    if shares < 2:  # without the lock: a program's own threads may be side by side here
         return [work(0, n)]
     edges = [n * i // shares for i in range(shares + 1)]
     with _one_region, held:
@@ -214,7 +214,7 @@ def in_parallel(work: Callable[[int, int], T], n: int, parallel: bool = True) ->
 
 
 def chunks(start: int, stop: int, bytes_each: int, most: int) -> list[slice]:
-    """Slices of start … stop-1, each of as many images (or heads) as fit into `most` bytes, one at least."""
+    """Slices of start … stop-1, each of as many images (or heads) as fit into `most` bytes, at least one."""
     size = max(1, most // max(1, bytes_each))
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 

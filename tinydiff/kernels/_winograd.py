@@ -14,10 +14,10 @@ Every step is linear, so the derivative with respect to the taps is the transpos
 The derivative with respect to x is the convolution of dy with the taps turned round (docs: A.6, A.9).
 
 A, B and G come from multiplying polynomials: the product of two, of degrees 3 and 2, is known from its values
-at five points and its leading coefficient (docs: A.7). Which points decides the rounding: in float32 the
-usual 0, 1, -1, 2, -2 are off by 11 times as much as a sum tap by tap; 0, 3/4, -3/4, 3/2, -3/2 by 5 times
+at five points and its leading coefficient (docs: A.7). The choice of points decides the rounding: in float32
+the usual 0, 1, -1, 2, -2 are off by 11 times as much as a sum tap by tap; 0, 3/4, -3/4, 3/2, -3/2 by 5 times
 (docs: A.16). That is relative to the largest number of a patch: in one with a pixel of 1e6 the others' sums,
-of order 1, are off by 0.1. And what is not finite makes all of its patches so.
+of order 1, are off by 0.1. And a number that is not finite makes all of its patches so.
 
 The transforms are matrix products too, by matrices of 6 and 4 rows, over one axis of the patches after the
 other: chains of additions in NumPy pass over memory once for every sign in the matrix, BLAS passes once.
@@ -48,8 +48,8 @@ POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 TILE, TAPS = 4, 3
 PATCH = TILE + TAPS - 1
 
-# Fewer channels on either side than this and the additions outweigh the multiplications saved; the Numba twin
-# takes as many at a time. Fewer patches, and the weights' transforms do. (docs: A.24)
+# With fewer channels than this on either side, the additions outweigh the multiplications saved; the Numba
+# twin takes as many at a time. With fewer patches the weights' transforms do. (docs: A.24)
 CHANNELS = 16
 PATCHES = 8
 
@@ -64,14 +64,14 @@ FEWEST_PATCHES = 32
 
 
 def count_patches(n: int, h_out: int, w_out: int) -> int:
-    """How many patches so many images, rows and columns are cut into, those that stick out included."""
+    """How many patches so many images, rows and columns are cut into, with those that stick out."""
     return n * -(-h_out // TILE) * -(-w_out // TILE)
 
 
 def worth_cutting(w: np.ndarray, stride: int, padding: tuple[int, int], size: tuple[int, int, int]) -> bool:
-    """Whether to cut a convolution's output, so many images, rows and columns, into patches.
+    """Whether to cut a convolution's output into patches; `size` is its images, rows and columns.
 
-    Each takes 36 products, however much of it sticks out, and saves where that is at most 6 for a pixel.
+    Each patch takes 36 products, however much of it sticks out; that pays where it is at most 6 for a pixel.
     """
     patches = count_patches(*size)
     return (
@@ -99,15 +99,15 @@ def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 A, B, G = _matrices()
 
-# Of an image whose pixels are all doubled, a patch is known from four by four pixels; and of an image in
-# which pixels are to be added two by two, a patch is two by two sums (docs: A.26).
+# In an image whose pixels are all doubled, a patch is known from four by four pixels; in an image whose
+# pixels are to be added two by two, a patch is two by two sums (docs: A.26).
 DOUBLE = np.repeat(np.eye(4), 2, axis=0)[1:-1]  # (6, 4): a, b, b, c, c, d of a, b, c, d
 PAIRS = np.repeat(np.eye(2), 2, axis=1)  # (2, 4): a + b, c + d of a, b, c, d
 
 
 @functools.cache
 def _of(name: str, dtype: np.dtype) -> np.ndarray:
-    """A transform's matrix, of a dtype."""
+    """A transform's matrix, in a dtype."""
     matrices = {
         "B.T": B.T,
         "B.T double": B.T @ DOUBLE,
@@ -148,7 +148,7 @@ def _chunks(start: int, stop: int, th: int, tw: int, patches: int) -> Iterator[t
 def both_axes(matrix: np.ndarray, patches: np.ndarray, between: str, to: str) -> np.ndarray:
     """Apply a matrix (q, p) to both axes of patches (p, p, ...): (q, q, ...), in the scratch named `to`.
 
-    That may be where `patches` lie: it is written when the first axis is done, and they are read no more.
+    That may be where `patches` lie: it is written after the first axis, when they are no longer read.
     """
     q, p = matrix.shape
     size = patches.size // p**2
@@ -259,7 +259,7 @@ def winograd_conv_taps(
     """Return the share of images start … stop-1 in dU (36, C, D).  (docs: A.9)"""
     c, d = x.shape[3], dy.shape[3]
     th, tw = -(-dy.shape[1] // TILE), -(-dy.shape[2] // TILE)
-    # Not in scratch: it is read when this thread may be at work for another caller.
+    # Not in scratch: by the time it is read, this thread may be at work for another caller.
     du, part = empty((PATCH**2, c, d), x.dtype), scratch("part of du", (PATCH**2, c, d), x.dtype)
     product = du
     for images, row, end in _chunks(start, stop, th, tw, max(FEWEST_PATCHES, CHUNK // max(c, d))):

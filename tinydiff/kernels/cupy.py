@@ -2,8 +2,8 @@
 
 On a GPU a small network waits for its launches, not for arithmetic (docs: A.27), and a large one for memory.
 A chain of element-wise passes is one kernel here, in CUDA. So is a float32 convolution or linear layer, by
-tensor cores (``_cupy_conv.py``; docs: A.28). Others are rows, laid out by one launch (docs: A.4), and a
-product by cuBLAS (``_cupy_products.py``).
+tensor cores (``_cupy_conv.py``; docs: A.28). Other ones are rows, laid out by one launch (docs: A.4),
+and a product by cuBLAS (``_cupy_products.py``).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Numba twin of ``portable.py``: the same functions for NumPy arrays, compiled for this processor.
 
-Optional, and chosen by ``TINYDIFF_KERNELS=numba`` or ``kernels.use("numba")``. What NumPy does well it goes
-on doing: matrix products, and convolutions that are little else. Compiled is what NumPy can only do as many
-passes over memory: the transforms of Winograd's convolution (``_numba_winograd.py``), normalisation with
+Optional, and chosen by ``TINYDIFF_KERNELS=numba`` or ``kernels.use("numba")``. NumPy goes on doing what it
+does well: matrix products, and convolutions that are little else. What it can only do in many passes over
+memory is compiled: the transforms of Winograd's convolution (``_numba_winograd.py``), normalisation with
 SiLU (``_numba_norm.py``), SiLU alone (``_numba_silu.py``), attention's exponential (``_numba_attention.py``)
 and the optimiser's step (``_numba_optim.py``). They are written with vectors as values
 (``_numba_lanes.py``), of which ``_numba_exp.py`` takes the exponential.
@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 # The weight's gradient sums over patches. Over fewer than this its rounding is up to 5 times PyTorch's, so
-# rows are gathered instead (docs: A.4, A.24); after a doubling NumPy's twin takes its way.
+# rows are gathered instead (docs: A.4, A.24); after a doubling the NumPy twin does it its own way.
 BACKWARD_PATCHES = 128
 
 

@@ -1,8 +1,8 @@
 """The definition of every tuned routine, in the array API standard.
 
 A twin in another file, written for speed, must agree with these lines over random shapes. One thing is done
-here for a GPU's sake: each is said in few calls, since there a call costs more than its arithmetic (docs:
-A.27). A product of images and a matrix is one product of rows, which CuPy would otherwise make one small
+here for a GPU's sake: each routine takes few calls, since there a call costs more than its arithmetic (docs:
+A.27). A product of images and a matrix is written as one product of rows: CuPy would otherwise make one small
 product for every row of every image.
 
 Shapes: N images, H x W pixels, C channels (last), k x k taps, G groups.  Padding is
@@ -75,7 +75,7 @@ def _pixels(find: Callable[..., np.ndarray], h: int, w: int, sizes: tuple[int, i
 def windows(
     x: Array, find: Callable[..., np.ndarray], sizes: tuple[int, int], k: int, stride: int, padding: Padding
 ) -> Array:
-    """Of x (N, H, W, C) the k x k pixels in a row that `find` names along the axes; zeros where it has none.
+    """In a row, the k x k pixels of x (N, H, W, C) that `find` names along the axes; zeros where it has none.
 
     `find` is `seen` or `reached`, `sizes` are those of the convolution's input.  ->  (N, A, B, k k C),
     A and B as many as `find` has for each.
@@ -207,7 +207,7 @@ def upsample(x: Array) -> Array:
     xp = array_namespace(x)
     n, h, w, c = x.shape
     copies = xp.broadcast_to(xp.reshape(x, (n, h, 1, w, 1, c)), (n, h, 2, w, 2, c))
-    return xp.reshape(copies, (n, 2 * h, 2 * w, c), copy=True)  # of one number it would be a view else
+    return xp.reshape(copies, (n, 2 * h, 2 * w, c), copy=True)  # of one number it would otherwise be a view
 
 
 def upsample_backward(dy: Array) -> Array:
@@ -288,7 +288,7 @@ def attention_backward(saved: tuple[Any, ...], do: Array) -> tuple[Array, Array,
 def _average(mean: Array, new: Array, beta: float) -> Array:
     """beta mean + (1 - beta) new; from beta 1/2 on as a step away from `mean`.
 
-    So a beta near 1 is rounded once, and below 1/2 nothing is left of the digits that a large `mean` covers:
+    So a beta near 1 is rounded once, and with one below 1/2 a large `mean` does not cost `new` its digits:
     mean + (new - mean) is 0 for 1e8 and 1 in float32.
     """
     return beta * mean + (1.0 - beta) * new if beta < 0.5 else mean + (1.0 - beta) * (new - mean)
