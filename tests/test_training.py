@@ -845,18 +845,20 @@ def test_a_damaged_checkpoint_is_an_error_and_is_kept(tmp_path, damage, resume):
 
 
 @pytest.mark.parametrize(
-    ("left_out", "match"),
+    ("left_out", "more", "match"),
     [
-        ("model.blocks.1.linear_1.weight", r"does not fit the model: missing blocks\.1\.linear_1\.weight"),
-        ("adam.m.0", r"missing m\.0"),
-        ("ema.model.linear_in.weight", r"missing model\.linear_in\.weight"),
+        (None, "model.blocks.2.bias", r"does not fit the model: missing none; unexpected blocks\.2\.bias"),
+        ("model.linear_in.bias", None, r"does not fit the model: missing linear_in\.bias; unexpected none"),
+        ("adam.m.0", None, r"missing m\.0"),
+        ("ema.model.linear_in.weight", None, r"missing model\.linear_in\.weight"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path, left_out, match):
+def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path, left_out, more, match):
     interrupt(tmp_path)
     path = tmp_path / "checkpoint.safetensors"
     arrays, metadata = load_arrays(path)
-    save_arrays(path, {name: array for name, array in arrays.items() if name != left_out}, metadata)
+    arrays.pop(left_out, None)
+    save_arrays(path, arrays | ({more: np.zeros(2)} if more else {}), metadata)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=rf"checkpoint\.safetensors does not hold .* this model: .*{match}"):
         td.train(small_mlp(), DIFFUSION, drawn, **SETTINGS, run_dir=tmp_path, resume=True)

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,7 +37,7 @@ from tinydiff.nn.module import config_of, weight_of
 from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import shared_out
 
-__all__ = ["Learner", "Objective", "checked_plan", "loop", "settings_of", "trial"]
+__all__ = ["Learner", "Objective", "checked_plan", "loop", "run_in", "trial"]
 
 # Takes a network (or a DataParallel of it), a batch and a generator; returns the loss, and a function that
 # adds to the gradients.
@@ -243,11 +244,25 @@ def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Ca
     return step
 
 
-def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: Any) -> dict[str, Any]:
-    """What a run depends on: network, data, plan and `others`; TypeError unless `data_name` is a str."""
+def run_in(
+    run_dir: str | Path | None,
+    states: Mapping[str, Stateful],
+    about: Callable[[], Mapping[str, Any]],
+    model: Any,
+    data: Data,
+    data_name: str,
+    plan: Plan,
+    **others: Any,
+) -> Run | None:
+    """The run's files; None without a `run_dir`. TypeError unless `data_name` is a str, or as `Run`.
+
+    A run depends on the network, the data, the plan and `others`. `states` and `about` are `Run`'s.
+    """
     if not isinstance(data_name, str):
         raise TypeError(f"data_name is {class_or_kind(data_name)}; expected a str.")
-    return {
+    if run_dir is None:
+        return None
+    settings = {
         "model": model_name(model),
         "config": dict(config_of(model)) or None,
         "dtype": str(to_numpy(weight_of(model)).dtype),
@@ -257,6 +272,7 @@ def settings_of(model: Any, data: Data, data_name: str, plan: Plan, **others: An
         **plan.settings(),
         **others,
     }
+    return Run(Path(run_dir), settings, states, about)
 
 
 def checked_plan(

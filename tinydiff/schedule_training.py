@@ -21,8 +21,7 @@ import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff._data import Data
-from tinydiff._loop import Learner, checked_plan, loop, settings_of
-from tinydiff._run import Run
+from tinydiff._loop import Learner, checked_plan, loop, run_in
 from tinydiff.backend import Array
 from tinydiff.bound import Decoder
 from tinydiff.checkpoint import process_metadata
@@ -160,7 +159,20 @@ def train_learned_schedule(
     learned = LearnedSchedule(gamma_0, gamma_1, units)
     network = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay)
     schedule = Learner(learned, schedule_lr, clip_norm=math.inf, ema_decay=ema_decay)
-    settings = settings_of(
+
+    def about() -> dict[str, Any]:
+        """The process of the averages so far, for `pretrained.load`; nothing if they have no chain."""
+        try:
+            chain = schedule.ema.model.schedule(T)
+        except ValueError:
+            return {}
+        return process_metadata(GaussianDiffusion(chain, prediction))
+
+    states = {"": network, "schedule.": schedule}
+    run = run_in(
+        run_dir,
+        states,
+        about,
         model,
         data,
         data_name,
@@ -176,17 +188,6 @@ def train_learned_schedule(
         decoder=decoder,
         even=bool(even),
     )
-
-    def about() -> dict[str, Any]:
-        """The process of the averages so far, for `pretrained.load`; nothing if they have no chain."""
-        try:
-            chain = schedule.ema.model.schedule(T)
-        except ValueError:
-            return {}
-        return process_metadata(GaussianDiffusion(chain, prediction))
-
-    states = {"": network, "schedule.": schedule}
-    run = None if run_dir is None else Run(Path(run_dir), settings, states, about)
 
     def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:
         how: dict[str, Any] = dict(T=T, prediction=prediction, decoder=decoder, even=even)

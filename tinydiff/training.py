@@ -19,8 +19,7 @@ import numpy as np
 from tinydiff._checks import check_batch, check_choice, check_counts, check_number, check_rng
 from tinydiff._data import Data, beside, check_data
 from tinydiff._graph import RecordedLoss, forget, is_wanted
-from tinydiff._loop import Learner, Objective, checked_plan, loop, settings_of, trial
-from tinydiff._run import Run
+from tinydiff._loop import Learner, Objective, checked_plan, loop, run_in, trial
 from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
 from tinydiff.bound import Decoder, check_decoder
 from tinydiff.checkpoint import process_metadata
@@ -279,7 +278,15 @@ def train(
     if loss != "simple" and not callable(data):  # now, not at the first step that draws t = 0
         check_decoder(decoder, data[:batch_size, ...])
     learner = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay, weight_decay=weight_decay)
-    settings = settings_of(
+    states: dict[str, Any] = {"": learner}
+    drawn = None
+    if importance_sampling:
+        states["t_sampler."] = LossSecondMomentSampler(diffusion.T)
+        drawn = _Drawn(states["t_sampler."])
+    run = run_in(
+        run_dir,
+        states,
+        functools.partial(process_metadata, diffusion),  # so that `pretrained.load` reads it
         model,
         data,
         data_name,
@@ -294,13 +301,6 @@ def train(
         decoder=None if loss == "simple" else decoder,
         importance_sampling=bool(importance_sampling),
     )
-    states: dict[str, Any] = {"": learner}
-    drawn = None
-    if importance_sampling:
-        states["t_sampler."] = LossSecondMomentSampler(diffusion.T)
-        drawn = _Drawn(states["t_sampler."])
-    about = functools.partial(process_metadata, diffusion)  # so that `pretrained.load` reads it
-    run = None if run_dir is None else Run(Path(run_dir), settings, states, about)
 
     how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
     objective = _objective(model, diffusion, loss, graph, **how)
