@@ -408,6 +408,18 @@ def test_mlp_inputs_that_do_not_fit(run, x, t, message):
         getattr(td.MLP(), run)(x, t)
 
 
+@pytest.mark.parametrize(("t", "embedded"), [([5, 5, 5], 1), ([5, 6, 5], 3), ([5], 1), ([], 0)])
+def test_mlp_embeds_one_time_once_where_it_predicts(monkeypatch, t, embedded):
+    """As a sampler asks: all at one time. A training step's derivative has a row of its own for each."""
+    rng = np.random.default_rng(0)
+    mlp = randomise(td.MLP(hidden=6, blocks=2, time_features=4, rng=rng).to(np, np.float64), rng)
+    embed, rows = mlp.time_embedding, []
+    monkeypatch.setattr(mlp, "time_embedding", lambda s: rows.append(len(s)) or embed(s))
+    x, t = rng.normal(size=(len(t), 2)), np.array(t, dtype=int)
+    assert_allclose(mlp.predict(x, t), mlp(x, t)[0], rtol=1e-13, atol=1e-13)
+    assert rows == [embedded, len(t)]
+
+
 @pytest.mark.parametrize(("of_x", "of_weights"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_all_is_on_the_gpu_that_is_current(monkeypatch, of_x, of_weights):
     """In a new thread that is the first one, wherever the weights are; there a kernel may not reach them."""

@@ -11,6 +11,7 @@ from tinydiff._checks import check_counts
 from tinydiff.backend import Array, get_backend
 from tinydiff.models._checks import check_like_model, check_times, plain
 from tinydiff.nn import Linear, Module, TimestepEmbedding, derivative_of, silu, sinusoidal_embedding
+from tinydiff.nn.time_embedding import shared_time
 
 __all__ = ["MLP"]
 
@@ -29,7 +30,7 @@ class ResidualBlock(Module):
         self.linear_2 = Linear(features, features, rng)
 
     def __call__(self, h: Array, emb: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-        """h (N, F), emb (N, E)  ->  (N, F).  (docs: B.19)
+        """h (N, F), emb (N, E), in inference also (1, E)  ->  (N, F).  (docs: B.19)
 
         An array that a layer or its backward returns, and that nobody keeps, is added to in place: no new
         array, no new memory to go through.
@@ -37,8 +38,8 @@ class ResidualBlock(Module):
         r, backward_silu_1 = silu(h)
         r, backward_1 = self.linear_1(r)
         a, backward_emb = self.time_emb_proj(emb)
-        a += r
-        r, backward_silu_2 = silu(a)
+        r += a
+        r, backward_silu_2 = silu(r)
         r, backward_2 = self.linear_2(r)
 
         @derivative_of(r)
@@ -139,7 +140,7 @@ class MLP(Module):
             If `x` or `t` is not an array.
         """
         self.check_input(x, t)
-        sinusoids = sinusoidal_embedding(t, self.config["time_features"], like=x)
+        sinusoids = sinusoidal_embedding(shared_time(t), self.config["time_features"], like=x)
         emb, backward_time = self.time_embedding(sinusoids)
         emb, backward_emb = silu(emb)
         h, backward_in = self.linear_in(x)

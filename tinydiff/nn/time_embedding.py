@@ -11,13 +11,23 @@ import numpy as np
 
 from tinydiff.backend import Array, array_namespace, asarray_like, constant_like, is_numpy_array
 from tinydiff.nn.linear import Linear
-from tinydiff.nn.module import Module, derivative_of
+from tinydiff.nn.module import Module, derivative_of, keeping
 from tinydiff.nn.silu import silu
 
-__all__ = ["TimestepEmbedding", "sinusoidal_embedding"]
+__all__ = ["TimestepEmbedding", "shared_time", "sinusoidal_embedding"]
 
 # Times 0 ... this - 1 are looked up on the host, where their sines would cost as much as a layer.
 LARGEST_TABLE = 2**12
+
+
+def shared_time(t: Array) -> Array:
+    """`t`; in inference, where all times are the same, as a sampler's are, only one of them.  (docs: B.19)
+
+    What a network makes of it is computed once then, and broadcast. On a device `t` is left as it is: to look
+    at a time there is to wait for it.
+    """
+    shared = not keeping() and is_numpy_array(t) and t.size > 1 and (t == t[0]).all()
+    return t[:1] if shared else t
 
 
 def sinusoidal_embedding(
