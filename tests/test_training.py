@@ -755,7 +755,10 @@ def test_a_checkpoint_from_before_there_was_a_choice_of_loss_is_resumed(tmp_path
 
 @pytest.mark.parametrize("at", [7, 8])
 def test_a_run_whose_rate_stays_becomes_longer(tmp_path, at):
-    """Unfinished at step 7, or finished after 8; as long as it was to be from the first step on."""
+    """Unfinished at step 7, or finished after 8; as long as it was to be from the first step on.
+
+    It may also end where it is, but not before.
+    """
     settings = dict(SETTINGS, final_lr=1)
     whole_model, long = small_mlp(), tmp_path / "long"
     whole = td.train(whole_model, DIFFUSION, drawn, **settings, run_dir=long)
@@ -765,6 +768,8 @@ def test_a_run_whose_rate_stays_becomes_longer(tmp_path, at):
         interrupt(tmp_path, at, final_lr=1, steps=8)
     with pytest.raises(ValueError, match=f"steps was 8, is {at - 1}"):
         td.train(small_mlp(), DIFFUSION, drawn, **dict(settings, steps=at - 1), run_dir=tmp_path, resume=True)
+    ended = td.train(small_mlp(), DIFFUSION, drawn, **dict(settings, steps=at), run_dir=tmp_path, resume=True)
+    assert_array_equal(ended.losses, whole.losses[:at])
     model = small_mlp()
     parts = td.train(model, DIFFUSION, drawn, **settings, run_dir=tmp_path, resume=True)
     assert_same_weights(model, whole_model)
