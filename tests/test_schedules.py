@@ -204,6 +204,18 @@ def test_cosine_follows_its_formula_up_to_the_cap(T, s, max_beta):
     assert_allclose(schedule.alphas_cumprod[:uncapped], expected, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("T", [10, 1000, 100_000])
+def test_cosine_keeps_the_digits_of_small_betas(T):
+    # Without an offset the signal-to-noise ratio is the square of a cotangent (S.5).
+    sines = np.sin(np.arange(1, T) / T * math.pi / 2)
+    schedule = cosine_schedule(T, s=0.0, max_beta=1.0)
+    assert_allclose(schedule.snr[:-1], (sines[::-1] / sines) ** 2, rtol=1e-12)
+    assert_allclose(schedule.betas[0], sines[0] ** 2, rtol=1e-14)
+    # With an endless offset sines are their arguments (S.4).
+    k = np.arange(T, 0, -1)
+    assert_allclose(cosine_schedule(T, 1e17, max_beta=1.0).betas, (2 * k - 1) / k**2, rtol=1e-14)
+
+
 def test_cosine_caps_only_its_last_beta_by_default():
     schedule = cosine_schedule()
     assert schedule.betas[-1] == 0.999 and np.sum(schedule.betas == 0.999) == 1

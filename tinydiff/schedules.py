@@ -219,9 +219,13 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
     if s < 0:
         raise ValueError(f"s is {s!r}; expected a real number of at least 0.")
     max_beta = _checked_beta("max_beta", max_beta)
-    n = np.arange(T + 1)
-    f = np.cos((n / T + s) / (1 + s) * np.pi / 2) ** 2
-    return NoiseSchedule(np.minimum(1 - f[1:] / f[:-1], max_beta))
+    k = T - np.arange(T)  # steps left, this one among them
+    delta = np.pi / 2 / (T * (1 + s))
+    sines = np.sin(k * delta)
+    # 1 - f(t + 1) / f(t) as a product, which keeps the digits of a small beta (docs: S.4). The sine of
+    # (2 k - 1) delta is that of the rest of half a turn, too: the smaller of the two angles has more digits.
+    both = np.sin(np.minimum(2 * k - 1, 2 * (T - k + T * s) + 1) * delta)
+    return NoiseSchedule(np.minimum(both / sines * (sines[-1] / sines), max_beta))
 
 
 def evenly_spaced_timesteps(T: int, steps: int) -> np.ndarray:
