@@ -308,6 +308,8 @@ def test_prior_term_keeps_its_digits_at_both_ends(betas, expected):
     """Where 1 - abar is 1, abar x_0^2 / 2 is left; where abar is 1, - 1/2 log(1 - abar)."""
     diffusion = GaussianDiffusion(NoiseSchedule(betas))
     assert_allclose(prior_term(diffusion, np.array([[1.0], [0.0]])), expected, rtol=1e-5, atol=1e-25)
+    bounds = [GaussianMixture([1], [[x]], 0.0).optimal_bound(diffusion) for x in (1.0, 0.0)]
+    assert_allclose([bound.L_T for bound in bounds], expected, rtol=1e-5, atol=1e-25)
 
 
 # The bound of Gaussian data

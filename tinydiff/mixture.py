@@ -33,7 +33,7 @@ import numpy as np
 
 from tinydiff._checks import check_counts, check_rng, class_or_kind
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
-from tinydiff.bound import Bound
+from tinydiff.bound import Bound, prior_term
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import portable
 
@@ -383,8 +383,9 @@ class GaussianMixture:
                 terms = np.expm1(log_r) - log_r + c**2 * covariance * np.exp(-log_variance)
             L_t[t] = weights @ np.sum(terms + 0 * x_t, axis=1) / 2
         second = np.sum(np.square(self.means), axis=1) + np.sum(self._variances, axis=1)
-        abar, one_minus_abar = schedule.alphas_cumprod[-1], schedule.one_minus_alphas_cumprod[-1]
-        L_T = float(abar * (self.weights @ second) - self.D * (abar + math.log(one_minus_abar))) / 2
+        # The prior's term asks only for |x_0|^2, and is linear in it.
+        points = np.sqrt(second / self.D)[:, None] * np.ones(self.D)
+        L_T = float(self.weights @ prior_term(diffusion, points))
         value = float(L_T + np.sum(L_t))
         return Bound(value=value, standard_error=0.0, L_T=L_T, L_t=L_t, exact=True, unit="nats")
 
