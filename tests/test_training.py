@@ -794,6 +794,23 @@ def test_data_of_another_scale_is_not_that_of_the_run(tmp_path, done, monkeypatc
     td.train(small_mlp(), DIFFUSION, rounded, **again)
 
 
+def test_betas_are_those_of_the_run_but_for_rounding(tmp_path, tmp_path_factory):
+    """Another processor, or NumPy's next version, may round a cosine differently."""
+    interrupt(tmp_path)
+    betas = DIFFUSION.schedule.betas
+    again = dict(**SETTINGS, run_dir=tmp_path, resume=True)
+    for other, said in [(betas * (1 + 1e-5), r"\(20 numbers\), is"), (betas[:-1], r"is .* \(19 numbers\)")]:
+        with pytest.raises(ValueError, match=rf"other settings \(betas was .*{said}"):
+            td.train(small_mlp(), td.GaussianDiffusion(td.NoiseSchedule(other)), drawn, **again)
+    path = tmp_path / "checkpoint.safetensors"
+    arrays, metadata = load_arrays(path)
+    assert metadata["betas"] == betas.tolist() and "betas" not in metadata["settings"]
+    rounded = {"betas": np.nextafter(betas, 1).tolist()}
+    older = {"settings": {**metadata["settings"], "betas": "c64faab948d69c0c"}}  # a hash
+    save_arrays(path, arrays, {**metadata, **rounded, **older})
+    resume_and_compare(small_mlp, drawn, "drawn", tmp_path, tmp_path_factory)
+
+
 def test_of_data_elsewhere_and_in_older_checkpoints_no_moments_are_known(tmp_path):
     td.train(small_mlp(), DIFFUSION, POINTS, **SETTINGS, run_dir=tmp_path)
     path = tmp_path / "checkpoint.safetensors"

@@ -76,7 +76,8 @@ class Run:
     directory : Path
         Where they are; made if it is missing.
     settings : dict
-        What the run depends on; another run with the same settings goes on where this one stopped.
+        What the run depends on; another run with the same settings goes on where this one stopped. (A
+        checkpoint has ``betas`` from `about`, which has to say them if they are among the settings.)
     states : mapping of str to Stateful
         What a checkpoint holds, by the prefix of its arrays' names. One with the prefix "" is given all
         arrays, and picks its own.
@@ -120,7 +121,7 @@ class Run:
             if not _is_checkpoint(arrays, metadata):
                 raise ValueError(f"{self.checkpoint} is not a checkpoint of tinydiff's training.")
             if resume:
-                self._check_settings(metadata["settings"], metadata["step"])
+                self._check_settings(metadata)
                 losses = self._restore(arrays)
             elif metadata["step"] < metadata["settings"]["steps"]:
                 raise ValueError(
@@ -182,14 +183,15 @@ class Run:
             lines.append(line)
         return lines
 
-    def _check_settings(self, before: dict[str, Any], done: int) -> None:
+    def _check_settings(self, metadata: Mapping[str, Any]) -> None:
         """ValueError unless going on gives the run that these settings would have given from its start."""
-        before = SIMPLE | _as_json(before)
+        before = SIMPLE | _as_json(metadata["settings"]) | {"betas": metadata.get("betas")}
         changed = [k for k, v in self.settings.items() if _differ(k, before.get(k), v)]
-        if changed == ["steps"] and self.settings["final_lr"] == 1 and self.settings["steps"] >= done:
+        may_become_longer = self.settings["final_lr"] == 1 and self.settings["steps"] >= metadata["step"]
+        if changed == ["steps"] and may_become_longer:
             return  # the rate of no step depends on how many there are
         if changed:
-            what = ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in changed)
+            what = ", ".join(f"{k} was {_said(before.get(k))}, is {_said(self.settings[k])}" for k in changed)
             raise ValueError(
                 f"{self.checkpoint} belongs to a run with other settings ({what}): resume with the same "
                 "settings (of a run with final_lr=1 and the same warmup the steps may become more), or "
@@ -206,7 +208,8 @@ class Run:
     def save(self, losses: list[float]) -> None:
         """Write the whole state of the run."""
         arrays = {"losses": np.asarray(losses), **states_of(self.states)}
-        metadata = {**self.about(), "step": len(losses), "settings": self.settings}
+        settings = {name: value for name, value in self.settings.items() if name != "betas"}
+        metadata = {**self.about(), "step": len(losses), "settings": settings}
         save_arrays(self.checkpoint, arrays, metadata)
 
     def log(self, step: int, losses: list[float], grad_norm: float, lr: float) -> None:
@@ -232,10 +235,22 @@ def _is_ours(line: Any) -> bool:
 
 
 def _differ(name: str, before: Any, now: Any) -> bool:
-    """Whether a setting has changed; the data's moments by more than rounding, where both are known."""
+    """Whether a setting has changed; betas and the data's moments by more than rounding.
+
+    Another processor, or NumPy's next version, may round a cosine differently. Of moments both must be known.
+    """
+    if name == "betas":
+        return np.shape(before) != np.shape(now) or not np.allclose(before, now, rtol=1e-6, atol=0)
     if name != "data_mean_and_rms":
         return bool(before != now)
     return None not in (before, now) and math.dist(before, now) > 1e-4 * now[1]
+
+
+def _said(value: Any) -> str:
+    """A setting as a message shows it: of a long list its ends and how many numbers it has."""
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{value[0]!r}, ..., {value[-1]!r}] ({len(value)} numbers)"
+    return repr(value)
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

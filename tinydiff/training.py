@@ -6,7 +6,6 @@ The loop itself is `tinydiff._loop`.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -291,7 +290,7 @@ def train(
         data,
         data_name,
         numbers,
-        betas=hashlib.sha256(diffusion.schedule.betas.tobytes()).hexdigest()[:16],
+        betas=diffusion.schedule.betas.tolist(),
         prediction=diffusion.prediction,
         lr=float(lr),
         weight_decay=float(weight_decay),
