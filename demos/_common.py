@@ -296,16 +296,22 @@ def training_seconds(out: Path) -> float:
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
 
-def folder(text: str) -> Path:
-    """The type of a flag that takes a folder: ~ is the home folder, even if no shell has expanded it."""
+def path(text: str) -> Path:
+    """The type of a flag that takes a path: ~ is the home folder, even if no shell has expanded it."""
     try:
-        path = Path(text).expanduser()
-        in_the_way = path.exists() and not path.is_dir()
+        place = Path(text).expanduser()
+        place.exists()
     except (OSError, RuntimeError) as error:  # not permitted, or there is no home folder
         raise argparse.ArgumentTypeError(f"{text} is out of reach: {error}") from None
-    if in_the_way:
-        raise argparse.ArgumentTypeError(f"{path} is not a directory")
-    return path
+    return place
+
+
+def folder(text: str) -> Path:
+    """The type of a flag that takes a folder."""
+    place = path(text)
+    if place.exists() and not place.is_dir():
+        raise argparse.ArgumentTypeError(f"{place} is not a directory")
+    return place
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from _common import explained_errors, folder
+from _common import explained_errors, folder, path
 
 from tinydiff import plotting
 from tinydiff.datasets import toy2d
@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="FILE",
         default=Path("docs/figures/gallery.png"),
         help="where the sheet goes (default: %(default)s)",

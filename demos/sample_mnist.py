@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import Plain, choose_device, counted, explained_errors, walk_of, write_metrics
+from _common import Plain, choose_device, counted, explained_errors, path, walk_of, write_metrics
 from train_mnist import add_data, digits, draw, pixel_statistics
 
 import tinydiff as td
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_sampling()
     parser.run.add_argument(
         "--model",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="what train_mnist.py left: a model.safetensors, or the checkpoint.safetensors of a run that is "
         "not finished (default: the weights in the package)",

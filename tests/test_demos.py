@@ -799,16 +799,17 @@ def test_the_gallery_makes_what_is_missing_and_nothing_again(tmp_path, monkeypat
     assert end.value.code == 3 and [name for name, *_ in asked] == ["train_toy2d.py"]
 
 
-def test_the_gallery_looks_for_runs_where_the_demos_leave_them(tmp_path, monkeypatch):
-    """~ is the home folder to them, also where no shell has seen to that."""
+def test_tilde_is_the_home_folder_also_where_no_shell_has_expanded_it(tmp_path, monkeypatch, capsys):
     gallery, asked = demo("gallery"), []
     for name in ("HOME", "USERPROFILE"):  # the second on Windows
         monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setattr(gallery, "completed", lambda run, *_: asked.append(run) or sys.exit())
-    monkeypatch.setattr(sys, "argv", ["gallery.py", "--runs=~/runs"])
-    with pytest.raises(SystemExit):
-        gallery.main()
-    assert [run.parent for run in asked] == [tmp_path / "runs"]
+    monkeypatch.setattr(gallery, "run", asked.append)
+    monkeypatch.setattr(sys, "argv", ["gallery.py", "--runs=~/runs", "--out=~/sheet.png"])
+    gallery.main()
+    assert [(args.runs, args.out) for args in asked] == [(tmp_path / "runs", tmp_path / "sheet.png")]
+    flags = ["--model=~/mine.safetensors", "--out=~/drawn", "--quiet"]
+    said = run("sample_mnist", *flags, capsys=capsys, expect=2)
+    assert said.err.endswith(f": no file at {tmp_path / 'mine.safetensors'}.\n")
 
 
 def test_as_a_program_in_another_directory(tmp_path):
