@@ -35,6 +35,8 @@ LOSSES = {  # what their values are
 EXPLAINED = (
     td.BackendError, WorkerError, ValueError, FloatingPointError, OSError, ImportError, MemoryError,
 )  # fmt: skip
+# Those after which the same command may go on: there was no room on the disk, say, and now there is.
+FROM_OUTSIDE = (WorkerError, OSError, MemoryError)
 
 
 class Plain(argparse.ArgumentParser):
@@ -315,35 +317,44 @@ def folder(text: str) -> Path:
 
 
 @contextmanager
-def explained_errors(out: Path, interrupted: str | None = None) -> Iterator[None]:
+def explained_errors(out: Path, interrupted: str | None = None, resume: bool = False) -> Iterator[None]:
     """Turn errors that a user can put right into a sentence and exit code 2, and Ctrl-C into a line and 130.
 
-    `interrupted` is that line; the default says whether there is a checkpoint in `out`. SIGTERM, by which a
-    cluster or a container ends what runs in it, counts as Ctrl-C. So does SIGHUP, sent by a terminal that is
-    closed or has lost its connection. A signal that is ignored, as SIGHUP after nohup, stays so.
+    `interrupted` is that line; the default says whether this run has left a checkpoint in `out`, or with
+    `resume` may have begun from one. SIGTERM, by which a cluster or a container ends what runs in it, counts
+    as Ctrl-C. So does SIGHUP, sent by a terminal that is closed or has lost its connection. A signal that is
+    ignored, as SIGHUP after nohup, stays so.
     """
     ends = (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
     before = {end: was for end in ends if (was := signal.getsignal(end)) not in (signal.SIG_IGN, None)}
     for end in before:
         signal.signal(end, signal.default_int_handler)
+    checkpoint = checkpoint_in(out)
+    found = _written(checkpoint)
+    kept = f"{checkpoint} is kept; the same command with --resume continues from it."
     try:
         yield
     except KeyboardInterrupt:
-        print(interrupted or _what_is_kept(out), file=sys.stderr)
+        begun = _written(checkpoint) not in (None, None if resume else found)
+        nothing = "Interrupted before the first checkpoint: nothing of this run is kept."
+        print(interrupted or (f"Interrupted: {kept}" if begun else nothing), file=sys.stderr)
         sys.exit(130)
     except EXPLAINED as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, FROM_OUTSIDE) and _written(checkpoint) not in (None, found):
+            print(kept, file=sys.stderr)
         sys.exit(2)
     finally:
         for end, handler in before.items():
             signal.signal(end, handler)
 
 
-def _what_is_kept(out: Path) -> str:
-    checkpoint = checkpoint_in(out)
-    if not checkpoint.exists():
-        return "Interrupted before the first checkpoint: nothing is kept."
-    return f"Interrupted: {checkpoint} is kept; the same command with --resume continues from it."
+def _written(path: Path) -> int | None:
+    """When; None if there is no such file, or it is out of reach."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def write_samples(out: Path, samples: np.ndarray) -> None:

@@ -43,7 +43,9 @@ def main() -> None:
         help="where the sheet goes (default: %(default)s)",
     )
     args = parser.parse_args()
-    with explained_errors(args.runs, interrupted="Interrupted: the runs that are done are kept."):
+    # The run that was interrupted with it has spoken of --resume.
+    again = "Interrupted: the gallery needs no --resume; the same command continues from there."
+    with explained_errors(args.runs, again):
         run(args)
 
 

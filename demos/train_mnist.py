@@ -72,7 +72,7 @@ with --backend cupy the defaults are
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    with explained_errors(args.out):
+    with explained_errors(args.out, resume=args.resume):
         run(args)
 
 

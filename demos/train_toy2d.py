@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     args.out = args.out or Path(f"runs/toy2d-{args.shape}")
-    with explained_errors(args.out):
+    with explained_errors(args.out, resume=args.resume):
         run(args)
 
 

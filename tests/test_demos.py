@@ -1,6 +1,7 @@
 """The demos leave what they promise, go on where they were interrupted, and end mistakes in one sentence."""
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -495,11 +496,11 @@ class Interrupting:
         return self.sample(name, n, rng)
 
 
-def interrupted(tmp_path, capsys, at, by="Ctrl-C"):
+def interrupted(tmp_path, capsys, at, by="Ctrl-C", more=()):
     """Run a toy demo that is interrupted at a step; return what it said."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(td.datasets.toy2d, "sample", Interrupting(at, by))
-        flags = [*TOY, "--shape", "rings", "--out", tmp_path, "--quiet"]
+        flags = [*TOY, "--shape", "rings", "--out", tmp_path, "--quiet", *more]
         return run("train_toy2d", *flags, capsys=capsys, expect=130)
 
 
@@ -548,7 +549,35 @@ def test_a_signal_that_ends_it_leaves_a_checkpoint_unless_it_is_ignored(by, tmp_
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tmp_path, capsys):
     said = interrupted(tmp_path, capsys, at=0)
-    assert len(said.err.splitlines()) == 1 and "before the first checkpoint: nothing is kept" in said.err
+    assert len(said.err.splitlines()) == 1 and "nothing of this run is kept" in said.err
+    run("train_toy2d", *TOY, "--seed", "5", "--out", tmp_path, "--quiet")
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    assert interrupted(tmp_path, capsys, at=0).err == said.err, "the checkpoint is that of another run"
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_ctrl_c_before_the_next_step_of_a_resumed_run_promises_the_checkpoint_that_was_there(
+    tmp_path, capsys
+):
+    said = interrupted(tmp_path, capsys, at=14)
+    assert interrupted(tmp_path, capsys, at=0, more=["--resume"]).err == said.err
+
+
+@pytest.mark.parametrize("why", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("too much")])
+def test_what_fails_after_the_training_does_not_cost_the_training(why, toy, tmp_path, capsys, monkeypatch):
+    """Without --resume the same command would train again."""
+    flags = [*TOY, "--shape", "rings", "--out", tmp_path, "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(td.plotting, "save", raising(None, at=0, error=why))
+        sentence, hint = run("train_toy2d", *flags, capsys=capsys, expect=2).err.splitlines()
+        assert str(why) in sentence and "checkpoint.safetensors" in hint and "--resume" in hint
+        patch.setattr(td.plotting, "save", raising(None, at=0, error=why))
+        again = run("train_toy2d", *flags, "--resume", capsys=capsys, expect=2)
+        assert again.err.splitlines() == [sentence], "nothing new is kept"
+    monkeypatch.setattr(td.datasets.toy2d, "sample", Interrupting(0, "Ctrl-C"))  # at a step of training
+    run("train_toy2d", *flags, "--resume")
+    for name in ("samples.npy", *PICTURES):
+        assert (tmp_path / name).read_bytes() == (toy / name).read_bytes(), name
 
 
 # The comparison of schedules
@@ -797,6 +826,16 @@ def test_the_gallery_makes_what_is_missing_and_nothing_again(tmp_path, monkeypat
     with pytest.raises(SystemExit) as end:
         gallery.main()
     assert end.value.code == 3 and [name for name, *_ in asked] == ["train_toy2d.py"]
+
+
+def test_the_interrupted_gallery_asks_for_no_flag_that_it_does_not_have(tmp_path, monkeypatch, capsys):
+    gallery = demo("gallery")
+    monkeypatch.setattr(subprocess, "run", raising(None, at=0))
+    monkeypatch.setattr(sys, "argv", ["gallery.py", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        gallery.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and "no --resume" in said and "the same command continues" in said
 
 
 def test_tilde_is_the_home_folder_also_where_no_shell_has_expanded_it(tmp_path, monkeypatch, capsys):
