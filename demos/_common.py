@@ -16,7 +16,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-import tinydiff as td
+try:
+    import tinydiff as td
+except ModuleNotFoundError as error:  # tinydiff, or what it needs
+    sys.exit(f'{error}: run pip install ".[demos]" first, in the folder of README.md.')
 from tinydiff.backend import backend_name
 from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.parallel import WorkerError

@@ -271,6 +271,15 @@ def test_a_wrong_environment_ends_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("missing", ["tinydiff", "array_api_compat"])
+def test_without_tinydiff_a_demo_says_how_to_install_it(missing, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tinydiff", missing)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=rf'{missing}.*pip install "\.\[demos\]"'):
+        demo("_common")
+
+
 @pytest.mark.parametrize(("missing", "flags"), [("cupy", ["--backend", "cupy"]), ("matplotlib", [])])
 def test_a_missing_library_is_named_before_anything_is_trained(missing, flags, tmp_path, capsys, monkeypatch):
     module = demo("train_toy2d")
