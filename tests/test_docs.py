@@ -80,6 +80,7 @@ EXEMPT = {
     "optim.warmup_cosine": "a choice, not a result",
     "bound.check_decoder": "checks an argument",
     "schedules.check_schedule": "checks an argument",
+    "schedules.checked_timesteps": "checks an argument",
     "diffusion.check_diffusion": "checks an argument",
     "diffusion.matching": "checks arguments",
     "diffusion.GaussianDiffusion.T": "a length",

@@ -323,6 +323,13 @@ def test_bad_betas_are_named(betas, says):
         NoiseSchedule(betas)
 
 
+def test_what_a_mask_hides_is_not_used():
+    with pytest.raises(ValueError, match=r"^betas is a masked array"):
+        NoiseSchedule(np.ma.masked_greater([0.1, 0.2], 0.15))
+    with pytest.raises(ValueError, match=r"^timesteps is a masked array"):
+        linear_schedule(10).respace(np.ma.masked_equal([0, 3, 9], 3))
+
+
 @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule, lambda T: evenly_spaced_timesteps(T, 1)])
 @pytest.mark.parametrize("T", [0, -1, 1.0, 2.5, True, "10", None, np.True_])
 def test_bad_T_is_named(make, T):

@@ -62,7 +62,7 @@ from tinydiff.memory import attempted, what_fits
 from tinydiff.models._checks import check_like_model
 from tinydiff.nn.module import Module, weight_of
 from tinydiff.parallel import shared_out
-from tinydiff.schedules import evenly_spaced_timesteps
+from tinydiff.schedules import checked_timesteps, evenly_spaced_timesteps
 
 __all__ = [
     "SAMPLERS",
@@ -241,11 +241,13 @@ def angles(diffusion: GaussianDiffusion) -> np.ndarray:
 def respaced(diffusion: GaussianDiffusion, steps: Steps) -> tuple[GaussianDiffusion, np.ndarray]:
     """The process on some of its times, and those times: all, `steps` of them evenly spaced, or `steps`."""
     check_diffusion(diffusion)
-    timesteps: Any = diffusion.T if steps is None else steps
-    if np.ndim(timesteps) == 0:
-        timesteps = evenly_spaced_timesteps(diffusion.T, timesteps)
+    how_many: Any = diffusion.T if steps is None else steps
+    if np.ndim(how_many) == 0:
+        timesteps = evenly_spaced_timesteps(diffusion.T, how_many)
+    else:
+        timesteps = checked_timesteps("steps", steps, diffusion.T)
     schedule = diffusion.schedule.respace(timesteps)
-    return GaussianDiffusion(schedule, diffusion.prediction, diffusion.variance), np.asarray(timesteps)
+    return GaussianDiffusion(schedule, diffusion.prediction, diffusion.variance), timesteps
 
 
 def check_signal(walk: GaussianDiffusion, timesteps: np.ndarray) -> None:

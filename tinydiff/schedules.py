@@ -27,10 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import class_or_kind
+from tinydiff._checks import check_unmasked, class_or_kind
 from tinydiff.backend import Array, to_numpy
 
-__all__ = ["NoiseSchedule", "check_schedule", "cosine_schedule", "evenly_spaced_timesteps", "linear_schedule"]
+__all__ = [
+    "NoiseSchedule",
+    "check_schedule",
+    "checked_timesteps",
+    "cosine_schedule",
+    "evenly_spaced_timesteps",
+    "linear_schedule",
+]
 
 
 class NoiseSchedule:
@@ -60,7 +67,8 @@ class NoiseSchedule:
     Raises
     ------
     ValueError
-        If `betas` is not a non-empty one-dimensional sequence of finite real numbers in (0, 1].
+        If `betas` is not a non-empty one-dimensional sequence of finite real numbers in (0, 1], or is
+        masked.
 
     Notes
     -----
@@ -124,14 +132,14 @@ class NoiseSchedule:
         Raises
         ------
         ValueError
-            If `timesteps` is empty, not one-dimensional, not integer, out of range or not increasing.
+            If `timesteps` is empty, not one-dimensional, not integer, masked, out of range or not increasing.
 
         Notes
         -----
         Where one long jump leaves almost nothing (1 - beta' below 1e-16), float64 rounds beta' to 1 and abar
         to 0: the new ``alphas_cumprod`` is the old one to about 1e-16 absolute, not relative.
         """
-        tau = _checked_timesteps(timesteps, self.T)
+        tau = checked_timesteps("timesteps", timesteps, self.T)
         starts = np.concat([[0], tau[:-1] + 1])  # the first of the old steps that each new step makes
         with np.errstate(divide="ignore"):
             log_alphas = np.log1p(-self.betas[: tau[-1] + 1])
@@ -283,6 +291,7 @@ def _vector(name: str, values: Any, kinds: str, expected: str) -> np.ndarray:
         vector = to_numpy(values)
     except ValueError as error:  # a ragged list
         raise ValueError(f"{name} is {class_or_kind(values)} ({error}); expected {expected}.") from None
+    check_unmasked(name, vector)
     if vector.ndim != 1 or vector.size == 0:
         raise ValueError(f"{name} has shape {vector.shape}; expected {expected}.")
     if vector.dtype.kind not in kinds:
@@ -303,18 +312,18 @@ def _checked_betas(betas: Any) -> np.ndarray:
     return values
 
 
-def _checked_timesteps(timesteps: Any, T: int) -> np.ndarray:
-    """`timesteps` as an int64 array of shape (S,), or ValueError."""
+def checked_timesteps(name: str, timesteps: Any, T: int) -> np.ndarray:
+    """`timesteps` as an int64 array of shape (S,), or ValueError that calls them `name`."""
     expected = f"a non-empty, strictly increasing sequence of integers in 0 ... {T - 1}"
-    tau = _vector("timesteps", timesteps, "iu", expected)
+    tau = _vector(name, timesteps, "iu", expected)
     outside = np.flatnonzero((tau < 0) | (tau >= T))
     if outside.size:
-        raise ValueError(f"timesteps[{outside[0]}] is {tau[outside[0]]}; expected {expected}.")
+        raise ValueError(f"{name}[{outside[0]}] is {tau[outside[0]]}; expected {expected}.")
     tau = tau.astype(np.int64)
     stuck = np.flatnonzero(np.diff(tau) <= 0)
     if stuck.size:
         i = stuck[0] + 1
-        raise ValueError(f"timesteps[{i}] is {tau[i]}, after {tau[i - 1]}; expected {expected}.")
+        raise ValueError(f"{name}[{i}] is {tau[i]}, after {tau[i - 1]}; expected {expected}.")
     return tau
 
 
