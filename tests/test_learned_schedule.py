@@ -684,6 +684,12 @@ def test_the_loss_refuses(options, message):
         learned_schedule_loss(linear_model(rng), LearnedSchedule(), rng.random((8, 2)), rng, **options)
 
 
+def test_an_empty_batch_is_named():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"^x0 has shape \(0, 2\)"):
+        learned_schedule_loss(linear_model(rng), LearnedSchedule(), np.zeros((0, 2)), rng)
+
+
 def test_a_network_without_a_derivative_is_named():
     rng = np.random.default_rng(0)
     with pytest.raises(TypeError, match=r"model\(x, t\) is an ndarray; expected \(output, backward\)"):
@@ -708,7 +714,7 @@ def test_two_times_are_enough():
         (dict(batch_size=0), "batch_size is 0"),
         (dict(data=np.zeros(3)), r"data has shape \(3,\)"),
         (dict(data=np.zeros((0, 2))), r"data has shape \(0, 2\)"),
-        (dict(data=np.zeros((3, 2), np.uint8)), "x0 has dtype uint8"),
+        (dict(data=np.zeros((3, 2), np.uint8)), "^data has dtype uint8"),
     ],
 )
 def test_the_bound_refuses(options, message):
@@ -749,6 +755,15 @@ def test_the_terms_refuse_what_does_not_match(prediction):
                 integral_term(output, x0, noise, gamma, -gamma, prediction)
             with pytest.raises(ValueError, match=f"{name} has"):
                 reconstruction_term(output, x0, noise, gamma, prediction)
+    for wrong in (gamma[:, None], gamma[:1], np.float64(-3)):  # with another's (4,) they would make (4, 4)
+        with pytest.raises(ValueError, match=r"^gamma has shape \(.*\); expected \(4,\)"):
+            diffuse(x0, x0, wrong)
+        with pytest.raises(ValueError, match=r"^gamma has shape"):
+            integral_term(x0, x0, x0, wrong, -gamma, prediction)
+        with pytest.raises(ValueError, match=r"^slope has shape"):
+            integral_term(x0, x0, x0, gamma, wrong, prediction)
+        with pytest.raises(ValueError, match=r"^gamma has shape"):
+            reconstruction_term(x0, x0, x0, wrong, prediction)
     with pytest.raises(ValueError, match="x0 has dtype"):
         prior_term(x0.astype(int), 5.0)
 
@@ -1036,7 +1051,7 @@ def test_a_network_that_learns_is_where_chapter_14_says(monkeypatch, name, seed)
         (dict(decoder="8bit"), "x holds values"),
         (dict(gamma_0=1.0), "gamma_0 is 1.0"),
         (dict(units=-1), "units is -1"),
-        (dict(schedule_lr=-1.0), "lr is -1.0"),
+        (dict(schedule_lr=-1.0), "^schedule_lr is -1.0"),
     ],
 )
 def test_the_loop_refuses(options, message):

@@ -33,7 +33,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_array, check_choice, check_counts, check_network, check_rng, class_or_kind
+from tinydiff._checks import (
+    check_array,
+    check_batch,
+    check_choice,
+    check_counts,
+    check_network,
+    check_rng,
+    class_or_kind,
+)
 from tinydiff._progress import progress_bar
 from tinydiff.backend import (
     Array,
@@ -114,10 +122,10 @@ def diffuse(x0: Array, noise: Array, gamma: Array) -> tuple[Array, Callable[[Arr
     Raises
     ------
     TypeError, ValueError
-        If `x0` and `noise` are not floating arrays of one library and shape.
+        If `x0` and `noise` are not floating arrays of one library and shape, or `gamma` is not (N,).
     """
     x0, noise = matching(x0=x0, noise=noise)
-    a, s = _rates(gamma)
+    a, s = _rates(_of_samples("gamma", gamma, x0))
     a_, s_ = column_like(a, x0), column_like(s, x0)
 
     @once
@@ -160,7 +168,7 @@ def integral_term(
         If the arrays do not match, as in `diffuse`; or if `prediction` is none of these.
     """
     x0, noise, output = matching(x0=x0, noise=noise, output=output)
-    gamma, slope = to_float64(gamma), to_float64(slope)
+    gamma, slope = _of_samples("gamma", gamma, x0), _of_samples("slope", slope, x0)
     a, s = _rates(gamma)
     a_, s_ = column_like(a, x0), column_like(s, x0)
     if check_choice("prediction", prediction, get_args(Prediction)) == "eps":
@@ -231,7 +239,7 @@ def reconstruction_term(
     """
     x0, noise, output = matching(x0=x0, noise=noise, output=output)
     check_decoder(decoder)
-    gamma = to_float64(gamma)
+    gamma = _of_samples("gamma", gamma, x0)
     a, s = _rates(gamma)
     a_, s_ = column_like(a, x0), column_like(s, x0)
     if check_choice("prediction", prediction, get_args(Prediction)) == "eps":
@@ -350,14 +358,16 @@ def learned_schedule_loss(
     Raises
     ------
     TypeError
-        If `learned` is not a `LearnedSchedule`, `x0` is not an array, `rng` is not a generator, or `model`
-        returns no derivative.
+        If `learned` is not a `LearnedSchedule`, `x0` is not an array, `rng` is not a generator, or `model` is
+        not callable or returns no derivative.
     ValueError
         If an argument does not fit; the message names it.
     """
     _check_clock(T)
     _check_learned(learned)
+    check_network("model", model)
     check_like_model(model, "x0", x0)
+    check_batch("x0", x0)
     N = x0.shape[0]
     n = max(1, N // 4) if reconstructions is None else reconstructions
     check_counts(reconstructions=n)
@@ -494,7 +504,7 @@ def continuous_bound(
     with progress_bar(progress, total=n * (t_samples + 1), desc="bound", unit="term", leave=False) as bar:
         for begin in range(0, n, batch_size):
             rows = slice(begin, min(n, begin + batch_size))
-            x0 = asarray_like(data[rows, ...], like)
+            (x0,) = matching(data=asarray_like(data[rows, ...], like))
             xp, N = array_namespace(x0), x0.shape[0]
             parts[0, rows] = to_float64(prior_term(x0, learned.gamma_1)[0])
             for i in range(t_samples + 1):  # the first is the reconstruction, at u = 0
@@ -537,9 +547,19 @@ def _squares(gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.exp(-np.logaddexp(0, gamma)), np.exp(log_s2), log_s2
 
 
-def _rates(gamma: Array) -> tuple[np.ndarray, np.ndarray]:
+def _of_samples(name: str, values: Array, x0: Array) -> np.ndarray:
+    """A number for each sample, (N,) in float64 on the host; or ValueError: terms of (N, 1) are (N, N)."""
+    host = to_float64(values)
+    if host.shape != (x0.shape[0],):
+        raise ValueError(
+            f"{name} has shape {host.shape}; expected ({x0.shape[0]},), one for each of the batch."
+        )
+    return host
+
+
+def _rates(gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rates of signal and noise, a and s."""
-    a2, s2, _ = _squares(to_float64(gamma))
+    a2, s2, _ = _squares(gamma)
     return np.sqrt(a2), np.sqrt(s2)
 
 

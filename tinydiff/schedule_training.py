@@ -19,7 +19,7 @@ from typing import Any, Generic
 
 import numpy as np
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_counts, check_number
 from tinydiff._data import Data
 from tinydiff._loop import Learner, checked_plan, loop, run_in
 from tinydiff.backend import Array
@@ -155,6 +155,9 @@ def train_learned_schedule(
         end the process instead: as in `train`.)
     """
     check_counts(T=T, checkpoint_every=checkpoint_every, log_every=log_every)
+    check_number(
+        "schedule_lr", schedule_lr, lambda rate: 0 <= rate < math.inf, "a finite number, not negative"
+    )
     numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     learned = LearnedSchedule(gamma_0, gamma_1, units)
     network = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay)
