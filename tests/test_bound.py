@@ -648,6 +648,7 @@ def test_what_does_not_fit_is_named():
         (dict(batch_size=-1), "batch_size is -1"),
         (dict(data=np.zeros(3)), r"data has shape \(3,\)"),
         (dict(data=np.zeros((0, 3))), r"data has shape \(0, 3\)"),
+        (dict(data=data.astype(int)), "^data has dtype int64; expected a real floating one"),
         (dict(data=data + 0.3, decoder="8bit"), "not 8-bit levels"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -680,5 +681,8 @@ def test_arrays_of_a_term_are_of_one_library_and_shape(name):
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             step_term(process, **{**given, name: wrong}, t=3)
+    for t in (np.zeros(2, int), np.zeros((3, 1), int), np.zeros(1, int)):
+        with pytest.raises(ValueError, match=r"^t has shape \(.*\); expected \(3,\)"):
+            step_term(process, **given, t=t)
     with pytest.raises(TypeError, match=r"^output is a list; expected an array"):
         vlb_loss(process, [[0.0, 0.0]] * 3, given["x0"], 3, given["x0"])

@@ -80,5 +80,11 @@ def test_what_does_not_fit_is_named():
         simple_loss(diffusion, output, x0, t, noise[:2])
     with pytest.raises(ValueError, match=r"^t "):
         simple_loss(diffusion, output, x0, t + 50, noise)
+    with pytest.raises(ValueError, match=r"output has shape \(0, 3\); expected at least one number"):
+        simple_loss(diffusion, output[:0], x0[:0], t[:0], noise[:0])
+    learned = td.GaussianDiffusion(diffusion.schedule, "eps", "learned_range")
+    for weight in (-1e-3, np.nan, np.inf, None, "1e-3"):
+        with pytest.raises(ValueError, match=r"^vlb_weight is .*; expected a finite number, not negative"):
+            td.hybrid_loss(learned, np.tile(output, 2), x0, t, noise, vlb_weight=weight)
     with pytest.raises(ValueError, match=r"output has shape \(3,\); expected \(1,\)"):
         mean_squared_error(np.zeros(3), np.zeros(1))  # would broadcast

@@ -436,6 +436,9 @@ def test_what_is_no_mixture_is_refused(arguments, message):
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"x has shape \(3, 4\); expected \(N, 2\)"):
         IN_THE_PLANE.log_prob(np.zeros((3, 4)))
+    for call in (IN_THE_PLANE.log_prob, IN_THE_PLANE.score):
+        with pytest.raises(TypeError, match=r"^x is a list; expected an array"):
+            call([[0.0, 1.0]])
     with pytest.raises(ValueError, match="x has dtype int64"):
         IN_THE_PLANE.log_prob(np.zeros((3, 2), dtype=np.int64))
     with pytest.raises(ValueError, match=r"t contains 5; expected 0 \.\.\. 4"):

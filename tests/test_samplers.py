@@ -19,6 +19,7 @@ from scipy import stats
 
 import tinydiff as td
 from tinydiff.backend import to_numpy
+from tinydiff.bound import prior_term, step_term
 from tinydiff.samplers import SAMPLERS
 
 PREDICTIONS = ["eps", "x0", "v"]
@@ -489,7 +490,8 @@ def test_what_is_not_like_a_models_weights_is_named_as_the_caller_knows_it(x, ca
 def test_a_schedule_in_the_place_of_a_process_is_named():
     model = td.MLP(hidden=4, blocks=1, time_features=4)
     schedule, rng = td.linear_schedule(T=10), np.random.default_rng(0)
-    x = np.zeros((3, 2), np.float32)
+    x, t = np.zeros((3, 2), np.float32), np.zeros(3, int)
+    mixture = td.GaussianMixture([1, 1], [[0, 0], [1, 1]], 0.1)
     for call in [
         lambda: td.iterate_samples(model, schedule, (3, 2), rng=rng),
         lambda: td.sample(model, schedule, (3, 2), rng=rng, progress=False),
@@ -499,6 +501,17 @@ def test_a_schedule_in_the_place_of_a_process_is_named():
         lambda: td.find_batch_size(model, schedule, x),
         lambda: td.variational_bound(model, schedule, x, rng=rng, progress=False),
         lambda: td.bits_per_dim(model, schedule, x - 1, rng=rng, progress=False),
+        lambda: td.simple_loss(schedule, x, x, t, x),
+        lambda: td.vlb_loss(schedule, x, x, t, x),
+        lambda: td.hybrid_loss(schedule, x, x, t, x),
+        lambda: td.min_snr_weight(schedule, t),
+        lambda: step_term(schedule, x, x, x, t),
+        lambda: prior_term(schedule, x),
+        lambda: mixture.marginal(schedule, 0),
+        lambda: mixture.posterior_mean(schedule, x, t),
+        lambda: mixture.posterior_covariance(schedule, x, t),
+        lambda: mixture.denoiser(schedule),
+        lambda: mixture.optimal_bound(schedule),
     ]:
         with pytest.raises(TypeError, match=r"^diffusion is a NoiseSchedule; expected a GaussianDiffusion"):
             call()
@@ -527,6 +540,12 @@ def test_what_train_returns_is_told_from_its_model():
             call()
     with pytest.raises(TypeError, match=said.replace("denoise", "model")):
         td.ode_log_likelihood(result, diffusion, x)
+    with pytest.raises(TypeError, match=said.replace("denoise", "model")):
+        td.training_loss(result, diffusion, x, rng)
+    with pytest.raises(TypeError, match=said.replace("denoise", "model")):
+        td.learned_schedule_loss(result, td.LearnedSchedule(), x, rng)
+    with pytest.raises(TypeError, match=r"^model is a TrainingResult; expected a UNet, an MLP, or another"):
+        td.find_batch_size(result, diffusion, x)
 
 
 def test_a_state_may_be_written_into():

@@ -260,7 +260,14 @@ def prior_term(diffusion: GaussianDiffusion, x0: Array) -> Array:
     Returns
     -------
     array of shape (N,)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `diffusion` is not a `GaussianDiffusion`, or `x0` is not a floating array.
     """
+    check_diffusion(diffusion)
+    (x0,) = matching(x0=x0)
     abar = float(diffusion.schedule.alphas_cumprod[-1])
     # In a chain that ends in noise 1 - abar rounds to 1 and its logarithm to 0; log1p still sees abar.
     log_noise = math.log(diffusion.schedule.one_minus_alphas_cumprod[-1]) if abar > 0.5 else math.log1p(-abar)
@@ -305,18 +312,21 @@ def step_term(
     Raises
     ------
     TypeError
-        If `output`, `x0` or `x_t` is not an array, or they are not all of one library.
+        If `diffusion` is not a `GaussianDiffusion`; or if `output`, `x0` or `x_t` is not an array, or they
+        are not all of one library.
     ValueError
         If an argument does not fit; the message names it. Also if the output is eps at a t where that says
         nothing of x_0 (`GaussianDiffusion.predict_x0`), or if the decoder is ``"8bit"`` and `x0` at t = 0 is
         not 8-bit data.
     """
     check_decoder(decoder)
+    check_diffusion(diffusion)
     x0, x_t = matching(x0=x0, x_t=x_t)
     xp = array_namespace(x0)
     N = x0.shape[0]
-    steps = np.broadcast_to(to_numpy(t), (N,))
-    log_variance = diffusion.model_log_variance(x_t, steps, output)
+    t = to_numpy(t)
+    log_variance = diffusion.model_log_variance(x_t, t, output)  # refuses a wrong t
+    steps = np.broadcast_to(t, (N,))
     guess = diffusion.predict_x0(x_t, steps, output)
     inside = xp.astype(xp.abs(guess) <= 1, guess.dtype) if clip else 1.0
     guess = clip_to_unit(guess) if clip else guess
@@ -475,7 +485,7 @@ def variational_bound(
         predict: Any = shared.predict if isinstance(denoise, Module) else shared
         for start in range(0, n, batch_size):
             rows = slice(start, min(n, start + batch_size))
-            x0 = asarray_like(data[rows, ...], like)
+            (x0,) = matching(data=asarray_like(data[rows, ...], like))
             check_decoder(decoder, x0)
             N = x0.shape[0]
             priors[rows] = to_numpy(prior_term(diffusion, x0))

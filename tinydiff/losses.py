@@ -10,7 +10,7 @@ import numpy as np
 from tinydiff._checks import check_array, check_number
 from tinydiff.backend import Array, array_namespace, asarray_like, integers_like, is_numpy_array, to_numpy
 from tinydiff.bound import Decoder, step_term
-from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 
 __all__ = ["cross_entropy", "hybrid_loss", "mean_squared_error", "min_snr_weight", "simple_loss", "vlb_loss"]
 
@@ -21,7 +21,7 @@ def mean_squared_error(output: Array, target: Array) -> tuple[Array, Array]:
     Parameters
     ----------
     output, target : array
-        The same shape, any; `target` is cast to `output`'s dtype.
+        The same shape, any but an empty one; `target` is cast to `output`'s dtype.
 
     Returns
     -------
@@ -33,17 +33,19 @@ def mean_squared_error(output: Array, target: Array) -> tuple[Array, Array]:
     Raises
     ------
     ValueError
-        If the shapes differ.
+        If the shapes differ, or hold no number.
     """
     if output.shape != target.shape:
         raise ValueError(
             f"output has shape {tuple(output.shape)}; expected {tuple(target.shape)}, the target's."
         )
+    size = math.prod(output.shape)
+    if size == 0:
+        raise ValueError(f"output has shape {tuple(output.shape)}; expected at least one number.")
     xp = array_namespace(output)
     if target.dtype != output.dtype:
         target = xp.astype(target, output.dtype)
     difference = output - target
-    size = math.prod(output.shape)
     return xp.sum(difference * difference) / size, difference * (2.0 / size)
 
 
@@ -85,10 +87,12 @@ def simple_loss(
     Raises
     ------
     TypeError
-        If `output`, `x0`, `noise` or `weights` is no array, or the first three are not all of one library.
+        If `diffusion` is not a `GaussianDiffusion`; or if `output`, `x0`, `noise` or `weights` is no array,
+        or the first three are not all of one library.
     ValueError
         If a shape or `t` does not fit; the message names the argument.
     """
+    check_diffusion(diffusion)
     target = diffusion.training_target(x0, t, noise)
     prediction, nu = diffusion.split_output(x0, output)
     if weights is None:
@@ -127,9 +131,12 @@ def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -
 
     Raises
     ------
+    TypeError
+        If `diffusion` is not a `GaussianDiffusion`.
     ValueError
         If `gamma` is not positive, or `t` is out of range.
     """
+    check_diffusion(diffusion)
     check_number("gamma", gamma, lambda value: 0 < value < math.inf, "a finite number greater than 0")
     steps = to_numpy(t)
     if steps.dtype.kind not in "iu" or np.any((steps < 0) | (steps >= diffusion.T)):
@@ -190,6 +197,7 @@ def vlb_loss(
     TypeError, ValueError
         As `tinydiff.bound.step_term`.
     """
+    check_diffusion(diffusion)
     terms, backward = step_term(diffusion, output, x0, diffusion.q_sample(x0, t, noise), t, decoder)
     xp = array_namespace(terms)
     if record is not None:
@@ -229,7 +237,7 @@ def hybrid_loss(
     t : integer array of shape (N,)
         Times, 0 … T-1, drawn uniformly.
     vlb_weight : float
-        lambda.
+        lambda, finite and not negative.
     decoder : {"density", "8bit"}
         What L_0 is: the density of points, or the probability of 8-bit levels.
     weights : array of shape (N,), optional
@@ -246,8 +254,12 @@ def hybrid_loss(
     TypeError
         As `simple_loss`.
     ValueError
-        If the variance is not learned; or as `simple_loss` and `vlb_loss`.
+        If the variance is not learned, or `vlb_weight` is out of range; or as `simple_loss` and `vlb_loss`.
     """
+    check_diffusion(diffusion)
+    check_number(
+        "vlb_weight", vlb_weight, lambda weight: 0 <= weight < math.inf, "a finite number, not negative"
+    )
     if diffusion.variance != "learned_range":
         raise ValueError(f"diffusion has variance {diffusion.variance!r}; expected 'learned_range'.")
     simple, simple_gradient = simple_loss(diffusion, output, x0, t, noise, weights)

@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_rng, class_or_kind
+from tinydiff._checks import check_array, check_counts, check_rng, class_or_kind
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.bound import Bound, prior_term
-from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.kernels import portable
 
 __all__ = ["GaussianMixture"]
@@ -71,7 +71,8 @@ class GaussianMixture:
     -----
     In all methods, x is a floating array of shape (N, D) of any library that follows the array API standard.
     The result is of its library, device and dtype. Methods with a `diffusion` take t as it does: an integer
-    array of shape (N,), or one integer. An x or a t that does not fit is a ValueError.
+    array of shape (N,), or one integer. An x or a t that does not fit is a ValueError; an x that
+    is not an array, or a `diffusion` that is not a `GaussianDiffusion`, is a TypeError.
     """
 
     def __init__(self, weights: Any, means: Any, covariances: Any) -> None:
@@ -250,6 +251,7 @@ class GaussianMixture:
         ValueError
             If `t` is out of range.
         """
+        check_diffusion(diffusion)
         mean, variance = diffusion.q_mean_variance(np.ones((1, 1)), t)
         a, s2 = float(mean[0, 0]), float(variance[0, 0])
         # The axes stay: eigh of the new covariance would lose a variance of s2 beside large ones to rounding.
@@ -328,6 +330,7 @@ class GaussianMixture:
         callable
             From x_t (N, D) and t (N,) to (N, D), or (N, 2 D) with learned variances.
         """
+        check_diffusion(diffusion)
 
         def denoise(x_t: Array, t: Array) -> Array:
             x0, eps = self._posterior_means(diffusion, x_t, t)
@@ -362,8 +365,8 @@ class GaussianMixture:
         ValueError
             If there are several components, and `nodes` is not an integer of at least 2, or D > 2.
         """
-        schedule = diffusion.schedule
         denoise = self.denoiser(diffusion)
+        schedule = diffusion.schedule
         L_t = np.zeros(schedule.T)
         for t in range(schedule.T):
             marginal = self.marginal(diffusion, t)
@@ -401,6 +404,7 @@ class GaussianMixture:
         self, diffusion: GaussianDiffusion, x_t: Array, t: Array | int
     ) -> tuple[Array, Array, Array]:
         """x_t with a and s^2, each (N, 1)."""
+        check_diffusion(diffusion)
         x_t = self._checked("x_t", x_t)
         a, s2 = diffusion.q_mean_variance(array_namespace(x_t).ones_like(x_t[:, :1]), t)
         return x_t, a, s2
@@ -473,6 +477,7 @@ class GaussianMixture:
             raise ValueError("a component's covariance is singular: the mixture has no density.")
 
     def _checked(self, name: str, x: Array) -> Array:
+        check_array(name, x)
         xp = array_namespace(x)
         if not xp.isdtype(x.dtype, "real floating"):
             raise ValueError(f"{name} has dtype {x.dtype}; expected a real floating one.")

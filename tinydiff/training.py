@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_batch, check_choice, check_counts, check_number, check_rng
+from tinydiff._checks import check_batch, check_choice, check_counts, check_network, check_number, check_rng
 from tinydiff._data import Data, beside, check_data
 from tinydiff._graph import RecordedLoss, forget, is_wanted
 from tinydiff._loop import Learner, Objective, checked_plan, loop, run_in, trial
@@ -27,7 +27,7 @@ from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import largest_batch, let_go
-from tinydiff.models._checks import answer_of, check_like_model
+from tinydiff.models._checks import answer_of, check_like_model, check_model
 from tinydiff.nn.module import M, config_of, weight_of
 
 __all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
@@ -108,7 +108,7 @@ def training_loss(
     ------
     TypeError
         If `diffusion` is not a `GaussianDiffusion`, `x0` is not an array, `rng` is not a generator, or
-        `model` returns no derivative.
+        `model` is not callable or returns no derivative.
     ValueError
         If an argument is out of range, or belongs to another loss; the message names it.
     """
@@ -116,6 +116,7 @@ def training_loss(
     if (T := getattr(t_sampler, "T", diffusion.T)) != diffusion.T:
         raise ValueError(f"t_sampler draws from T = {T} times; diffusion has T = {diffusion.T}.")
     check_rng(rng)
+    check_network("model", model)
     check_like_model(model, "x0", x0)
     check_batch("x0", x0)
     N = x0.shape[0]
@@ -358,13 +359,14 @@ def find_batch_size(
     Raises
     ------
     TypeError
-        If `data` is neither an array nor callable, or `diffusion` is not a `GaussianDiffusion`.
+        If `data` is neither an array nor callable, or `model` or `diffusion` is something else.
     ValueError
         If `most` is less than 1; or as in `train`, of the arguments that it has too.
     MemoryError
         If not even a batch of 1 fits.
     """
     check_counts(most=most)
+    check_model(model)
     check_data(data)
     _check_loss(loss, diffusion, min_snr_gamma, decoder, False)
     objective = _objective(model, diffusion, loss, None, min_snr_gamma=min_snr_gamma, decoder=decoder)
