@@ -380,6 +380,12 @@ def test_a_share_of_one_is_uniform_whatever_is_remembered():
     assert_allclose(weights, 1, rtol=1e-15)
 
 
+@pytest.mark.parametrize("n", [0, -1, 2.0, None, (2, 3)])
+def test_only_a_count_of_times_is_drawn(n):
+    with pytest.raises(ValueError, match=r"^n is .*; expected an integer of at least 1"):
+        LossSecondMomentSampler(3).sample(n, np.random.default_rng(0))
+
+
 def test_by_default_ten_terms_are_remembered_and_one_t_in_a_thousand_is_uniform():
     sampler = LossSecondMomentSampler(2)
     for losses in ([9.0, 9.0], *[[1.0, 0.0]] * 9):

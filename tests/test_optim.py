@@ -155,6 +155,9 @@ def test_under_array_api_strict_and_in_the_given_dtype(dtype):
         ({"betas": (0.9, 1.0)}, "betas is"),
         ({"betas": (-0.1, 0.9)}, "betas is"),
         ({"betas": (0.9,)}, "betas is"),
+        ({"betas": 0.9}, "betas is 0.9; expected two numbers"),
+        ({"betas": None}, "betas is None; expected two numbers"),
+        ({"betas": ("0.9", "0.99")}, "betas is .*; expected two numbers"),
         ({"eps": 0.0}, "eps is 0.0"),
         ({"eps": math.inf}, "eps is inf"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
@@ -524,7 +527,7 @@ def test_an_infinite_bound_only_measures():
     assert_array_equal(p.grad, [3e3, 4e3])
 
 
-@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan, None, "1"])
 def test_the_bound_is_positive(max_norm):
     with pytest.raises(ValueError, match="max_norm is"):
         td.clip_grad_norm([parameter([1.0])], max_norm)

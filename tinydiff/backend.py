@@ -96,7 +96,7 @@ class BackendError(RuntimeError):
 
 def backend_name(name: str | None = None) -> str:
     """The backend that `name` means: for None, what ``TINYDIFF_BACKEND`` says, or else ``"numpy"``."""
-    return (name if name is not None else os.environ.get("TINYDIFF_BACKEND") or "numpy").strip().lower()
+    return str(name if name is not None else os.environ.get("TINYDIFF_BACKEND") or "numpy").strip().lower()
 
 
 def get_backend(name: str | None = None, device: int | None = None) -> Namespace:

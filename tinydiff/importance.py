@@ -72,7 +72,7 @@ class LossSecondMomentSampler:
         Parameters
         ----------
         n : int
-            How many.
+            How many, at least 1.
         rng : numpy.random.Generator
             Where the randomness comes from.
 
@@ -85,9 +85,12 @@ class LossSecondMomentSampler:
 
         Raises
         ------
+        ValueError
+            If `n` is not a count.
         TypeError
             If `rng` is not a generator.
         """
+        check_counts(n=n)
         check_rng(rng)
         p = self.probabilities()
         t = rng.choice(self.T, size=n, p=p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, Generic
 
 import numpy as np
@@ -59,8 +60,9 @@ class Adam:
         for name, value in [("lr", lr), ("weight_decay", weight_decay)]:
             check_number(name, value, lambda rate: 0 <= rate < math.inf, "a finite number, not negative")
         check_number("eps", eps, lambda eps: 0 < eps < math.inf, "a positive number")
-        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(f"betas is {betas}; expected two numbers in [0, 1).")
+        numbers = np.shape(betas) == (2,) and all(isinstance(beta, Real) for beta in betas)
+        if not (numbers and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"betas is {betas!r}; expected two numbers in [0, 1).")
         self.parameters = _distinct(parameters)
         self.lr = lr
         self.betas = betas
@@ -161,8 +163,7 @@ def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], ma
     ValueError
         If `max_norm` is not positive, or there is no parameter.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; expected a positive number.")
+    check_number("max_norm", max_norm, lambda norm: norm > 0, "a positive number")
     distinct = _distinct(parameters)
     xp = array_namespace(distinct[0].value)
     grads = [p.grad for p in distinct]

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts
+from tinydiff._checks import check_counts, class_or_kind
 from tinydiff._messages import Line
 from tinydiff._together import cut, groups
 from tinydiff.backend import Array, is_numpy_array
@@ -412,6 +412,15 @@ def shared_out(
     to_predict : bool
         True: a copy is shared out, and the model's own weights are not moved to shared memory, so that
         another thread may train it meanwhile.
+
+    Raises
+    ------
+    TypeError
+        If `workers` is more than 1, and `model` is not a `Module`.
+    ValueError
+        If `workers` is not an integer of at least 1.
+    RuntimeError
+        As `DataParallel`.
     """
     if workers is None:
         workers = _default_workers(model, batch_size)
@@ -421,7 +430,11 @@ def shared_out(
     if workers == 1 or isinstance(model, DataParallel):
         yield model
         return
-    check_model(model)
+    if not isinstance(model, Module):
+        raise TypeError(
+            f"workers is {workers}, and the network {class_or_kind(model)}; expected workers=1, or a UNet, "
+            "an MLP, or another network derived from nn.Module."
+        )
     with DataParallel(_separate_copy(model) if to_predict else model, workers) as crew:
         yield crew
 
