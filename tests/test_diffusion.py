@@ -414,6 +414,7 @@ def call(method, **changes):
         (np.zeros(2, int), r"t has shape \(2,\); expected \(3,\)"),
         (np.zeros(1, int), r"t has shape \(1,\); expected \(3,\)"),
         (np.zeros((3, 1), int), r"t has shape \(3, 1\); expected \(3,\)"),
+        (np.ma.masked_equal([0, 1, 2], 1), "t is a masked array"),
     ],
 )
 def test_bad_t_is_named(method, t, says):

@@ -450,6 +450,7 @@ class GaussianDiffusion:
         """`t` as a NumPy array of shape (N,) for the batch `x`, or ValueError."""
         N = x.shape[0]
         steps = to_numpy(t)
+        check_unmasked("t", steps)
         if steps.dtype.kind not in "iu":
             raise ValueError(f"t has dtype {steps.dtype}; expected integers.")
         if steps.shape not in ((), (N,)):
