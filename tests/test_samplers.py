@@ -8,6 +8,7 @@ all of a walk, its mean and its variance follow from numbers that are computed h
 import math
 import warnings
 from itertools import pairwise
+from types import SimpleNamespace
 
 import array_api_strict as strict
 import numpy as np
@@ -558,18 +559,25 @@ def test_a_state_may_be_written_into():
     assert_array_equal(x_T, given)
 
 
-def test_a_list_is_named():
+@pytest.mark.parametrize(
+    ("x", "what"),
+    [([[0.0, 0.0]], "a list"), (SimpleNamespace(shape=(1, 2), ndim=2), "a SimpleNamespace")],  # or a table
+)
+def test_what_is_no_array_is_named(x, what):
     model = td.MLP(hidden=4, blocks=1, time_features=4)
     diffusion = td.GaussianDiffusion(td.linear_schedule(T=10))
-    x, rng = [[0.0, 0.0]], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name, call in [
         ("x_T", lambda: td.sample(model, diffusion, (1, 2), rng=rng, x_T=x, progress=False)),
         ("x0", lambda: td.invert(model, diffusion, x, progress=False)),
         ("x0", lambda: td.training_loss(model, diffusion, x, rng)),
         ("x0", lambda: td.learned_schedule_loss(model, td.LearnedSchedule(), x, rng)),
         ("x", lambda: td.ode_log_likelihood(model, diffusion, x, progress=False)),
+        ("data", lambda: td.variational_bound(model, diffusion, x, rng=rng, progress=False)),
+        ("data", lambda: td.continuous_bound(model, td.LearnedSchedule(), x, rng=rng, progress=False)),
+        ("x", lambda: td.GaussianMixture([1], [[0, 0]], 1).log_prob(x)),
     ]:
-        with pytest.raises(TypeError, match=f"^{name} is a list; expected an array"):
+        with pytest.raises(TypeError, match=f"^{name} is {what}; expected an array"):
             call()
 
 

@@ -1072,6 +1072,7 @@ def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
         ({"ema_decay": 1.0}, ValueError, "ema_decay is 1.0"),
         ({"data": [[0.0, 1.0]]}, TypeError, "data is a list"),
         ({"data": np.float32(1)}, TypeError, "data is a float32"),
+        ({"data": SimpleNamespace(shape=(9, 2))}, TypeError, "data is a SimpleNamespace; expected an array"),
         ({"data": np.zeros((0, 2))}, ValueError, r"data has shape \(0, 2\)"),
         ({"data": np.zeros((9, 2), np.uint8)}, ValueError, "data has dtype uint8.*127.5"),
         ({"data": np.zeros((9, 2), complex)}, ValueError, "data has dtype complex128"),

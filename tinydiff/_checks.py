@@ -29,7 +29,7 @@ __all__ = [
 
 def check_array(name: str, array: Any) -> None:
     """TypeError unless it is an array, of whatever library; ValueError if it is masked."""
-    if not hasattr(array, "shape"):
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):  # a table of pandas' has only a shape
         raise TypeError(f"{name} is {class_or_kind(array)}; expected an array.")
     check_unmasked(name, array)
 

@@ -78,9 +78,14 @@ def warn_of_scale(data: Data, stacklevel: int) -> None:
 
 
 def _check_values(name: str, values: Array) -> None:
-    """ValueError unless they are real floating numbers; with NumPy, finite ones."""
+    """ValueError unless they are real floating numbers, with NumPy finite ones; TypeError if no array."""
     check_unmasked(name, values)
-    if not array_namespace(values).isdtype(values.dtype, "real floating"):
+    try:
+        xp = array_namespace(values)
+    except TypeError:  # pandas' and h5py's have a shape, too
+        expected = "an array (numpy.asarray makes one of what fits in memory)"
+        raise TypeError(f"{name} is {class_or_kind(values)}; expected {expected}.") from None
+    if not xp.isdtype(values.dtype, "real floating"):
         raise ValueError(
             f"{name} has dtype {values.dtype}; expected a real floating one (of 8-bit images, x / 127.5 - 1)."
         )
