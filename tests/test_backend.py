@@ -372,3 +372,18 @@ def test_on_a_gpu_the_generator_is_seeded_by_the_one_on_the_host(monkeypatch):
     assert seeds[0] == seeds[1] != seeds[2]
     assert seeds[0] == ("on the GPU", np.random.default_rng(3).integers(2**63))
     assert generator_beside(np.zeros(1), "already there") == "already there"
+
+
+@pytest.mark.parametrize(
+    ("rng", "what"),
+    [
+        (None, "a NoneType"),
+        (0, "an int"),
+        (np.random, "a module"),
+        (np.random.RandomState(0), "a RandomState"),
+        (np.random.Generator, "the class Generator"),
+    ],
+)
+def test_there_is_no_hidden_generator(rng, what):
+    with pytest.raises(TypeError, match=f"^rng is {what}; expected a numpy"):
+        standard_normal(rng, (2,), np.zeros(2))

@@ -176,6 +176,11 @@ def test_a_model_is_not_its_parameters():
             call()
 
 
+def test_a_norm_in_the_place_of_parameters_is_named():
+    with pytest.raises(TypeError, match=r"^parameters is a float; expected model\.named_parameters\(\)"):
+        td.clip_grad_norm(1.0, [parameter([1.0])])
+
+
 def test_what_is_not_a_parameter_is_refused():
     model = td.MLP(hidden=4, blocks=1, time_features=4)
     group = {"params": model.named_parameters(), "lr": 1e-3}

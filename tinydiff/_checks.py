@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -92,8 +93,11 @@ def check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: s
 
 
 def check_rng(rng: Any) -> None:
-    """TypeError unless `rng` draws as NumPy's and CuPy's generators do: neither a seed nor a RandomState."""
-    if isinstance(rng, np.random.RandomState) or not hasattr(rng, "standard_normal"):
+    """TypeError unless `rng` draws as NumPy's and CuPy's generators do.
+
+    Neither a seed does, nor a RandomState, the module ``numpy.random``, or a class of generators.
+    """
+    if isinstance(rng, (np.random.RandomState, ModuleType, type)) or not hasattr(rng, "standard_normal"):
         raise TypeError(f"rng is {class_or_kind(rng)}; expected a numpy.random.Generator.")
 
 

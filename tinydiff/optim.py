@@ -163,8 +163,8 @@ def clip_grad_norm(parameters: Mapping[str, Parameter] | Iterable[Parameter], ma
     ValueError
         If `max_norm` is not positive, or there is no parameter.
     """
-    check_number("max_norm", max_norm, lambda norm: norm > 0, "a positive number")
     distinct = _distinct(parameters)
+    check_number("max_norm", max_norm, lambda norm: norm > 0, "a positive number")
     xp = array_namespace(distinct[0].value)
     grads = [p.grad for p in distinct]
     together = groups(grads)
