@@ -195,6 +195,21 @@ def test_predict_is_the_call_without_dropout():
     assert np.abs(model(x, t, rng)[0] - y).max() > 0.01
 
 
+def test_every_residual_block_drops():
+    """Each of them alone changes the output: on the way down, in the middle, on the way up."""
+    rng = np.random.default_rng(0)
+    model = small(rng, dropout=0.5)
+    x, t = normal(rng, (2, 4, 2, 2)), np.array([0, 999])
+    plain = model.predict(x, t)
+    blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]
+    resnets = [resnet for block in blocks for resnet in block.resnets]
+    assert [resnet.dropout_rate for resnet in resnets] == [0.5] * 8
+    for one in resnets:
+        for resnet in resnets:
+            resnet.dropout_rate = 0.5 * (resnet is one)
+        assert np.abs(model(x, t, np.random.default_rng(1))[0] - plain).max() > 0.01
+
+
 def test_predict_keeps_nothing():
     """What the call holds for its backward, level upon level, predict has let go on the way."""
     model = td.UNet(block_channels=(8, 8, 8, 8), attention=(False,) * 4)
