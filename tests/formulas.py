@@ -80,8 +80,8 @@ def residual(x, emb, p, prefix=""):
     return x + affine(swish(h), p, f"{prefix}linear_2")
 
 
-def sinusoids(t, dim, flip=True, shift=0.0):
-    omega = 10_000.0 ** (-np.arange(dim // 2) / (dim // 2 - shift))
+def sinusoids(t, dim, flip=True, shift=0.0, period=10_000.0):
+    omega = period ** (-np.arange(dim // 2) / (dim // 2 - shift))
     angles = np.outer(t, omega)
     parts = [np.cos(angles), np.sin(angles)]
     return np.concatenate(parts if flip else parts[::-1], axis=1)

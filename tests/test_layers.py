@@ -86,11 +86,12 @@ def test_the_function_is_its_formula(name, data):
     half=st.integers(2, 20),
     flip=st.booleans(),
     shift=st.sampled_from([0.0, 1.0, 1.5]),
+    period=st.sampled_from([10_000.0, 500.0]),
 )
-def test_sinusoidal_embedding(t, half, flip, shift):
+def test_sinusoidal_embedding(t, half, flip, shift, period):
     t = np.array(t)
-    options = dict(flip_sin_to_cos=flip, freq_shift=shift)
-    expected = sinusoids(t, 2 * half, flip, shift)
+    options = dict(flip_sin_to_cos=flip, freq_shift=shift, max_period=period)
+    expected = sinusoids(t, 2 * half, flip, shift, period)
     # The argument reaches 4000, whose last bit is 1e-12 of a turn.
     y = nn.sinusoidal_embedding(t, 2 * half, like=np.zeros(1), **options)
     assert_allclose(y, expected, rtol=0, atol=2e-12)
@@ -101,6 +102,7 @@ def test_sinusoidal_embedding(t, half, flip, shift):
     single = nn.sinusoidal_embedding(t, 2 * half, like=np.zeros(1, np.float32), **options)
     assert_array_equal(single, y.astype(np.float32))
     between = nn.sinusoidal_embedding(t + 0.3, 2 * half, like=np.zeros(1), **options)
+    assert_allclose(between, sinusoids(t + 0.3, 2 * half, flip, shift, period), rtol=0, atol=2e-12)
     single = nn.sinusoidal_embedding(t + 0.3, 2 * half, like=np.zeros(1, np.float32), **options)
     assert_array_equal(single, between.astype(np.float32))
 
@@ -555,10 +557,12 @@ def test_load_state_dict_copies_and_keeps_the_dtype():
         (lambda rng: nn.Conv2d(100, 300, 3, rng=rng).weight, 9 * 200),
         (lambda rng: nn.Conv2d(300, 100, 1, rng=rng).weight, 200),
         (lambda rng: nn.Linear(500, 300, rng).weight, 400),
+        (lambda rng: nn.Conv2d(100, 300, 3, rng=rng, scale=0.25).weight, 9 * 200 / 0.25),
+        (lambda rng: nn.Linear(500, 300, rng, scale=0.25).weight, 400 / 0.25),
     ],
 )
 def test_initial_weights(make, fan):
-    """Uniform, variance 1 / mean(fan_in, fan_out); drawn in float32."""
+    """Uniform, variance scale / mean(fan_in, fan_out); drawn in float32."""
     value = make(np.random.default_rng(0)).value
     assert value.dtype == np.float32
     assert np.abs(value).max() <= math.sqrt(3 / fan)
