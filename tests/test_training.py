@@ -119,12 +119,13 @@ def test_what_was_left_in_the_gradients_does_not_matter():
     assert_same_weights(clean, dirty)
 
 
-def test_the_loop_is_algorithm_1_written_out():
-    """A second writing of the loop, from the public parts."""
-    model, reference = small_mlp(), small_mlp()
-    result = td.train(
-        model, DIFFUSION, POINTS, **SETTINGS, final_lr=0.1, weight_decay=0.1, clip_norm=0.5, ema_decay=0.9
-    )
+@pytest.mark.parametrize(("make", "shape"), [(small_mlp, (2,)), (small_unet, (4, 6, 1))])
+def test_the_loop_is_algorithm_1_written_out(make, shape):
+    """A second writing of the loop, from the public parts; the U-Net's with dropout."""
+    model, reference = make(), make()
+    data = np.random.default_rng(5).standard_normal((10, *shape)).astype(np.float32)
+    how = dict(final_lr=0.1, weight_decay=0.1, clip_norm=0.5, ema_decay=0.9, workers=1)
+    result = td.train(model, DIFFUSION, data, **SETTINGS, **how)
     optimizer = td.Adam(reference.named_parameters(), lr=0.01, weight_decay=0.1)
     ema = td.EMA(reference, 0.9)
     order = np.concatenate(
@@ -132,9 +133,9 @@ def test_the_loop_is_algorithm_1_written_out():
     )
     for step in range(STEPS):
         rng = np.random.default_rng([3, _data.STEP, step])
-        x0 = POINTS[order[4 * step : 4 * step + 4]]
+        x0 = data[order[4 * step : 4 * step + 4]]
         t = rng.integers(20, size=4)
-        eps = rng.standard_normal((4, 2), dtype=np.float32)
+        eps = rng.standard_normal(x0.shape, dtype=np.float32)
         output, backward = reference(DIFFUSION.q_sample(x0, t, eps), t, rng)
         loss, gradient = td.simple_loss(DIFFUSION, output, x0, t, eps)
         backward(gradient)
