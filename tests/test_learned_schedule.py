@@ -546,12 +546,14 @@ def test_what_is_between_learns_by_the_mean_square_in_bits():
     """And of the batch a quarter is reconstructed (docs: S.13)."""
     rng, T, N = np.random.default_rng(0), 20, 16
     learned, linear, x0, shown = random_schedule(rng), linear_model(rng), rng.standard_normal((N, 2)), []
+    for_all = np.random.default_rng(1)
 
     def model(z, t, rng):
+        assert rng is for_all  # a network may have dropout
         shown.append(t)
         return linear(z, t)
 
-    learned_schedule_loss(model, learned, x0, np.random.default_rng(1), T=T)[1]()
+    learned_schedule_loss(model, learned, x0, for_all, T=T)[1]()
     gradients = {name: p.grad for name, p in learned.rise.named_parameters().items()}
     rng = np.random.default_rng(1)
     u = draw_times(N, rng)
