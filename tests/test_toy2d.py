@@ -1,9 +1,11 @@
 """The eight shapes: exact population moments, independent draws, and the geometry that each is named for."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
-from scipy.stats import norm
+from scipy.stats import norm, qmc
 
 from tinydiff.datasets import toy2d
 from tinydiff.datasets.toy2d import SHAPES, sample
@@ -20,7 +22,7 @@ EIGHT = (
 )
 
 # All z-tests of this file together reject a correct implementation once in a million choices of the seeds.
-Z_TESTS = 6 * len(EIGHT)
+Z_TESTS = 2 * len(EIGHT)
 Z_MAX = norm.isf(1e-6 / (2 * Z_TESTS))
 
 
@@ -48,26 +50,34 @@ def test_there_are_eight_shapes_in_this_order():
     assert SHAPES == EIGHT
 
 
+class Even(np.random.Generator):
+    """In the place of random numbers those of a Sobol sequence, a coordinate for each call."""
+
+    def __init__(self, log2_n):
+        super().__init__(np.random.PCG64(0))
+        points = qmc.Sobol(4, scramble=False).random_base2(log2_n) + 0.5 ** (log2_n + 1)
+        self.columns = iter(points.T)
+
+    def random(self, size):
+        columns = [next(self.columns) for _ in range(math.prod(np.atleast_1d(size)[1:]))]
+        return np.stack(columns, axis=-1).reshape(size)
+
+    def uniform(self, low, high, size):
+        return low + (high - low) * self.random(size)
+
+    def integers(self, high, size):
+        return np.floor(high * self.random(size)).astype(int)
+
+    def standard_normal(self, size):
+        return norm.ppf(self.random(size))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_population_mean_is_zero_and_population_variance_one(name):
-    # A million points: an error of 0.006 in a mean, or of the same order in a variance, is found.
-    x = sample(name, 1_000_000, np.random.default_rng(1), np.float64)
-    assert np.abs(z_score(x, 0.0)).max() < Z_MAX, f"mean {x.mean(0)}"
-    assert np.abs(z_score(x**2, 1.0)).max() < Z_MAX, f"mean square {(x**2).mean(0)}"
-
-
-@pytest.mark.parametrize("name", ["swiss_roll", "heart"])
-def test_a_curve_has_the_moments_that_its_integrals_have(name):
-    """Exactly: for the midpoint rule, where a million points at random let an error of 0.002 pass."""
-    shape = toy2d._REGISTRY[name]
-
-    class Even:
-        def uniform(self, low, high, n):
-            return low + (high - low) * (np.arange(n) + 0.5) / n
-
-    s = shape.skeleton(100_000, Even())
-    np.testing.assert_allclose(s.mean(0), shape.mean, atol=1e-8)
-    np.testing.assert_allclose(s.var(0) + shape.sigma**2, shape.std**2, rtol=1e-8)
+    """An error of 2e-4 is found; a million points at random would let 0.006 pass."""
+    x = sample(name, 2**17, Even(17), np.float64)
+    np.testing.assert_allclose(x.mean(0), 0, atol=2e-4)
+    np.testing.assert_allclose(x.var(0), 1, rtol=2e-4)
 
 
 @pytest.mark.parametrize("name", SHAPES)
