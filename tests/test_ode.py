@@ -501,6 +501,10 @@ def test_the_learned_variance_of_images_plays_no_part_in_their_likelihood():
         for diffusion in [td.GaussianDiffusion(td.linear_schedule(6), "eps", variance)]
     ]
     assert_array_equal(*found)
+    in_a_row = ode_log_likelihood(
+        alone, td.GaussianDiffusion(td.linear_schedule(6)), x.reshape(2, 9), progress=False
+    )
+    assert_allclose(found[0], in_a_row, rtol=1e-12)  # it is a density of as many numbers, in whatever shape
 
 
 def test_log_likelihood_of_images():
