@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from test_docs import PAGES
+from test_oracle_samplers import X_T, in_float64, nonlinear
+from test_oracle_schedulers import PREDICTION_TYPE
 
 import tinydiff as td
 
@@ -253,3 +255,31 @@ def test_pndm_adds_up_what_the_network_says_as_it_comes(prediction, called, step
     centre, after = x.numpy()[:, 0]
     expected = chapter("09-reading-map.md")["plms"](prediction, steps)
     assert (centre, after - centre) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 11, 50])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_sampler_that_chapter_6_writes_out_is_the_one_of_diffusers_it_names(prediction, steps):
+    from diffusers import DPMSolverMultistepScheduler
+
+    blocks = [block.text for page in PAGES for block in page.blocks if "def sde_dpm" in block.text]
+    names = {"np": np}
+    exec(blocks[0].partition("\n\n\nends")[0], names)
+    scheduler = DPMSolverMultistepScheduler(
+        100,
+        beta_schedule="linear",
+        prediction_type=PREDICTION_TYPE[prediction],
+        algorithm_type="sde-dpmsolver++",
+        final_sigmas_type="zero",
+        timestep_spacing="linspace",
+    )
+    schedule, timesteps = in_float64(scheduler, steps)
+    process, one, same = td.GaussianDiffusion(schedule, prediction), *map(np.random.default_rng, (1, 1))
+    ours = names["sde_dpm"](nonlinear, process, X_T, timesteps, one)
+    x = torch.as_tensor(X_T)
+    for t in scheduler.timesteps:
+        output, z = (
+            torch.as_tensor(y) for y in (nonlinear(x.numpy(), np.full(4, int(t))), same.normal(size=x.shape))
+        )
+        x = scheduler.step(output, t, x, variance_noise=z).prev_sample
+    assert_allclose(ours, x.numpy(), rtol=1e-6, atol=1e-6)  # it steps in float32
