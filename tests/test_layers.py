@@ -503,6 +503,8 @@ def test_a_gradient_of_another_shape_than_its_value_is_refused(shape):
         p.accumulate(wrong)
     with pytest.raises(ValueError, match="grad has shape"):
         p.grad = wrong
+    with pytest.raises(ValueError, match="grad has shape"):
+        nn.Parameter(p.value, wrong)
     assert not p.grad.any()
 
 
@@ -526,6 +528,14 @@ def test_load_state_dict_refuses_what_does_not_fit_and_changes_nothing():
             r"state\['bias'\] has shape \(3, 1\); expected \(3,\)",
         ),
         ({f"{i}": 0 for i in range(9)}, r"9 in all"),
+        (
+            {"weight": np.ones((2, 3)), "bias": np.full(3, "a")},
+            r"state\['bias'\] is an ndarray of <U1; expected an array of real numbers",
+        ),
+        (
+            {"weight": np.ones((2, 3)), "bias": np.ones(3, complex)},
+            r"state\['bias'\] is an ndarray of complex128; expected an array of real numbers",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             layer.load_state_dict(state)
@@ -665,6 +675,20 @@ def test_an_input_of_other_numbers_is_refused(make, dtype):
     expected = f"x has dtype {np.dtype(dtype)}; expected a real floating one."
     with pytest.raises(TypeError, match=re.escape(expected)):
         layer(np.ones((2, 8, 8, 16), dtype))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Parameter(1.0), "value is a float; expected an array"),
+        (lambda: nn.Parameter(np.ones(2), [1.0, 1.0]), "grad is a list; expected an array"),
+        (lambda: nn.Parameter(np.ones(2)).accumulate(1.0), "grad is a float; expected an array"),
+        (lambda: nn.GroupNorm(2, 4).to("cupy"), "xp is 'cupy'; expected the namespace of an array library"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import class_or_kind
-from tinydiff.backend import Array, get_backend, to_numpy
+from tinydiff.backend import Array, get_backend
 from tinydiff.checkpoint import check_sizes
 from tinydiff.interop._config import check_mapping, is_count, is_number, require, require_fixed
 from tinydiff.models._checks import check_own_layers, plain
 from tinydiff.models.unet import UNet, misfit
+from tinydiff.nn.module import on_the_host
 
 __all__ = [
     "DEFAULTS",
@@ -178,7 +179,7 @@ def unet_from_diffusers(
     check_mapping("state", state)
     xp = get_backend(backend)
     arguments = unet_arguments(config)
-    weights = {given: _on_the_host(given, weight) for given, weight in state.items()}
+    weights = {given: on_the_host(given, weight) for given, weight in state.items()}
     check_sizes(arguments, weights)
     model = UNet(**arguments, rng=np.random.default_rng(0), backend="numpy")
     parameters = model.named_parameters()
@@ -257,21 +258,6 @@ def _present_name(name: str) -> str:
     if len(parts) >= 2 and "attentions" in parts:
         parts[-2] = FORMER_NAMES.get(parts[-2], parts[-2])
     return ".".join(parts)
-
-
-def _on_the_host(name: str, weight: Any) -> np.ndarray:
-    """The weight as a NumPy array of real numbers; what is not, or lies elsewhere, is refused by name."""
-    dtype, why = getattr(weight, "dtype", "no dtype"), ""
-    try:
-        array = to_numpy(weight)
-        if hasattr(weight, "dtype") and array.dtype != bool and np.can_cast(array.dtype, float, "same_kind"):
-            return array
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        why = f" ({str(error).rstrip('.')})"
-    raise ValueError(
-        f"state[{name!r}] is {class_or_kind(weight)} of {dtype}{why}; expected an array of real numbers on "
-        "the host, as in model.float().cpu().state_dict()."
-    )
 
 
 def _from_torch_layout(array: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from tinydiff._checks import class_or_kind
+from tinydiff._checks import check_array, class_or_kind
 from tinydiff.backend import Array, Namespace, array_namespace, asarray_like, to_numpy
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "derivative_of",
     "inference",
     "keeping",
+    "on_the_host",
     "once",
     "weight_of",
 ]
@@ -50,13 +51,21 @@ class Parameter:
     grad : array, optional
         Gradient, of `value`'s shape. It is zero until a backward has run, and takes no memory until
         it is read or added to.
+
+    Raises
+    ------
+    TypeError
+        If `value` or `grad` is not an array.
+    ValueError
+        If `grad` has another shape than the value, or one of them is masked.
     """
 
     __slots__ = ("_grad", "value")
 
     def __init__(self, value: Array, grad: Array | None = None) -> None:
+        check_array("value", value)
         self.value = value
-        self._grad = grad
+        self._grad = None if grad is None else self._checked(grad)
 
     @property
     def grad(self) -> Array:
@@ -76,12 +85,15 @@ class Parameter:
         ------
         ValueError
             If `grad` has another shape than the value.
+        TypeError
+            If it is not an array.
         """
         grad = self._checked(grad)
         self._grad = grad if self._grad is None else self._grad + grad
 
     def _checked(self, grad: Array) -> Array:
         """`grad`; ValueError for another shape: laid end to end with others, it would shift the rest."""
+        check_array("grad", grad)
         if tuple(grad.shape) != tuple(self.shape):
             expected = f"{tuple(self.shape)}, the value's"
             raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {expected}.")
@@ -159,19 +171,32 @@ class Module:
         Raises
         ------
         ValueError
-            If a name is missing or unexpected, or a shape differs; nothing is changed then.
+            If a name is missing or unexpected, a shape differs, or a value is not an array of real numbers
+            that NumPy can read; nothing is changed then.
+        TypeError
+            If `state` is not a mapping.
         """
         parameters = self.named_parameters()
         check_state(state, {name: parameter.shape for name, parameter in parameters.items()}, "the model")
+        values = {name: on_the_host(name, state[name]) for name in parameters}
         for name, parameter in parameters.items():
-            value = asarray_like(to_numpy(state[name]), parameter.value)
+            value = asarray_like(values[name], parameter.value)
             parameter.value = array_namespace(value).asarray(value, copy=True)
 
     def to(self: M, xp: Namespace, dtype: Any = None, device: Any = None) -> M:
         """Move every parameter to `xp` and, if given, to its `dtype` and its `device`; returns self.
 
-        Weights can be stored in float16, but networks compute in float32 or float64 only.
+        Gradients become zero. Weights can be stored in float16, but networks compute in float32 or float64
+        only.
+
+        Raises
+        ------
+        TypeError
+            If `xp` is not the namespace of an array library, as `tinydiff.get_backend` returns it.
         """
+        if not hasattr(xp, "asarray"):
+            expected = "the namespace of an array library, as get_backend returns it"
+            raise TypeError(f"xp is {xp!r}; expected {expected}.")
         for parameter in self.named_parameters().values():
             value = to_numpy(parameter.value)
             target = dtype if dtype is not None else getattr(xp, str(value.dtype))
@@ -242,6 +267,21 @@ def check_state(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     for name, expected in shapes.items():
         if (shape := np.shape(state[name])) != tuple(expected):
             raise ValueError(f"state[{name!r}] has shape {shape}; expected {tuple(expected)}.")
+
+
+def on_the_host(name: str, value: Any) -> np.ndarray:
+    """The value as a NumPy array of real numbers; what is not, or lies elsewhere, is refused by name."""
+    dtype, why = getattr(value, "dtype", "no dtype"), ""
+    try:
+        array = to_numpy(value)
+        if hasattr(value, "dtype") and array.dtype != bool and np.can_cast(array.dtype, float, "same_kind"):
+            return array
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        why = f" ({str(error).rstrip('.')})"
+    raise ValueError(
+        f"state[{name!r}] is {class_or_kind(value)} of {dtype}{why}; expected an array of real numbers on "
+        "the host, as in model.float().cpu().state_dict()."
+    )
 
 
 def _some(names: list[str], show: int = 3) -> str:
