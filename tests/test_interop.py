@@ -163,7 +163,6 @@ def test_every_setting_crosses_the_border_and_comes_back(attention, head_dim, dr
     [
         {},
         dict(mid_attention=1, flip_sin_to_cos=0, freq_shift=True, dropout=False, downsample_padding=True),
-        dict(norm_groups=True, head_dim=True),
     ],
 )
 def test_what_is_exported_is_plain(choices):

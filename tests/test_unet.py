@@ -355,6 +355,12 @@ def test_size_of_the_published_256_pixel_network():
         (dict(norm_groups=8), r"^norm_groups is 8; expected a divisor of .*\[4, 8\]"),
         (dict(norm_eps=-1.0), r"^norm_eps is -1.0; expected a positive number"),
         (dict(norm_eps=0.0), r"^norm_eps is 0.0; expected a positive number"),
+        (dict(norm_eps=None), r"^norm_eps is None; expected a number"),
+        (dict(dropout="0.1"), r"^dropout is '0.1'; expected a number"),
+        (dict(freq_shift=None), r"^freq_shift is None; expected a number"),
+        (dict(norm_groups=2.0), r"^norm_groups is 2.0; expected an integer of at least 1"),
+        (dict(norm_groups=None), r"^norm_groups is None; expected an integer of at least 1"),
+        (dict(head_dim=4.0), r"^head_dim is 4.0; expected an integer of at least 1"),
         (dict(head_dim=3), r"^head_dim is 3; expected None, or a divisor of .*\[8\]"),
         (
             dict(freq_shift=2.0),

@@ -49,7 +49,11 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_features(x: Any, features: int) -> None:
-    """ValueError unless the last axis has this size: a kernel reads as many as its weights have."""
+    """ValueError unless the last axis has this size: a kernel reads as many as its weights have.
+
+    TypeError unless it is an array.
+    """
+    check_array("x", x)
     if tuple(x.shape[-1:]) != (features,):
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {features}).")
 

@@ -242,6 +242,10 @@ class UNet(Module):
         )
         check_counts(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
         check_counts(**{f"block_channels[{level}]": n for level, n in enumerate(block_channels)})
+        check_counts(norm_groups=norm_groups, **({} if head_dim is None else {"head_dim": head_dim}))
+        for name in ("norm_eps", "dropout", "freq_shift"):
+            if not isinstance(self.config[name], (int, float)):
+                raise ValueError(f"{name} is {self.config[name]!r}; expected a number.")
         if found := misfit(self.config):
             name, expected = found
             raise ValueError(f"{name} is {self.config[name]!r}; expected {expected}.")

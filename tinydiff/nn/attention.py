@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, array_namespace
 from tinydiff.kernels import kernels_for
 from tinydiff.nn.group_norm import GroupNorm
@@ -35,7 +36,7 @@ class SelfAttention(Module):
     Raises
     ------
     ValueError
-        If `head_dim` does not divide `channels`, or `norm_groups` does not.
+        If a number is not a positive integer, or `head_dim` or `norm_groups` does not divide `channels`.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class SelfAttention(Module):
         rng: np.random.Generator,
     ) -> None:
         head_dim = channels if head_dim is None else head_dim
-        if head_dim < 1 or channels % head_dim:
+        check_counts(channels=channels, head_dim=head_dim)
+        if channels % head_dim:
             raise ValueError(f"head_dim = {head_dim} does not divide channels = {channels}.")
         self.head_dim = head_dim
         self.group_norm = GroupNorm(norm_groups, channels, norm_eps)
@@ -58,9 +60,9 @@ class SelfAttention(Module):
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
         """x (N, H, W, C)  ->  y (N, H, W, C).  (docs: B.12)"""
+        normed, norm_backward = self.group_norm(x)
         xp = array_namespace(x)
         kernels = kernels_for(x)
-        normed, norm_backward = self.group_norm(x)
         n, h, w, c = x.shape
         d = self.head_dim
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_images
+from tinydiff._checks import check_counts, check_images
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
@@ -33,6 +34,13 @@ class Conv2d(Module):
         Draws the initial weight.
     scale : float
         Variance scale of the initial weight; 0 begins at zero.
+
+    Raises
+    ------
+    ValueError
+        If a size or `stride` is not a positive integer, `padding` not as said above, or `scale` below 0.
+    TypeError
+        If `rng` is not a generator.
     """
 
     def __init__(
@@ -46,9 +54,13 @@ class Conv2d(Module):
         padding: int | tuple[int, int] | None = None,
         scale: float = 1.0,
     ) -> None:
+        check_counts(in_channels=in_channels, out_channels=out_channels)
+        check_counts(kernel_size=kernel_size, stride=stride)
         self.stride = stride
         padding = kernel_size // 2 if padding is None else padding
         self.padding = (padding, padding) if isinstance(padding, (int, np.integer)) else padding
+        if not _is_pair(self.padding):
+            raise ValueError(f"padding is {padding!r}; expected one number of zeros, or (before, after).")
         self.weight = init.uniform(rng, (kernel_size, kernel_size, in_channels, out_channels), scale)
         self.bias = init.zeros(out_channels)
 
@@ -68,3 +80,8 @@ class Conv2d(Module):
             return dx
 
         return y, backward
+
+
+def _is_pair(padding: Any) -> bool:
+    pair = padding if isinstance(padding, (tuple, list)) else ()
+    return len(pair) == 2 and all(isinstance(n, (int, np.integer)) and n >= 0 for n in pair)

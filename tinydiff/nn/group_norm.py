@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tinydiff._checks import check_images
+from tinydiff._checks import check_counts, check_images
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
@@ -30,11 +30,12 @@ class GroupNorm(Module):
     Raises
     ------
     ValueError
-        If `groups` does not divide `channels`.
+        If a number is not a positive integer, or `groups` does not divide `channels`.
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, then_silu: bool = False) -> None:
-        if groups < 1 or channels % groups:
+        check_counts(norm_groups=groups, channels=channels)
+        if channels % groups:
             raise ValueError(f"norm_groups = {groups} does not divide channels = {channels}.")
         self.groups = groups
         self.eps = eps

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tinydiff._checks import check_rng
+from tinydiff._checks import check_number, check_rng
 from tinydiff.nn.module import Parameter
 
 __all__ = ["ones", "uniform", "zeros"]
@@ -27,6 +27,7 @@ def uniform(rng: np.random.Generator, shape: tuple[int, ...], scale: float = 1.0
         Variance scale; 0 gives zeros, with which the last layer of a residual branch begins.
     """
     check_rng(rng)
+    check_number("scale", scale, lambda scale: 0 <= scale < math.inf, "a number of at least 0")
     taps = math.prod(shape[:-2])
     fan = taps * (shape[-2] + shape[-1]) / 2
     bound = math.sqrt(3.0 * scale / fan)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff._checks import check_features
+from tinydiff._checks import check_counts, check_features
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn import init
@@ -26,11 +26,19 @@ class Linear(Module):
         Draws the initial weight (in_features, out_features).
     scale : float
         Variance scale of the initial weight; 0 begins at zero.
+
+    Raises
+    ------
+    ValueError
+        If a size is not a positive integer, or `scale` is below 0.
+    TypeError
+        If `rng` is not a generator.
     """
 
     def __init__(
         self, in_features: int, out_features: int, rng: np.random.Generator, scale: float = 1.0
     ) -> None:
+        check_counts(in_features=in_features, out_features=out_features)
         self.weight = init.uniform(rng, (in_features, out_features), scale)
         self.bias = init.zeros(out_features)
 

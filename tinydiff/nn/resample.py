@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff._checks import check_images
+from tinydiff._checks import check_choice, check_images
 from tinydiff.backend import Array
 from tinydiff.kernels import kernels_for
 from tinydiff.nn.conv import Conv2d
@@ -27,9 +27,15 @@ class Downsample(Module):
         asymmetric padding of Ho et al.'s released code and the published DDPM checkpoints.
     rng : numpy.random.Generator
         Draws the initial weight.
+
+    Raises
+    ------
+    ValueError
+        If `padding` is neither of the two.
     """
 
     def __init__(self, channels: int, padding: int, rng: np.random.Generator) -> None:
+        check_choice("padding", padding, (0, 1))
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=(int(padding), 1), rng=rng)
 
     def __call__(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff._checks import check_counts
 from tinydiff.backend import Array, array_namespace, asarray_like, constant_like, is_numpy_array
 from tinydiff.nn.linear import Linear
 from tinydiff.nn.module import Module, derivative_of, keeping
@@ -68,8 +69,10 @@ def sinusoidal_embedding(
     Raises
     ------
     ValueError
-        If `freq_shift` is not less than half: there is no such spacing.
+        If `t` has another shape, `dim` is not a positive integer, or `freq_shift` is not less than half:
+        there is no such spacing.
     """
+    check_counts(dim=dim)
     half = dim // 2
     if half and not freq_shift < half:
         raise ValueError(f"freq_shift is {freq_shift}; expected less than half of dim = {dim}, rounded down.")
@@ -87,7 +90,10 @@ def _embed(
 ) -> Array:
     xp = array_namespace(like)
     omega = constant_like(_frequencies, dim // 2, freq_shift, max_period, like=like, dtype=xp.float64)
-    times = asarray_like(t, like, xp.float64)[:, None]
+    times = asarray_like(t, like, xp.float64)
+    if times.ndim != 1:  # (N, 1), say, would come out as (N, 2, ...)
+        raise ValueError(f"t has shape {tuple(times.shape)}; expected (N,).")
+    times = times[:, None]
     angles = times * omega[None, :]
     sin, cos = xp.sin(angles), xp.cos(angles)
     parts = [cos, sin] if flip_sin_to_cos else [sin, cos]
