@@ -334,6 +334,11 @@ def test_what_does_not_fit_is_named():
         nearest_distances(good, good * np.nan)
     with pytest.raises(ValueError, match="samples has 1 digits; expected at least 2"):
         digit_report(good[:1], good)
+    with pytest.raises(ValueError, match="samples has 1 digits; expected at least 2"):
+        digit_frechet_distance(good[:1], good)
+    for judge in (digit_frechet_distance, lambda *given: digit_report(*given, good)):
+        with pytest.raises(ValueError, match="data has 1 digits; expected at least 2"):
+            judge(good, good[:1])
     with pytest.raises(ValueError, match="data has 4 digits; expected at least 8"):
         digit_report(good, good)
     with pytest.raises(TypeError, match="rng is an int"):

@@ -244,6 +244,8 @@ def test_to_model_range_refuses_what_is_not_grey_values():
         mnist.to_model_range(np.zeros((2, 28, 28), np.float32))
     with pytest.raises(ValueError, match=r"images has shape \(28, 28\); expected \(N, H, W\)"):
         mnist.to_model_range(np.zeros((28, 28), np.uint8))
+    with pytest.raises(TypeError, match="images is a list; expected an array"):
+        mnist.to_model_range([[[0]]])
 
 
 @settings(deadline=None, max_examples=50)
@@ -270,10 +272,27 @@ def test_balanced_subset_is_shuffled():
     assert np.any(np.diff(chosen[chosen_labels == 0]) < 0)
 
 
-@pytest.mark.parametrize("per_class", [0, -1, 3])
-def test_balanced_subset_refuses_more_than_there_is(per_class):
-    with pytest.raises(ValueError, match=rf"per_class is {per_class}; expected 1 to 2"):
+def test_balanced_subset_refuses_more_than_there_is():
+    with pytest.raises(ValueError, match="per_class is 3; expected 1 to 2"):
+        mnist.balanced_subset(np.zeros(5), np.array([0, 0, 0, 1, 1]), 3, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("per_class", [0, -1, 2.0, True, None, "1"])
+def test_balanced_subset_refuses_what_is_no_number_of_items(per_class):
+    with pytest.raises(ValueError, match=f"per_class is {per_class!r}; expected an integer of at least 1"):
         mnist.balanced_subset(np.zeros(5), np.array([0, 0, 0, 1, 1]), per_class, np.random.default_rng(0))
+
+
+def test_balanced_subset_names_what_does_not_fit():
+    items, labels, rng = np.zeros(4), np.array([0, 1, 0, 1]), np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"labels has shape \(4, 2\); expected \(N,\)"):
+        mnist.balanced_subset(items, np.eye(2)[labels], 1, rng)
+    with pytest.raises(TypeError, match="images is a list; expected an array"):
+        mnist.balanced_subset(list(items), labels, 1, rng)
+    with pytest.raises(TypeError, match="labels is a list; expected an array"):
+        mnist.balanced_subset(items, list(labels), 1, rng)
+    with pytest.raises(TypeError, match="rng is an int"):
+        mnist.balanced_subset(items, labels, 1, 0)
     with pytest.raises(ValueError, match="images has 4 items and labels 5"):
         mnist.balanced_subset(np.zeros(4), np.zeros(5, int), 1, np.random.default_rng(0))
 

@@ -20,7 +20,7 @@ from types import ModuleType
 
 import numpy as np
 
-from tinydiff._checks import check_choice
+from tinydiff._checks import check_array, check_choice, check_counts, check_rng
 from tinydiff.backend import Array, array_namespace
 from tinydiff.checkpoint import patiently
 from tinydiff.datasets.idx import decompress, parse_idx
@@ -140,10 +140,11 @@ def to_model_range(images: Array) -> Array:
     Raises
     ------
     TypeError
-        If `images` is not of dtype uint8.
+        If `images` is not an array of dtype uint8.
     ValueError
-        If it does not have three dimensions.
+        If it does not have three dimensions, or is masked.
     """
+    check_array("images", images)
     xp = array_namespace(images)
     if images.dtype != xp.uint8:
         raise TypeError(f"images has dtype {images.dtype}; expected uint8")
@@ -176,13 +177,22 @@ def balanced_subset(
     Raises
     ------
     ValueError
-        If `images` and `labels` differ in length, `per_class` is less than 1 or a class has fewer items.
+        If `images` and `labels` differ in length, `labels` is not (N,), `per_class` is not a positive integer
+        or a class has fewer items.
+    TypeError
+        If `images` or `labels` is not an array, or `rng` not a generator.
     """
+    check_array("images", images)
+    check_array("labels", labels)
+    check_counts(per_class=per_class)
+    check_rng(rng)
+    if labels.ndim != 1:
+        raise ValueError(f"labels has shape {labels.shape}; expected (N,), a class for each item")
     if len(images) != len(labels):
         raise ValueError(f"images has {len(images)} items and labels {len(labels)}; expected the same number")
     classes, counts = np.unique(labels, return_counts=True)
     smallest = min(counts, default=0)
-    if not 1 <= per_class <= smallest:
+    if per_class > smallest:
         raise ValueError(
             f"per_class is {per_class}; expected 1 to {smallest}, the size of the smallest class"
         )

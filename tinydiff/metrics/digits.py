@@ -122,7 +122,7 @@ def digit_frechet_distance(samples: np.ndarray, data: np.ndarray) -> float:
     TypeError, ValueError
         As `digit_features`; or if a set has fewer than two digits.
     """
-    samples, data = _images("samples", samples), _images("data", data)
+    samples, data = _images("samples", samples, 2), _images("data", data, 2)
     return frechet_distance(digit_features(samples), digit_features(data))
 
 
@@ -229,10 +229,8 @@ def digit_report(
     TypeError, ValueError
         As `digit_features`; or if there are too few digits.
     """
-    samples, data = _images("samples", samples), _images("data", data)
+    samples, data = _images("samples", samples, 2), _images("data", data, 2)
     n = len(samples)
-    if n < 2:
-        raise ValueError(f"samples has {n} digits; expected at least 2.")
     rng = np.random.default_rng(0) if rng is None else rng
     check_rng(rng)
     if heldout is None:
@@ -284,7 +282,7 @@ def _probabilities(features: np.ndarray) -> np.ndarray:
     return softmax(logits.astype(np.float64), axis=1)
 
 
-def _images(name: str, images: np.ndarray) -> np.ndarray:
+def _images(name: str, images: np.ndarray, least: int = 1) -> np.ndarray:
     """The images in float32, or an error that says what does not fit."""
     check_unmasked(name, images)
     images = np.asarray(images)
@@ -292,6 +290,8 @@ def _images(name: str, images: np.ndarray) -> np.ndarray:
         raise TypeError(f"{name} has dtype {images.dtype}; expected floating-point numbers in [-1, 1].")
     if images.ndim != 4 or images.shape[1:] != (28, 28, 1) or len(images) == 0:
         raise ValueError(f"{name} has shape {images.shape}; expected (N, 28, 28, 1), not empty.")
+    if len(images) < least:
+        raise ValueError(f"{name} has {len(images)} digits; expected at least {least}.")
     lowest, highest = float(np.min(images)), float(np.max(images))
     if np.isnan(lowest):
         raise ValueError(f"{name} contains NaN; expected numbers in [-1, 1].")
