@@ -88,6 +88,19 @@ def test_metadata_that_is_not_json_is_refused_and_nothing_is_written(path):
     assert list(path.parent.iterdir()) == []
 
 
+def test_arrays_that_safetensors_cannot_hold_are_named_and_nothing_is_written(path):
+    for odd in (np.array(["a"]), np.array([None]), np.ones(2, complex)):
+        expected = rf"arrays has 'odd' of {odd.dtype}; expected real numbers"
+        with pytest.raises(TypeError, match=expected):
+            save_arrays(path, {"odd": odd, "good": np.ones(2)}, {})
+    assert list(path.parent.iterdir()) == []
+
+
+def test_nothing_is_kept_and_comes_back(path):
+    save_arrays(path, {}, {})
+    assert load_arrays(path) == ({}, {})
+
+
 def test_an_array_named_as_metadata_is_refused_and_nothing_is_written(path):
     """The file could not be read back."""
     with pytest.raises(ValueError, match=r"arrays has the name '__metadata__'.*expected another"):

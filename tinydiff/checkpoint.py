@@ -124,10 +124,11 @@ def save_arrays(
     Raises
     ------
     TypeError
-        If a value of `metadata` cannot be written as JSON.
+        If a value of `metadata` cannot be written as JSON, or an array not in safetensors' dtypes.
     ValueError
         If an array has the name that safetensors gives to metadata: the file could not be read again.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save
 
     if "__metadata__" in arrays:
@@ -139,7 +140,13 @@ def save_arrays(
             texts[key] = json.dumps(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"metadata has {key!r}, which JSON cannot hold: {error}.") from None
-    replace_file(path, _sorted_header(save(tensors, texts)))
+    try:
+        content = save(tensors, texts or None)  # for two empty mappings it would write no JSON
+    except SafetensorError as error:
+        odd = (x for x in tensors.items() if x[1].dtype.kind not in "biuf" or x[1].dtype.itemsize > 8)
+        came = ", ".join(f"{name!r} of {array.dtype}" for name, array in odd)
+        raise TypeError(f"arrays has {came}; expected real numbers ({error}).") from None
+    replace_file(path, _sorted_header(content))
 
 
 def _sorted_header(content: bytes) -> bytes:
