@@ -178,6 +178,11 @@ def test_a_pipeline_comes_back(tmp_path):
     for size in (8.0, "8", None, 0, (8, -8)):
         with pytest.raises(ValueError, match=r"^sample_size is .*; expected an integer of at least 1"):
             save_pipeline(tmp_path / "new" / "pipeline", model, diffusion, size)
+    for size in ((8,), (8, 8, 1), ()):
+        with pytest.raises(ValueError, match=r"^sample_size is .*; expected one number, or height and width"):
+            save_pipeline(tmp_path / "new" / "pipeline", model, diffusion, size)
+    with pytest.raises(ValueError, match=r"^sample_size is '8'; expected an integer of at least 1"):
+        save_diffusers(tmp_path / "new", model, "8")
     assert not (tmp_path / "new").exists()
     save_pipeline(tmp_path / "new" / "pipeline", model, diffusion, sample_size=8)
     again, process = load_pipeline(str(tmp_path / "new" / "pipeline"))

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinydiff._checks import check_counts, class_or_kind
+from tinydiff._checks import class_or_kind
 from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.interop._process import diffusion_from_diffusers, diffusion_to_diffusers
-from tinydiff.interop._unet import unet_from_diffusers, unet_to_diffusers
+from tinydiff.interop._unet import check_sample_size, unet_from_diffusers, unet_to_diffusers
 from tinydiff.models.unet import UNet
 
 __all__ = ["load_diffusers", "load_pipeline", "save_diffusers", "save_pipeline"]
@@ -75,6 +75,8 @@ def save_diffusers(
     ------
     TypeError
         If `model` is not a `UNet` as its config makes it; a subclass may compute something else.
+    ValueError
+        If `sample_size` is given and is not of positive integers.
     """
     _write_unet(Path(directory), *unet_to_diffusers(model, sample_size))
 
@@ -148,8 +150,7 @@ def save_pipeline(
         If `sample_size` is not of positive integers, or the model's channels are not those that the variance
         needs: diffusers would read the files, and draw nothing.
     """
-    for side in sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]:
-        check_counts(sample_size=side)
+    check_sample_size(sample_size)
     scheduler = diffusion_to_diffusers(diffusion, clip)
     config, state = unet_to_diffusers(model, sample_size)
     taken, given = config["in_channels"], config["out_channels"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import class_or_kind
+from tinydiff._checks import check_counts, class_or_kind
 from tinydiff.backend import Array, get_backend
 from tinydiff.checkpoint import check_sizes
 from tinydiff.interop._config import check_mapping, is_count, is_number, require, require_fixed
@@ -25,6 +25,7 @@ __all__ = [
     "DEFAULTS",
     "FIXED",
     "IRRELEVANT",
+    "check_sample_size",
     "unet_arguments",
     "unet_from_diffusers",
     "unet_to_diffusers",
@@ -225,7 +226,11 @@ def unet_to_diffusers(
     ------
     TypeError
         If `model` is not a `UNet` as its config makes it; a subclass may compute something else.
+    ValueError
+        If `sample_size` is given and is not of positive integers.
     """
+    if sample_size is not None:
+        check_sample_size(sample_size)
     if type(model) is not UNet:
         raise TypeError(f"model is {class_or_kind(model)}; expected a UNet, of tinydiff's own.")
     check_own_layers(model)
@@ -250,6 +255,15 @@ def unet_to_diffusers(
         **{key: accepted[0] for key, accepted in FIXED.items()},
     }
     return config, {name: _to_torch_layout(array) for name, array in model.state_dict().items()}
+
+
+def check_sample_size(sample_size: Any) -> None:
+    """ValueError unless it is a positive integer or two, in a list or a tuple."""
+    sides = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size, sample_size]
+    if len(sides) != 2:
+        raise ValueError(f"sample_size is {sample_size!r}; expected one number, or height and width.")
+    for side in sides:
+        check_counts(sample_size=side)
 
 
 def _present_name(name: str) -> str:
