@@ -999,6 +999,8 @@ def test_numpy_is_the_default_and_an_unknown_twin_is_refused(chosen_again, monke
     assert kernels_for(np.zeros(1)) is numpy_twin
     with pytest.raises(BackendError, match=r"name is 'fortran': set it to one of 'numpy', 'numba'\."):
         use("fortran")
+    with pytest.raises(BackendError, match=r"name is '1': set it to one of 'numpy', 'numba'\."):
+        use(1)
     assert kernels_for(np.zeros(1)) is numpy_twin
     monkeypatch.setattr(tinydiff.kernels, "_twin", None)
     monkeypatch.setenv("TINYDIFF_KERNELS", "fortran")
@@ -1020,6 +1022,8 @@ def test_an_unknown_twin_for_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(tinydiff.kernels, "_on_gpu", None)
     with pytest.raises(BackendError, match=r"name is 'cuda': set it to one of 'cupy', 'portable'\."):
         tinydiff.kernels.use_on_gpu("cuda")
+    with pytest.raises(BackendError, match=r"name is '1': set it to one of 'cupy', 'portable'\."):
+        tinydiff.kernels.use_on_gpu(1)
     monkeypatch.setenv("TINYDIFF_CUPY_KERNELS", "cuda")
     with pytest.raises(BackendError, match="TINYDIFF_CUPY_KERNELS is 'cuda'"):
         tinydiff.kernels.use_on_gpu()

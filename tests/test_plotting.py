@@ -151,8 +151,15 @@ def test_what_is_drawn_of_the_processes_has_to_be_theirs(points):
         plotting.reverse_process([points, points])
     with pytest.raises(TypeError, match="schedules is a NoiseSchedule; expected what each is called"):
         plotting.forward_process(points, td.linear_schedule(5), np.random.default_rng(0))
+    with pytest.raises(TypeError, match="schedule is a function; expected a NoiseSchedule"):
+        plotting.forward_process(points, {"linear": td.linear_schedule}, np.random.default_rng(0))
     with pytest.raises(TypeError, match="rng is an int"):
         plotting.forward_process(points, SCHEDULES, 0)
+
+
+def test_a_schedule_may_be_called_by_a_number(points):
+    fig = plotting.forward_process(points, {5: td.linear_schedule(5)}, np.random.default_rng(0))
+    assert "5" in [text.get_text() for text in fig.axes[0].texts]
 
 
 # Samples beside data
@@ -253,6 +260,13 @@ def test_what_is_neither_points_nor_images_is_refused_by_name(shape):
         plotting.samples_beside_data(x, x)
     with pytest.raises(ValueError, match=r"^x0 has shape"):
         plotting.forward_process(x, SCHEDULES, np.random.default_rng(0))
+
+
+def test_what_hides_points_by_a_mask_is_refused_by_name(points):
+    masked = np.ma.array(points, mask=points > 0)
+    for name, given in {"samples": (masked, points), "data": (points, masked)}.items():
+        with pytest.raises(ValueError, match=f"{name} is a masked array"):
+            plotting.samples_beside_data(*given)
 
 
 # The training curve

@@ -87,6 +87,7 @@ def test_a_schedule_that_is_none_of_the_demos_is_known_by_its_betas(tmp_path):
         ({"T": None}, ["does not say the T"]),
         ({"prediction": None}, ["does not say the prediction"]),
         ({"schedule": "quadratic"}, ["'quadratic'", "linear", "cosine"]),
+        ({"schedule": ["linear"]}, ["schedule ['linear']", "cosine"]),
         ({"T": -1}, ["T is -1"]),
         ({"T": "many"}, ["T is", "many"]),
         ({"prediction": "score"}, ["prediction", "score"]),

@@ -101,6 +101,7 @@ def test_our_own_functions_pass(schedule, prediction, variance):
     testing.assert_p_mean_variance(
         lambda *given: process.p_mean_variance(*given, clip=True), process, clip=True, shape=(3, 5)
     )
+    testing.assert_p_mean_variance(process.p_mean_variance, process, clip=np.False_, shape=(3, 5))
     testing.assert_bound_terms(terms_of(process, "8bit"), process, decoder="8bit")
     for gamma in (None, 5.0):
         testing.assert_loss(simple_loss_of(process, gamma), process, min_snr_gamma=gamma)

@@ -96,7 +96,8 @@ class BackendError(RuntimeError):
 
 def backend_name(name: str | None = None) -> str:
     """The backend that `name` means: for None, what ``TINYDIFF_BACKEND`` says, or else ``"numpy"``."""
-    return str(name if name is not None else os.environ.get("TINYDIFF_BACKEND") or "numpy").strip().lower()
+    chosen = name if name is not None else os.environ.get("TINYDIFF_BACKEND") or "numpy"
+    return str(chosen).strip().lower()  # an array library, say, is refused with the names that there are
 
 
 def get_backend(name: str | None = None, device: int | None = None) -> Namespace:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinydiff._checks import check_counts, check_rng, class_or_kind
+from tinydiff._checks import check_counts, check_rng, check_unmasked, class_or_kind
 from tinydiff.backend import Array, standard_normal, to_numpy
 from tinydiff.checkpoint import replace_file
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.samplers import SamplerState
-from tinydiff.schedules import NoiseSchedule, evenly_spaced_timesteps
+from tinydiff.schedules import NoiseSchedule, check_schedule, evenly_spaced_timesteps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +110,7 @@ def forward_process(
         If `x0` is neither points nor images of floating numbers, `schedules` is empty or of several T, or
         `columns` is not an integer of at least 1.
     TypeError
-        If `schedules` is not a mapping, or `rng` not a generator.
+        If `schedules` is not a mapping to NoiseSchedules, or `rng` not a generator.
     """
     check_counts(columns=columns)
     check_rng(rng)
@@ -118,6 +118,8 @@ def forward_process(
     if not isinstance(schedules, Mapping):
         expected = "what each is called, and it: {'cosine': ...}"
         raise TypeError(f"schedules is {class_or_kind(schedules)}; expected {expected}.")
+    for schedule in schedules.values():
+        check_schedule(schedule)
     lengths = {schedule.T for schedule in schedules.values()}
     if len(lengths) != 1:
         raise ValueError(f"schedules have T = {sorted(lengths)}; expected at least one, and one T for all.")
@@ -129,7 +131,7 @@ def forward_process(
     _title(fig, "Forward process", f"from data to noise in {steps}, the same noise in every row")
     colours = _colours(x0)
     for row, (name, schedule) in zip(axes, schedules.items(), strict=True):
-        _row_label(row[0], name.replace("$", r"\$"))
+        _row_label(row[0], str(name).replace("$", r"\$"))
         diffusion = GaussianDiffusion(schedule)
         for ax, t in zip(row, times, strict=True):
             _show(ax, diffusion.q_sample(x0, int(t), noise), colours)
@@ -405,6 +407,7 @@ def _caption(ax: Axes, text: str) -> None:
 
 def _checked(name: str, x: Array) -> np.ndarray:
     """Points or images of floating numbers, on the host."""
+    check_unmasked(name, x)
     x = to_numpy(x)
     points = x.ndim == 2 and x.shape[1] == 2
     images = x.ndim == 4 and x.shape[3] in (1, 3)

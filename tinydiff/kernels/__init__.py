@@ -71,7 +71,8 @@ def use(name: str | None = None) -> Any:
     """
     global _twin
     source = "name" if name is not None else "TINYDIFF_KERNELS"
-    chosen = (name if name is not None else os.environ.get("TINYDIFF_KERNELS") or "numpy").strip().lower()
+    asked = name if name is not None else os.environ.get("TINYDIFF_KERNELS") or "numpy"
+    chosen = str(asked).strip().lower()
     if chosen not in TWINS:
         raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, TWINS))}.")
     if chosen == "numpy":
@@ -104,7 +105,7 @@ def use_on_gpu(name: str | None = None) -> Any:
     global _on_gpu
     source = "name" if name is not None else "TINYDIFF_CUPY_KERNELS"
     asked = name if name is not None else os.environ.get("TINYDIFF_CUPY_KERNELS", "")
-    chosen = asked.strip().lower() or ("portable" if _is_for_amd() else "cupy")
+    chosen = str(asked).strip().lower() or ("portable" if _is_for_amd() else "cupy")
     if chosen not in ON_GPU:
         raise BackendError(f"{source} is {chosen!r}: set it to one of {', '.join(map(repr, ON_GPU))}.")
     _on_gpu = portable if chosen == "portable" else importlib.import_module("tinydiff.kernels.cupy")

@@ -189,7 +189,8 @@ def assert_p_mean_variance(
     claim = Claim(
         "p_mean_variance",
         "x_t, t, output",
-        f"mu~_t of the {'clipped ' * clip}estimate of x_0, variance {diffusion.variance} (docs: P.5, V.1)",
+        f"mu~_t of the {'clipped ' * bool(clip)}estimate of x_0, variance {diffusion.variance} "
+        "(docs: P.5, V.1)",
         ours,
         mistakes,
         ("mean", "variance"),
