@@ -13,7 +13,7 @@ __all__ = ["silu"]
 
 
 def silu(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """y = x s,  s = sigmoid(x),  element by element; any shape.  (docs: B.3)"""
+    """y = x s,  s = sigmoid(x),  element by element; one axis or more.  (docs: B.3)"""
     check_floating(x)
     kernels = kernels_for(x)
     y, s = kernels.silu(x)
