@@ -507,6 +507,39 @@ def test_standard_error_of_two_is_half_their_distance():
     assert_allclose(bound(data).standard_error, abs(first - second) / 2, rtol=1e-12)
 
 
+@pytest.mark.parametrize("t_samples", [None, 4])
+@every_kind
+def test_the_bound_is_its_terms_written_out(variance, t_samples):
+    """A second writing, from the public parts, to rounding: statistics would let some percent pass."""
+    diffusion, rng = GaussianDiffusion(linear_schedule(7), "v", variance), np.random.default_rng(0)
+    mix = rng.standard_normal((2, 4 if variance == "learned_range" else 2))
+    x0 = rng.standard_normal((5, 2))
+
+    def denoise(x, t):
+        return np.tanh(x + t[:, None]) @ mix
+
+    found = variational_bound(
+        denoise,
+        diffusion,
+        x0,
+        rng=np.random.default_rng(1),
+        t_samples=t_samples,
+        batch_size=3,
+        progress=False,
+    )
+    rng, expected = np.random.default_rng(1), np.zeros(5)
+    for rows in (slice(0, 3), slice(3, 5)):
+        batch = x0[rows]
+        expected[rows] = prior_term(diffusion, batch)
+        for i in range(7 if t_samples is None else 5):
+            t = np.full(len(batch), i) if t_samples is None or i == 0 else rng.integers(1, 7, len(batch))
+            x_t = diffusion.q_sample(batch, t, rng.standard_normal(batch.shape))
+            term, _ = step_term(diffusion, denoise(x_t, t), batch, x_t, t)
+            expected[rows] += term if t_samples is None or i == 0 else 6 / 4 * term
+    assert_allclose(found.value, np.mean(expected), rtol=1e-12)
+    assert_allclose(found.standard_error, np.std(expected, ddof=1) / math.sqrt(5), rtol=1e-10)
+
+
 def test_bits_per_dim_is_the_bound_in_bits_and_dimensions():
     rng = np.random.default_rng(0)
     diffusion = GaussianDiffusion(cosine_schedule(6), "v")
