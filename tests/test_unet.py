@@ -195,6 +195,13 @@ def test_predict_is_the_call_without_dropout():
     assert np.abs(model(x, t, rng)[0] - y).max() > 0.01
 
 
+def test_a_rate_of_false_is_zero():
+    rng = np.random.default_rng(0)
+    model = small(rng, dropout=False)
+    x, t = normal(rng, (2, 4, 4, 2)), np.array([0, 999])
+    assert_array_equal(model(x, t, rng)[0], model.predict(x, t))
+
+
 def test_every_residual_block_drops():
     """Each of them alone changes the output: on the way down, in the middle, on the way up."""
     rng = np.random.default_rng(0)

@@ -46,7 +46,7 @@ class ResnetBlock(Module):
         dropout_rate: float,
         rng: np.random.Generator,
     ) -> None:
-        self.dropout_rate = dropout_rate
+        self.dropout_rate = float(dropout_rate)  # `UNet` takes False for 0
         self.norm1 = GroupNorm(norm_groups, in_channels, norm_eps, then_silu=True)
         self.conv1 = Conv2d(in_channels, out_channels, 3, rng=rng)
         self.time_emb_proj = Linear(emb_features, out_channels, rng)
