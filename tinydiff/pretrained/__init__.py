@@ -49,7 +49,7 @@ def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
             )
     if "betas" in metadata:
         schedule = NoiseSchedule(metadata["betas"])
-    elif metadata["schedule"] in list(SCHEDULES):
+    elif metadata["schedule"] in list(SCHEDULES):  # a list, to look up what has no hash
         schedule = SCHEDULES[metadata["schedule"]](metadata["T"])
     else:
         raise ValueError(
