@@ -87,9 +87,17 @@ def sinusoids(t, dim, flip=True, shift=0.0, period=10_000.0):
     return np.concatenate(parts if flip else parts[::-1], axis=1)
 
 
-def whole_mlp(x, p, t, config):
-    emb = affine(sinusoids(t, config["time_features"]), p, "time_embedding.linear_1")
-    emb = swish(affine(swish(emb), p, "time_embedding.linear_2"))
+def embed(sinusoids, p, labels):
+    """The time's embedding, with the rows of the classes, the last of which is for none; and SiLU."""
+    emb = affine(swish(affine(sinusoids, p, "time_embedding.linear_1")), p, "time_embedding.linear_2")
+    if "class_embedding.weight" in p:
+        for n in range(len(emb)):
+            emb[n] += p["class_embedding.weight"][-1 if labels is None else labels[n]]
+    return swish(emb)
+
+
+def whole_mlp(x, p, t, labels, config):
+    emb = embed(sinusoids(t, config["time_features"]), p, labels)
     h = affine(x, p, "linear_in")
     for i in range(config["blocks"]):
         h = residual(h, emb, p, f"blocks.{i}.")
@@ -110,11 +118,12 @@ FORMULAS = {
     "concat": lambda a, b, p: np.concatenate([a, b], axis=-1),
     "ResnetBlock": resnet,
     "MLP's block": residual,
+    "ClassEmbedding": lambda emb, p, labels: emb + np.stack([p["weight"][k] for k in labels]),
     "MLP": whole_mlp,
 }
 
 
-def unet(x, sinusoids, p, config):
+def unet(x, sinusoids, p, config, labels=None):
     """Ho et al. 2020, appendix B: down, middle, up; each result of the way down is used once more."""
     c = config
     groups, eps, levels = c["norm_groups"], c["norm_eps"], len(c["block_channels"])
@@ -131,7 +140,7 @@ def unet(x, sinusoids, p, config):
     def conv(h, name, stride=1, padding=(1, 1)):
         return convolve(h, p[f"{name}.weight"], p[f"{name}.bias"], stride, padding)
 
-    emb = swish(affine(swish(affine(sinusoids, p, "time_embedding.linear_1")), p, "time_embedding.linear_2"))
+    emb = embed(sinusoids, p, labels)
     h = conv(x, "conv_in")
     skips = [h]
     for level in range(levels):

@@ -192,6 +192,13 @@ def time_embedding(draw, rng):
     return Case(layer, [normal(rng, (draw(st.integers(1, 3)), dim))])
 
 
+def class_embedding(draw, rng):
+    num_classes, f, n = draw(st.integers(1, 4)), draw(features), draw(st.integers(1, 5))
+    layer = randomise(nn.ClassEmbedding(num_classes, f, rng), rng)
+    labels = rng.integers(0, num_classes + 1, n)
+    return Case(lambda emb: layer(emb, labels), [normal(rng, (n, f))], {"labels": labels}, layer)
+
+
 def dropout(draw, rng):
     rate, seed = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9])), draw(st.integers(0, 99))
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
@@ -223,12 +230,20 @@ def residual_block(draw, rng):
     return Case(layer, [normal(rng, (n, f)), normal(rng, (n, e))])
 
 
+def labels_for(model, n, rng):
+    """Classes for a network that can be told them, "no class" among them; else None."""
+    classes = model.config.get("num_classes")
+    return None if classes is None else frozen(rng.integers(0, classes + 1, n))
+
+
 def mlp(draw, rng):
     d, n = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    model = MLP(d, draw(st.integers(1, 3)), draw(features), draw(st.integers(1, 3)), 2 * draw(sizes), rng)
-    t = rng.integers(0, 1000, n)
+    shape = (draw(st.integers(1, 3)), draw(features), draw(st.integers(1, 3)), 2 * draw(sizes))
+    model = MLP(d, *shape, rng, num_classes=draw(st.sampled_from([None, 2])))
+    t, labels = rng.integers(0, 1000, n), labels_for(model, n, rng)
     randomise(model, rng)
-    return Case(lambda x: model(x, t), [normal(rng, (n, d))], {"t": t, "config": model.config}, model)
+    settings = {"t": t, "labels": labels, "config": model.config}
+    return Case(lambda x: model(x, t, labels=labels), [normal(rng, (n, d))], settings, model)
 
 
 LAYERS = {
@@ -242,6 +257,7 @@ LAYERS = {
     "Upsample": upsample,
     "SelfAttention": attention,
     "TimestepEmbedding": time_embedding,
+    "ClassEmbedding": class_embedding,
     "dropout": dropout,
     "concat": concat,
     "ResnetBlock": resnet_block,

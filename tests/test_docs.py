@@ -59,6 +59,7 @@ MATHEMATICS = {
     "importance": "V",
     "mixture": "NLVR",
     "samplers": "R",
+    "guidance": "R",
     "likelihood": "R",
     "testing": "FSPLVRB",
 }

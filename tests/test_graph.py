@@ -40,8 +40,17 @@ def unet():
     return shaken(td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4))
 
 
-NETWORKS = {"unet": (unet, (4, 4, 1)), "mlp": (lambda: shaken(td.MLP(2, hidden=16, blocks=2)), (2,))}
+NETWORKS = {
+    "unet": (unet, (4, 4, 1)),
+    "mlp": (lambda: shaken(td.MLP(2, hidden=16, blocks=2)), (2,)),
+    "mlp, classes": (lambda: shaken(td.MLP(2, hidden=16, blocks=2, num_classes=3)), (2,)),
+}
 networks = pytest.mark.parametrize("name", NETWORKS)
+
+
+def told(model, n):
+    """Labels for n samples, as an option, where the network has classes."""
+    return {"labels": np.arange(n) % 3} if "num_classes" in model.config else {}
 
 
 def on_gpu(model):
@@ -167,7 +176,7 @@ def test_a_recorded_training_is_the_training(cupy, name, clip_norm):
     results = []
     for graph in (False, True):
         model = on_gpu(make())
-        result = td.train(model, PROCESS, data, **how, weight_decay=0.01, graph=graph)
+        result = td.train(model, PROCESS, data, **how, **told(model, 10), weight_decay=0.01, graph=graph)
         results.append((result.losses, model.state_dict(), result.model.state_dict()))
     (losses, weights, averages), (losses_r, weights_r, averages_r) = results
     assert_allclose(losses_r, losses, rtol=1e-5)
@@ -232,6 +241,7 @@ def test_a_recorded_sampling_is_the_sampling(cupy, monkeypatch, name, sampler):
     def sampled(recorded):
         monkeypatch.setenv("TINYDIFF_RECORD", recorded)
         how = dict(sampler=sampler, steps=5, rng=np.random.default_rng(0), progress=False, batch_size=3)
+        how |= {**labels, "guidance_scale": 2.0} if (labels := told(model, 5)) else {}
         return to_numpy(td.sample(model, PROCESS, (5, *shape), **how))
 
     def change(in_place):
@@ -279,10 +289,7 @@ def test_memory_of_a_recording_is_its_own(cupy):
 def recordings(model):
     """By batch, whether its predictions are recorded; the one asked for last comes last."""
     by_shape = _graph._recorded[model]._by_shape
-    return {
-        shape[0]: isinstance(replayed.replay, _graph.Recording)
-        for shape, (_, _, replayed) in by_shape.items()
-    }
+    return {key[1]: isinstance(replayed.replay, _graph.Recording) for key, (_, replayed) in by_shape.items()}
 
 
 def test_the_last_two_shapes_are_kept(cupy):

@@ -131,9 +131,10 @@ def test_to_diffusers_is_the_inverse(directory):
     attention=st.lists(st.booleans(), min_size=1, max_size=2),
     head_dim=st.sampled_from([None, 2, 4]),
     dropout=st.sampled_from([0.0, 0.25]),
+    num_classes=st.sampled_from([{}, {"num_classes": 1}, {"num_classes": 10}]),
     data=st.data(),
 )
-def test_every_setting_crosses_the_border_and_comes_back(attention, head_dim, dropout, data):
+def test_every_setting_crosses_the_border_and_comes_back(attention, head_dim, dropout, num_classes, data):
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     config = dict(
         in_channels=draw(1, 3),
@@ -149,6 +150,7 @@ def test_every_setting_crosses_the_border_and_comes_back(attention, head_dim, dr
         downsample_padding=draw(0, 1),
         flip_sin_to_cos=draw(True, False),
         freq_shift=draw(0, 1),
+        **num_classes,
     )
     model = td.UNet(**config)
     there, state = unet_to_diffusers(model)
@@ -345,7 +347,9 @@ def test_nothing_of_torch_is_imported(directory, tmp_path):
         ("act_fn", "gelu"),
         ("resnet_time_scale_shift", "scale_shift"),
         ("class_embed_type", "timestep"),
-        ("num_class_embeds", 10),
+        ("num_class_embeds", 1),
+        ("num_class_embeds", 10.0),
+        ("num_class_embeds", "10"),
         ("attn_norm_num_groups", 4),
         ("norm_num_groups", None),
         ("norm_num_groups", 3),

@@ -92,7 +92,7 @@ def test_layers(layer, data):
         (
             dict(block_channels=(4, 8), attention=(True, False), layers_per_block=2, norm_groups=2)
             | dict(in_channels=3, out_channels=6, mid_attention=False, head_dim=None, dropout=0.3)
-            | dict(downsample_padding=0, flip_sin_to_cos=False, freq_shift=1),
+            | dict(downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, num_classes=2),
             (3, 4, 6, 3),
         ),
     ],
@@ -101,9 +101,12 @@ def test_layers(layer, data):
 def test_the_unet(config, shape):
     rng = np.random.default_rng(0)
     model, t = randomise(td.UNet(**config), rng), rng.integers(1000, size=shape[0])
-    assert_derivative(
-        Case(lambda x: model(x, t, np.random.default_rng(5)), [normal(rng, shape)], module=model)
-    )
+    labels = np.array([2, 0, 2]) if "num_classes" in config else None
+
+    def layer(x):
+        return model(x, t, np.random.default_rng(5), labels)
+
+    assert_derivative(Case(layer, [normal(rng, shape)], module=model))
 
 
 def test_the_classifier():

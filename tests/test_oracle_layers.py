@@ -66,9 +66,14 @@ def time_embedding(x, p, name=""):
     return linear(F.silu(linear(x, p, f"{name}linear_1.")), p, f"{name}linear_2.")
 
 
-def mlp(x, p, t, config):
+def class_embedding(emb, p, labels, name=""):
+    return emb + F.embedding(torch.as_tensor(labels), p[f"{name}weight"])
+
+
+def mlp(x, p, t, labels, config):
     sinusoids = nn.sinusoidal_embedding(t, config["time_features"], like=np.zeros(1))
-    emb = F.silu(time_embedding(torch.as_tensor(sinusoids), p, "time_embedding."))
+    emb = time_embedding(torch.as_tensor(sinusoids), p, "time_embedding.")
+    emb = F.silu(emb if labels is None else class_embedding(emb, p, labels, "class_embedding."))
     h = linear(x, p, "linear_in.")
     for i in range(config["blocks"]):
         h = residual_block(h, emb, p, f"blocks.{i}.")
@@ -86,6 +91,7 @@ REFERENCES = {
     "Upsample": lambda x, p: conv(upsample_nearest(x), p, "conv."),
     "SelfAttention": attention,
     "TimestepEmbedding": time_embedding,
+    "ClassEmbedding": class_embedding,
     "concat": lambda a, b, p: torch.cat([a, b], -1),
     "ResnetBlock": resnet_block,
     "MLP's block": residual_block,

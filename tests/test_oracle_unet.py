@@ -49,7 +49,7 @@ CONFIGS = {
         dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **types(0, 0)),
         (8, 8),
     ),
-    "several heads, not square": (
+    "several heads, not square, classes": (
         dict(
             block_out_channels=(8, 16, 24),
             layers_per_block=1,
@@ -57,6 +57,7 @@ CONFIGS = {
             norm_num_groups=4,
             in_channels=1,
             out_channels=2,
+            num_class_embeds=5,
             **types(0, 1, 1),
         ),
         (8, 12),
@@ -154,11 +155,14 @@ def both(name, dtype=np.float64):
     x = rng.standard_normal((3, h, w, c)).astype(dtype)
     dy = rng.standard_normal((3, h, w, d)).astype(dtype)
     t = np.array([0, 421, 999])
+    labels = None if theirs.config.num_class_embeds is None else np.array([4, 0, 4])
 
     x_theirs = channels_first(x).requires_grad_()
-    y_theirs = theirs(x_theirs, torch.as_tensor(t)).sample
+    y_theirs = theirs(
+        x_theirs, torch.as_tensor(t), labels if labels is None else torch.as_tensor(labels)
+    ).sample
     y_theirs.backward(channels_first(dy))
-    y, backward = ours(x, t)
+    y, backward = ours(x, t, labels=labels)
     dx = backward(dy)
     for p in ours.named_parameters().values():
         p.value = p.grad  # so that they go to diffusers' layout as weights do
@@ -219,9 +223,9 @@ def test_round_trip(name):
     second.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
     second.eval()
     x = torch.randn(2, first.config.in_channels, h, w)
-    t = torch.tensor([3, 999])
+    given = x, torch.tensor([3, 999]), torch.tensor([4, 1]) if first.config.num_class_embeds else None
     with torch.no_grad():
-        assert torch.equal(first(x, t).sample, second(x, t).sample)
+        assert torch.equal(first(*given).sample, second(*given).sample)
     differing = {
         key
         for key, value in first.config.items()

@@ -34,9 +34,10 @@ def blas_threads():
     """As many as BLAS finds."""
 
 
-def unet(dropout=0.0, dtype=np.float64, seed=0):
+def unet(dropout=0.0, dtype=np.float64, seed=0, **more):
     rng = np.random.default_rng(seed)
-    model = td.UNet(block_channels=(8, 16), attention=(False, True), norm_groups=4, dropout=dropout, rng=rng)
+    size = dict(block_channels=(8, 16), attention=(False, True), norm_groups=4)
+    model = td.UNet(**size, dropout=dropout, rng=rng, **more)
     randomise(model, rng)
     model.to(np, dtype)
     model.load_state_dict(model.state_dict())  # copies that may be stepped in place
@@ -65,20 +66,23 @@ def assert_gradients(model, expected):
 
 
 @settings(deadline=None, max_examples=12)
-@given(n=st.integers(1, 9), workers=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
-def test_output_and_gradients_are_the_models_own(n, workers, seed):
+@given(n=st.integers(1, 9), workers=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), told=st.booleans())
+def test_output_and_gradients_are_the_models_own(n, workers, seed, told):
     """docs: A.20.  More workers than samples, and shares of different sizes, among them."""
     rng = np.random.default_rng(seed)
-    model = unet(seed=seed)
+    model = unet(seed=seed, num_classes=2)
     x, t = batch(n, rng)
-    y, backward = model(x, t)
+    labels = {"labels": rng.integers(0, 3, n)} if told else {}
+    y, backward = model(x, t, **labels)
     dy = normal(rng, y.shape, y.dtype)
     dx = backward(dy)
     expected = gradients(model)
     model.zero_grad()
     with DataParallel(model, workers) as shared:
-        assert_close(shared.predict(x, t), y, "the prediction")
-        y_shared, backward = shared(x, t)
+        assert_close(shared.predict(x, t, **labels), y, "the prediction")
+        with inference():
+            assert_close(shared(x, t, **labels)[0], y, "the output in inference")
+        y_shared, backward = shared(x, t, **labels)
         dx_shared = backward(dy)
     assert_close(y_shared, y, "y")
     assert_close(dx_shared, dx, "dx")

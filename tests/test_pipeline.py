@@ -220,6 +220,14 @@ def test_a_model_without_its_variance_is_refused(tmp_path, outputs, variance):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_with_classes_has_no_pipeline(tmp_path):
+    """A DDPMPipeline calls it without, and diffusers' network then refuses."""
+    process = td.GaussianDiffusion(td.linear_schedule(9))
+    with pytest.raises(ValueError, match=r"^model has num_classes=3; expected None: a DDPMPipeline"):
+        save_pipeline(tmp_path / "a", td.UNet(num_classes=3), process, 8)
+    assert not (tmp_path / "a").exists()
+
+
 def test_on_a_full_disk_the_former_files_stay(tmp_path, full_disk):
     diffusion = td.GaussianDiffusion(td.linear_schedule(9))
     save_pipeline(tmp_path, unet(), diffusion, 8)

@@ -47,8 +47,15 @@ SETTINGS = dict(
 )
 
 
-def small_mlp(seed=1):
-    return td.MLP(hidden=8, blocks=2, time_features=4, rng=np.random.default_rng(seed))
+LABELS = np.arange(len(POINTS), dtype=np.uint8) % 3
+
+
+def small_mlp(seed=1, **more):
+    return td.MLP(hidden=8, blocks=2, time_features=4, rng=np.random.default_rng(seed), **more)
+
+
+def classes_mlp():
+    return small_mlp(num_classes=3)
 
 
 def shared_mlp():
@@ -119,12 +126,13 @@ def test_what_was_left_in_the_gradients_does_not_matter():
     assert_same_weights(clean, dirty)
 
 
-@pytest.mark.parametrize(("make", "shape"), [(small_mlp, (2,)), (small_unet, (4, 6, 1))])
+@pytest.mark.parametrize(("make", "shape"), [(small_mlp, (2,)), (small_unet, (4, 6, 1)), (classes_mlp, (2,))])
 def test_the_loop_is_algorithm_1_written_out(make, shape):
-    """A second writing of the loop, from the public parts; the U-Net's with dropout."""
+    """A second writing of the loop, from the public parts: with dropout, and with classes, too."""
     model, reference = make(), make()
     data = np.random.default_rng(5).standard_normal((10, *shape)).astype(np.float32)
     how = dict(final_lr=0.1, weight_decay=0.1, clip_norm=0.5, ema_decay=0.9, workers=1)
+    how |= dict(labels=LABELS, label_dropout=0.4) if make is classes_mlp else {}
     result = td.train(model, DIFFUSION, data, **SETTINGS, **how)
     optimizer = td.Adam(reference.named_parameters(), lr=0.01, weight_decay=0.1)
     ema = td.EMA(reference, 0.9)
@@ -133,10 +141,13 @@ def test_the_loop_is_algorithm_1_written_out(make, shape):
     )
     for step in range(STEPS):
         rng = np.random.default_rng([3, _data.STEP, step])
-        x0 = data[order[4 * step : 4 * step + 4]]
+        chosen = order[4 * step : 4 * step + 4]
+        x0, told = data[chosen], {}
+        if make is classes_mlp:
+            told["labels"] = np.where(rng.random(4) < 0.4, 3, LABELS[chosen])
         t = rng.integers(20, size=4)
         eps = rng.standard_normal(x0.shape, dtype=np.float32)
-        output, backward = reference(DIFFUSION.q_sample(x0, t, eps), t, rng)
+        output, backward = reference(DIFFUSION.q_sample(x0, t, eps), t, rng, **told)
         loss, gradient = td.simple_loss(DIFFUSION, output, x0, t, eps)
         backward(gradient)
         td.clip_grad_norm(reference.named_parameters(), 0.5)
@@ -742,6 +753,40 @@ def test_resuming_with_another_objective_is_refused_by_name(tmp_path, name):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"labels": None}, ["labels", "label_dropout"]),
+        ({"labels": np.full(10, 2)}, ["labels"]),
+        ({"label_dropout": 0.2}, ["label_dropout"]),
+    ],
+)
+def test_a_run_with_labels_is_resumed_with_the_same(tmp_path, monkeypatch, change, named):
+    how = dict(diffusion=DIFFUSION, data=POINTS, labels=LABELS, run_dir=tmp_path, **SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr(td.Adam, "step", raising(td.Adam.step, 7))
+        with pytest.raises(KeyboardInterrupt):
+            td.train(classes_mlp(), **how)
+    assert 0 < steps_saved(tmp_path) < STEPS
+    with pytest.raises(ValueError, match=r"belongs to a run with other settings") as caught:
+        td.train(classes_mlp(), **{**how, **change}, resume=True)
+    assert re.findall(r"(\w+) was", str(caught.value)) == named
+
+
+def test_a_resumed_run_with_labels_is_the_same_run(tmp_path, monkeypatch):
+    how = dict(diffusion=DIFFUSION, data=POINTS, labels=LABELS, **SETTINGS)
+    whole = td.train(classes_mlp(), **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(td.Adam, "step", raising(td.Adam.step, 7))
+        with pytest.raises(KeyboardInterrupt):
+            td.train(classes_mlp(), **how, run_dir=tmp_path)
+    resumed = td.train(classes_mlp(), **how, run_dir=tmp_path, resume=True)
+    assert_array_equal(resumed.losses, whole.losses)
+    assert_same_weights(resumed.model, whole.model)
+    again, _, _ = td.pretrained.load(tmp_path / "checkpoint.safetensors")
+    assert_same_weights(again, whole.model)
+
+
 def test_a_checkpoint_from_before_there_was_a_choice_of_loss_is_resumed(tmp_path, tmp_path_factory):
     interrupt(tmp_path)
     path = tmp_path / "checkpoint.safetensors"
@@ -1040,11 +1085,42 @@ def test_the_streams_of_a_seed_are_apart(monkeypatch):
 # What is refused, before anything is written
 
 
+@pytest.mark.parametrize(("dropout", "batch_size"), [(0.0, 4), (0.25, 500), (1.0, 4)])
+def test_each_sample_has_its_own_label_but_where_it_is_withheld(dropout, batch_size):
+    """Also across the end of an epoch; the samples withheld are others at every step."""
+    told = []
+
+    class Noted(td.MLP):
+        def __call__(self, x, t, rng=None, labels=None):
+            told.append(labels)
+            return super().__call__(x, t, rng, labels)
+
+    n, drawn_x = 10, []
+
+    def spy(model, diffusion, x0, *args, original=training.training_loss, **options):
+        drawn_x.append(np.round(n * x0[:, 0]).astype(int))
+        return original(model, diffusion, x0, *args, **options)
+
+    data = np.repeat(np.arange(n, dtype=np.float32)[:, None] / n, 2, axis=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "training_loss", spy)
+        how = dict(labels=LABELS, label_dropout=dropout, steps=9, batch_size=batch_size, progress=False)
+        td.train(Noted(hidden=2, blocks=1, time_features=2, num_classes=3), DIFFUSION, data, **how)
+    kept = [labels != 3 for labels in told]
+    for x, labels, own in zip(drawn_x, told, kept):
+        assert_array_equal(labels[own], LABELS[x[own]])
+    assert abs(1 - dropout - np.mean(kept)) < 0.03  # 4 deviations of a mean of 4500
+    assert dropout in (0, 1) or np.any(kept[0] != kept[1])
+
+
 def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
     for steps, warmup in [(19, 0), (40, 2), (10_000, 500), (10**6, 500)]:
         assert _loop.checked_plan(steps, 1, 0, None, 0.0, 1.0, 0.9, POINTS).warmup == warmup
     for warmup in (0, 19):  # none, or nothing else
         assert _loop.checked_plan(19, 1, 0, warmup, 0.0, 1.0, 0.9, POINTS).warmup == warmup
+
+
+CLASSES = {"model": classes_mlp(), "labels": LABELS}
 
 
 @pytest.mark.parametrize(
@@ -1100,6 +1176,19 @@ def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
         ({"run_dir": None, "resume": True}, ValueError, "resume is True and run_dir None"),
         ({"decoder": "16bit"}, ValueError, "decoder is '16bit'"),
         ({"loss": "vlb", "decoder": "8bit"}, ValueError, "data holds values that are not 8-bit levels"),
+        ({"labels": LABELS}, ValueError, "labels are given, and model is an MLP without classes"),
+        ({**CLASSES, "labels": LABELS[:9]}, ValueError, r"labels has shape \(9,\); expected \(10,\)"),
+        ({**CLASSES, "labels": LABELS[:, None]}, ValueError, r"labels has shape \(10, 1\); expected \(10,\)"),
+        ({**CLASSES, "labels": LABELS + 2}, ValueError, "labels has values 2 to 4; expected 0 to 3"),
+        ({**CLASSES, "labels": LABELS / 2}, TypeError, "labels has dtype float64; expected integers"),
+        ({**CLASSES, "labels": LABELS.tolist()}, TypeError, "labels is a list; expected an array"),
+        ({**CLASSES, "data": drawn}, ValueError, "labels are given, and data is a callable"),
+        (
+            {**CLASSES, "label_dropout": 1.1},
+            ValueError,
+            r"label_dropout is 1.1; expected a number in \[0, 1\]",
+        ),
+        ({"model": DIFFUSION, "labels": LABELS}, TypeError, "model is a GaussianDiffusion"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, error, match):

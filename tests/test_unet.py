@@ -7,7 +7,7 @@ import array_api_strict
 import formulas
 import numpy as np
 import pytest
-from gradients import Case, assert_central_differences_agree, norm, normal, randomise
+from gradients import Case, assert_central_differences_agree, labels_for, norm, normal, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -39,7 +39,7 @@ def small(rng, **changes):
 
 @st.composite
 def unets(draw):
-    """A random configuration, its weights random too, with images and times for it."""
+    """A random configuration, its weights random too, with images, times and perhaps classes for it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     levels = draw(st.integers(1, 3))
     model = small(
@@ -55,32 +55,34 @@ def unets(draw):
         downsample_padding=draw(st.sampled_from([0, 1])),
         flip_sin_to_cos=draw(st.booleans()),
         freq_shift=draw(st.sampled_from([0.0, 1.0])),
+        num_classes=draw(st.sampled_from([None, 2])),
     )
     h, w = (2 ** (levels - 1) * draw(st.integers(1, 2)) for _ in range(2))
     n = draw(st.integers(1, 2))
     x = normal(rng, (n, h, w, model.config["in_channels"]))
-    return model, x, rng.integers(0, 1000, n), rng
+    return model, x, rng.integers(0, 1000, n), labels_for(model, n, rng), rng
 
 
 @settings(deadline=None, max_examples=20)
 @given(unets())
 def test_the_function_is_its_definition(instance):
-    model, x, t, _ = instance
+    model, x, t, labels, _ = instance
     c = model.config
     sinusoids = formulas.sinusoids(t, c["block_channels"][0], c["flip_sin_to_cos"], c["freq_shift"])
     p = {name: q.value for name, q in model.named_parameters().items()}
-    expected = formulas.unet(x, sinusoids, p, c)
-    y, _ = model(x, t)
-    assert y.shape == expected.shape
-    assert norm([y - expected]) <= 1e-11 * norm([expected])
+    for told in (labels, None):
+        expected = formulas.unet(x, sinusoids, p, c, told)
+        y, _ = model(x, t, labels=told)
+        assert y.shape == expected.shape
+        assert norm([y - expected]) <= 1e-11 * norm([expected])
 
 
 @settings(deadline=None, max_examples=20)
 @given(unets())
 def test_derivative_along_a_random_direction(instance):
     """All inputs and parameters move together, each by its own random amount."""
-    model, x, t, rng = instance
-    y, backward = model(x, t)
+    model, x, t, labels, rng = instance
+    y, backward = model(x, t, labels=labels)
     dy = normal(rng, y.shape)
     dx = backward(dy)
     p = model.named_parameters()
@@ -91,7 +93,7 @@ def test_derivative_along_a_random_direction(instance):
     def loss(step):
         for name, q in p.items():
             q.value = at[name] + step * direction[name]
-        return np.sum(model(x + step * direction_x, t)[0] * dy)
+        return np.sum(model(x + step * direction_x, t, labels=labels)[0] * dy)
 
     h = 1e-7  # groups of two numbers curve: at 2e-6 the fifth derivative was once seen above the tolerance
     numeric = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
@@ -113,7 +115,7 @@ def test_every_parameter_against_central_differences():
 
 
 def test_what_is_embedded_beside_the_time_is_learned():
-    """A class, say, whose row is added to the sinusoids: in the place of these it has a gradient, too."""
+    """The map of a sentence, say, added to the sinusoids: in the place of these it has a gradient, too."""
     rng = np.random.default_rng(0)
     model = small(rng, block_channels=(4, 4), attention=(False, False))
     inputs = [normal(rng, (3, 4, 2, 2)), normal(rng, (3, 4))]

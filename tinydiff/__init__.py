@@ -20,6 +20,7 @@ from tinydiff.bound import bits_per_dim, variational_bound
 from tinydiff.checkpoint import load_model, save_model
 from tinydiff.continuous_bound import continuous_bound, learned_schedule_loss
 from tinydiff.diffusion import GaussianDiffusion
+from tinydiff.guidance import guided
 from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.learned_schedule import LearnedSchedule
 from tinydiff.likelihood import ode_log_likelihood
@@ -56,6 +57,7 @@ __all__ = [
     "datasets",
     "find_batch_size",
     "get_backend",
+    "guided",
     "hybrid_loss",
     "interop",
     "invert",

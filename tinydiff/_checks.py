@@ -19,6 +19,7 @@ __all__ = [
     "check_features",
     "check_floating",
     "check_images",
+    "check_labels",
     "check_network",
     "check_number",
     "check_rng",
@@ -80,6 +81,19 @@ def check_choice(name: str, value: Choice, choices: tuple[Choice, ...]) -> Choic
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
     return value
+
+
+def check_labels(labels: Any, classes: int, n: int | None = None) -> None:
+    """TypeError unless the array is of integers, ValueError unless (n,) and, on the host, 0 … classes - 1."""
+    check_array("labels", labels)
+    shape = tuple(labels.shape)
+    if len(shape) != 1 or n not in (None, *shape):
+        raise ValueError(f"labels has shape {shape}; expected ({'N' if n is None else n},).")
+    if getattr(labels.dtype, "kind", "i") not in "iu":
+        raise TypeError(f"labels has dtype {labels.dtype}; expected integers.")
+    if isinstance(labels, np.ndarray) and labels.size and (labels.min() < 0 or labels.max() >= classes):
+        came = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"labels has values {came}; expected 0 to {classes - 1}.")
 
 
 def check_network(name: str, network: Any) -> None:

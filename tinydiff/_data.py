@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +18,17 @@ from tinydiff._checks import check_unmasked, class_or_kind
 from tinydiff.backend import Array, array_namespace, asarray_like, device, integers_like, is_numpy_array
 from tinydiff.memory import attempted
 
-__all__ = ["EPOCH", "STEP", "Data", "batch_of", "beside", "check_data", "mean_and_rms", "warn_of_scale"]
+__all__ = [
+    "EPOCH",
+    "STEP",
+    "Data",
+    "Labels",
+    "batch_of",
+    "beside",
+    "check_data",
+    "mean_and_rms",
+    "warn_of_scale",
+]
 
 Data: TypeAlias = Any  # an array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...)
 
@@ -122,12 +133,44 @@ def batch_of(
             raise ValueError(f"data(batch_size, rng) {came}; expected an array ({batch_size}, ...).")
         _check_values("data(batch_size, rng)", batch)
         return asarray_like(batch, like)
-    n = data.shape[0]
-    start, stop = step * batch_size, (step + 1) * batch_size
-    epochs = range(start // n, (stop - 1) // n + 1)
-    index = np.concat([_order(seed, e, n)[max(0, start - e * n) : stop - e * n] for e in epochs])
+    index = _index(data.shape[0], batch_size, seed, step)
     xp = array_namespace(data)
     return asarray_like(xp.take(data, integers_like(index, data), axis=0), like)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The classes of a data set, an array, and how often a network in training is told none instead.
+
+    Attributes
+    ----------
+    of : ndarray of shape (n,)
+        0 … num_classes.
+    num_classes : int
+        What stands for "no class".
+    dropout : float
+        The share of samples whose class is withheld.
+    """
+
+    of: np.ndarray
+    num_classes: int
+    dropout: float
+
+    def batch(self, batch_size: int, seed: int, step: int, rng: np.random.Generator) -> np.ndarray:
+        """Those of the samples in `batch_of` the same step, (batch_size,), on the host."""
+        labels = self.of[_index(len(self.of), batch_size, seed, step)]
+        return np.where(rng.random(batch_size) < self.dropout, self.num_classes, labels)
+
+    def counts(self) -> list[int]:
+        """How many there are of each class, the last of which is none: by which a run knows them again."""
+        return np.bincount(self.of, minlength=self.num_classes + 1).tolist()
+
+
+def _index(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Which of n samples a step is given: the next in the sequence of epochs."""
+    start, stop = step * batch_size, (step + 1) * batch_size
+    epochs = range(start // n, (stop - 1) // n + 1)
+    return np.concat([_order(seed, e, n)[max(0, start - e * n) : stop - e * n] for e in epochs])
 
 
 @functools.lru_cache(maxsize=2)

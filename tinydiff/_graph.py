@@ -228,14 +228,16 @@ class RecordedLoss:
         self._weights: Weights | None = None
         self._replayed: Any = None
 
-    def __call__(self, model: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], None]]:
+    def __call__(
+        self, model: Any, x0: Array, rng: np.random.Generator, *labels: Array
+    ) -> tuple[Array, Callable[[], None]]:
         if self._weights is None or not self._weights.are_there() or self._given[0].shape != x0.shape:
             self.forget()  # so that the next recording has its memory
         xp = array_namespace(x0)
         t = rng.integers(self._diffusion.T, size=x0.shape[0])
         noise = standard_normal(generator_beside(x0, rng), x0.shape, x0)
         x_t, target = self._diffusion.q_sample(x0, t, noise), self._diffusion.training_target(x0, t, noise)
-        given = [x_t, target, integers_like(t, x0)]
+        given = [x_t, target, *(integers_like(integers, x0) for integers in (t, *labels))]
         if self._replayed is None:
             self._given = [xp.asarray(array, copy=True) for array in given]
             self._weights = Weights(model)
@@ -250,14 +252,16 @@ class RecordedLoss:
         self._given, self._weights, self._replayed = [], None, None
 
 
-def loss_and_backward(model: Any, x_t: Array, target: Array, t: Array) -> tuple[Array, Callable[[], None]]:
+def loss_and_backward(
+    model: Any, x_t: Array, target: Array, t: Array, *labels: Array
+) -> tuple[Array, Callable[[], None]]:
     """The mean squared error of the model's output, and a function to add its gradients to the parameters'.
 
     The gradients are computed here, and laid end to end. The parameters' own must be zero, and are so again
     afterwards.
     """
     try:
-        output, backward = model(x_t, t)
+        output, backward = model(x_t, t, *((None, *labels) if labels else ()))
         loss, gradient = mean_squared_error(output, target)
         backward(gradient)
         parameters = list(model.named_parameters().values())
@@ -293,27 +297,27 @@ class RecordedPredict:
         self._like = weight_of(model)
         self._kernels = kernels.kernels_for(self._like)
         self._turn = threading.Lock()
-        self._by_shape: dict[tuple[int, ...], tuple[Array, Array, Replayed]] = {}
+        self._by_shape: dict[tuple[int, ...], tuple[list[Array], Replayed]] = {}
 
     def is_current(self) -> bool:
         """Whether the model's weights are still in the same arrays, and its kernels still the chosen ones."""
         return self._weights.are_there() and self._kernels is kernels.kernels_for(self._like)
 
-    def __call__(self, x: Array, t: Array) -> Array:
-        model: Any = self._model()
-        if not self._is_alike(x) or tuple(t.shape) != x.shape[:1]:
-            return model.predict(x, t)  # which refuses it
+    def __call__(self, x: Array, *integers: Array) -> Array:
+        if not self._is_alike(x) or any(tuple(given.shape) != x.shape[:1] for given in integers):
+            return _predicted(self._model(), x, *integers)  # which refuses it
         xp = array_namespace(x)
         with self._turn:
             if (stream := self._current_stream()) != self._stream:
                 self._stream.synchronize()  # it may still read what is written now
                 self._stream = stream
-            kept = self._by_shape.pop(x.shape, None)
+            key = (len(integers), *x.shape)
+            kept = self._by_shape.pop(key, None)
             if len(self._by_shape) == SHAPES:
                 del self._by_shape[next(iter(self._by_shape))]  # the one asked for longest ago
-            x_there, t_there, replayed = self._by_shape[x.shape] = self._begun(x) if kept is None else kept
-            x_there[...] = x
-            t_there[...] = asarray_like(t, x, t_there.dtype)
+            inputs, replayed = self._by_shape[key] = self._begun(x, len(integers)) if kept is None else kept
+            for there, given in zip(inputs, (x, *integers), strict=True):
+                there[...] = asarray_like(given, x, there.dtype)
             y = None
             try:
                 y = replayed()
@@ -321,7 +325,7 @@ class RecordedPredict:
                 if len(self._by_shape) == 1 or not is_out_of_memory(error):
                     raise
             if y is None:  # without what is recorded for another shape there is more memory
-                self._by_shape = {x.shape: (x_there, t_there, replayed)}
+                self._by_shape = {key: (inputs, replayed)}
                 let_go(x)
                 y = replayed()
             y = xp.asarray(y, copy=True)
@@ -335,21 +339,21 @@ class RecordedPredict:
             return False
         return bool(x.device.id == self._like.device.id == self._runtime.getDevice())
 
-    def _begun(self, x: Array) -> tuple[Array, Array, Replayed]:
+    def _begun(self, x: Array, n: int) -> tuple[list[Array], Replayed]:
         xp, model = array_namespace(x), self._model
-        x_there, t_there = xp.empty(x.shape, dtype=x.dtype), xp.empty(x.shape[0], dtype=xp.int64)
+        integers = [xp.empty(x.shape[0], dtype=xp.int64) for _ in range(n)]
+        inputs = [xp.empty(x.shape, dtype=x.dtype), *integers]
+        return inputs, Replayed(lambda: _predicted(model(), *inputs))
 
-        def work() -> Array:
-            asked: Any = model()
-            return asked.predict(x_there, t_there)
 
-        return x_there, t_there, Replayed(work)
+def _predicted(model: Any, x: Array, t: Array, *labels: Array) -> Array:
+    return model.predict(x, t, *((None, *labels) if labels else ()))
 
 
 _recorded: weakref.WeakKeyDictionary[Any, RecordedPredict] = weakref.WeakKeyDictionary()  # by model
 
 
-def predictor(model: Module, asked: bool | None = None) -> Callable[[Array, Array], Array]:
+def predictor(model: Module, asked: bool | None = None) -> Callable[..., Array]:
     """The model's ``predict``; recorded, if that is wanted (`is_wanted`).
 
     A recording stays with the model, and so does its memory, as long as the model's weights are the same
@@ -358,11 +362,11 @@ def predictor(model: Module, asked: bool | None = None) -> Callable[[Array, Arra
     if not is_wanted(model, asked):
         return model.predict
 
-    def predict(x: Array, t: Array) -> Array:
+    def predict(x: Array, t: Array, labels: Array | None = None) -> Array:
         recorded = _recorded.get(model)
         if recorded is None or not recorded.is_current():
             recorded = _recorded[model] = RecordedPredict(model)
-        return recorded(x, t)
+        return recorded(x, t) if labels is None else recorded(x, t, labels)
 
     return predict
 

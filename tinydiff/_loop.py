@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tinydiff._checks import check_counts, check_number, check_seed, class_or_kind
-from tinydiff._data import STEP, Data, batch_of, beside, check_data, mean_and_rms, warn_of_scale
+from tinydiff._data import STEP, Data, Labels, batch_of, beside, check_data, mean_and_rms, warn_of_scale
 from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._progress import progress_bar
 from tinydiff._readings import Kept, Readings
@@ -39,9 +39,9 @@ from tinydiff.parallel import shared_out
 
 __all__ = ["Learner", "Objective", "checked_plan", "loop", "run_in", "trial"]
 
-# Takes a network (or a DataParallel of it), a batch and a generator; returns the loss, and a function that
-# adds to the gradients.
-Objective: TypeAlias = Callable[[Any, Array, np.random.Generator], tuple[Array, Callable[[], Any]]]
+# Takes a network (or a DataParallel of it), a batch and a generator, and the batch's labels if there are any;
+# returns the loss, and a function that adds to the gradients.
+Objective: TypeAlias = Callable[..., tuple[Array, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def loop(
     at_once: bool,
     counted: Callable[[], None] = lambda: None,
     unit: str = "loss",
+    labels: Labels | None = None,
 ) -> list[float]:
     """Train the first of `learners`, a network, and what else takes part in the loss; returns every loss.
 
@@ -143,6 +144,8 @@ def loop(
         Called when a step is about to count.
     unit : str
         What the progress bar calls the loss.
+    labels : Labels, optional
+        The classes of the data.
     """
     if resume and run is None:
         raise ValueError("resume is True and run_dir None; expected the directory of the run to continue.")
@@ -183,7 +186,8 @@ def loop(
                     x0 = batch_of(data, plan.batch_size, plan.seed, step, rng, like)
                     if callable(data) and step == start:
                         warn_of_scale(x0, 7)  # all_steps, attempted, loop, train, many_steps, the caller
-                    pair = _loss_and_norm(learners, shared, loss, x0, rng)
+                    told = () if labels is None else (labels.batch(plan.batch_size, plan.seed, step, rng),)
+                    pair = _loss_and_norm(learners, shared, loss, x0, rng, *told)
                     read = readings.read(step, pair)
                     if run is not None:
                         run.begin()
@@ -206,12 +210,17 @@ def loop(
 
 
 def _loss_and_norm(
-    learners: Sequence[Learner], network: Any, loss: Objective, x0: Array, rng: np.random.Generator
+    learners: Sequence[Learner],
+    network: Any,
+    loss: Objective,
+    x0: Array,
+    rng: np.random.Generator,
+    *labels: np.ndarray,
 ) -> tuple[Array, Array]:
     """Forward and backward of a batch: the loss, and the joint norm of the gradients, which are clipped."""
     for learner in learners:
         learner.optimizer.zero_grad()
-    value, backward = loss(network, x0, rng)
+    value, backward = loss(network, x0, rng, *labels)
     backward()
     norms = [clip_grad_norm(learner.parameters, learner.clip_norm) for learner in learners]
     return value, norms[0] if len(norms) == 1 else asarray_like(math.hypot(*map(float, norms)), norms[0])

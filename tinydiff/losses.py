@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff._checks import check_array, check_number
+from tinydiff._checks import check_array, check_labels, check_number
 from tinydiff.backend import Array, array_namespace, asarray_like, integers_like, is_numpy_array, to_numpy
 from tinydiff.bound import Decoder, step_term
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
@@ -315,16 +315,11 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     TypeError
         If the labels are not integers.
     """
-    shape, expected = tuple(logits.shape), tuple(logits.shape[:1])
+    shape = tuple(logits.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"logits has shape {shape}; expected (N, K), not empty.")
     host = to_numpy(labels)
-    if host.shape != expected:
-        raise ValueError(f"labels has shape {host.shape}; expected {expected}, one class for each of logits.")
-    if host.dtype.kind not in "iu":
-        raise TypeError(f"labels has dtype {host.dtype}; expected integers.")
-    if host.min() < 0 or host.max() >= shape[1]:
-        raise ValueError(f"labels has values {host.min()} to {host.max()}; expected 0 to {shape[1] - 1}.")
+    check_labels(host, shape[1], shape[0])
     xp = array_namespace(logits)
     labels = integers_like(host.astype(np.int64), logits)
     classes = integers_like(np.arange(shape[1]), logits)

@@ -173,20 +173,22 @@ class DataParallel(Module):
         return self._model._parts(path)
 
     def __call__(
-        self, x: Array, t: Array, rng: np.random.Generator | None = None
+        self, x: Array, t: Array, rng: np.random.Generator | None = None, labels: Array | None = None
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
-            return self.predict(x, t), once(lambda dy: dy)  # which within `inference` only raises
+            return self.predict(x, t, labels), once(lambda dy: dy)  # which within `inference` only raises
+        told = () if labels is None else (labels,)
         with self._lock:
-            edges = self._edges(x, t)
+            edges = self._edges(x, t, *told)
             self._calls += 1
             key = self._calls
             self._share_values()
-            shares = self._shares(edges, x, t)
+            shares = self._shares(edges, x, t, *told)
             rngs = rng.spawn(len(shares)) if rng is not None and self._draws else [None] * len(shares)
-            messages = [("call", key, *share, r) for share, r in zip(shares[1:], rngs[1:], strict=True)]
-            (y, backward_own), ys = self._ask(messages, lambda: answer_of(self._model, *shares[0], rngs[0]))
+            asked = [(x_, t_, r, *y_) for (x_, t_, *y_), r in zip(shares, rngs, strict=True)]
+            messages = [("call", key, *each) for each in asked[1:]]
+            (y, backward_own), ys = self._ask(messages, lambda: answer_of(self._model, *asked[0]))
             holders = self._workers[: len(messages)]
 
         y = np.concatenate([y, *ys])
@@ -210,21 +212,23 @@ class DataParallel(Module):
         weakref.finalize(backward, self._forgotten.append, key)
         return y, backward
 
-    def predict(self, x: Array, t: Array) -> Array:
+    def predict(self, x: Array, t: Array, labels: Array | None = None) -> Array:
         """Predict without keeping anything for a backward; arguments and result as in the call."""
+        told = () if labels is None else (labels,)
         with self._lock:
             self._share_values()
-            shares = self._shares(self._edges(x, t), x, t)
-            messages = [("predict", 0, *share) for share in shares[1:]]
-            y, ys = self._ask(messages, lambda: self._model.predict(*shares[0]))
+            shares = self._shares(self._edges(x, t, *told), x, t, *told)
+            asked = [(x_, t_, *((None, *y_) if y_ else ())) for x_, t_, *y_ in shares]
+            messages = [("predict", 0, *each) for each in asked[1:]]
+            y, ys = self._ask(messages, lambda: self._model.predict(*asked[0]))
         return np.concatenate([y, *ys])
 
-    def _edges(self, x: Array, t: Array) -> list[int]:
+    def _edges(self, x: Array, t: Array, *labels: Array) -> list[int]:
         """Where the batch is cut; what is not a batch stays whole, and the model says what is wrong with it.
 
         A network's `check_input` is asked first, so that its messages are about the batch, not a share of it.
         """
-        getattr(self._model, "check_input", lambda x, t: None)(x, t)
+        getattr(self._model, "check_input", lambda x, t, *labels: None)(x, t, *labels)
         n = x.shape[0] if getattr(x, "ndim", 0) and getattr(t, "shape", None) == x.shape[:1] else 1
         count = max(1, min(self._count, n))
         return [n * i // count for i in range(count + 1)]

@@ -52,14 +52,22 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinydiff._checks import check_batch, check_choice, check_counts, check_network, check_number
+from tinydiff._checks import (
+    check_batch,
+    check_choice,
+    check_counts,
+    check_labels,
+    check_network,
+    check_number,
+)
 from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff._progress import progress_bar
 from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
+from tinydiff.guidance import guided
 from tinydiff.kernels import many_steps
 from tinydiff.memory import attempted, what_fits
-from tinydiff.models._checks import check_like_model
+from tinydiff.models._checks import check_like_model, num_classes_of
 from tinydiff.nn.module import Module, weight_of
 from tinydiff.parallel import shared_out
 from tinydiff.schedules import checked_timesteps, evenly_spaced_timesteps
@@ -123,6 +131,8 @@ def iterate_samples(
     eta: float = 0.0,
     clip: bool = False,
     x_T: Array | None = None,
+    labels: Array | None = None,
+    guidance_scale: float = 1.0,
 ) -> Iterator[SamplerState]:
     """Walk from noise to data, handing out every state: the start, then one after each step.  (docs: R.4)
 
@@ -139,7 +149,7 @@ def iterate_samples(
     TypeError, ValueError
         As in `sample`.
     """
-    _check_start(denoise, shape, x_T)
+    _check_start(denoise, shape, x_T, labels, guidance_scale)
     check_choice("sampler", sampler, SAMPLERS)
     check_number("eta", eta, lambda value: 0 <= value <= 1, "a number in [0, 1]")
     if eta and sampler != "ddim":
@@ -151,11 +161,12 @@ def iterate_samples(
             "0; expected one of the others ('heun' has a clock that is finite there)."
         )
     check_signal(walk, timesteps)
+    estimate = _estimator(_asked(denoise, walk, labels, guidance_scale), walk, timesteps, clip)
     if x_T is None:
         x = standard_normal(rng, shape, _like(denoise))
     else:  # a copy, through which PyTorch differentiates: whoever is handed a state may write into it
         x = array_namespace(x_T).astype(x_T, x_T.dtype)
-    return _states(_estimator(denoise, walk, timesteps, clip), walk, timesteps, x, sampler, rng, eta, clip)
+    return _states(estimate, walk, timesteps, x, sampler, rng, eta, clip)
 
 
 def _states(
@@ -259,11 +270,20 @@ def check_signal(walk: GaussianDiffusion, timesteps: np.ndarray) -> None:
         )
 
 
+def _asked(
+    denoise: Any, walk: GaussianDiffusion, labels: Array | None = None, guidance_scale: float = 1.0
+) -> Callable[[Array, Array], Array]:
+    """How the network is asked for its prediction: of x and t, whatever else it is told."""
+    predict = predictor(denoise) if isinstance(denoise, Module) else denoise
+    if labels is None:
+        return predict
+    return guided(predict, walk, labels, guidance_scale, num_classes_of(denoise))
+
+
 def _estimator(
-    denoise: Callable[[Array, Array], Array], walk: GaussianDiffusion, timesteps: np.ndarray, clip: bool
+    predict: Callable[[Array, Array], Array], walk: GaussianDiffusion, timesteps: np.ndarray, clip: bool
 ) -> Callable[[Array, int], tuple[Array, Array]]:
     """(x, i) -> what the network says of x at step i of the walk, and the data it means."""
-    predict = predictor(denoise) if isinstance(denoise, Module) else denoise
 
     def estimate(x: Array, i: int) -> tuple[Array, Array]:
         t = array_namespace(x).full(x.shape[0], int(timesteps[i]), device=device(x))
@@ -274,7 +294,13 @@ def _estimator(
     return estimate
 
 
-def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> None:
+def _check_start(
+    denoise: Any,
+    shape: tuple[int, ...],
+    x_T: Array | None,
+    labels: Array | None,
+    guidance_scale: float,
+) -> None:
     check_network("denoise", denoise)
     sizes = shape if np.ndim(shape) == 1 else ()
     if len(sizes) == 0 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
@@ -283,6 +309,11 @@ def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> Non
         check_like_model(denoise, "x_T", x_T)
         if tuple(x_T.shape) != tuple(shape):
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected {tuple(shape)}.")
+    check_number("guidance_scale", guidance_scale, math.isfinite, "a finite number")
+    if labels is not None:
+        check_labels(labels, num_classes_of(denoise, "denoise") + 1, shape[0])
+    elif guidance_scale != 1:
+        raise ValueError(f"guidance_scale is {guidance_scale}; expected 1, or labels.")
 
 
 def _like(denoise: Any) -> Array:
@@ -329,6 +360,8 @@ def sample(
     eta: float = 0.0,
     clip: bool = False,
     x_T: Array | None = None,
+    labels: Array | None = None,
+    guidance_scale: float = 1.0,
     batch_size: int | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -363,6 +396,11 @@ def sample(
     x_T : array of shape `shape`, optional
         The start; for a model, of the library and dtype of its weights. Default: drawn from N(0, I), like its
         weights for a model, in float32 on the default backend (``TINYDIFF_BACKEND``) for another callable.
+    labels : integer array of shape (N,), optional
+        The class of each sample, 0 … num_classes, for a model with `num_classes`. Default: no classes.
+    guidance_scale : float
+        With `labels`: w, how many times as far toward them as the network says (`tinydiff.guided`). 1 asks
+        for the classes only; other numbers but 0 make each step two predictions.
     batch_size : int, optional
         How many samples to walk at a time. Default: all. The samples depend on it, too: noise is drawn batch
         after batch.
@@ -408,11 +446,12 @@ def sample(
     in Nichol & Dhariwal (2021, section 4). And with `clip`, DDIM's eps is taken from the clipped x0, so that
     the two belong together; diffusers does so only with ``use_clipped_model_output=True``.
     """
-    _check_start(denoise, shape, x_T)
+    _check_start(denoise, shape, x_T, labels, guidance_scale)
     total = shape[0]
     size = total if batch_size is None else batch_size
     check_counts(batch_size=size)
     starts = range(0, total, size)
+    together = min(size, total) * (2 if guidance_scale not in (0, 1) else 1)  # that the network is asked for
     chain, timesteps = respaced(diffusion, steps)
     steps_in_all = chain.T * len(starts)
     if sampler == "edm":
@@ -431,6 +470,8 @@ def sample(
             eta=eta,
             clip=clip,
             x_T=None if x_T is None else x_T[start:stop, ...],
+            labels=None if labels is None else labels[start:stop],
+            guidance_scale=guidance_scale,
         )
 
     def some_steps(n: int) -> None:
@@ -444,7 +485,7 @@ def sample(
     def all_parts() -> list[Array]:
         parts = []
         with (
-            shared_out(denoise, min(size, total), workers, to_predict=True) as shared,
+            shared_out(denoise, together, workers, to_predict=True) as shared,
             progress_bar(progress, total=steps_in_all, desc="sampling", unit="step", leave=False) as bar,
         ):
             for start in starts:
@@ -512,7 +553,7 @@ def invert(
     check_like_model(denoise, "x0", x0)
     check_batch("x0", x0)
     walk, timesteps = respaced(diffusion, steps)
-    estimate = _estimator(denoise, walk, timesteps, clip=False)
+    estimate = _estimator(_asked(denoise, walk), walk, timesteps, clip=False)
     a = np.sqrt(walk.schedule.alphas_cumprod)
     s = np.sqrt(walk.schedule.one_minus_alphas_cumprod)
     x = float(a[0]) * x0

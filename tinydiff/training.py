@@ -15,11 +15,27 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
-from tinydiff._checks import check_batch, check_choice, check_counts, check_network, check_number, check_rng
-from tinydiff._data import Data, beside, check_data
+from tinydiff._checks import (
+    check_array,
+    check_batch,
+    check_choice,
+    check_counts,
+    check_labels,
+    check_network,
+    check_number,
+    check_rng,
+)
+from tinydiff._data import Data, Labels, beside, check_data
 from tinydiff._graph import RecordedLoss, forget, is_wanted
 from tinydiff._loop import Learner, Objective, checked_plan, loop, run_in, trial
-from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    generator_beside,
+    is_numpy_array,
+    standard_normal,
+    to_numpy,
+)
 from tinydiff.bound import Decoder, check_decoder
 from tinydiff.checkpoint import process_metadata
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
@@ -27,7 +43,7 @@ from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import largest_batch, let_go
-from tinydiff.models._checks import answer_of, check_like_model, check_model
+from tinydiff.models._checks import answer_of, check_like_model, check_model, num_classes_of
 from tinydiff.nn.module import M, config_of, weight_of
 
 __all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
@@ -73,13 +89,15 @@ def training_loss(
     min_snr_gamma: float | None = None,
     decoder: Decoder = "density",
     t_sampler: TimeSampler | None = None,
+    labels: Array | None = None,
 ) -> tuple[Array, Callable[[], Array]]:
     """Ho et al. 2020, algorithm 1, lines 2 to 5: random times and noise, the loss, and its derivative.
 
     Parameters
     ----------
     model : UNet or MLP, or another callable
-        Called as ``model(x_t, t, rng)``; returns (output, backward).
+        Called as ``model(x_t, t, rng)``, with labels as ``model(x_t, t, rng, labels)``; returns (output,
+        backward).
     diffusion : GaussianDiffusion
         The process, and what the model predicts.
     x0 : array of shape (N, ...)
@@ -97,6 +115,8 @@ def training_loss(
     t_sampler : LossSecondMomentSampler, optional
         Draws t and the weights of the bound's terms, and is given these terms to remember (docs: V.6). For
         ``"vlb"`` only, and made for the diffusion's T. Default: t is uniform.
+    labels : integer array of shape (N,), optional
+        The classes that the network is told. Default: it is called without.
 
     Returns
     -------
@@ -126,7 +146,8 @@ def training_loss(
         t, t_weights = t_sampler.sample(N, rng)
     rng_there = generator_beside(x0, rng)
     noise = standard_normal(rng_there, x0.shape, x0)
-    output, model_backward = answer_of(model, diffusion.q_sample(x0, t, noise), t, rng_there)
+    told = () if labels is None else (labels,)
+    output, model_backward = answer_of(model, diffusion.q_sample(x0, t, noise), t, rng_there, *told)
     given = (diffusion, output, x0, t, noise)
     if loss == "vlb":
         record = None if t_sampler is None else functools.partial(t_sampler.update, t)
@@ -148,6 +169,8 @@ def train(
     *,
     steps: int,
     batch_size: int,
+    labels: np.ndarray | None = None,
+    label_dropout: float = 0.1,
     loss: Loss = "simple",
     min_snr_gamma: float | None = None,
     decoder: Decoder = "density",
@@ -189,6 +212,12 @@ def train(
         with more, even one that was finished: no step depends on how many follow.
     batch_size : int
         Samples per step.
+    labels : integer array of shape (n,), optional
+        The class of each sample of `data`, which must be an array, for a model with `num_classes`. Default:
+        no classes.
+    label_dropout : float
+        With `labels`: the share of samples of which the network is told "no class" instead, in [0, 1], drawn
+        at each step (Ho & Salimans 2022, algorithm 1); 0: it learns nothing to be guided away from.
     loss : {"simple", "hybrid", "vlb"}
         What is minimised: `simple_loss`; `hybrid_loss`, for a diffusion with learned variance; or `vlb_loss`,
         the bound itself, in bits per dimension (docs: L.9, V.5, V.4).
@@ -255,7 +284,8 @@ def train(
     ------
     TypeError
         If `data` is neither an array nor callable, or `model`, `diffusion` or `data_name` is something else;
-        or if there is a `run_dir`, and the model has a ``config`` that JSON cannot hold.
+        or if `labels` are not integers; or if there is a `run_dir`, and the model has a ``config`` that JSON
+        cannot hold.
     ValueError
         If an argument is out of range, or belongs to another loss; if `data` is not 8-bit and the decoder is;
         if the checkpoint in `run_dir` is damaged, or was made with other settings; or if it belongs to an
@@ -277,6 +307,7 @@ def train(
     _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
     if loss != "simple" and not callable(data):  # now, not at the first step that draws t = 0
         check_decoder(decoder, data[:batch_size, ...])
+    told = None if labels is None else _checked_labels(model, data, labels, label_dropout)
     learner = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay, weight_decay=weight_decay)
     states: dict[str, Any] = {"": learner}
     drawn = None
@@ -300,6 +331,8 @@ def train(
         variance=None if loss == "simple" else diffusion.variance,
         decoder=None if loss == "simple" else decoder,
         importance_sampling=bool(importance_sampling),
+        labels=None if told is None else told.counts(),
+        label_dropout=None if told is None else told.dropout,
     )
 
     how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
@@ -322,6 +355,7 @@ def train(
             # Where reading a number costs nothing it is read at once; importance sampling needs each step's.
             at_once=is_numpy_array(weight_of(model)) or importance_sampling,
             counted=(lambda: None) if drawn is None else drawn.remember,
+            labels=told,
         )
     finally:
         if isinstance(objective, RecordedLoss):
@@ -416,7 +450,26 @@ def _objective(
     plain = loss == "simple" and how["min_snr_gamma"] is None and diffusion.variance != "learned_range"
     if plain and not config_of(model).get("dropout") and is_wanted(model, graph):
         return RecordedLoss(diffusion)
-    return lambda network, x0, rng: training_loss(network, diffusion, x0, rng, loss, **how)
+
+    def objective(
+        network: Any, x0: Array, rng: np.random.Generator, labels: Array | None = None
+    ) -> tuple[Array, Callable[[], Array]]:
+        return training_loss(network, diffusion, x0, rng, loss, labels=labels, **how)
+
+    return objective
+
+
+def _checked_labels(model: Any, data: Data, labels: Any, label_dropout: float) -> Labels:
+    """The labels, on the host; ValueError or TypeError unless they are those of the data and the model."""
+    check_model(model)
+    classes = num_classes_of(model)
+    if callable(data):
+        raise ValueError("labels are given, and data is a callable; expected an array.")
+    check_array("labels", labels)
+    on_host = to_numpy(labels)
+    check_labels(on_host, classes + 1, data.shape[0])
+    check_number("label_dropout", label_dropout, lambda rate: 0 <= rate <= 1, "a number in [0, 1]")
+    return Labels(on_host.astype(np.int64), classes, float(label_dropout))
 
 
 class _Drawn:

@@ -148,11 +148,17 @@ def save_pipeline(
         `diffusion` is not a `GaussianDiffusion`.
     ValueError
         If `sample_size` is not of positive integers, or the model's channels are not those that the variance
-        needs: diffusers would read the files, and draw nothing.
+        needs, or it has classes, which a DDPMPipeline tells no network: diffusers would read the files, and
+        draw nothing.
     """
     check_sample_size(sample_size)
     scheduler = diffusion_to_diffusers(diffusion, clip)
     config, state = unet_to_diffusers(model, sample_size)
+    if config["num_class_embeds"] is not None:
+        raise ValueError(
+            f"model has num_classes={model.config['num_classes']}; expected None: a DDPMPipeline tells a "
+            "network no class (save_diffusers writes the network alone)."
+        )
     taken, given = config["in_channels"], config["out_channels"]
     each = 2 if diffusion.variance == "learned_range" else 1
     if given != each * taken:

@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "add_attention": True,
+    "num_class_embeds": None,
 }
 
 # The entries of the config by the arguments of `UNet`; its attention is in the types of the blocks.
@@ -76,7 +77,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default",),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
 }
 
 # What does not change the function computed.
@@ -119,6 +119,8 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config[{key!r}] = {value!r} is not known to tinydiff's U-Net.")
     arguments = {ours: c[theirs] for ours, theirs in THEIR_NAMES.items()}
     arguments["attention"] = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
+    if c["num_class_embeds"] is not None:
+        arguments["num_classes"] = c["num_class_embeds"] - 1  # the last of them is that of no class
     if found := misfit(arguments):
         name, expected = found
         require(c, THEIR_NAMES[name], False, expected)
@@ -138,6 +140,8 @@ def _check_types(c: Mapping[str, Any]) -> None:
         ask(key, isinstance(c[key], (list, tuple)), "a list")
     channels, head_dim = c["block_out_channels"], c["attention_head_dim"]
     ask("block_out_channels", bool(channels) and all(map(is_count, channels)), "positive integers")
+    classes = c["num_class_embeds"]
+    ask("num_class_embeds", classes is None or (is_count(classes) and classes > 1), "None, or at least 2")
     ask("attention_head_dim", head_dim is None or is_count(head_dim), "None, or a positive integer")
     down, up = c["down_block_types"], c["up_block_types"]
     mirror = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
@@ -192,10 +196,10 @@ def unet_from_diffusers(
         if other != given:
             raise ValueError(f"state has both {other!r} and {given!r}, one weight's names; expected one.")
         if name in parameters:
-            expected = _torch_shape(parameters[name].shape)
+            expected = _torch_shape(name, parameters[name].shape)
             if tuple(array.shape) != expected:
                 raise ValueError(f"state[{given!r}] has shape {tuple(array.shape)}; expected {expected}.")
-            array = _from_torch_layout(array)
+            array = _from_torch_layout(name, array)
         arrays[name] = array
     double = any("float64" in str(array.dtype) for array in arrays.values())
     model.to(np, np.float64 if double else np.float32)
@@ -252,9 +256,10 @@ def unet_to_diffusers(
         "norm_num_groups": int(c["norm_groups"]),
         "norm_eps": float(c["norm_eps"]),
         "add_attention": bool(c["mid_attention"]),
+        "num_class_embeds": None if (classes := c.get("num_classes")) is None else classes + 1,
         **{key: accepted[0] for key, accepted in FIXED.items()},
     }
-    return config, {name: _to_torch_layout(array) for name, array in model.state_dict().items()}
+    return config, {name: _to_torch_layout(name, array) for name, array in model.state_dict().items()}
 
 
 def check_sample_size(sample_size: Any) -> None:
@@ -274,18 +279,24 @@ def _present_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _from_torch_layout(array: np.ndarray) -> np.ndarray:
-    """(out, in) -> (in, out);  (out, in, k, k) -> (k, k, in, out);  vectors as they are."""
-    return np.ascontiguousarray(array.transpose(_FROM[array.ndim]))
+def _from_torch_layout(name: str, array: np.ndarray) -> np.ndarray:
+    """(out, in) -> (in, out);  (out, in, k, k) -> (k, k, in, out);  rows and vectors as they are."""
+    return np.ascontiguousarray(array.transpose(_FROM[_kind(name, array.shape)]))
 
 
-def _to_torch_layout(array: np.ndarray) -> np.ndarray:
-    return np.array(array.transpose(_TO[array.ndim]), order="C")
+def _to_torch_layout(name: str, array: np.ndarray) -> np.ndarray:
+    return np.array(array.transpose(_TO[_kind(name, array.shape)]), order="C")
 
 
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in _TO[len(shape)])
+def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _TO[_kind(name, shape)])
 
 
-_FROM = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
-_TO = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+def _kind(name: str, shape: tuple[int, ...]) -> str:
+    if name == "class_embedding.weight":
+        return "rows"
+    return {1: "vector", 2: "matrix", 4: "taps"}[len(shape)]
+
+
+_FROM = {"vector": (0,), "rows": (0, 1), "matrix": (1, 0), "taps": (2, 3, 1, 0)}
+_TO = {"vector": (0,), "rows": (0, 1), "matrix": (1, 0), "taps": (3, 2, 0, 1)}

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_array, class_or_kind
+from tinydiff._checks import check_array, check_labels, class_or_kind
 from tinydiff.backend import Array, array_namespace, is_cupy_array, library_of
-from tinydiff.nn.module import Module, Parameter
+from tinydiff.nn.module import Module, Parameter, config_of
 
 __all__ = [
     "answer_of",
@@ -19,7 +19,9 @@ __all__ = [
     "check_model",
     "check_own_layers",
     "check_times",
+    "check_told",
     "exchanged_layers",
+    "num_classes_of",
     "plain",
 ]
 
@@ -35,9 +37,12 @@ def plain(**config: Any) -> dict[str, Any]:
     return {name: one(value) for name, value in config.items()}
 
 
-def answer_of(model: Any, x: Array, t: Array, *rng: Any) -> tuple[Array, Callable[[Array], Array]]:
-    """The model's output and its derivative; TypeError if it returns no derivative (a `denoise`, say)."""
-    answer = model(x, t, *rng)
+def answer_of(model: Any, x: Array, t: Array, *more: Any) -> tuple[Array, Callable[[Array], Array]]:
+    """The model's output and its derivative; TypeError if it returns no derivative (a `denoise`, say).
+
+    `more` is a generator, and the labels if there are any.
+    """
+    answer = model(x, t, *more)
     if not (isinstance(answer, tuple) and len(answer) == 2 and callable(answer[1])):
         raise TypeError(f"model(x, t) is {class_or_kind(answer)}; expected (output, backward).")
     return answer
@@ -140,3 +145,20 @@ def check_times(t: Any, x: Array) -> None:
     check_array("t", t)
     if tuple(t.shape) != (x.shape[0],):
         raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time for each of x.")
+
+
+def num_classes_of(model: Any, name: str = "model") -> int:
+    """How many classes the network can be told; ValueError if none. `name` is the caller's argument."""
+    classes = config_of(model).get("num_classes")
+    if classes is None:
+        raise ValueError(
+            f"labels are given, and {name} is {class_or_kind(model)} without classes; expected None, or a "
+            "network made with num_classes."
+        )
+    return int(classes)
+
+
+def check_told(model: Any, labels: Any, n: int) -> None:
+    """Nothing without labels; else ValueError or TypeError unless they are n classes that the network has."""
+    if labels is not None:
+        check_labels(labels, num_classes_of(model) + 1, n)

@@ -9,8 +9,16 @@ import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff.backend import Array, get_backend
-from tinydiff.models._checks import check_like_model, check_times, plain
-from tinydiff.nn import Linear, Module, TimestepEmbedding, derivative_of, silu, sinusoidal_embedding
+from tinydiff.models._checks import check_like_model, check_times, check_told, plain
+from tinydiff.nn import (
+    ClassEmbedding,
+    Linear,
+    Module,
+    TimestepEmbedding,
+    derivative_of,
+    silu,
+    sinusoidal_embedding,
+)
 from tinydiff.nn.time_embedding import shared_time
 
 __all__ = ["MLP"]
@@ -72,6 +80,8 @@ class MLP(Module):
         Draws the initial weights, in float32 on the host whatever the backend. Default: seed 0.
     backend : {"numpy", "cupy"}, optional
         Where the weights live. Default: ``TINYDIFF_BACKEND``.
+    num_classes : int, optional
+        How many classes the network can be told, as for `UNet`. Default: it is told none.
 
     Raises
     ------
@@ -94,6 +104,8 @@ class MLP(Module):
         time_features: int = 64,
         rng: np.random.Generator | None = None,
         backend: str | None = None,
+        *,
+        num_classes: int | None = None,
     ) -> None:
         out_features = in_features if out_features is None else out_features
         self.config: dict[str, Any] = plain(
@@ -102,6 +114,7 @@ class MLP(Module):
             hidden=hidden,
             blocks=blocks,
             time_features=time_features,
+            **({} if num_classes is None else {"num_classes": num_classes}),
         )
         check_counts(**self.config)
         xp = get_backend(backend)
@@ -110,10 +123,13 @@ class MLP(Module):
         self.time_embedding = TimestepEmbedding(time_features, time_features, rng)
         self.blocks = [ResidualBlock(hidden, time_features, rng) for _ in range(blocks)]
         self.linear_out = Linear(hidden, out_features, rng, scale=0.0)
+        self.class_embedding = (
+            None if num_classes is None else ClassEmbedding(num_classes, time_features, rng)
+        )
         self.to(xp)
 
     def __call__(
-        self, x: Array, t: Array, rng: np.random.Generator | None = None
+        self, x: Array, t: Array, rng: np.random.Generator | None = None, labels: Array | None = None
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Predict, and return the derivative of the prediction.  (docs: B.19)
 
@@ -125,6 +141,8 @@ class MLP(Module):
             Times.
         rng : numpy.random.Generator, optional
             Not used: this network draws nothing. It is taken so that every model is called alike.
+        labels : integer array of shape (N,), optional
+            The classes, 0 … num_classes - 1; num_classes is "no class". Default: no class.
 
         Returns
         -------
@@ -135,13 +153,17 @@ class MLP(Module):
         Raises
         ------
         ValueError
-            If the shape of `x` or `t` does not fit, or `x` is not of the weights' library and dtype.
+            If the shape of `x`, `t` or `labels` does not fit, `x` is not of the weights' library and dtype, a
+            label (on the host) is of no class, or there are labels and no classes.
         TypeError
-            If `x` or `t` is not an array.
+            If `x`, `t` or `labels` is not an array, or the labels are not integers.
         """
-        self.check_input(x, t)
+        self.check_input(x, t, labels)
         sinusoids = sinusoidal_embedding(shared_time(t), self.config["time_features"], like=x)
         emb, backward_time = self.time_embedding(sinusoids)
+        backward_class = None
+        if self.class_embedding is not None:
+            emb, backward_class = self.class_embedding(emb, labels)
         emb, backward_emb = silu(emb)
         h, backward_in = self.linear_in(x)
         backwards = []
@@ -158,14 +180,18 @@ class MLP(Module):
             while backwards:
                 dh, de = backwards.pop()(dh)
                 demb += de
-            backward_time(backward_emb(demb))
+            demb = backward_emb(demb)
+            if backward_class is not None:
+                demb = backward_class(demb)
+            backward_time(demb)
             return backward_in(dh)
 
         return y, backward
 
-    def check_input(self, x: Array, t: Array) -> None:
+    def check_input(self, x: Array, t: Array, labels: Array | None = None) -> None:
         """Raise what the call would, before anything is computed."""
         check_like_model(self, "x", x)
         if len(x.shape) != 2 or x.shape[1] != self.config["in_features"]:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config['in_features']}).")
         check_times(t, x)
+        check_told(self, labels, x.shape[0])

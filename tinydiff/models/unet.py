@@ -4,7 +4,8 @@ The same network, operation for operation and name for name, as diffusers' ``UNe
 
     x ─ conv_in ─┬─ down_blocks[0] ─┬─ … ─┬─ mid_block ─ up_blocks[0] ─ … ─ norm, SiLU ─ conv_out ─ y
                  └──────────────────┴─────┴── skips, last in first out ──┘
-    t ─ sinusoids ─ time_embedding ─ SiLU ─→ into every residual block
+    t ─ sinusoids ─ time_embedding ─ + ─ SiLU ─→ into every residual block
+    a class, if there are any ─ class_embedding ─┘
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import numpy as np
 
 from tinydiff._checks import check_counts
 from tinydiff.backend import Array, get_backend
-from tinydiff.models._checks import check_like_model, check_times, plain
+from tinydiff.models._checks import check_like_model, check_times, check_told, plain
 from tinydiff.nn import (
+    ClassEmbedding,
     Conv2d,
     Downsample,
     GroupNorm,
@@ -186,6 +188,9 @@ class UNet(Module):
         Draws the initial weights, in float32 on the host whatever the backend. Default: seed 0.
     backend : {"numpy", "cupy"}, optional
         Where the weights live. Default: ``TINYDIFF_BACKEND``.
+    num_classes : int, optional
+        How many classes the network can be told: each has a row of numbers, which is added to the time
+        embedding, and so has "no class", which comes last. Default: it is told none.
 
     Raises
     ------
@@ -221,6 +226,8 @@ class UNet(Module):
         freq_shift: float = 0.0,
         rng: np.random.Generator | None = None,
         backend: str | None = None,
+        *,
+        num_classes: int | None = None,
     ) -> None:
         for name, entries in (("block_channels", block_channels), ("attention", attention)):
             if np.ndim(entries) != 1:
@@ -239,10 +246,12 @@ class UNet(Module):
             downsample_padding=downsample_padding,
             flip_sin_to_cos=flip_sin_to_cos,
             freq_shift=freq_shift,
+            **({} if num_classes is None else {"num_classes": num_classes}),
         )
         check_counts(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
         check_counts(**{f"block_channels[{level}]": n for level, n in enumerate(block_channels)})
-        check_counts(norm_groups=norm_groups, **({} if head_dim is None else {"head_dim": head_dim}))
+        optional = {"head_dim": head_dim, "num_classes": num_classes}
+        check_counts(norm_groups=norm_groups, **{k: n for k, n in optional.items() if n is not None})
         for name in ("norm_eps", "dropout", "freq_shift"):
             if not isinstance(self.config[name], (int, float)):
                 raise ValueError(f"{name} is {self.config[name]!r}; expected a number.")
@@ -291,10 +300,11 @@ class UNet(Module):
 
         self.conv_norm_out = GroupNorm(norm_groups, first, norm_eps, then_silu=True)
         self.conv_out = Conv2d(first, out_channels, 3, rng=rng, scale=0.0)
+        self.class_embedding = None if num_classes is None else ClassEmbedding(num_classes, emb_features, rng)
         self.to(xp)
 
     def __call__(
-        self, x: Array, t: Array, rng: np.random.Generator | None = None
+        self, x: Array, t: Array, rng: np.random.Generator | None = None, labels: Array | None = None
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Predict, and return the derivative of the prediction.  (docs: B.18)
 
@@ -306,6 +316,8 @@ class UNet(Module):
             Times.
         rng : numpy.random.Generator, optional
             Draws the dropout masks; without it nothing is dropped.
+        labels : integer array of shape (N,), optional
+            The classes, 0 … num_classes - 1; num_classes is "no class". Default: no class.
 
         Returns
         -------
@@ -316,11 +328,12 @@ class UNet(Module):
         Raises
         ------
         ValueError
-            If the shape of `x` or `t` does not fit, or `x` is not of the weights' library and dtype.
+            If the shape of `x`, `t` or `labels` does not fit, `x` is not of the weights' library and dtype, a
+            label (on the host) is of no class, or there are labels and no classes.
         TypeError
-            If `x` or `t` is not an array.
+            If `x`, `t` or `labels` is not an array, or the labels are not integers.
         """
-        self.check_input(x, t)
+        self.check_input(x, t, labels)
         first = self.config["block_channels"][0]
         sinusoids = sinusoidal_embedding(
             t,
@@ -329,19 +342,26 @@ class UNet(Module):
             flip_sin_to_cos=self.config["flip_sin_to_cos"],
             freq_shift=self.config["freq_shift"],
         )
-        y, backward = self.run_embedded(x, sinusoids, rng)
+        y, backward = self.run_embedded(x, sinusoids, rng, labels)
         return y, lambda dy: backward(dy)[0]
 
     def run_embedded(
-        self, x: Array, sinusoids: Array, rng: np.random.Generator | None = None
+        self,
+        x: Array,
+        sinusoids: Array,
+        rng: np.random.Generator | None = None,
+        labels: Array | None = None,
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
         """Do as the call does, with an embedding (N, block_channels[0]) in place of the time's sinusoids.
 
-        ``dx, dsinusoids = backward(dy)``: whatever else is in the embedding, a class say, can be learned.
+        ``dx, dsinusoids = backward(dy)``: whatever else is in the embedding can be learned.
         """
         down_backwards = []
         up_backwards = []
         emb, backward_time = self.time_embedding(sinusoids)
+        backward_class = None
+        if self.class_embedding is not None:
+            emb, backward_class = self.class_embedding(emb, labels)
         emb, backward_emb = silu(emb)  # every residual block begins with this same SiLU: taken once
         h, backward_in = self.conv_in(x)
         skips = [h]
@@ -371,12 +391,14 @@ class UNet(Module):
             while down_backwards:
                 dh, de = down_backwards.pop()(dh, dskips)
                 demb = demb + de
-            dsinusoids = backward_time(backward_emb(demb))
-            return backward_in(dh + dskips.pop()), dsinusoids
+            demb = backward_emb(demb)
+            if backward_class is not None:
+                demb = backward_class(demb)
+            return backward_in(dh + dskips.pop()), backward_time(demb)
 
         return y, backward
 
-    def check_input(self, x: Array, t: Array) -> None:
+    def check_input(self, x: Array, t: Array, labels: Array | None = None) -> None:
         """Raise what the call would, before anything is computed."""
         check_like_model(self, "x", x)
         c = self.config["in_channels"]
@@ -386,6 +408,7 @@ class UNet(Module):
                 f"x has shape {tuple(x.shape)}; expected (N, H, W, {c}) with H and W divisible by {multiple}."
             )
         check_times(t, x)
+        check_told(self, labels, x.shape[0])
 
 
 def misfit(c: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """Layers, one idea a file, each with its derivative written by hand beneath it."""
 
 from tinydiff.nn.attention import SelfAttention
+from tinydiff.nn.class_embedding import ClassEmbedding
 from tinydiff.nn.concat import concat
 from tinydiff.nn.conv import Conv2d
 from tinydiff.nn.dropout import dropout
@@ -13,6 +14,7 @@ from tinydiff.nn.silu import silu
 from tinydiff.nn.time_embedding import TimestepEmbedding, sinusoidal_embedding
 
 __all__ = [
+    "ClassEmbedding",
     "Conv2d",
     "Downsample",
     "GroupNorm",

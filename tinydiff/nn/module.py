@@ -213,12 +213,12 @@ class Module:
         """Return the number of scalar parameters."""
         return sum(int(np.prod(p.shape)) for p in self.named_parameters().values())
 
-    def predict(self, *inputs: Array) -> Array:
+    def predict(self, *inputs: Array, **named: Any) -> Array:
         """Return what a call with these inputs returns first, its output; nothing is kept for a backward."""
         before = _keeping.get()
         try:  # not `with inference()`: Ctrl-C may come between its end and that of the with statement
             _keeping.set(False)
-            return self(*inputs)[0]  # type: ignore[operator]
+            return self(*inputs, **named)[0]  # type: ignore[operator]
         finally:
             _keeping.set(before)
 
