@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -126,6 +126,7 @@ class Plain(argparse.ArgumentParser):
             metavar="N",
             help=f"how many of the T steps to walk through (default: {self.sampling_steps}, at most T)",
         )
+        self.sampling = sampling
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help).\n")
@@ -201,6 +202,17 @@ def count_from(least: int) -> Any:
     return count
 
 
+def count_to(most: int) -> Any:
+    """The type of a flag that takes an integer of 0 to `most`."""
+
+    def count(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 to {most}")
+        return int(text)
+
+    return count
+
+
 def count_or_auto(text: str) -> int | str:
     """The type of --batch."""
     if text == "auto":
@@ -211,15 +223,23 @@ def count_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
 
 
-def positive(text: str) -> float:
-    """The type of a flag that takes a positive number."""
+def finite(text: str) -> float:
+    """The type of a flag that takes any number."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return number
+
+
+def positive(text: str) -> float:
+    """The type of a flag that takes a positive number."""
+    with suppress(argparse.ArgumentTypeError):
+        if (number := finite(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def counted(n: int, what: str) -> str:

@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     choose_device(args)
     plotting.require_matplotlib()
-    images = np.random.default_rng(args.seed).permutation(digits(args))
+    images = np.random.default_rng(args.seed).permutation(digits(args)[0])
     held_out, data = images[:HELD_OUT], images[HELD_OUT:]
     reference = digit_features(data)
     floor = frechet_distance(digit_features(held_out[: args.samples]), reference)

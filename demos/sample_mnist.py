@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from _common import Plain, choose_device, counted, explained_errors, path, walk_of, write_metrics
-from train_mnist import add_data, digits, draw, pixel_statistics
+from train_mnist import add_data, add_digits, digits, draw, pixel_statistics
 
 import tinydiff as td
 from tinydiff import plotting
@@ -22,12 +22,14 @@ EXAMPLES = """examples:
   python demos/sample_mnist.py
   python demos/sample_mnist.py --sampler dpm++ --sampling-steps 10 --out runs/fast
   python demos/sample_mnist.py --samples 1000 --report
-  python demos/sample_mnist.py --model runs/mnist/model.safetensors"""
+  python demos/sample_mnist.py --model runs/mnist/model.safetensors
+  python demos/sample_mnist.py --model runs/classes/model.safetensors --digits 3 1 4 --guidance 3"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Plain(__doc__, EXAMPLES, out="runs/mnist-samples", defaults=DEFAULTS)
     parser.add_sampling()
+    add_digits(parser)
     parser.run.add_argument(
         "--model",
         type=path,
@@ -57,18 +59,19 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
         model, diffusion, about = td.pretrained.load(args.model, args.backend)
     check(args, model, diffusion, default_steps)
     data_rng, sample_rng = np.random.default_rng(args.seed).spawn(2)
-    data = data_rng.permutation(digits(args))
+    data = data_rng.permutation(digits(args)[0])
     unseen = heldout(args) if args.report else None
     most = len(data) // 2 if unseen is None else len(unseen)
     if args.report and args.samples > most:
         raise ValueError(f"--samples is {args.samples}; with --data {args.data}, --report can judge {most}.")
-    samples, seconds, pictures = draw(args, model, diffusion, data, sample_rng, walk_of(args))
+    samples, pictures, drawn = draw(args, model, diffusion, data, sample_rng, walk_of(args))
+    seconds = drawn["sampling_seconds"]
     for name, picture in pictures.items():
         plotting.save(picture, args.out / name)
     found: dict[str, Any] = {
         "pixels": {"samples": pixel_statistics(samples), "data": pixel_statistics(data)},
         "n": args.samples,
-        "sampling_seconds": round(seconds, 3),
+        **drawn,
         "seconds_a_digit": seconds / args.samples,
         "trained": {name: value for name, value in about.items() if name != "betas"},
     }
@@ -81,8 +84,10 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
             for key in ("frechet_distance", "confidence", "effective_classes", "share_too_near"):
                 name = key.replace("_", " ").replace("frechet", "Fréchet")
                 print(f"{name}: {judged[key]:.3f} (real digits: {floor[key]:.3f})")
-        drawn = counted(args.samples, "digit")
-        print(f"{drawn} in {seconds:.1f} s; pictures in {args.out}: {', '.join(pictures)}")
+        if "share_as_asked" in drawn:
+            print(f"read as the digits asked for: {drawn['share_as_asked']:.0%}")
+        drew = f"{counted(args.samples, 'digit')} in {seconds:.1f} s"
+        print(f"{drew}; pictures in {args.out}: {', '.join(pictures)}")
 
 
 def check(args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion, default_steps: int) -> None:
@@ -91,6 +96,9 @@ def check(args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion,
         kind = type(model).__name__
         channels = f" of {model.config['in_channels']} channels" if isinstance(model, td.UNet) else ""
         raise ValueError(f"{args.model} holds a {kind}{channels}; expected a UNet for images of 1 channel.")
+    if (args.digits or args.guidance is not None) and "num_classes" not in model.config:
+        flag, whose = "--digits" if args.digits else "--guidance", args.model or "the network in the package"
+        raise ValueError(f"{flag} is for a network trained with train_mnist.py --classes; {whose} was not.")
     if args.sampling_steps is None:
         args.sampling_steps = min(default_steps, diffusion.T)
     if args.sampling_steps > diffusion.T:

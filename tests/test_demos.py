@@ -107,6 +107,24 @@ def test_digits_samples_and_metrics(digits):
     assert metrics["training_seconds"] > 0 and metrics["sampling_seconds"] > 0
 
 
+def test_with_classes_the_network_is_told_which_digit_each_picture_shows(tmp_path, monkeypatch):
+    given = {}
+
+    def train(model, diffusion, data, **how):
+        given.update(data=data, **how)
+        return original(model, diffusion, data, **how)
+
+    original = td.train
+    monkeypatch.setattr(td, "train", train)
+    run("train_mnist", *MNIST, "--classes", "--out", tmp_path, "--quiet")
+    read = np.argmax(td.metrics.digit_probabilities(given["data"][:500]), axis=1)
+    assert np.mean(read == given["labels"][:500]) > 0.95
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert 0 <= metrics["share_as_asked"] <= 1 and metrics["settings"]["guidance"] == 2
+    model, diffusion, _ = td.pretrained.load(tmp_path / "model.safetensors")
+    assert model.config["num_classes"] == 10 and diffusion.T == 8
+
+
 @pytest.mark.parametrize(("name", "kind"), [("toy", td.MLP), ("digits", td.UNet)])
 def test_the_model_is_the_moving_average_and_says_what_it_is(name, kind, request):
     out = request.getfixturevalue(name)
@@ -197,7 +215,7 @@ def test_help_names_every_flag_its_default_and_an_example(name, capsys):
         "workers",
         "sampler",
         "sampling-steps",
-        *(["shape"] if name == "train_toy2d" else ["data", "channels"]),
+        *(["shape"] if name == "train_toy2d" else ["data", "channels", "classes", "digits", "guidance"]),
     ]:
         assert f"--{flag} " in text, flag
     for value in module.DEFAULTS.values():
@@ -243,6 +261,9 @@ def test_the_full_set_falls_back_to_the_subset_with_one_line(tmp_path, capsys, m
         ("train_toy2d", ["--lr", "1e30"], ["loss", "smaller lr"]),
         ("train_mnist", ["--samples", "0"], ["--samples", "'0'"]),
         ("train_mnist", ["--channels", "8", "9"], ["9", "8"]),
+        ("train_mnist", ["--digits", "3"], ["--digits", "--classes"]),
+        ("train_mnist", ["--guidance", "3"], ["--guidance", "--classes"]),
+        ("train_mnist", ["--classes", "--digits", "3", "ten"], ["--digits", "'ten'", "0 to 9"]),
         ("train_mnist", ["--channels", "8", "8", "8", "8"], ["28", "divisible by 8"]),
     ],
 )

@@ -222,7 +222,7 @@ def test_by_default_it_walks_at_most_the_steps_there_are(saved, demo, tmp_path):
     demo("--model", saved, "--out", tmp_path / "out", "--samples", 1, "--quiet")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["sampling_steps"] == 12
     for T, steps in ((12, 12), (60, 50)):
-        args = argparse.Namespace(sampling_steps=None, report=False)
+        args = argparse.Namespace(sampling_steps=None, report=False, digits=None, guidance=None)
         diffusion = td.GaussianDiffusion(td.cosine_schedule(T))
         importlib.import_module("sample_mnist").check(args, tiny(), diffusion, default_steps=50)
         assert args.sampling_steps == steps
@@ -282,15 +282,42 @@ def test_a_model_of_train_mnist_is_sampled_from(demo, tmp_path):
     assert about["variance"] == "fixed_small" and about["steps"] == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("flags", "asked", "scale"),
+    [([], [0, 1, 2, 3, 4], 2.0), (["--digits", 7, 0, "--guidance", -1.5], [7, 0, 7, 0, 7], -1.5)],
+)
+def test_a_network_with_classes_draws_the_digits_asked_for(flags, asked, scale, demo, tmp_path, monkeypatch):
+    """In turn; and the report says how many of them are read as such."""
+    train = importlib.import_module("train_mnist")
+    sizes = ["--steps", "2", "--T", "8", "--batch", "2", "--channels", "8", "8", "--samples", "1", "--quiet"]
+    train.main([*sizes, "--classes", "--out", str(tmp_path / "run")])
+    model = tmp_path / "run" / "model.safetensors"
+    assert td.load_model(model)[0].config["num_classes"] == 10
+    seen = []
+    monkeypatch.setattr(
+        td, "sample", lambda *a, original=td.sample, **how: seen.append(how) or original(*a, **how)
+    )
+    read = np.eye(10)[[7, 1, 7, 0, 4]]
+    monkeypatch.setattr(importlib.import_module("train_mnist"), "digit_probabilities", lambda samples: read)
+    said = demo("--model", model, "--out", tmp_path / "out", "--samples", 5, *flags)
+    ((how,),) = [seen]
+    assert how["labels"].tolist() == asked and how["guidance_scale"] == scale
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    right = np.mean(np.argmax(read, axis=1) == asked)
+    assert metrics["share_as_asked"] == right and metrics["settings"]["guidance"] == scale
+    assert f"read as the digits asked for: {right:.0%}\n" in said.out
+
+
 def test_help_names_every_flag_and_its_default(demo, capsys):
     with pytest.raises(SystemExit) as end:
         demo("--help")
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    flags = "out seed quiet samples sampler sampling-steps backend model report data"
+    flags = "out seed quiet samples sampler sampling-steps backend model report data digits guidance"
     for flag in flags.split():
         assert f"--{flag} " in text, flag
-    for value in ("subset", 64, "ddpm", 50, "runs/mnist-samples"):
+    for value in ("subset", 64, "ddpm", 50, "runs/mnist-samples", "all ten", 2):
         assert f"(default: {value}" in text, value
     assert "--resume" not in text and "None" not in text and "python demos/sample_mnist.py --" in text
 
@@ -304,6 +331,11 @@ def test_help_names_every_flag_and_its_default(demo, capsys):
         (["--report", "--samples", "1"], ["--report", "2"]),
         (["--report", "--samples", "5001"], ["--samples", "5001", "--data subset", "5000"]),
         (["--resume"], ["--resume"]),
+        (["--digits", "3"], ["--digits", "train_mnist.py --classes", "model.safetensors was not"]),
+        (["--guidance", "3"], ["--guidance", "train_mnist.py --classes", "model.safetensors was not"]),
+        (["--digits", "10"], ["--digits", "'10'", "0 to 9"]),
+        (["--digits"], ["--digits", "expected at least one argument"]),
+        (["--guidance", "inf"], ["--guidance", "'inf'", "not a number"]),
         (["--model", "nowhere.safetensors"], ["nowhere.safetensors"]),
     ],
 )

@@ -16,12 +16,14 @@ GaussianDiffusion(schedule, prediction='eps', variance='fixed_small')
 GaussianMixture(weights, means, covariances)
 LearnedSchedule(gamma_0=-13.3, gamma_1=5.0, units=32)
 LossSecondMomentSampler(T, history=10, uniform=0.001)
-MLP(in_features=2, out_features=None, hidden=128, blocks=3, time_features=64, rng=None, backend=None)
+MLP(in_features=2, out_features=None, hidden=128, blocks=3, time_features=64, rng=None, backend=None,
+    *, num_classes=None)
 NoiseSchedule(betas)
 Parameter(value, grad=None)
 UNet(in_channels=1, out_channels=1, block_channels=(32, 64, 64), layers_per_block=1, attention=(False,
     False, True), mid_attention=True, norm_groups=8, norm_eps=1e-05, head_dim=8, dropout=0.0,
-    downsample_padding=1, flip_sin_to_cos=True, freq_shift=0.0, rng=None, backend=None)
+    downsample_padding=1, flip_sin_to_cos=True, freq_shift=0.0, rng=None, backend=None, *,
+    num_classes=None)
 bits_per_dim(denoise, diffusion, data, *, rng, clip=True, t_samples=None, batch_size=256, workers=None,
     progress=True)
 clip_grad_norm(parameters, max_norm)
@@ -31,10 +33,11 @@ cosine_schedule(T=1000, s=0.008, max_beta=0.999)
 find_batch_size(model, diffusion, data, *, most=1024, loss='simple', min_snr_gamma=None,
     decoder='density')
 get_backend(name=None, device=None)
+guided(denoise, diffusion, labels, guidance_scale, num_classes)
 hybrid_loss(diffusion, output, x0, t, noise, *, vlb_weight=0.001, decoder='density', weights=None)
 invert(denoise, diffusion, x0, steps=None, *, progress=True)
 iterate_samples(denoise, diffusion, shape, sampler='ddpm', steps=None, *, rng, eta=0.0, clip=False,
-    x_T=None)
+    x_T=None, labels=None, guidance_scale=1.0)
 learned_schedule_loss(model, learned, x0, rng, *, T=1000, prediction='v', decoder='density', even=True,
     reconstructions=None)
 linear_schedule(T=1000, beta_start=None, beta_end=None)
@@ -42,19 +45,19 @@ load_model(path, backend=None)
 min_snr_weight(diffusion, t, gamma=5.0)
 ode_log_likelihood(model, diffusion, x, steps=None, *, probes=None, rng=None, progress=True)
 sample(denoise, diffusion, shape, sampler='ddpm', steps=None, *, rng, eta=0.0, clip=False, x_T=None,
-    batch_size=None, workers=None, progress=True)
+    labels=None, guidance_scale=1.0, batch_size=None, workers=None, progress=True)
 save_model(path, model, metadata=None, diffusion=None)
 simple_loss(diffusion, output, x0, t, noise, weights=None)
-train(model, diffusion, data, *, steps, batch_size, loss='simple', min_snr_gamma=None, decoder='density',
-    importance_sampling=False, seed=0, lr=0.001, warmup=None, final_lr=0.0, weight_decay=0.0,
-    clip_norm=1.0, ema_decay=0.999, data_name='', run_dir=None, resume=False, checkpoint_every=500,
-    log_every=50, workers=None, graph=None, progress=True)
+train(model, diffusion, data, *, steps, batch_size, labels=None, label_dropout=0.1, loss='simple',
+    min_snr_gamma=None, decoder='density', importance_sampling=False, seed=0, lr=0.001, warmup=None,
+    final_lr=0.0, weight_decay=0.0, clip_norm=1.0, ema_decay=0.999, data_name='', run_dir=None,
+    resume=False, checkpoint_every=500, log_every=50, workers=None, graph=None, progress=True)
 train_learned_schedule(model, data, *, T=1000, steps, batch_size, seed=0, lr=0.001, schedule_lr=0.01,
     gamma_0=-13.3, gamma_1=5.0, units=32, prediction='v', decoder='density', even=True, warmup=None,
     final_lr=0.0, clip_norm=1.0, ema_decay=0.999, data_name='', run_dir=None, resume=False,
     checkpoint_every=500, log_every=50, workers=None, progress=True)
 training_loss(model, diffusion, x0, rng, loss='simple', *, min_snr_gamma=None, decoder='density',
-    t_sampler=None)
+    t_sampler=None, labels=None)
 variational_bound(denoise, diffusion, data, *, rng, decoder='density', clip=False, t_samples=None,
     batch_size=256, workers=None, progress=True)
 vlb_loss(diffusion, output, x0, t, noise, *, decoder='density', weights=None, record=None)
