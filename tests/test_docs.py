@@ -214,6 +214,7 @@ def test_blocks_run_in_order_as_pasted(page, tmp_path, monkeypatch):
 def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
     """In order, as pasted, but with two steps of training and sampling, and noise for one's own pictures."""
     monkeypatch.chdir(tmp_path)
+    np.save("classes.npy", np.array([0, 9, 3, 3]))
     np.save("images.npy", np.random.default_rng(0).integers(256, size=(4, 32, 32, 3), dtype=np.uint8))
     for name in ("train", "sample"):
         ours = getattr(tinydiff, name)
@@ -234,6 +235,7 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
     assert namespace["points"].shape == (1000, 2) and namespace["dx"].shape == (1000, 2)
     pictures = namespace["pictures"]
     assert pictures.shape == (16, 32, 32, 3) and -1 <= np.min(pictures) < np.max(pictures) <= 1
+    assert namespace["asked_for"].shape == (3, 32, 32, 3)
     assert {path.name for path in (tmp_path / "runs" / "mine").iterdir()} >= {"model.safetensors"}
 
 
