@@ -1,5 +1,6 @@
 """Networks that are told a class (B.27), and guidance (R.15)."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -145,6 +146,20 @@ def test_a_network_is_asked_as_its_own_predict(workers):
         for denoise, given in ((mixed, {}), (model, dict(labels=y, guidance_scale=2.0, workers=workers)))
     ]
     assert_allclose(*walks, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("w", "together"), [(1.0, 3), (0.0, 3), (2.0, 6)])
+def test_both_predictions_of_a_batch_are_shared_out_to_processes(monkeypatch, w, together):
+    seen = []
+
+    def shared_out(model, batch_size, workers, to_predict):
+        seen.append(batch_size)
+        return contextlib.nullcontext(model)
+
+    monkeypatch.setattr(td.samplers, "shared_out", shared_out)
+    how = dict(steps=2, rng=np.random.default_rng(0), batch_size=3, progress=False)
+    td.sample(MODEL, DIFFUSION, (5, 2), labels=np.zeros(5, int), guidance_scale=w, **how)
+    assert seen == [together]
 
 
 MODEL, DIFFUSION = td.MLP(num_classes=K), td.GaussianDiffusion(SCHEDULE)

@@ -298,6 +298,9 @@ def test_a_network_with_classes_draws_the_digits_asked_for(flags, asked, scale, 
     monkeypatch.setattr(
         td, "sample", lambda *a, original=td.sample, **how: seen.append(how) or original(*a, **how)
     )
+    shown = []
+    beside = lambda samples, *rest: shown.append(samples)  # noqa: E731
+    monkeypatch.setattr(importlib.import_module("train_mnist").plotting, "samples_beside_data", beside)
     read = np.eye(10)[[7, 1, 7, 0, 4]]
     monkeypatch.setattr(importlib.import_module("train_mnist"), "digit_probabilities", lambda samples: read)
     said = demo("--model", model, "--out", tmp_path / "out", "--samples", 5, *flags)
@@ -307,6 +310,9 @@ def test_a_network_with_classes_draws_the_digits_asked_for(flags, asked, scale, 
     right = np.mean(np.argmax(read, axis=1) == asked)
     assert metrics["share_as_asked"] == right and metrics["settings"]["guidance"] == scale
     assert f"read as the digits asked for: {right:.0%}\n" in said.out
+    (picture,) = shown  # in which like is beside like
+    alike = [i for k in dict.fromkeys(asked) for i in range(5) if asked[i] == k]
+    np.testing.assert_array_equal(picture, np.load(tmp_path / "out" / "samples.npy")[alike])
 
 
 def test_help_names_every_flag_and_its_default(demo, capsys):
