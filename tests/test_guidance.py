@@ -194,6 +194,12 @@ def test_what_does_not_fit_is_named(change, error, match):
             draw(**arguments, rng=np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("num_classes", [0, 2.0, None])
+def test_a_number_of_classes_that_is_none_is_named(num_classes):
+    with pytest.raises(ValueError, match=f"^num_classes is {num_classes}; expected an integer of at least 1"):
+        td.guided(MODEL.predict, DIFFUSION, np.zeros(4, int), 2.0, num_classes)
+
+
 @pytest.mark.parametrize("call", [MODEL, MODEL.predict])
 @pytest.mark.parametrize(
     ("labels", "match"),

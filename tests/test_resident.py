@@ -26,6 +26,12 @@ def mlp(where=None, out=2):
     return model if where is None else where.module(model, "float32")
 
 
+def told(where):
+    """A network that is told classes."""
+    rng = np.random.default_rng(1)
+    return where.module(td.MLP(hidden=8, blocks=2, time_features=4, num_classes=3, rng=rng), "float32")
+
+
 def unet(where):
     model = td.UNet(block_channels=(4, 8), attention=(False, True), norm_groups=2, head_dim=4, dropout=0.3)
     return where.module(model, "float32")
@@ -69,6 +75,8 @@ def test_the_counter_refuses_shapes_that_depend_on_values():
         (mlp, PROCESS, {"min_snr_gamma": 5.0}),
         (mlp, PROCESS, {"loss": "vlb"}),
         (lambda where: mlp(where, out=4), LEARNED, {"loss": "hybrid"}),
+        (told, PROCESS, {"labels": np.array([0, 3, 1, 2, 0, 0])}),
+        (told, PROCESS, {}),
     ],
 )
 def test_a_step_sends_nothing_back(make, diffusion, how):
@@ -104,6 +112,22 @@ def test_sampling_sends_nothing_back(sampler, clip):
         )
     assert seen == []
     assert_there(x, where, "float32", "the sample")
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
+def test_guided_sampling_sends_nothing_back(w):
+    """And is that of the host, by labels that are there or here."""
+    where, y = space("strict"), np.array([0, 3, 1, 1, 2])
+    how = dict(sampler="ddim", steps=4, guidance_scale=w, batch_size=2, progress=False)
+    x_T = np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)
+    for labels in (y, where.array(y)):
+        model, rng = told(where), np.random.default_rng(0)
+        with transfers() as seen:
+            x = td.sample(model, PROCESS, (5, 2), rng=rng, x_T=where.array(x_T), labels=labels, **how)
+        assert seen == []
+        assert_there(x, where, "float32", "the sample")
+    expected = td.sample(told(space("numpy")), PROCESS, (5, 2), rng=rng, x_T=x_T, labels=y, **how)
+    assert_allclose(to_numpy(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_clipping_under_cupys_wrapper_would_wait():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinydiff._checks import check_labels, check_number
+from tinydiff._checks import check_counts, check_labels, check_number
 from tinydiff.backend import Array, array_namespace, device, integers_like, is_numpy_array
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 
@@ -53,9 +53,10 @@ def guided(
     TypeError
         If `diffusion` is not a `GaussianDiffusion`, or `labels` is not an array of integers.
     ValueError
-        If a label or the scale is out of range; at a call, unless x has N samples.
+        If `num_classes`, a label or the scale is out of range; at a call, unless x has N samples.
     """
     check_diffusion(diffusion)
+    check_counts(num_classes=num_classes)
     check_labels(labels, num_classes + 1)
     check_number("guidance_scale", guidance_scale, math.isfinite, "a finite number")
     if is_numpy_array(labels):
@@ -73,7 +74,9 @@ def guided(
             xp.concat([x, x], axis=0), xp.concat([t, t], axis=0), labels=xp.concat([untold, told], axis=0)
         )
         N = x.shape[0]
-        (without, _), (with_class, nu) = (diffusion.split_output(x, part) for part in (both[:N], both[N:]))
+        (without, _), (with_class, nu) = (
+            diffusion.split_output(x, part) for part in (both[:N, ...], both[N:, ...])
+        )
         prediction = without + w * (with_class - without)
         return prediction if nu is None else xp.concat([prediction, nu], axis=-1)
 

@@ -62,7 +62,16 @@ from tinydiff._checks import (
 )
 from tinydiff._graph import WARM_UP, forget, predictor
 from tinydiff._progress import progress_bar
-from tinydiff.backend import Array, array_namespace, clip_to_unit, device, get_backend, standard_normal
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    clip_to_unit,
+    device,
+    get_backend,
+    integers_like,
+    is_numpy_array,
+    standard_normal,
+)
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.guidance import guided
 from tinydiff.kernels import many_steps
@@ -277,6 +286,8 @@ def _asked(
     predict = predictor(denoise) if isinstance(denoise, Module) else denoise
     if labels is None:
         return predict
+    if is_numpy_array(labels):  # sent once, not at every step
+        labels = integers_like(labels.astype(np.int64), weight_of(denoise))
     return guided(predict, walk, labels, guidance_scale, num_classes_of(denoise))
 
 
