@@ -191,23 +191,13 @@ class Parser(Plain):
         return args
 
 
-def count_from(least: int) -> Any:
-    """The type of a flag that takes an integer of at least `least`."""
+def count_from(least: int, most: int | None = None) -> Any:
+    """The type of a flag that takes an integer of at least `least`, and at most `most`."""
+    expected = f"at least {least}" if most is None else f"{least} to {most}"
 
     def count(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
-        return int(text)
-
-    return count
-
-
-def count_to(most: int) -> Any:
-    """The type of a flag that takes an integer of 0 to `most`."""
-
-    def count(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) > most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 to {most}")
+        if not text.strip().isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of {expected}")
         return int(text)
 
     return count

@@ -17,7 +17,6 @@ from _common import (
     Plain,
     choose_device,
     count_from,
-    count_to,
     counted,
     explained_errors,
     finite,
@@ -128,7 +127,7 @@ def add_digits(parser: Plain) -> None:
     """The flags of a sampling from a network that is told which digit to draw."""
     parser.sampling.add_argument(
         "--digits",
-        type=count_to(9),
+        type=count_from(0, 9),
         nargs="+",
         metavar="D",
         help="of a network trained with --classes: which to draw, in turn (default: all ten)",

@@ -47,7 +47,7 @@ from tinydiff.backend import (
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.losses import mean_squared_error
 from tinydiff.memory import is_out_of_memory, let_go
-from tinydiff.models._checks import exchanged_layers
+from tinydiff.models._checks import exchanged_layers, without_rng
 from tinydiff.nn.module import Module, weight_of
 
 __all__ = [
@@ -261,7 +261,7 @@ def loss_and_backward(
     afterwards.
     """
     try:
-        output, backward = model(x_t, t, *((None, *labels) if labels else ()))
+        output, backward = model(*without_rng(x_t, t, *labels))
         loss, gradient = mean_squared_error(output, target)
         backward(gradient)
         parameters = list(model.named_parameters().values())
@@ -305,7 +305,8 @@ class RecordedPredict:
 
     def __call__(self, x: Array, *integers: Array) -> Array:
         if not self._is_alike(x) or any(tuple(given.shape) != x.shape[:1] for given in integers):
-            return _predicted(self._model(), x, *integers)  # which refuses it
+            model: Any = self._model()
+            return model.predict(*without_rng(x, *integers))  # which refuses it
         xp = array_namespace(x)
         with self._turn:
             if (stream := self._current_stream()) != self._stream:
@@ -340,14 +341,11 @@ class RecordedPredict:
         return bool(x.device.id == self._like.device.id == self._runtime.getDevice())
 
     def _begun(self, x: Array, n: int) -> tuple[list[Array], Replayed]:
-        xp, model = array_namespace(x), self._model
+        xp = array_namespace(x)
         integers = [xp.empty(x.shape[0], dtype=xp.int64) for _ in range(n)]
         inputs = [xp.empty(x.shape, dtype=x.dtype), *integers]
-        return inputs, Replayed(lambda: _predicted(model(), *inputs))
-
-
-def _predicted(model: Any, x: Array, t: Array, *labels: Array) -> Array:
-    return model.predict(x, t, *((None, *labels) if labels else ()))
+        model: Any = self._model
+        return inputs, Replayed(lambda: model().predict(*without_rng(*inputs)))
 
 
 _recorded: weakref.WeakKeyDictionary[Any, RecordedPredict] = weakref.WeakKeyDictionary()  # by model

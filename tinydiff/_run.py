@@ -58,8 +58,14 @@ def load_states(parts: Mapping[str, Stateful], state: Mapping[str, np.ndarray]) 
 
 # What older checkpoints leave out: when they were written there was only one loss, and there were no labels.
 SIMPLE: dict[str, Any] = dict(
-    loss="simple", min_snr_gamma=None, variance=None, decoder=None, importance_sampling=False
-) | dict(labels=None, label_dropout=None)
+    loss="simple",
+    min_snr_gamma=None,
+    variance=None,
+    decoder=None,
+    importance_sampling=False,
+    labels=None,
+    label_dropout=None,
+)
 
 # What a line of metrics holds, in this order, and how it begins.
 KEYS = ["step", "loss", "grad_norm", "lr", "seconds"]

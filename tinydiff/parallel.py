@@ -41,7 +41,7 @@ from tinydiff._together import cut, groups
 from tinydiff.backend import Array, is_numpy_array
 from tinydiff.kernels import alone, kernels_for, threads_in_reach
 from tinydiff.models import MLP, UNet
-from tinydiff.models._checks import answer_of, check_model
+from tinydiff.models._checks import answer_of, check_model, without_rng
 from tinydiff.nn.module import Module, Parameter, _keeping, derivative_of, keeping, once
 
 __all__ = ["DataParallel", "WorkerError", "shared_out"]
@@ -218,7 +218,7 @@ class DataParallel(Module):
         with self._lock:
             self._share_values()
             shares = self._shares(self._edges(x, t, *told), x, t, *told)
-            asked = [(x_, t_, *((None, *y_) if y_ else ())) for x_, t_, *y_ in shares]
+            asked = [without_rng(*share) for share in shares]
             messages = [("predict", 0, *each) for each in asked[1:]]
             y, ys = self._ask(messages, lambda: self._model.predict(*asked[0]))
         return np.concatenate([y, *ys])

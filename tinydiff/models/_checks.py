@@ -23,6 +23,7 @@ __all__ = [
     "exchanged_layers",
     "num_classes_of",
     "plain",
+    "without_rng",
 ]
 
 
@@ -46,6 +47,11 @@ def answer_of(model: Any, x: Array, t: Array, *more: Any) -> tuple[Array, Callab
     if not (isinstance(answer, tuple) and len(answer) == 2 and callable(answer[1])):
         raise TypeError(f"model(x, t) is {class_or_kind(answer)}; expected (output, backward).")
     return answer
+
+
+def without_rng(x: Array, t: Array, *labels: Array) -> tuple[Any, ...]:
+    """The arguments of a call that draws nothing: labels, if there are any, come after the generator."""
+    return (x, t, None, *labels) if labels else (x, t)
 
 
 def check_like_weights(x: Any, weight: Array, name: str = "x") -> None:
