@@ -25,6 +25,7 @@ ONE = np.ones(LINEAR.T)
 
 EPS, X0, V = (td.GaussianDiffusion(LINEAR, prediction) for prediction in ("eps", "x0", "v"))
 LARGE = td.GaussianDiffusion(LINEAR, "eps", "fixed_large")
+TO_400 = td.GaussianDiffusion(td.linear_schedule(401))  # the last of whose times is one in bfloat16
 LEARNED_EPS, LEARNED_V = (
     td.GaussianDiffusion(LINEAR, prediction, "learned_range") for prediction in ("eps", "v")
 )
@@ -270,6 +271,46 @@ def moved(function, place):
     }
 
 
+def of_both(told, none, w=2):
+    """Ho & Salimans 2022, eq. 6."""
+    return (1 + w) * told - w * none
+
+
+def guidance(
+    mix=of_both,
+    ask=lambda network, x, t, y: (network(x, t, y), network(x, t)),
+    nu=lambda told, none: told,
+):
+    def guided(network, x, t, labels):
+        told, none = (np.split(half, [x.shape[-1]], axis=-1) for half in ask(network, x, t, labels))
+        return np.concat([mix(told[0], none[0]), nu(told[1], none[1])], axis=-1)
+
+    return guided
+
+
+def by_turns(network, x, t, y, first="none"):
+    """x twice, end to end, with two labels for each sample beside each other."""
+    none = np.full_like(y, 10)
+    labels = np.stack([none, y] if first == "none" else [y, none], axis=1).reshape(-1)
+    halves = np.split(network(np.tile(x, (2, 1, 1, 1)), np.tile(t, 2), labels), 2)
+    return halves[::-1] if first == "none" else halves
+
+
+def rescaled_guidance(share):
+    """Lin et al. 2023, section 3.4."""
+
+    def mix(told, none):
+        guided = of_both(told, none)
+        deviation = lambda x: np.array([[[[np.std(one)]]] for one in x])  # noqa: E731
+        return share * guided * deviation(told) / deviation(guided) + (1 - share) * guided
+
+    return mix
+
+
+def guided_in_bfloat16(network, x, t, labels):
+    return guidance()(network, x, rounded_to_bfloat16(t), labels)
+
+
 TIMES_WIDTH = "a density times the width of a level, 2/255, for the level's probability"
 BY_TANH = "the normal distribution by a tanh, at least 1e-12, which is what the papers' code takes"
 PLANTED = [
@@ -511,6 +552,54 @@ PLANTED = [
         testing.assert_loss,
         LEARNED_EPS,
         {"nu, the second half of the output, for the prediction": of_the_other_half},
+    ),
+    (
+        testing.assert_guided,
+        EPS,
+        {
+            **moved(guidance(), 2),
+            "1 + w in the place of w, which is another convention, that of Ho & Salimans": guidance(
+                partial(of_both, w=3)
+            ),
+            "w - 1 in the place of w": guidance(partial(of_both, w=1)),
+            "the two predictions exchanged": guidance(lambda told, none: of_both(none, told)),
+            "w times the difference alone, without f(x)": guidance(lambda told, none: 3 * (told - none)),
+            "f(x) + w f(x, y), not the difference": guidance(lambda told, none: none + 3 * told),
+            "f(x, y) alone: no guidance, or the network is told the class in both predictions (E.27)": (
+                guidance(ask=lambda network, x, t, y: (network(x, t, y), network(x, t, y)))
+            ),
+            "f(x) alone: the network is told no class in either prediction": (
+                lambda network, x, t, labels: network(x, t)
+            ),
+            "no class is told as class 0, which is one": guidance(
+                ask=lambda network, x, t, y: (network(x, t, y), network(x, t, np.zeros_like(y)))
+            ),
+            "no class is told as the last class, which is one": guidance(
+                ask=lambda network, x, t, y: (network(x, t, y=y), network(x, t, y=np.full_like(y, 9)))
+            ),
+            "f(x) is not shown x_t, but zeros (E.27)": guidance(
+                ask=lambda network, x, t, y: (network(x, t, class_labels=y), network(np.zeros_like(x), t))
+            ),
+            "x twice, end to end, and the labels by turns, no class first": guidance(ask=by_turns),
+            "x twice, end to end, and the labels by turns, the class first": guidance(
+                ask=partial(by_turns, first="class")
+            ),
+            "rescaled to the deviation of f(x, y) (Lin et al. 2023)": guidance(rescaled_guidance(1.0)),
+            "rescaled by 0.7 to the deviation of f(x, y) (Lin et al. 2023)": guidance(rescaled_guidance(0.7)),
+            "the guided prediction is clipped": guidance(lambda *both: np.clip(of_both(*both), -1, 1)),
+            "only the first three channels are guided, as DiT's forward_with_cfg does and says": guidance(
+                lambda told, none: np.where(np.arange(told.shape[-1]) < 3, of_both(told, none), told)
+            ),
+        },
+    ),
+    (testing.assert_guided, TO_400, {"the network is shown t in bfloat16 (E.14)": guided_in_bfloat16}),
+    (
+        testing.assert_guided,
+        LEARNED_V,
+        {
+            "nu is guided as well": guidance(nu=of_both),
+            "nu is that of f(x)": guidance(nu=lambda told, none: none),
+        },
     ),
     (
         testing.assert_bound_terms,

@@ -17,6 +17,7 @@ from mistakes import (
     LARGE,
     LARGE_OF_PAPERS,
     LEARNED_EPS,
+    LEARNED_V,
     LINEAR,
     LOW,
     MIN_SNR,
@@ -36,6 +37,7 @@ from mistakes import (
     ddim,
     dpm_solver,
     flow_matching,
+    guidance,
     karras,
     learned_step,
     linear,
@@ -107,6 +109,23 @@ def test_our_own_functions_pass(schedule, prediction, variance):
         testing.assert_loss(simple_loss_of(process, gamma), process, min_snr_gamma=gamma)
     testing.assert_predict_x0(td.GaussianDiffusion(schedule, prediction).predict_x0, process)
     testing.assert_schedule(schedule.alphas_cumprod, schedule)
+
+
+def guided_of(process, w=3.0, num_classes=10):
+    def guided(network, x, t, labels):
+        told = lambda x, t, labels: network(x, t, class_labels=labels)  # noqa: E731
+        return td.guided(told, process, labels, w, num_classes)(x, t)
+
+    return guided
+
+
+@pytest.mark.parametrize("w", [-2.0, 0.5, 3.0, 1e3])
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_our_own_guidance_passes(variance, w):
+    process = td.GaussianDiffusion(LINEAR, "v", variance)
+    testing.assert_guided(guided_of(process, w), process, guidance_scale=w)
+    options = dict(guidance_scale=w, num_classes=1, shape=(3, 5))
+    testing.assert_guided(guided_of(process, w, 1), process, **options)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -408,6 +427,7 @@ def test_any_positive_gamma_will_do_and_a_refusal_says_that_there_is_one(gamma):
             EPS,
             "network, x0, t, noise",
         ),
+        (testing.assert_guided, guided_of(EPS), EPS, "network, x, t, labels"),
     ],
 )
 def test_what_is_written_into_is_said(check, yours, against, arguments):
@@ -543,7 +563,7 @@ def test_the_halves_of_an_output_may_lie_on_another_axis(axis):
     testing.assert_bound_terms(laid_out(terms_of(LEARNED), 3), LEARNED, **options)
 
     def on_the_last(network):
-        return lambda x, t: np.concat(np.split(network(x, t), 2, axis=axis), axis=-1)
+        return lambda *given, **told: np.concat(np.split(network(*given, **told), 2, axis=axis), axis=-1)
 
     def loss(network, *given):
         return simple_loss_of(LEARNED)(on_the_last(network), *given)
@@ -551,8 +571,13 @@ def test_the_halves_of_an_output_may_lie_on_another_axis(axis):
     def sampler(denoise, *given):
         return ours("ddpm", LEARNED)(on_the_last(denoise), *given)
 
+    def guided(network, *given):
+        mixed = guided_of(LEARNED)(on_the_last(network), *given)
+        return np.concat(np.split(mixed, 2, axis=-1), axis=axis)
+
     testing.assert_loss(loss, LEARNED, **options)
     testing.assert_sampler(sampler, LEARNED, steps=4, **options)
+    testing.assert_guided(guided, LEARNED, **options)
     for wrong in (0, 4):
         with pytest.raises(ValueError, match=f"axis is {wrong}; expected one of the data, 1 … 3 or -1"):
             testing.assert_sampler(sampler, LEARNED, axis=wrong)
@@ -603,6 +628,8 @@ def test_the_same_code_without_a_mistake_passes():
     testing.assert_predict_x0(of_eps, EPS)
     testing.assert_predict_x0(linear(A, -S), V)
     testing.assert_q_posterior(posterior(), LINEAR)
+    testing.assert_guided(guidance(), EPS)
+    testing.assert_guided(guidance(), LEARNED_V)
     testing.assert_p_mean_variance(reverse_step(), LARGE)
     testing.assert_p_mean_variance(learned_step(), LEARNED_EPS)
     testing.assert_loss(loss(), EPS)
@@ -880,6 +907,40 @@ def test_what_is_no_loss_is_said(loss, said):
     assert said in refusal(testing.assert_loss, loss, EPS)
 
 
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda f, x, t, y: f(x, t[:3], y), "x of shape (8, 3, 4, 8) and t of shape (3,); expected (N, ...)"),
+        (lambda f, x, t, y: f(x, t, y[:, None]), "x of shape (8, 3, 4, 8) and labels of shape (8, 1); exp"),
+        (lambda f, x, t, y: f(np.tile(x, (2, 1, 1, 1)), 3, y), "(16, 3, 4, 8) and labels of shape (8,); exp"),
+        (lambda f, x, t, y: f(x, t + 0.5, y), "expected whole numbers, 0 … 199 (E.13)"),
+        (lambda f, x, t, y: f(x, t + 1, y), "expected whole numbers, 0 … 199 (E.13)"),
+        (lambda f, x, t, y: f(x, t - 1, y), "expected whole numbers, 0 … 199 (E.13)"),
+        (lambda f, x, t, y: f(x, t, "a cat"), "what the network is told has dtype"),
+        (lambda f, x, t, y: f(x, t, y)[:4], "guided has shape (4, 3, 4, 8); expected (8, 3, 4, 8)"),
+        (lambda f, x, t, y: 0 * x, "None of the"),
+    ],
+)
+def test_what_is_no_guidance_is_said(ask, said):
+    assert said in refusal(testing.assert_guided, ask, EPS)
+
+
+def test_guidance_shown_times_in_bfloat16_beyond_the_last():
+    process = td.GaussianDiffusion(td.linear_schedule())
+    said = refusal(testing.assert_guided, lambda f, x, t, y: f(x, rounded_to_bfloat16(t)), process)
+    assert said.endswith("expected whole numbers, 0 … 999 (E.13; or E.14, in bfloat16).")
+
+
+@pytest.mark.parametrize("none", [None, -1, 10, 1000])
+def test_no_class_may_be_told_in_more_than_one_way(none):
+    def guided(network, x, t, labels):
+        sample = network(x, t, None if none is None else np.full_like(labels, none), return_dict=False)[0]
+        return sample + 3 * (network(x, t[0] if len(x) == 1 else t, y=labels) - sample)
+
+    testing.assert_guided(guided, EPS)
+    testing.assert_guided(guided, EPS, shape=(1, 4))
+
+
 def test_a_network_in_a_loss_may_be_asked_twice_and_told_more():
     """For an estimate of x_0 that it is then shown; and what it said is the loss's own, to write in."""
 
@@ -1137,6 +1198,7 @@ def test_nothing_is_left_of_the_data_by_whatever_rounding():
         (testing.assert_p_mean_variance, EPS.p_mean_variance, EPS),
         (testing.assert_bound_terms, terms_of(EPS), EPS),
         (testing.assert_loss, loss(), EPS),
+        (testing.assert_guided, guidance(), EPS),
         (testing.assert_sampler, ddim(), EPS),
     ],
 )
@@ -1174,6 +1236,17 @@ def test_a_shape_or_an_axis_that_fits_no_batch_is_named_by_every_check(check, yo
         (testing.assert_sampler, (ddim(), EPS, "ddmp"), {}, "sampler is 'ddmp'; expected one of"),
         (testing.assert_bound_terms, (terms_of(EPS), EPS), dict(decoder="8"), "decoder is '8'; expected"),
         (testing.assert_loss, (loss(), LINEAR), {}, "diffusion is a NoiseSchedule"),
+        (testing.assert_guided, (guidance(), LINEAR), {}, "diffusion is a NoiseSchedule"),
+        (testing.assert_guided, (guidance(), EPS), dict(num_classes=0), "num_classes is 0; expected an int"),
+        *(
+            (
+                testing.assert_guided,
+                (guidance(), EPS),
+                dict(guidance_scale=w),
+                f"guidance_scale is {w!r}; expected a finite number, but 0 and 1, which do not show both",
+            )
+            for w in (0, 1.0, np.inf, "3")
+        ),
         (testing.assert_loss, (loss(), EPS), dict(tolerance=0), "tolerance is 0; expected"),
         (testing.assert_loss, (loss(), EPS), dict(min_snr_gamma=0), "min_snr_gamma is 0; expected a posit"),
         (testing.assert_loss, (loss(), EPS), dict(min_snr_gamma=True), "min_snr_gamma is True; expected a"),

@@ -23,6 +23,7 @@ Chapter 13 of the docs says what things are called elsewhere, and what these che
 from tinydiff.testing._backward import assert_backward
 from tinydiff.testing._bound import assert_bound_terms
 from tinydiff.testing._forward import assert_predict_x0, assert_q_sample, assert_training_target
+from tinydiff.testing._guidance import assert_guided
 from tinydiff.testing._loss import assert_loss
 from tinydiff.testing._reverse import assert_p_mean_variance, assert_q_posterior
 from tinydiff.testing._sampler import assert_sampler
@@ -31,6 +32,7 @@ from tinydiff.testing._schedule import assert_schedule
 __all__ = [
     "assert_backward",
     "assert_bound_terms",
+    "assert_guided",
     "assert_loss",
     "assert_p_mean_variance",
     "assert_predict_x0",

@@ -81,13 +81,25 @@ def called(function: Function, signature: str, *given: Any) -> Any:
         raise
 
 
-def answering(answer: Function) -> Function:
-    """A network that returns ``answer(x, t)``, and may be called as diffusers' are; the rest is ignored."""
+def answering(answer: Function, with_labels: bool = False) -> Function:
+    """A network that returns ``answer(x, t)``, and may be called as diffusers' are; the rest is ignored.
+
+    But `with_labels`, it returns ``answer(x, t, labels)``, with None for labels that are not given.
+    """
 
     def network(
-        x: Any, t: Any = None, *_: Any, timestep: Any = None, return_dict: Any = True, **__: Any
+        x: Any,
+        t: Any = None,
+        labels: Any = None,
+        *_: Any,
+        timestep: Any = None,
+        class_labels: Any = None,
+        y: Any = None,
+        return_dict: Any = True,
+        **__: Any,
     ) -> Any:
-        output = answer(x, timestep if t is None else t)
+        told = next((given for given in (labels, class_labels, y) if given is not None), None)
+        output = answer(x, timestep if t is None else t, *[told] * with_labels)
         return (output,) if return_dict is False else output
 
     return network
