@@ -130,6 +130,88 @@ def test_labels_alone_draw_the_class_and_none_is_none():
     assert_allclose(told, plain, rtol=1e-12)
 
 
+# Labels, where a network is asked
+
+
+LEARNED = td.LearnedSchedule(-5.0, 4.0)
+
+
+def told(model, y, batch_size, times):
+    """The function of x and t that tells the network `y`, in a walk over batches, each asked `times`."""
+    starts = iter(np.repeat(np.arange(0, len(y), batch_size), times))
+
+    def denoise(x, t):
+        start = next(starts)
+        return model.predict(x, t, labels=y[start : start + batch_size])
+
+    return denoise
+
+
+@pytest.mark.parametrize("batch_size", [6, 4])
+@pytest.mark.parametrize(
+    ("bound", "how", "times"),
+    [
+        (td.variational_bound, dict(diffusion=td.GaussianDiffusion(SCHEDULE, "v")), 20),
+        (td.variational_bound, dict(diffusion=td.GaussianDiffusion(SCHEDULE, "v"), t_samples=3), 4),
+        (td.bits_per_dim, dict(diffusion=td.GaussianDiffusion(SCHEDULE, "v"), t_samples=3), 4),
+        (td.continuous_bound, dict(learned=LEARNED, T=20, t_samples=2), 3),
+    ],
+)
+def test_a_bound_given_the_classes_tells_them(bound, how, times, batch_size):
+    """Each sample its own, whatever batch it is in."""
+    rng = np.random.default_rng(0)
+    model, data, y = network(rng), rng.integers(0, 256, (6, 2)) / 127.5 - 1, np.array([0, 3, 1, 1, 2, 0])
+    how = dict(data=data, batch_size=batch_size, progress=False) | how
+    values = [
+        bound(denoise, **how, **given, rng=np.random.default_rng(1)).value
+        for denoise, given in [
+            (model, dict(labels=y.astype(np.uint8))),
+            (told(model, y, batch_size, times), {}),
+            (model, {}),
+        ]
+    ]
+    assert_allclose(values[0], values[1], rtol=1e-12)
+    assert abs(values[0] / values[2] - 1) > 1e-6
+
+
+@pytest.mark.parametrize("probes", [None, 2])
+def test_a_likelihood_and_an_encoding_given_the_classes(probes):
+    rng = np.random.default_rng(0)
+    model, diffusion = network(rng), td.GaussianDiffusion(SCHEDULE, "v")
+    x, y = rng.standard_normal((4, 2)), np.array([0, 3, 1, 2])
+    how = dict(steps=5, probes=probes, progress=False)
+    found, expected, plain = (
+        td.ode_log_likelihood(of, diffusion, x, **how, **given, rng=np.random.default_rng(1))
+        for of, given in [
+            (model, dict(labels=y)),
+            (lambda x, t: model(x, t, labels=y), {}),
+            (model, {}),
+        ]
+    )
+    assert_allclose(found, expected, rtol=1e-12)
+    assert np.all(np.abs(found - plain)[y != K] > 1e-6) and found[1] == plain[1]
+    mixed = lambda x, t: 3 * model.predict(x, t, labels=y) - 2 * model.predict(x, t)  # noqa: E731
+    assert_allclose(
+        td.invert(model, diffusion, x, 5, labels=y, guidance_scale=3.0, progress=False),
+        td.invert(mixed, diffusion, x, 5, progress=False),
+        rtol=1e-9,
+    )
+
+
+def test_given_its_class_a_sample_is_likelier():
+    """Of the exact networks of two bells: the bound on either's own samples is that of the bell alone."""
+    diffusion = td.GaussianDiffusion(td.cosine_schedule(40), "v", "fixed_large")
+    rng, model, y = np.random.default_rng(0), Exact(diffusion), np.repeat([0, 1], 500)
+    data = 2 * y[:, None] - 1 + 0.5 * rng.standard_normal((1000, 1))
+    own, wrong, none = (
+        td.variational_bound(model, diffusion, data, rng=rng, labels=labels, progress=False).value
+        for labels in (y, 1 - y, None)
+    )
+    best = td.GaussianMixture([1.0], [[1.0]], 0.25).optimal_bound(diffusion).value
+    assert abs(own - best) < 0.08  # two deviations, of a mean over 1000
+    assert own + 0.3 < none and own + 3 < wrong  # log 2 less a little; 2 / 0.25
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_network_is_asked_as_its_own_predict(workers):
     rng = np.random.default_rng(0)
@@ -192,6 +274,22 @@ def test_what_does_not_fit_is_named(change, error, match):
     for draw in (td.sample, td.iterate_samples):
         with pytest.raises(error, match=match):
             draw(**arguments, rng=np.random.default_rng(0))
+    x = np.zeros((4, 2), np.float32)
+    arguments["x0"] = x[: arguments.pop("shape")[0]]
+    with pytest.raises(error, match=match):
+        td.invert(**arguments)
+    if "guidance_scale" in change:
+        return
+    denoise, labels, rng = arguments["denoise"], arguments["labels"], np.random.default_rng(0)
+    for bound, of in (
+        (td.variational_bound, DIFFUSION),
+        (td.bits_per_dim, DIFFUSION),
+        (td.continuous_bound, LEARNED),
+    ):
+        with pytest.raises(error, match=match):
+            bound(denoise, of, x, labels=labels, rng=rng)
+    with pytest.raises(error, match=match.replace("denoise", "model")):
+        td.ode_log_likelihood(denoise, DIFFUSION, x, labels=labels)
 
 
 @pytest.mark.parametrize("num_classes", [0, 2.0, None])

@@ -946,6 +946,42 @@ def test_the_loop_written_out():
             np.testing.assert_array_equal(average.model.state_dict()[name], value, err_msg=name)
 
 
+LABELS = np.array([0, 1, 3, 2, 0, 1, 2, 2], np.uint8)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_classes_are_told_of_all_of_a_batch_and_of_its_first(drawn, tmp_path):
+    """In the integral and in the reconstruction; but where they are withheld."""
+    told, rng = [], np.random.default_rng(0)
+
+    class Noted(td.MLP):
+        def __call__(self, x, t, rng=None, labels=None):
+            told.append((x, labels))
+            return super().__call__(x, t, rng, labels)
+
+    x = np.tile(LABELS[:, None], (1, 2)).astype(np.float32)  # a sample's numbers are its label
+    data = (lambda n, rng: (x[:n], LABELS[:n])) if drawn else x
+    given = {} if drawn else dict(labels=LABELS)
+    how = dict(T=20, steps=4, batch_size=8, gamma_0=-9.0, progress=False, run_dir=tmp_path)
+    model = Noted(2, hidden=4, blocks=1, time_features=2, num_classes=3, rng=rng)
+    td.train_learned_schedule(model, data, label_dropout=0.5, **given, **how)
+    withheld = 0
+    for (z, labels), (z_0, labels_0) in zip(told[::2], told[1::2]):
+        assert z.shape == (8, 2) and z_0.shape == (2, 2)
+        np.testing.assert_array_equal(labels_0, labels[:2])
+        own = np.round(z_0[:, 0])  # at u = 0 there is next to no noise
+        assert np.all((labels_0 == own) | (labels_0 == 3))
+        withheld += np.sum(labels == 3)
+    assert 8 < withheld < 28  # of 32, four of which are of none; half of the others
+    with pytest.raises(ValueError, match=r"label_dropout was 0\.5, is 0\.1"):
+        td.train_learned_schedule(model, data, **given, **how | dict(steps=5), resume=True)
+
+
+def test_labels_of_a_network_without_classes_are_refused():
+    with pytest.raises(ValueError, match="labels are given, and model is an MLP without classes"):
+        small(labels=np.zeros(64, int))
+
+
 def test_what_comes_out_goes_with_everything():
     """Sampling in all and in fewer steps, the bound, a callable for data."""
     _, result = small(data=lambda n, rng: DATA.sample(n, rng), prediction="x0")

@@ -1113,6 +1113,67 @@ def test_each_sample_has_its_own_label_but_where_it_is_withheld(dropout, batch_s
     assert dropout in (0, 1) or np.any(kept[0] != kept[1])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_labels_may_be_drawn_with_each_batch(dropout):
+    """By a callable, which draws before it is decided what is withheld; the same as labels of an array."""
+    losses = []
+    for of_array in (True, False):
+        step = iter(range(STEPS))
+
+        def data(n, rng, step=step):
+            index = _data._index(len(POINTS), n, SETTINGS["seed"], next(step))
+            return POINTS[index], LABELS[index]
+
+        how = dict(data=POINTS, labels=LABELS) if of_array else dict(data=data)
+        how |= dict(label_dropout=dropout, **SETTINGS)
+        losses.append(td.train(classes_mlp(), DIFFUSION, **how).losses)
+    assert_array_equal(*losses)
+    plain = td.train(classes_mlp(), DIFFUSION, POINTS, **SETTINGS).losses
+    assert np.any(losses[0] != plain)  # the share that is withheld is drawn first
+
+
+def test_a_run_whose_labels_are_drawn_is_resumed_with_the_same_share_withheld(tmp_path, monkeypatch):
+    how = dict(diffusion=DIFFUSION, data=drawn_with_labels, label_dropout=0.3, **SETTINGS)
+    whole = td.train(classes_mlp(), **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(td.Adam, "step", raising(td.Adam.step, 7))
+        with pytest.raises(KeyboardInterrupt):
+            td.train(classes_mlp(), **how, run_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"label_dropout was 0\.3, is 0\.1"):
+        td.train(classes_mlp(), **how | dict(label_dropout=0.1), run_dir=tmp_path, resume=True)
+    resumed = td.train(classes_mlp(), **how, run_dir=tmp_path, resume=True)
+    assert_array_equal(resumed.losses, whole.losses)
+
+
+def drawn_with_labels(n, rng):
+    return drawn(n, rng), rng.integers(0, 4, n)
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "match"),
+    [
+        (lambda n: (POINTS[:n], LABELS[: n - 1]), ValueError, r"labels has shape \(3,\); expected \(4,\)"),
+        (lambda n: (POINTS[:n], LABELS[:n] + 2), ValueError, "labels has values 2 to 4; expected 0 to 3"),
+        (lambda n: (POINTS[:n], LABELS[:n] / 2), TypeError, "labels has dtype float64; expected integers"),
+        (lambda n: (POINTS[:n], None), TypeError, "labels is a NoneType; expected an array"),
+        (lambda n: (POINTS[:3], LABELS[:3]), ValueError, r"data\(batch_size, rng\) has shape \(3, 2\)"),
+        (lambda n: (POINTS[:n], LABELS[:n], 1), ValueError, r"data\(batch_size, rng\) is a tuple; expected"),
+    ],
+)
+def test_a_pair_that_is_no_batch_with_its_labels(draw, error, match):
+    with pytest.raises(error, match=match):
+        td.train(classes_mlp(), DIFFUSION, lambda n, rng: draw(n), **SETTINGS)
+
+
+def test_labels_drawn_for_a_network_without_classes():
+    with pytest.raises(ValueError, match="returned labels too, and the model was made without num_classes"):
+        td.train(small_mlp(), DIFFUSION, drawn_with_labels, **SETTINGS)
+
+
+def test_a_batch_that_fits_is_found_for_data_that_draws_labels():
+    assert td.find_batch_size(classes_mlp(), DIFFUSION, drawn_with_labels, most=4) == 4
+
+
 def test_the_warm_up_is_a_twentieth_of_the_steps_and_500_at_most():
     for steps, warmup in [(19, 0), (40, 2), (10_000, 500), (10**6, 500)]:
         assert _loop.checked_plan(steps, 1, 0, None, 0.0, 1.0, 0.9, POINTS).warmup == warmup

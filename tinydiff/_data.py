@@ -1,7 +1,7 @@
 """The data of a training: what it may be, where it lies, and the batch that each step is given.
 
 It is an array, of which an epoch visits every sample once in an order that is a function of (seed, epoch), or
-a callable that draws each batch anew.
+a callable that draws each batch anew. Labels lie beside the array, or are drawn with each batch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,19 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinydiff._checks import check_unmasked, class_or_kind
-from tinydiff.backend import Array, array_namespace, asarray_like, device, integers_like, is_numpy_array
+from tinydiff._checks import check_array, check_labels, check_number, check_unmasked, class_or_kind
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    asarray_like,
+    device,
+    integers_like,
+    is_numpy_array,
+    to_numpy,
+)
 from tinydiff.memory import attempted
+from tinydiff.models._checks import check_model, num_classes_of
+from tinydiff.nn.module import config_of
 
 __all__ = [
     "EPOCH",
@@ -26,11 +36,14 @@ __all__ = [
     "batch_of",
     "beside",
     "check_data",
+    "checked_labels",
     "mean_and_rms",
+    "sample_shape",
     "warn_of_scale",
 ]
 
-Data: TypeAlias = Any  # an array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...)
+# An array (n, ...), or a callable (batch_size, rng) -> array (batch_size, ...), or a pair of it and labels.
+Data: TypeAlias = Any
 
 # A root mean square beyond which data is taken to be unscaled by mistake: 8-bit levels have about 100.
 LARGE = 10
@@ -120,32 +133,63 @@ def beside(data: Data, like: Array) -> Data:
 
 
 def batch_of(
-    data: Data, batch_size: int, seed: int, step: int, rng: np.random.Generator, like: Array
-) -> Array:
-    """The batch of a step, beside `like`: what `data` draws, or the next samples in the sequence of epochs.
+    data: Data,
+    labels: Labels | None,
+    batch_size: int,
+    seed: int,
+    step: int,
+    rng: np.random.Generator,
+    like: Array,
+) -> tuple[Array, ...]:
+    """The batch of a step, beside `like`, and what the network is told of it, on the host, if anything.
 
-    An array is indexed where it is, by an index that is made on the host.
+    It is what `data` draws, or the next samples in the sequence of epochs. An array is indexed where it is,
+    by an index that is made on the host.
     """
     if callable(data):
-        batch = data(batch_size, rng)
-        if len(getattr(batch, "shape", ())) < 1 or batch.shape[0] != batch_size:
-            came = f"has shape {batch.shape}" if hasattr(batch, "shape") else f"is {class_or_kind(batch)}"
-            raise ValueError(f"data(batch_size, rng) {came}; expected an array ({batch_size}, ...).")
-        _check_values("data(batch_size, rng)", batch)
-        return asarray_like(batch, like)
-    index = _index(data.shape[0], batch_size, seed, step)
-    xp = array_namespace(data)
-    return asarray_like(xp.take(data, integers_like(index, data), axis=0), like)
+        batch, *told = _drawn(data, labels, batch_size, rng)
+    else:
+        index = _index(data.shape[0], batch_size, seed, step)
+        batch = array_namespace(data).take(data, integers_like(index, data), axis=0)
+        told = [] if labels is None else [labels.of[index]]
+    return asarray_like(batch, like), *(labels.withheld(y, rng) for y in told if labels is not None)
+
+
+def _drawn(data: Data, labels: Labels | None, batch_size: int, rng: np.random.Generator) -> tuple[Array, ...]:
+    """What a callable draws: a batch, or that and labels; TypeError or ValueError if it is something else."""
+    drawn = data(batch_size, rng)
+    batch, *told = drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn,)
+    if len(getattr(batch, "shape", ())) < 1 or batch.shape[0] != batch_size:
+        came = f"has shape {batch.shape}" if hasattr(batch, "shape") else f"is {class_or_kind(batch)}"
+        raise ValueError(f"data(batch_size, rng) {came}; expected an array ({batch_size}, ...).")
+    _check_values("data(batch_size, rng)", batch)
+    if not told:
+        return (batch,)
+    if labels is None:
+        raise ValueError(
+            "data(batch_size, rng) returned labels too, and the model was made without num_classes; expected "
+            "an array."
+        )
+    check_array("labels", told[0])
+    on_host = to_numpy(told[0])
+    check_labels(on_host, labels.num_classes + 1, batch_size)
+    return batch, on_host.astype(np.int64)
+
+
+def sample_shape(data: Data) -> tuple[int, ...]:
+    """The shape of one sample."""
+    drawn = data(1, np.random.default_rng(0)) if callable(data) else data
+    return tuple((drawn[0] if isinstance(drawn, tuple) else drawn).shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The classes of a data set, an array, and how often a network in training is told none instead.
+    """The classes of a data set, and how often a network in training is told none instead.
 
     Attributes
     ----------
     of : ndarray of shape (n,)
-        0 … num_classes.
+        0 … num_classes. Of a callable (0,): it draws them with each batch, or none.
     num_classes : int
         What stands for "no class".
     dropout : float
@@ -156,14 +200,37 @@ class Labels:
     num_classes: int
     dropout: float
 
-    def batch(self, batch_size: int, seed: int, step: int, rng: np.random.Generator) -> np.ndarray:
-        """Those of the samples in `batch_of` the same step, (batch_size,), on the host."""
-        labels = self.of[_index(len(self.of), batch_size, seed, step)]
-        return np.where(rng.random(batch_size) < self.dropout, self.num_classes, labels)
+    def withheld(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Labels (N,), a random share of which is "no class" instead."""
+        return np.where(rng.random(len(labels)) < self.dropout, self.num_classes, labels)
 
-    def counts(self) -> list[int]:
-        """How many there are of each class, the last of which is none: by which a run knows them again."""
-        return np.bincount(self.of, minlength=self.num_classes + 1).tolist()
+    def settings(self) -> dict[str, Any]:
+        """What a run knows them by: how many there are of each class, the last of which is none."""
+        counts = np.bincount(self.of, minlength=self.num_classes + 1).tolist() if self.of.size else None
+        return dict(labels=counts, label_dropout=self.dropout)
+
+
+def checked_labels(model: Any, data: Data, labels: Any, label_dropout: float) -> Labels | None:
+    """The labels, on the host; None if nothing is to be told.
+
+    ValueError or TypeError unless they are those of the data, and classes that the model has.
+    """
+    check_model(model)
+    if labels is None and not (callable(data) and config_of(model).get("num_classes")):
+        return None
+    classes = num_classes_of(model)
+    check_number("label_dropout", label_dropout, lambda rate: 0 <= rate <= 1, "a number in [0, 1]")
+    if labels is None:
+        return Labels(np.zeros(0, np.int64), classes, float(label_dropout))
+    if callable(data):
+        raise ValueError(
+            "labels are given, and data is a callable; expected None: data(batch_size, rng) returns the pair "
+            "(batch, labels)."
+        )
+    check_array("labels", labels)
+    on_host = to_numpy(labels)
+    check_labels(on_host, classes + 1, data.shape[0])
+    return Labels(on_host.astype(np.int64), classes, float(label_dropout))
 
 
 def _index(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:

@@ -24,7 +24,17 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tinydiff._checks import check_counts, check_number, check_seed, class_or_kind
-from tinydiff._data import STEP, Data, Labels, batch_of, beside, check_data, mean_and_rms, warn_of_scale
+from tinydiff._data import (
+    STEP,
+    Data,
+    Labels,
+    batch_of,
+    beside,
+    check_data,
+    mean_and_rms,
+    sample_shape,
+    warn_of_scale,
+)
 from tinydiff._graph import WARM_UP, RecordedLoss
 from tinydiff._progress import progress_bar
 from tinydiff._readings import Kept, Readings
@@ -145,7 +155,7 @@ def loop(
     unit : str
         What the progress bar calls the loss.
     labels : Labels, optional
-        The classes of the data.
+        The classes of the data, or of what it draws.
     """
     if resume and run is None:
         raise ValueError("resume is True and run_dir None; expected the directory of the run to continue.")
@@ -183,10 +193,9 @@ def loop(
             try:
                 for step in range(start, plan.steps):
                     rng = np.random.default_rng([plan.seed, STEP, step])
-                    x0 = batch_of(data, plan.batch_size, plan.seed, step, rng, like)
+                    x0, *told = batch_of(data, labels, plan.batch_size, plan.seed, step, rng, like)
                     if callable(data) and step == start:
                         warn_of_scale(x0, 7)  # all_steps, attempted, loop, train, many_steps, the caller
-                    told = () if labels is None else (labels.batch(plan.batch_size, plan.seed, step, rng),)
                     pair = _loss_and_norm(learners, shared, loss, x0, rng, *told)
                     read = readings.read(step, pair)
                     if run is not None:
@@ -232,7 +241,7 @@ def trial(loss: Objective, models: Sequence[Any], data: Data, like: Array) -> Ca
     A loss that records is called until it does; the recording is thrown away, too.
     """
     xp = array_namespace(like)
-    shape = (data(1, np.random.default_rng(0)) if callable(data) else data).shape[1:]
+    shape = sample_shape(data)
 
     def step(n: int) -> None:
         # Of -1, which the 8-bit decoder accepts, too.
@@ -261,11 +270,13 @@ def run_in(
     data: Data,
     data_name: str,
     plan: Plan,
+    labels: Labels | None,
     **others: Any,
 ) -> Run | None:
     """The run's files; None without a `run_dir`. TypeError unless `data_name` is a str, or as `Run`.
 
-    A run depends on the network, the data, the plan and `others`. `states` and `about` are `Run`'s.
+    A run depends on the network, the data, the plan, the labels and `others`; `states` and `about` are
+    `Run`'s.
     """
     if not isinstance(data_name, str):
         raise TypeError(f"data_name is {class_or_kind(data_name)}; expected a str.")
@@ -280,6 +291,7 @@ def run_in(
         "data_name": data_name,
         **plan.settings(),
         **others,
+        **(dict(labels=None, label_dropout=None) if labels is None else labels.settings()),
     }
     return Run(Path(run_dir), settings, states, about)
 

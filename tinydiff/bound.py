@@ -53,6 +53,7 @@ from tinydiff.backend import (
 )
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion, matching
 from tinydiff.kernels import many_steps
+from tinydiff.models._checks import labels_for
 from tinydiff.nn.module import Module, once, weight_of
 from tinydiff.parallel import shared_out
 
@@ -407,6 +408,7 @@ def variational_bound(
     data: Array,
     *,
     rng: np.random.Generator,
+    labels: Array | None = None,
     decoder: Decoder = "density",
     clip: bool = False,
     t_samples: int | None = None,
@@ -433,6 +435,9 @@ def variational_bound(
         The data set.
     rng : numpy.random.Generator
         Draws the noise, and the random t.
+    labels : integer array of shape (n,), optional
+        The class of each sample, 0 … num_classes, for a model with `num_classes`: the bound is then on
+        -log p(x_0 | y). Default: no classes.
     decoder : {"density", "8bit"}
         What L_0 is: ``"density"``, for points; ``"8bit"``, the probability of 8-bit levels, for images.
     clip : bool
@@ -470,6 +475,7 @@ def variational_bound(
         raise ValueError(f"data has shape {tuple(data.shape)}; expected (n, ...) with n at least 1.")
     like = weight_of(denoise) if isinstance(denoise, Module) else data
     T, n = diffusion.T, data.shape[0]
+    labels = labels_for(denoise, labels, n, "denoise")
     if T == 1:
         t_samples = None  # there is no t but that of L_0
     draws = T - 1 if t_samples is None else t_samples  # for each sample, besides L_0
@@ -488,11 +494,12 @@ def variational_bound(
             (x0,) = matching(data=asarray_like(data[rows, ...], like))
             check_decoder(decoder, x0)
             N = x0.shape[0]
+            told = {} if labels is None else {"labels": labels[rows, ...]}
             priors[rows] = to_numpy(prior_term(diffusion, x0))
             for i in range(1 + draws):
                 t = np.full(N, i) if t_samples is None or i == 0 else to_numpy(rng.integers(1, T, size=N))
                 x_t = diffusion.q_sample(x0, t, standard_normal(rng, x0.shape, x0))
-                output = predict(x_t, integers_like(t, x0))
+                output = predict(x_t, integers_like(t, x0), **told)
                 terms = to_numpy(step_term(diffusion, output, x0, x_t, t, decoder, clip)[0])
                 totals[rows] += terms if i == 0 else share * terms
                 np.add.at(sums, t, terms)
@@ -517,6 +524,7 @@ def bits_per_dim(
     data: Array,
     *,
     rng: np.random.Generator,
+    labels: Array | None = None,
     clip: bool = True,
     t_samples: int | None = None,
     batch_size: int = 256,
@@ -530,7 +538,7 @@ def bits_per_dim(
 
     Parameters
     ----------
-    denoise, diffusion, rng, t_samples, batch_size, workers, progress
+    denoise, diffusion, rng, labels, t_samples, batch_size, workers, progress
         As in `variational_bound`.
     data : array of shape (n, ...)
         8-bit data scaled to [-1, 1].
@@ -554,6 +562,7 @@ def bits_per_dim(
         diffusion,
         data,
         rng=rng,
+        labels=labels,
         decoder="8bit",
         clip=clip,
         t_samples=t_samples,

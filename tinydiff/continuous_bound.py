@@ -55,7 +55,7 @@ from tinydiff.backend import (
 from tinydiff.bound import Decoder, check_decoder, discretized_gaussian_nll, gaussian_nll
 from tinydiff.diffusion import Prediction, matching
 from tinydiff.learned_schedule import LearnedSchedule
-from tinydiff.models._checks import answer_of, check_like_model
+from tinydiff.models._checks import answer_of, check_like_model, labels_for
 from tinydiff.nn.module import Module, once, weight_of
 
 __all__ = [
@@ -319,6 +319,7 @@ def learned_schedule_loss(
     decoder: Decoder = "density",
     even: bool = True,
     reconstructions: int | None = None,
+    labels: Array | None = None,
 ) -> tuple[Array, Callable[[], None]]:
     """The bound of a batch in bits per dimension, and what it teaches network and schedule.  (docs: S.13)
 
@@ -329,7 +330,8 @@ def learned_schedule_loss(
     Parameters
     ----------
     model : UNet or MLP, or another callable
-        Called as ``model(z, (T - 1) * u, rng)``; returns (output, backward).
+        Called as ``model(z, (T - 1) * u, rng)``, with labels as ``model(z, (T - 1) * u, rng, labels)``;
+        returns (output, backward).
     learned : LearnedSchedule
         The forward process.
     x0 : array of shape (N, ...)
@@ -346,6 +348,8 @@ def learned_schedule_loss(
         Times evenly spaced, as in `draw_times`.
     reconstructions : int, optional
         From how many samples, the first ones, the reconstruction is estimated, 1 … N. Default: a quarter.
+    labels : integer array of shape (N,), optional
+        The classes that the network is told. Default: it is called without.
 
     Returns
     -------
@@ -382,13 +386,15 @@ def learned_schedule_loss(
 
     noise = standard_normal(rng, x0.shape, x0)
     z, z_backward = diffuse(x0, noise, gamma)
-    output, model_backward = answer_of(model, z, asarray_like((T - 1) * u, x0, xp.float64), rng)
+    told = () if labels is None else (labels,)
+    output, model_backward = answer_of(model, z, asarray_like((T - 1) * u, x0, xp.float64), rng, *told)
     terms, terms_backward = integral_term(output, x0, noise, gamma, slope, prediction)
 
     first, at_start = x0[:n, ...], np.full(n, gamma_0)
     noise_0 = standard_normal(rng, first.shape, x0)
     z_0, z_0_backward = diffuse(first, noise_0, at_start)
-    output_0, model_0_backward = answer_of(model, z_0, asarray_like(np.zeros(n), x0, xp.float64), rng)
+    at_0, told_0 = asarray_like(np.zeros(n), x0, xp.float64), [y[:n, ...] for y in told]
+    output_0, model_0_backward = answer_of(model, z_0, at_0, rng, *told_0)
     losses_0, losses_0_backward = reconstruction_term(output_0, first, noise_0, at_start, prediction, decoder)
     priors, priors_backward = prior_term(x0, gamma_1)
 
@@ -445,6 +451,7 @@ def continuous_bound(
     data: Array,
     *,
     rng: np.random.Generator,
+    labels: Array | None = None,
     T: int = 1000,
     prediction: Prediction = "v",
     decoder: Decoder = "density",
@@ -469,6 +476,8 @@ def continuous_bound(
         The data set.
     rng : numpy.random.Generator
         Draws times and noise.
+    labels
+        As in `variational_bound`.
     T, prediction, decoder, even
         As in `learned_schedule_loss`.
     t_samples : int
@@ -500,18 +509,21 @@ def continuous_bound(
     predict = denoise.predict if isinstance(denoise, Module) else denoise
     like = weight_of(denoise) if isinstance(denoise, Module) else data
     n = data.shape[0]
+    labels = labels_for(denoise, labels, n, "denoise")
     parts = np.zeros((3, n))
     with progress_bar(progress, total=n * (t_samples + 1), desc="bound", unit="term", leave=False) as bar:
         for begin in range(0, n, batch_size):
             rows = slice(begin, min(n, begin + batch_size))
             (x0,) = matching(data=asarray_like(data[rows, ...], like))
             xp, N = array_namespace(x0), x0.shape[0]
+            told = {} if labels is None else {"labels": labels[rows, ...]}
             parts[0, rows] = to_float64(prior_term(x0, learned.gamma_1)[0])
             for i in range(t_samples + 1):  # the first is the reconstruction, at u = 0
                 u = draw_times(N, rng, even) if i > 0 else np.zeros(N)
                 gamma, slope = (to_float64(g) for g in learned(u)[0])
                 noise = standard_normal(rng, x0.shape, x0)
-                output = predict(diffuse(x0, noise, gamma)[0], asarray_like((T - 1) * u, x0, xp.float64))
+                t = asarray_like((T - 1) * u, x0, xp.float64)
+                output = predict(diffuse(x0, noise, gamma)[0], t, **told)
                 if i == 0:
                     parts[1, rows] = to_float64(
                         reconstruction_term(output, x0, noise, gamma, prediction, decoder)[0]

@@ -41,7 +41,7 @@ from tinydiff.backend import (
 )
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.kernels import many_steps
-from tinydiff.models._checks import answer_of, check_like_model
+from tinydiff.models._checks import answer_of, check_like_model, labels_for, without_rng
 from tinydiff.nn.module import Module
 from tinydiff.samplers import Steps, angles, check_signal, respaced
 
@@ -55,6 +55,7 @@ def ode_log_likelihood(
     x: Array,
     steps: Steps = None,
     *,
+    labels: Array | None = None,
     probes: int | None = None,
     rng: np.random.Generator | None = None,
     progress: bool = True,
@@ -78,6 +79,9 @@ def ode_log_likelihood(
         Data.
     steps : int or sequence of int, optional
         How many of the schedule's T times to walk through, evenly spaced; or which, increasing. Default: all.
+    labels : integer array of shape (N,), optional
+        The class of each sample, for a model with `num_classes`: the result is then log p(x | y). Default: no
+        classes.
     probes : int, optional
         Number of random sign vectors in Hutchinson's estimate of the trace, each drawn once for the whole
         way. It gives the log-density no bias, and a variance that falls as 1 / probes. Default: none; the
@@ -117,6 +121,12 @@ def ode_log_likelihood(
     check_network("model", model)
     check_like_model(model, "x", x)
     check_batch("x", x)
+    labels = labels_for(model, labels, x.shape[0])
+    told = () if labels is None else (labels,)
+
+    def network(x: Array, t: Array) -> tuple[Array, Callable[[Array], Array]]:
+        return answer_of(model, *without_rng(x, t, *told))
+
     walk, timesteps = respaced(diffusion, steps)
     check_signal(walk, timesteps)
     phi = np.concat([[0.0], angles(walk)])
@@ -127,8 +137,8 @@ def ode_log_likelihood(
         for i in progress_bar(progress, range(walk.T), desc="likelihood", unit="step", leave=False):
             step = float(phi[i + 1] - phi[i])
             if i:
-                v, trace = _velocity_and_trace(model, walk, x, i - 1, timesteps, directions)
-            v_next, trace_next = _velocity_and_trace(model, walk, x + step * v, i, timesteps, directions)
+                v, trace = _velocity_and_trace(network, walk, x, i - 1, timesteps, directions)
+            v_next, trace_next = _velocity_and_trace(network, walk, x + step * v, i, timesteps, directions)
             x = x + step / 2 * (v + v_next)
             integral += step / 2 * (trace + trace_next)
     log_normal = -to_float64(sum_samples(x * x + math.log(2 * math.pi))) / 2
@@ -136,7 +146,7 @@ def ode_log_likelihood(
 
 
 def _velocity_and_trace(
-    model: Callable[[Array, Array], tuple[Array, Callable[[Array], Array]]],
+    network: Callable[[Array, Array], tuple[Array, Callable[[Array], Array]]],
     walk: GaussianDiffusion,
     x: Array,
     i: int,
@@ -148,7 +158,7 @@ def _velocity_and_trace(
     t = xp.full(x.shape[0], int(timesteps[i]), device=device(x))
     trace = np.zeros(x.shape[0])
     for z in _unit_vectors(x) if directions is None else directions:
-        output, backward = answer_of(model, x, t)  # once for each z: a backward can be called only once
+        output, backward = network(x, t)  # once for each z: a backward can be called only once
         # v is linear, p x + q output with numbers p and q; so are its derivatives, applied to z.
         dx = walk.predict_v(z, i, 0.0 * z, given=walk.prediction)
         doutput = walk.predict_v(0.0 * z, i, z, given=walk.prediction)

@@ -177,7 +177,9 @@ class DataParallel(Module):
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
-            return self.predict(x, t, labels), once(lambda dy: dy)  # which within `inference` only raises
+            return self.predict(x, t, labels=labels), once(
+                lambda dy: dy
+            )  # which within `inference` only raises
         told = () if labels is None else (labels,)
         with self._lock:
             edges = self._edges(x, t, *told)
@@ -212,7 +214,7 @@ class DataParallel(Module):
         weakref.finalize(backward, self._forgotten.append, key)
         return y, backward
 
-    def predict(self, x: Array, t: Array, labels: Array | None = None) -> Array:
+    def predict(self, x: Array, t: Array, *, labels: Array | None = None) -> Array:
         """Predict without keeping anything for a backward; arguments and result as in the call."""
         told = () if labels is None else (labels,)
         with self._lock:

@@ -56,7 +56,6 @@ from tinydiff._checks import (
     check_batch,
     check_choice,
     check_counts,
-    check_labels,
     check_network,
     check_number,
 )
@@ -68,15 +67,13 @@ from tinydiff.backend import (
     clip_to_unit,
     device,
     get_backend,
-    integers_like,
-    is_numpy_array,
     standard_normal,
 )
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.guidance import guided
 from tinydiff.kernels import many_steps
 from tinydiff.memory import attempted, what_fits
-from tinydiff.models._checks import check_like_model, num_classes_of
+from tinydiff.models._checks import check_like_model, labels_for, num_classes_of
 from tinydiff.nn.module import Module, weight_of
 from tinydiff.parallel import shared_out
 from tinydiff.schedules import checked_timesteps, evenly_spaced_timesteps
@@ -158,7 +155,8 @@ def iterate_samples(
     TypeError, ValueError
         As in `sample`.
     """
-    _check_start(denoise, shape, x_T, labels, guidance_scale)
+    _check_start(denoise, shape, x_T)
+    labels = _checked_labels(denoise, shape[0], labels, guidance_scale)
     check_choice("sampler", sampler, SAMPLERS)
     check_number("eta", eta, lambda value: 0 <= value <= 1, "a number in [0, 1]")
     if eta and sampler != "ddim":
@@ -280,14 +278,12 @@ def check_signal(walk: GaussianDiffusion, timesteps: np.ndarray) -> None:
 
 
 def _asked(
-    denoise: Any, walk: GaussianDiffusion, labels: Array | None = None, guidance_scale: float = 1.0
+    denoise: Any, walk: GaussianDiffusion, labels: Array | None, guidance_scale: float
 ) -> Callable[[Array, Array], Array]:
     """How the network is asked for its prediction: of x and t, whatever else it is told."""
     predict = predictor(denoise) if isinstance(denoise, Module) else denoise
     if labels is None:
         return predict
-    if is_numpy_array(labels):  # sent once, not at every step
-        labels = integers_like(labels.astype(np.int64), weight_of(denoise))
     return guided(predict, walk, labels, guidance_scale, num_classes_of(denoise))
 
 
@@ -305,13 +301,7 @@ def _estimator(
     return estimate
 
 
-def _check_start(
-    denoise: Any,
-    shape: tuple[int, ...],
-    x_T: Array | None,
-    labels: Array | None,
-    guidance_scale: float,
-) -> None:
+def _check_start(denoise: Any, shape: tuple[int, ...], x_T: Array | None) -> None:
     check_network("denoise", denoise)
     sizes = shape if np.ndim(shape) == 1 else ()
     if len(sizes) == 0 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sizes):
@@ -320,11 +310,14 @@ def _check_start(
         check_like_model(denoise, "x_T", x_T)
         if tuple(x_T.shape) != tuple(shape):
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected {tuple(shape)}.")
+
+
+def _checked_labels(denoise: Any, n: int, labels: Array | None, guidance_scale: float) -> Array | None:
+    """The labels beside the weights; TypeError or ValueError unless they and the scale are in range."""
     check_number("guidance_scale", guidance_scale, math.isfinite, "a finite number")
-    if labels is not None:
-        check_labels(labels, num_classes_of(denoise, "denoise") + 1, shape[0])
-    elif guidance_scale != 1:
+    if labels is None and guidance_scale != 1:
         raise ValueError(f"guidance_scale is {guidance_scale}; expected 1, or labels.")
+    return labels_for(denoise, labels, n, "denoise")
 
 
 def _like(denoise: Any) -> Array:
@@ -457,8 +450,9 @@ def sample(
     in Nichol & Dhariwal (2021, section 4). And with `clip`, DDIM's eps is taken from the clipped x0, so that
     the two belong together; diffusers does so only with ``use_clipped_model_output=True``.
     """
-    _check_start(denoise, shape, x_T, labels, guidance_scale)
+    _check_start(denoise, shape, x_T)
     total = shape[0]
+    labels = _checked_labels(denoise, total, labels, guidance_scale)
     size = total if batch_size is None else batch_size
     check_counts(batch_size=size)
     starts = range(0, total, size)
@@ -520,6 +514,8 @@ def invert(
     x0: Array,
     steps: Steps = None,
     *,
+    labels: Array | None = None,
+    guidance_scale: float = 1.0,
     progress: bool = True,
 ) -> Array:
     """Encode data as the noise from which DDIM makes it: DDIM walked backwards.  (docs: R.9)
@@ -538,7 +534,7 @@ def invert(
         The process whose end the result belongs to.
     x0 : array of shape (N, ...)
         Data; for a model, of the library and dtype of its weights.
-    steps : int or sequence of int, optional
+    steps, labels, guidance_scale
         As in `sample`.
     progress : bool
         Show a progress bar on the standard error stream.
@@ -564,7 +560,8 @@ def invert(
     check_like_model(denoise, "x0", x0)
     check_batch("x0", x0)
     walk, timesteps = respaced(diffusion, steps)
-    estimate = _estimator(_asked(denoise, walk), walk, timesteps, clip=False)
+    labels = _checked_labels(denoise, x0.shape[0], labels, guidance_scale)
+    estimate = _estimator(_asked(denoise, walk, labels, guidance_scale), walk, timesteps, clip=False)
     a = np.sqrt(walk.schedule.alphas_cumprod)
     s = np.sqrt(walk.schedule.one_minus_alphas_cumprod)
     x = float(a[0]) * x0

@@ -20,7 +20,7 @@ from typing import Any, Generic
 import numpy as np
 
 from tinydiff._checks import check_counts, check_number
-from tinydiff._data import Data
+from tinydiff._data import Data, checked_labels
 from tinydiff._loop import Learner, checked_plan, loop, run_in
 from tinydiff.backend import Array
 from tinydiff.bound import Decoder
@@ -77,6 +77,8 @@ def train_learned_schedule(
     prediction: Prediction = "v",
     decoder: Decoder = "density",
     even: bool = True,
+    labels: np.ndarray | None = None,
+    label_dropout: float = 0.1,
     warmup: int | None = None,
     final_lr: float = 0.0,
     clip_norm: float = 1.0,
@@ -100,7 +102,7 @@ def train_learned_schedule(
     model : UNet or MLP
         Changed in place.
     data : array of shape (n, ...), or callable
-        As for `train`: the data set, or ``data(batch_size, rng)`` that draws a batch.
+        As for `train`: the data set, or ``data(batch_size, rng)`` that draws a batch, with labels or without.
     T : int
         Length of the chain that is wanted, at least 2. The network is told real times in [0, T-1].
     steps, batch_size : int
@@ -118,6 +120,8 @@ def train_learned_schedule(
         The reconstruction: the density of points, or the probability of 8-bit levels for images in [-1, 1].
     even : bool
         Times evenly spaced over each batch, as in `draw_times`.
+    labels, label_dropout
+        As for `train`: the classes that the network is told. The schedule is one for all of them.
     warmup : int, optional
         Steps of linear rise of the learning rates. Default: a twentieth of `steps`, at most 500.
     final_lr : float
@@ -159,6 +163,7 @@ def train_learned_schedule(
         "schedule_lr", schedule_lr, lambda rate: 0 <= rate < math.inf, "a finite number, not negative"
     )
     numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
+    told = checked_labels(model, data, labels, label_dropout)
     learned = LearnedSchedule(gamma_0, gamma_1, units)
     network = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay)
     schedule = Learner(learned, schedule_lr, clip_norm=math.inf, ema_decay=ema_decay)
@@ -180,6 +185,7 @@ def train_learned_schedule(
         data,
         data_name,
         numbers,
+        told,
         loss="continuous bound",
         T=int(T),
         lr=float(lr),
@@ -192,8 +198,10 @@ def train_learned_schedule(
         even=bool(even),
     )
 
-    def objective(network: Any, x0: Array, rng: np.random.Generator) -> tuple[Array, Callable[[], Any]]:
-        how: dict[str, Any] = dict(T=T, prediction=prediction, decoder=decoder, even=even)
+    def objective(
+        network: Any, x0: Array, rng: np.random.Generator, labels: Array | None = None
+    ) -> tuple[Array, Callable[[], Any]]:
+        how: dict[str, Any] = dict(T=T, prediction=prediction, decoder=decoder, even=even, labels=labels)
         return learned_schedule_loss(network, learned, x0, rng, **how)
 
     began = time.perf_counter()
@@ -210,6 +218,7 @@ def train_learned_schedule(
         progress=progress,
         at_once=True,  # gamma is on the host, and every step goes through it
         unit="bits_per_dim",
+        labels=told,
     )
     seconds = time.perf_counter() - began
     trained, averaged = network.ema.model, schedule.ema.model

@@ -16,26 +16,17 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, get_args
 import numpy as np
 
 from tinydiff._checks import (
-    check_array,
     check_batch,
     check_choice,
     check_counts,
-    check_labels,
     check_network,
     check_number,
     check_rng,
 )
-from tinydiff._data import Data, Labels, beside, check_data
+from tinydiff._data import Data, beside, check_data, checked_labels
 from tinydiff._graph import RecordedLoss, forget, is_wanted
 from tinydiff._loop import Learner, Objective, checked_plan, loop, run_in, trial
-from tinydiff.backend import (
-    Array,
-    array_namespace,
-    generator_beside,
-    is_numpy_array,
-    standard_normal,
-    to_numpy,
-)
+from tinydiff.backend import Array, array_namespace, generator_beside, is_numpy_array, standard_normal
 from tinydiff.bound import Decoder, check_decoder
 from tinydiff.checkpoint import process_metadata
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
@@ -43,7 +34,7 @@ from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.kernels import many_steps
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import largest_batch, let_go
-from tinydiff.models._checks import answer_of, check_like_model, check_model, num_classes_of
+from tinydiff.models._checks import answer_of, check_like_model, check_model
 from tinydiff.nn.module import M, config_of, weight_of
 
 __all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
@@ -204,19 +195,20 @@ def train(
         The process, and what the model predicts.
     data : array of shape (n, ...), or callable
         The data set, of which each epoch visits every sample once, in a new random order (a batch may end
-        one epoch and begin the next); or ``data(batch_size, rng)`` that draws a fresh batch. Its scale is
-        that of the noise: images in [-1, 1], points of about unit variance. An array that is not where the
-        model is goes there once, as a whole; for one that does not fit, pass a callable.
+        one epoch and begin the next); or ``data(batch_size, rng)`` that draws a fresh batch, or a pair of it
+        and the labels (batch_size,) for a model with `num_classes`. Its scale is that of the noise: images in
+        [-1, 1], points of about unit variance. An array that is not where the model is goes there once, as a
+        whole; for one that does not fit, pass a callable.
     steps : int
         Number of training steps in all. A run with a `final_lr` of 1 and the same `warmup` may be resumed
         with more, even one that was finished: no step depends on how many follow.
     batch_size : int
         Samples per step.
     labels : integer array of shape (n,), optional
-        The class of each sample of `data`, which must be an array, for a model with `num_classes`. Default:
-        no classes.
+        The class of each sample of `data`, an array, for a model with `num_classes`. Default: no classes, or
+        those that a callable draws.
     label_dropout : float
-        With `labels`: the share of samples of which the network is told "no class" instead, in [0, 1], drawn
+        With labels: the share of samples of which the network is told "no class" instead, in [0, 1], drawn
         at each step (Ho & Salimans 2022, algorithm 1); 0: it learns nothing to be guided away from.
     loss : {"simple", "hybrid", "vlb"}
         What is minimised: `simple_loss`; `hybrid_loss`, for a diffusion with learned variance; or `vlb_loss`,
@@ -307,7 +299,7 @@ def train(
     _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
     if loss != "simple" and not callable(data):  # now, not at the first step that draws t = 0
         check_decoder(decoder, data[:batch_size, ...])
-    told = None if labels is None else _checked_labels(model, data, labels, label_dropout)
+    told = checked_labels(model, data, labels, label_dropout)
     learner = Learner(model, lr, clip_norm=clip_norm, ema_decay=ema_decay, weight_decay=weight_decay)
     states: dict[str, Any] = {"": learner}
     drawn = None
@@ -322,6 +314,7 @@ def train(
         data,
         data_name,
         numbers,
+        told,
         betas=diffusion.schedule.betas.tolist(),
         prediction=diffusion.prediction,
         lr=float(lr),
@@ -331,8 +324,6 @@ def train(
         variance=None if loss == "simple" else diffusion.variance,
         decoder=None if loss == "simple" else decoder,
         importance_sampling=bool(importance_sampling),
-        labels=None if told is None else told.counts(),
-        label_dropout=None if told is None else told.dropout,
     )
 
     how: dict[str, Any] = dict(min_snr_gamma=min_snr_gamma, decoder=decoder, t_sampler=drawn)
@@ -457,19 +448,6 @@ def _objective(
         return training_loss(network, diffusion, x0, rng, loss, labels=labels, **how)
 
     return objective
-
-
-def _checked_labels(model: Any, data: Data, labels: Any, label_dropout: float) -> Labels:
-    """The labels, on the host; ValueError or TypeError unless they are those of the data and the model."""
-    check_model(model)
-    classes = num_classes_of(model)
-    if callable(data):
-        raise ValueError("labels are given, and data is a callable; expected an array.")
-    check_array("labels", labels)
-    on_host = to_numpy(labels)
-    check_labels(on_host, classes + 1, data.shape[0])
-    check_number("label_dropout", label_dropout, lambda rate: 0 <= rate <= 1, "a number in [0, 1]")
-    return Labels(on_host.astype(np.int64), classes, float(label_dropout))
 
 
 class _Drawn:

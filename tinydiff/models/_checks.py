@@ -8,8 +8,15 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import check_array, check_labels, class_or_kind
-from tinydiff.backend import Array, array_namespace, is_cupy_array, library_of
-from tinydiff.nn.module import Module, Parameter, config_of
+from tinydiff.backend import (
+    Array,
+    array_namespace,
+    integers_like,
+    is_cupy_array,
+    is_numpy_array,
+    library_of,
+)
+from tinydiff.nn.module import Module, Parameter, config_of, weight_of
 
 __all__ = [
     "answer_of",
@@ -21,6 +28,7 @@ __all__ = [
     "check_times",
     "check_told",
     "exchanged_layers",
+    "labels_for",
     "num_classes_of",
     "plain",
     "without_rng",
@@ -162,6 +170,19 @@ def num_classes_of(model: Any, name: str = "model") -> int:
             "network made with num_classes."
         )
     return int(classes)
+
+
+def labels_for(model: Any, labels: Any, n: int, name: str = "model") -> Array | None:
+    """The labels beside the model's weights; None if there are none.
+
+    ValueError or TypeError unless they are n classes that it has. `name` is the caller's argument.
+    """
+    if labels is None:
+        return None
+    check_labels(labels, num_classes_of(model, name) + 1, n)
+    if not is_numpy_array(labels):
+        return labels
+    return integers_like(labels.astype(np.int64), weight_of(model))  # sent once, not at every call
 
 
 def check_told(model: Any, labels: Any, n: int) -> None:
