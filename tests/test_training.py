@@ -1160,9 +1160,11 @@ def drawn_with_labels(n, rng):
         (lambda n: (POINTS[:n], LABELS[:n], 1), ValueError, r"data\(batch_size, rng\) is a tuple; expected"),
     ],
 )
-def test_a_pair_that_is_no_batch_with_its_labels(draw, error, match):
+@pytest.mark.parametrize("dropout", [0.1, 1.0])
+def test_a_pair_that_is_no_batch_with_its_labels(draw, error, match, dropout):
+    """Even if none of them would be told."""
     with pytest.raises(error, match=match):
-        td.train(classes_mlp(), DIFFUSION, lambda n, rng: draw(n), **SETTINGS)
+        td.train(classes_mlp(), DIFFUSION, lambda n, rng: draw(n), **SETTINGS, label_dropout=dropout)
 
 
 def test_labels_drawn_for_a_network_without_classes():
