@@ -124,10 +124,11 @@ def test_of_another_scheduler_just_made_nothing_is_made(name):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_diffusers_draws_what_we_draw_from_a_pipeline_of_ours(tmp_path, prediction):
-    model = unet()
+@pytest.mark.parametrize("told", [{}, {"labels": np.array([1, 1])}])
+def test_diffusers_draws_what_we_draw_from_a_pipeline_of_ours(tmp_path, prediction, told):
+    model = unet(**{"num_classes": 2} if told else {})
     diffusion = td.GaussianDiffusion(td.cosine_schedule(12), prediction)
-    save_pipeline(tmp_path, model, diffusion, sample_size=8, clip=True)
+    save_pipeline(tmp_path, model, diffusion, sample_size=8, clip=True, label=1 if told else None)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path, local_files_only=True)
     assert type(pipeline.scheduler) is diffusers.DDPMScheduler
     pipeline.set_progress_bar_config(disable=True)
@@ -140,6 +141,8 @@ def test_diffusers_draws_what_we_draw_from_a_pipeline_of_ours(tmp_path, predicti
     x_T = np.random.default_rng(0).standard_normal((2, 8, 8, 3), dtype=np.float32)
     x = torch.from_numpy(x_T).permute(0, 3, 1, 2)
     with torch.no_grad():
+        said = pipeline.unet(x, torch.tensor([3, 11])).sample.permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(said, model.predict(x_T, np.array([3, 11]), **told), rtol=1e-4, atol=1e-5)
         for t in ddim.timesteps:
             x = ddim.step(pipeline.unet(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
     how = dict(clip=True, x_T=x_T, rng=np.random.default_rng(0), progress=False)

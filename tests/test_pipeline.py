@@ -38,8 +38,11 @@ PUBLISHED = {
 }
 
 
-def unet():
-    return unet_from_diffusers(CONFIG, random_state())
+def unet(**more):
+    model = unet_from_diffusers(CONFIG, random_state())
+    other = td.UNet(**model.config, **more, rng=np.random.default_rng(0))
+    other.load_state_dict(other.state_dict() | model.state_dict())
+    return other
 
 
 def betas(**entries):
@@ -220,11 +223,36 @@ def test_a_model_without_its_variance_is_refused(tmp_path, outputs, variance):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_with_classes_has_no_pipeline(tmp_path):
-    """A DDPMPipeline calls it without, and diffusers' network then refuses."""
+@pytest.mark.parametrize("label", [0, np.int64(2), 3])
+def test_a_network_with_classes_has_a_pipeline_for_each(tmp_path, label):
+    """A DDPMPipeline calls it without a class; the last is that of none."""
+    rng, process = np.random.default_rng(0), td.GaussianDiffusion(td.linear_schedule(9))
+    model = unet(num_classes=3)
+    before = model.state_dict()
+    save_pipeline(tmp_path, model, process, 8, label=label)
+    alone, _ = load_pipeline(tmp_path)
+    assert "num_classes" not in alone.config
+    x, t = rng.standard_normal((5, 8, 8, 3), np.float32), np.arange(5)
+    told = model.predict(x, t, labels=np.full(5, label))
+    assert_allclose(alone.predict(x, t), told, atol=1e-5 * np.abs(told).max())
+    assert label == 3 or np.abs(told - model.predict(x, t)).max() > 1e-2 * np.abs(told).max()
+    for name, value in before.items():
+        assert_array_equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("label", [None, 4, -1, True, 1.0, "1"])
+def test_a_pipeline_of_a_network_with_classes_is_for_one_of_them(tmp_path, label):
+    process, model = td.GaussianDiffusion(td.linear_schedule(9)), td.UNet(num_classes=3)
+    with pytest.raises(ValueError) as caught:
+        save_pipeline(tmp_path / "a", model, process, 8, label=label)
+    assert f"label is {label!r}, and model has num_classes=3; expected 0 ... 3: a DDPM" in str(caught.value)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_label_is_for_a_network_with_classes(tmp_path):
     process = td.GaussianDiffusion(td.linear_schedule(9))
-    with pytest.raises(ValueError, match=r"^model has num_classes=3; expected None: a DDPMPipeline"):
-        save_pipeline(tmp_path / "a", td.UNet(num_classes=3), process, 8)
+    with pytest.raises(ValueError, match="label is 0, and model has no classes; expected None"):
+        save_pipeline(tmp_path / "a", td.UNet(), process, 8, label=0)
     assert not (tmp_path / "a").exists()
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinydiff._checks import class_or_kind
 from tinydiff.checkpoint import load_arrays, replace_file
 from tinydiff.diffusion import GaussianDiffusion
@@ -124,6 +126,7 @@ def save_pipeline(
     diffusion: GaussianDiffusion,
     sample_size: int | tuple[int, int],
     clip: bool = False,
+    label: int | None = None,
 ) -> None:
     """Write a model and its process: ``DDPMPipeline.from_pretrained(directory)`` of diffusers reads them.
 
@@ -140,6 +143,10 @@ def save_pipeline(
         Height and width of its images.
     clip : bool
         Whether the pipeline clips x0 to [-1, 1], as the argument of `tinydiff.sample`.
+    label : int, optional
+        For a model with classes: which one the pipeline draws, 0 … num_classes (the last: none), since a
+        DDPMPipeline tells a network no class. Its row of the embedding is added to the bias of the time's
+        embedding (docs: B.27).
 
     Raises
     ------
@@ -148,17 +155,12 @@ def save_pipeline(
         `diffusion` is not a `GaussianDiffusion`.
     ValueError
         If `sample_size` is not of positive integers, or the model's channels are not those that the variance
-        needs, or it has classes, which a DDPMPipeline tells no network: diffusers would read the files, and
-        draw nothing.
+        needs, or `label` is not one of its classes.
     """
     check_sample_size(sample_size)
     scheduler = diffusion_to_diffusers(diffusion, clip)
     config, state = unet_to_diffusers(model, sample_size)
-    if config["num_class_embeds"] is not None:
-        raise ValueError(
-            f"model has num_classes={model.config['num_classes']}; expected None: a DDPMPipeline tells a "
-            "network no class (save_diffusers writes the network alone)."
-        )
+    _of_one_class(config, state, label)
     taken, given = config["in_channels"], config["out_channels"]
     each = 2 if diffusion.variance == "learned_range" else 1
     if given != each * taken:
@@ -170,6 +172,23 @@ def save_pipeline(
     _write(Path(directory, "scheduler", SCHEDULER), scheduler)
     index = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
     _write(Path(directory, PIPELINE), {"_class_name": "DDPMPipeline", **index})
+
+
+def _of_one_class(config: dict[str, Any], state: dict[str, Any], label: int | None) -> None:
+    """Make a network that is told `label` one without classes; ValueError unless it is one of its classes."""
+    rows = state.pop("class_embedding.weight", None)
+    if rows is None:
+        if label is not None:
+            raise ValueError(f"label is {label!r}, and model has no classes; expected None.")
+        return
+    integer = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+    if label is None or not (integer and 0 <= label < len(rows)):
+        raise ValueError(
+            f"label is {label!r}, and model has num_classes={len(rows) - 1}; expected 0 ... {len(rows) - 1}: "
+            "a DDPMPipeline tells a network no class, so it is written for one."
+        )
+    state["time_embedding.linear_2.bias"] = state["time_embedding.linear_2.bias"] + rows[label]
+    config["num_class_embeds"] = None
 
 
 def _part(directory: str | os.PathLike[str], name: str) -> Path:
