@@ -17,6 +17,7 @@ __all__ = [
     "answering",
     "asked_shape",
     "asked_up_to",
+    "batch_shown",
     "called",
     "check_shape",
     "check_tolerance",
@@ -136,6 +137,17 @@ def on_host(name: str, result: Any) -> np.ndarray:
     if array.dtype.kind not in "fiu":
         raise AssertionError(f"{name} has dtype {array.dtype}; expected real numbers.")
     return array
+
+
+def batch_shown(x: Any, t: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What a network is shown, as NumPy arrays; AssertionError unless a batch with its time or times."""
+    x, t = on_host("the x that the network is shown", x), on_host("the t that the network is shown", t)
+    if x.ndim == 0 or t.shape not in ((), (len(x),)):
+        raise AssertionError(
+            f"the network is shown x of shape {x.shape} and t of shape {t.shape}; expected (N, ...), and "
+            "() or (N,)."
+        )
+    return x, t
 
 
 def output_shape(diffusion: GaussianDiffusion, shape: tuple[int, ...]) -> tuple[int, ...]:

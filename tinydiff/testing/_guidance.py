@@ -14,6 +14,7 @@ from tinydiff.testing._asked import (
     SHAPE,
     Function,
     answering,
+    batch_shown,
     check_shape,
     in_bfloat16,
     on_host,
@@ -73,16 +74,16 @@ def assert_guided(
         lambda w: math.isfinite(w) and w not in (0, 1),
         "a finite number, but 0 and 1, which do not show both predictions",
     )
-    network, rng = _Network(diffusion, num_classes, axis), np.random.default_rng(0)
+    formula, rng = _Network(diffusion, num_classes, axis), np.random.default_rng(0)
     labels = rng.integers(0, num_classes, shape[0])
 
     def yours(x: Any, t: Any, labels: Any) -> Any:
-        def shown(x: Any, t: Any, labels: Any) -> Any:
-            return asarray(network.shown(x, t, labels))
+        def network(x: Any, t: Any, labels: Any) -> Any:
+            return asarray(formula.answer(x, t, labels))
 
-        return guided(answering(shown, with_labels=True), x, t, labels)
+        return guided(answering(network, with_labels=True), x, t, labels)
 
-    ours, mistakes = _ours_and_mistakes(network, labels, float(guidance_scale), shape)
+    ours, mistakes = _ours_and_mistakes(formula, labels, float(guidance_scale), shape)
     claim = Claim(
         "guided",
         "network, x, t, labels",
@@ -114,14 +115,9 @@ class _Network:
         """Both in one array, as yours are."""
         return prediction if nu is None else np.concat([prediction, nu], axis=self.axis)
 
-    def shown(self, x: Any, t: Any, labels: Any) -> np.ndarray:
+    def answer(self, x: Any, t: Any, labels: Any) -> np.ndarray:
         """What it answers yours."""
-        x, t = on_host("the x that the network is shown", x), on_host("the t that the network is shown", t)
-        if x.ndim == 0 or t.shape not in ((), (len(x),)):
-            raise AssertionError(
-                f"the network is shown x of shape {x.shape} and t of shape {t.shape}; expected (N, ...), and "
-                "() or (N,)."
-            )
+        x, t = batch_shown(x, t)
         told = np.full(len(x), -1) if labels is None else on_host("what the network is told", labels)
         if told.shape != (len(x),):
             raise AssertionError(

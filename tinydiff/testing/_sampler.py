@@ -16,6 +16,7 @@ from tinydiff.testing._asked import (
     Function,
     answering,
     asked_shape,
+    batch_shown,
     called,
     check_shape,
     check_tolerance,
@@ -277,12 +278,7 @@ class _Network:
         self._denoise = mixture.denoiser(GaussianDiffusion(diffusion.schedule, diffusion.prediction))
 
     def __call__(self, x: Any, t: Any) -> np.ndarray:
-        x, t = on_host("the x that the network is shown", x), on_host("the t that the network is shown", t)
-        if x.ndim == 0 or t.shape not in ((), (len(x),)):
-            raise AssertionError(
-                f"the network is shown x of shape {x.shape} and t of shape {t.shape}; expected (N, ...), and "
-                "() or (N,)."
-            )
+        x, t = batch_shown(x, t)
         now, T = whole(t).flat[0], self._diffusion.T
         if np.any(whole(t) != now):
             raise AssertionError(f"the network is shown t = {t}; expected one time for all of a batch.")
