@@ -20,10 +20,11 @@ DEFAULTS = dict(data="subset", samples=64, sampler="ddpm", sampling_steps=50)
 
 EXAMPLES = """examples:
   python demos/sample_mnist.py
+  python demos/sample_mnist.py --digits 3 1 4
   python demos/sample_mnist.py --sampler dpm++ --sampling-steps 10 --out runs/fast
   python demos/sample_mnist.py --samples 1000 --report
   python demos/sample_mnist.py --model runs/mnist/model.safetensors
-  python demos/sample_mnist.py --model runs/classes/model.safetensors --digits 3 1 4 --guidance 3"""
+  python demos/sample_mnist.py --model runs/classes/model.safetensors --digits 7 --guidance 3"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=path,
         metavar="FILE",
         help="what train_mnist.py left: a model.safetensors, or the checkpoint.safetensors of a run that is "
-        "not finished (default: the weights in the package)",
+        "not finished (default: the weights in the package; with --digits or --guidance, those with classes)",
     )
     parser.run.add_argument(
         "--report",
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
     choose_device(args)
     plotting.require_matplotlib()
     if args.model is None:
-        model, diffusion, about = td.pretrained.mnist(args.backend)
+        model, diffusion, about = td.pretrained.mnist(args.backend, classes=asks_for_digits(args))
     else:
         model, diffusion, about = td.pretrained.load(args.model, args.backend)
     check(args, model, diffusion, default_steps)
@@ -90,15 +91,21 @@ def run(args: argparse.Namespace, default_steps: int) -> None:
         print(f"{drew}; pictures in {args.out}: {', '.join(pictures)}")
 
 
+def asks_for_digits(args: argparse.Namespace) -> bool:
+    return bool(args.digits) or args.guidance is not None
+
+
 def check(args: argparse.Namespace, model: Any, diffusion: td.GaussianDiffusion, default_steps: int) -> None:
     """Before anything is drawn: a network for 28x28x1 images, and no more steps than it knows."""
     if not isinstance(model, td.UNet) or model.config["in_channels"] != 1:
         kind = type(model).__name__
         channels = f" of {model.config['in_channels']} channels" if isinstance(model, td.UNet) else ""
         raise ValueError(f"{args.model} holds a {kind}{channels}; expected a UNet for images of 1 channel.")
-    if (args.digits or args.guidance is not None) and "num_classes" not in model.config:
-        flag, whose = "--digits" if args.digits else "--guidance", args.model or "the network in the package"
-        raise ValueError(f"{flag} is for a network trained with train_mnist.py --classes; {whose} was not.")
+    if asks_for_digits(args) and "num_classes" not in model.config:
+        flag = "--digits" if args.digits else "--guidance"
+        raise ValueError(
+            f"{flag} is for a network trained with train_mnist.py --classes; {args.model} was not."
+        )
     if args.sampling_steps is None:
         args.sampling_steps = min(default_steps, diffusion.T)
     if args.sampling_steps > diffusion.T:

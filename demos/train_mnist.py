@@ -130,7 +130,7 @@ def add_digits(parser: Plain) -> None:
         type=count_from(0, 9),
         nargs="+",
         metavar="D",
-        help="of a network trained with --classes: which to draw, in turn (default: all ten)",
+        help="of a network that is told classes: which to draw, in turn (default: all ten)",
     )
     parser.sampling.add_argument(
         "--guidance",

@@ -106,9 +106,10 @@ def test_metadata_that_does_not_suffice(change, words, tmp_path):
 def test_a_file_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no file at"):
         pretrained.load(tmp_path / "m.safetensors")
-    monkeypatch.setattr(pretrained, "MNIST", tmp_path / "mnist_unet.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"train_mnist\.py"):
-        td.pretrained.mnist()
+    for name, flag in (("MNIST", ""), ("MNIST_CLASSES", " --classes")):
+        monkeypatch.setattr(pretrained, name, tmp_path / f"{name}.safetensors")
+        with pytest.raises(FileNotFoundError, match=rf"without {name}\.safe.*train_mnist\.py{flag}`"):
+            td.pretrained.mnist(classes=bool(flag))
 
 
 def test_mnist_is_the_packages_file(saved, monkeypatch):
@@ -120,18 +121,26 @@ def test_mnist_is_the_packages_file(saved, monkeypatch):
     assert x.shape == (2, 28, 28, 1) and np.isfinite(x).all()
 
 
-@pytest.mark.skipif(not pretrained.MNIST.is_file(), reason="the weights are not in this checkout")
-def test_the_shipped_weights_are_of_digits_and_small():
-    model, diffusion, about = td.pretrained.mnist()
-    assert pretrained.MNIST.stat().st_size <= 5e6
+@pytest.mark.parametrize("classes", [False, True])
+def test_the_shipped_weights_are_of_digits_and_small(classes):
+    file = pretrained.MNIST_CLASSES if classes else pretrained.MNIST
+    if not file.is_file():
+        pytest.skip("the weights are not in this checkout")
+    model, diffusion, about = td.pretrained.mnist(classes=classes)
+    assert file.stat().st_size <= 5e6
     assert model.config["in_channels"] == 1 and about["T"] == diffusion.T
-    card = pretrained.MNIST.with_suffix(".md").read_text(encoding="utf-8")
+    assert model.config.get("num_classes") == (10 if classes else None)
+    card = file.with_suffix(".md").read_text(encoding="utf-8")
     assert f"{sum(p.value.size for p in model.named_parameters().values()):,} numbers" in card
     assert f"--data {about['data']} " in card and f"--steps {about['steps']} " in card
     assert f"Seed {about['seed']};" in card and f"{about['schedule']} schedule of {about['T']} steps" in card
     rng = np.random.default_rng(0)
-    x = td.sample(model, diffusion, (8, 28, 28, 1), "ddim", 15, clip=True, rng=rng, progress=False)
-    assert td.metrics.digits.digit_probabilities(x).max(axis=1).mean() > 0.8
+    asked = np.array([3, 1, 4, 1, 5, 9, 2, 6, 7, 0, 8]) if classes else None
+    how = dict(labels=asked, clip=True, rng=rng, progress=False)
+    x = td.sample(model, diffusion, (11, 28, 28, 1), "ddim", 15, **how)
+    read = td.metrics.digits.digit_probabilities(x)
+    assert read.max(axis=1).mean() > 0.8
+    assert asked is None or np.mean(np.argmax(read, axis=1) == asked) > 0.8
 
 
 # The demo
@@ -361,10 +370,21 @@ def test_a_model_of_something_else_is_refused(model, words, demo, tmp_path):
     assert len(said.err.splitlines()) == 1 and all(word in said.err for word in words)
 
 
-def test_without_the_packages_weights_it_says_how_to_make_them(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "MNIST", tmp_path / "mnist_unet.safetensors")
-    said = demo("--out", tmp_path / "out", expect=2)
-    assert len(said.err.splitlines()) == 1 and "train_mnist.py" in said.err
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [([], "MNIST"), (["--digits", 3, 1], "MNIST_CLASSES"), (["--guidance", 0], "MNIST_CLASSES")],
+)
+def test_without_a_model_named_it_takes_the_packages(flags, name, demo, tmp_path, monkeypatch):
+    """That with classes, if digits are asked for; and without it, it says how to make it."""
+    monkeypatch.setattr(pretrained, "MNIST", tmp_path / "MNIST.safetensors")
+    monkeypatch.setattr(pretrained, "MNIST_CLASSES", tmp_path / "MNIST_CLASSES.safetensors")
+    said = demo("--out", tmp_path / "out", *flags, expect=2)
+    assert len(said.err.splitlines()) == 1 and "train_mnist.py" in said.err and f"{name}.safe" in said.err
+    classes = {"num_classes": 10} if flags else {}
+    td.save_model(tmp_path / f"{name}.safetensors", tiny(**classes), ABOUT)
+    demo("--out", tmp_path / "out", "--samples", 2, "--sampling-steps", 2, "--quiet", *flags)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert ("share_as_asked" in metrics) == bool(flags)
 
 
 def test_matplotlib_missing_is_said_before_anything_is_drawn(saved, demo, tmp_path, monkeypatch):

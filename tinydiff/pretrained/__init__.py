@@ -1,7 +1,8 @@
 """A saved network together with the process it was trained for: what is needed to sample, and no more.
 
-``mnist()`` is the one that travels with the package; ``mnist_unet.md`` beside it says how it was made, and
-what it draws. ``load`` reads any ``model.safetensors`` that the demos leave; its metadata names the schedule,
+``mnist()`` is one of the two that travel with the package; the other is told which digit to draw. The pages
+beside them, ``mnist_unet.md`` and ``mnist_unet_classes.md``, say how they were made, and what they draw.
+``load`` reads any ``model.safetensors`` that the demos leave; its metadata names the schedule,
 its length T, the prediction and the variance, which determine the `GaussianDiffusion`. In a file of
 `tinydiff.save_model` the betas take the place of a schedule's name.
 """
@@ -17,9 +18,10 @@ from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.models import UNet
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
-__all__ = ["MNIST", "diffusion_from", "load", "mnist"]
+__all__ = ["MNIST", "MNIST_CLASSES", "diffusion_from", "load", "mnist"]
 
 MNIST = Path(__file__).parent / "mnist_unet.safetensors"
+MNIST_CLASSES = Path(__file__).parent / "mnist_unet_classes.safetensors"
 SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}  # by their names in metadata
 
 
@@ -93,13 +95,17 @@ def load(
         raise ValueError(f"{path} cannot be sampled from: {error}") from None
 
 
-def mnist(backend: str | None = None) -> tuple[UNet, GaussianDiffusion, dict[str, Any]]:
-    """Return the U-Net that travels with the package: it draws MNIST's digits, 28x28x1 in [-1, 1].
+def mnist(
+    backend: str | None = None, *, classes: bool = False
+) -> tuple[UNet, GaussianDiffusion, dict[str, Any]]:
+    """Return a U-Net that travels with the package: it draws MNIST's digits, 28x28x1 in [-1, 1].
 
     Parameters
     ----------
     backend : {"numpy", "cupy"}, optional
         Where the weights go. Default: ``TINYDIFF_BACKEND``.
+    classes : bool
+        True: the one that is told which digits, 0 … 9, to draw (``td.sample(..., labels=)``).
 
     Returns
     -------
@@ -118,9 +124,10 @@ def mnist(backend: str | None = None) -> tuple[UNet, GaussianDiffusion, dict[str
     ``model, diffusion, _ = td.pretrained.mnist()``, then
     ``td.sample(model, diffusion, (64, 28, 28, 1), steps=100, clip=True, rng=rng)``.
     """
-    if not MNIST.is_file():
+    path, flag = (MNIST_CLASSES, " --classes") if classes else (MNIST, "")
+    if not path.is_file():
         raise FileNotFoundError(
-            f"this copy of tinydiff came without {MNIST.name}: train a model with "
-            "`python demos/train_mnist.py`, and load its model.safetensors by tinydiff.pretrained.load."
+            f"this copy of tinydiff came without {path.name}: train a model with `python "
+            f"demos/train_mnist.py{flag}`, and load its model.safetensors by tinydiff.pretrained.load."
         )
-    return load(MNIST, backend)
+    return load(path, backend)
