@@ -177,9 +177,8 @@ class DataParallel(Module):
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Predict, and return the derivative of the prediction; as the model's own call.  (docs: A.20)"""
         if not keeping():
-            return self.predict(x, t, labels=labels), once(
-                lambda dy: dy
-            )  # which within `inference` only raises
+            never = once(lambda dy: dy)  # within `inference` it only raises
+            return self.predict(x, t, labels=labels), never
         told = () if labels is None else (labels,)
         with self._lock:
             edges = self._edges(x, t, *told)
