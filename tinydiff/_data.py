@@ -152,7 +152,9 @@ def batch_of(
         index = _index(data.shape[0], batch_size, seed, step)
         batch = array_namespace(data).take(data, integers_like(index, data), axis=0)
         told = [] if labels is None else [labels.of[index]]
-    return asarray_like(batch, like), *(labels.withheld(y, rng) for y in told if labels is not None)
+    if labels is not None:
+        told = [labels.withheld(y, rng) for y in told]
+    return asarray_like(batch, like), *told
 
 
 def _drawn(data: Data, labels: Labels | None, batch_size: int, rng: np.random.Generator) -> tuple[Array, ...]:
@@ -170,10 +172,15 @@ def _drawn(data: Data, labels: Labels | None, batch_size: int, rng: np.random.Ge
             "data(batch_size, rng) returned labels too, and the model was made without num_classes; expected "
             "an array."
         )
-    check_array("labels", told[0])
-    on_host = to_numpy(told[0])
-    check_labels(on_host, labels.num_classes + 1, batch_size)
-    return batch, on_host.astype(np.int64)
+    return batch, _on_host(told[0], labels.num_classes, batch_size)
+
+
+def _on_host(labels: Any, num_classes: int, n: int) -> np.ndarray:
+    """Labels (n,) as NumPy's int64; TypeError or ValueError unless n of these classes, or of none."""
+    check_array("labels", labels)
+    on_host = to_numpy(labels)
+    check_labels(on_host, num_classes + 1, n)
+    return on_host.astype(np.int64)
 
 
 def sample_shape(data: Data) -> tuple[int, ...]:
@@ -227,10 +234,7 @@ def checked_labels(model: Any, data: Data, labels: Any, label_dropout: float) ->
             "labels are given, and data is a callable; expected None: data(batch_size, rng) returns the pair "
             "(batch, labels)."
         )
-    check_array("labels", labels)
-    on_host = to_numpy(labels)
-    check_labels(on_host, classes + 1, data.shape[0])
-    return Labels(on_host.astype(np.int64), classes, float(label_dropout))
+    return Labels(_on_host(labels, classes, data.shape[0]), classes, float(label_dropout))
 
 
 def _index(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:

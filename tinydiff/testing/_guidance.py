@@ -102,18 +102,12 @@ class _Network:
     def __init__(self, diffusion: GaussianDiffusion, num_classes: int, axis: int) -> None:
         self.diffusion, self.num_classes, self.axis = diffusion, num_classes, axis
 
-    def __call__(
-        self, x: np.ndarray, t: np.ndarray, labels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    def __call__(self, x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
         """The prediction of x (N, ...) at t (N,), and nu if the variance is learned; the label -1 is none."""
         t, k = (column_like(given, x) for given in (t, 1.0 + labels))
         angle = 0.37 * t + 1.7 * k + x / (1 + k)
-        nu = np.cos(angle) if self.diffusion.variance == "learned_range" else None
-        return x + np.sin(angle), nu
-
-    def laid_out(self, prediction: np.ndarray, nu: np.ndarray | None) -> np.ndarray:
-        """Both in one array, as yours are."""
-        return prediction if nu is None else np.concat([prediction, nu], axis=self.axis)
+        prediction = x + np.sin(angle)
+        return (prediction, np.cos(angle)) if self.diffusion.variance == "learned_range" else (prediction,)
 
     def answer(self, x: Any, t: Any, labels: Any) -> np.ndarray:
         """What it answers yours."""
@@ -131,7 +125,7 @@ class _Network:
                 f"the network is shown t = {t}; expected whole numbers, 0 … {T - 1} ({why})."
             )
         told = np.where(np.isin(told, np.arange(self.num_classes)), told, -1)
-        return self.laid_out(*self(x.astype(np.float64), np.broadcast_to(t, len(x)), told))
+        return np.concat(self(x.astype(np.float64), np.broadcast_to(t, len(x)), told), axis=self.axis)
 
 
 def _ours_and_mistakes(
@@ -151,8 +145,8 @@ def _ours_and_mistakes(
         """Guidance from its parts, one of which may be wrong."""
 
         def guided(x: np.ndarray, t: np.ndarray) -> np.ndarray:
-            (f, nu_f), (told, nu_told) = asked(x, t)
-            return network.laid_out(mix(f, told), None if nu_f is None else nu(nu_f, nu_told))
+            (f, *nu_f), (told, *nu_told) = asked(x, t)
+            return np.concat([mix(f, told), *map(nu, nu_f, nu_told)], axis=network.axis)
 
         return guided
 
@@ -165,7 +159,7 @@ def _ours_and_mistakes(
 
         def asked(x: np.ndarray, t: np.ndarray) -> Any:
             answers = network(np.concat([x, x]), np.concat([t, t]), np.stack(turns, axis=1).ravel())
-            pair = [tuple(part if part is None else part[rows] for part in answers) for rows in halves]
+            pair = [tuple(part[rows] for part in answers) for rows in halves]
             return pair if turns[0] is none else pair[::-1]
 
         halves = slice(None, shape[0]), slice(shape[0], None)
