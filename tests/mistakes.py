@@ -1236,3 +1236,135 @@ WALKS = [
         },
     ),
 ]
+
+
+# What a training draws
+
+T = LINEAR.T
+EVEN = np.full(T, 1 / T)
+EARLY = np.arange(T, 0, -1) / np.sum(np.arange(T, 0, -1))  # probabilities that fall with t
+
+
+def training(t=None, noise=None, told=None, seed=0, process=EPS, classes=10):
+    """A loss that draws its own: t of (rng, N), noise of (rng, shape), what is told of (rng, labels)."""
+    rng = np.random.default_rng(seed)
+    t = t or (lambda rng, N: rng.integers(process.T, size=N))
+    noise = noise or (lambda rng, shape: rng.standard_normal(shape))
+    told = told or withheld(0.1, classes)
+
+    def loss(network, x0, labels=None):
+        times, eps = t(rng, len(x0)), noise(rng, x0.shape)
+        x_t = process.q_sample(x0, times, eps)
+        if labels is None:
+            return np.mean((network(x_t, times) - eps) ** 2)
+        return np.mean((network(x_t, times, class_labels=told(rng, labels)) - eps) ** 2)
+
+    return loss
+
+
+def withheld(share, none=10):
+    return lambda rng, labels: np.where(rng.random(len(labels)) < share, none, labels)
+
+
+def once(draw):
+    """What `draw` gives the first time, again and again."""
+    kept = {}
+    return lambda rng, size: kept.setdefault(size, draw(rng, size))
+
+
+def shared(*axes):
+    """Noise that is the same along these axes of (N, ...)."""
+
+    def noise(rng, shape):
+        one = [1 if k in axes else n for k, n in enumerate(shape)]
+        return np.broadcast_to(rng.standard_normal(one), shape)
+
+    return noise
+
+
+def offset(rng, shape):
+    return rng.standard_normal(shape) + 0.3 * rng.standard_normal((shape[0], 1, 1, shape[3]))
+
+
+def drawn_again(rng, shape):
+    noise = rng.standard_normal((9, *shape))  # of which one at least is within 2, almost surely
+    first = np.argmax(np.abs(noise) < 2, axis=0)
+    return np.take_along_axis(noise, first[None], axis=0)[0]
+
+
+DRAWS = [
+    (
+        {},
+        {
+            "one t for all samples of a batch": training(lambda rng, N: np.full(N, rng.integers(T))),
+            "the same t at every call: drawn once, or after the same seed": training(
+                once(lambda rng, N: rng.permutation(T)[:N])
+            ),
+            "t = 0 is never drawn, as by randint(1, T) (E.28)": training(
+                lambda rng, N: rng.integers(1, T, size=N)
+            ),
+            "t = T - 1 is never drawn, as by randint(0, T - 1) (E.28)": training(
+                lambda rng, N: rng.integers(T - 1, size=N)
+            ),
+            "neither t = 0 nor t = T - 1 is drawn (E.28)": training(
+                lambda rng, N: rng.integers(1, T - 1, size=N)
+            ),
+            "T times the sigmoid of a normal number, as Stable Diffusion 3 draws its t": training(
+                lambda rng, N: (T / (1 + np.exp(-rng.standard_normal(N)))).astype(int)
+            ),
+            "T (1 - u^3), as T2I-Adapter draws its t": training(
+                lambda rng, N: np.minimum((1 - rng.random(N) ** 3) * T, T - 1).astype(int)
+            ),
+            "no noise is added": training(noise=lambda rng, shape: np.zeros(shape)),
+            "one noise for all samples of a batch": training(noise=shared(0)),
+            "the same noise at every call: drawn once, or after the same seed": training(
+                noise=once(shared())
+            ),
+            "one noise for all channels": training(noise=shared(3)),
+            "one number of noise for all of a sample": training(noise=shared(1, 2, 3)),
+            "offset noise, a number for each sample and channel, which is another process, and on purpose": (
+                training(noise=offset)
+            ),
+            "uniform in [0, 1): rand for randn (E.29)": training(noise=lambda rng, shape: rng.random(shape)),
+            "uniform in [-1, 1)": training(noise=lambda rng, shape: rng.uniform(-1, 1, shape)),
+            "uniform, of variance 1": training(
+                noise=lambda rng, shape: rng.uniform(-(3**0.5), 3**0.5, shape)
+            ),
+            "normal, but drawn again beyond 2": training(noise=drawn_again),
+            "normal, but clipped to [-1, 1]": training(
+                noise=lambda rng, shape: np.clip(rng.standard_normal(shape), -1, 1)
+            ),
+            "normal, but only its size": training(
+                noise=lambda rng, shape: np.abs(rng.standard_normal(shape))
+            ),
+            "normal noise of another size: scaled, or with more added to x_t alone (Ning et al. 2023)": (
+                training(noise=lambda rng, shape: rng.standard_normal(shape) + rng.normal(0, 0.2, shape))
+            ),
+        },
+    ),
+    (
+        dict(probabilities=EARLY),
+        {
+            "every t is drawn equally often": training(),
+            "the probabilities of T - 1 - t": training(lambda rng, N: rng.choice(T, N, p=EARLY[::-1])),
+        },
+    ),
+    (
+        dict(num_classes=10),
+        {
+            "no class is ever withheld": training(told=lambda rng, labels: labels),
+            "every class is withheld": training(told=lambda rng, labels: None),
+            "the share that is withheld and the share that is told are exchanged": training(
+                told=withheld(0.9)
+            ),
+            "the classes of a batch are withheld together, or none of them": training(
+                told=lambda rng, labels: None if rng.random() < 0.1 else labels
+            ),
+            "no class is told as class 0, which is one": training(told=withheld(0.1, 0)),
+            "no class is told as the last class, which is one": training(told=withheld(0.1, 9)),
+            "the labels of other samples of the batch": training(
+                told=lambda rng, labels: withheld(0.1)(rng, labels[::-1])
+            ),
+        },
+    ),
+]

@@ -11,6 +11,8 @@ from mistakes import (
     ABAR,
     BETAS,
     COSINE,
+    DRAWS,
+    EARLY,
     EPS,
     FLOW_TIMES,
     KARRAS,
@@ -54,7 +56,9 @@ from mistakes import (
     rounded_to_bfloat16,
     terms_of,
     times_ours,
+    training,
     velocity,
+    withheld,
 )
 from scipy.special import ndtr
 
@@ -62,13 +66,14 @@ import tinydiff as td
 from tinydiff import testing
 from tinydiff.losses import min_snr_weight, simple_loss
 from tinydiff.samplers import SAMPLERS
-from tinydiff.testing import _sampler, _schedule
+from tinydiff.testing import _draws, _sampler, _schedule
 from tinydiff.testing._judge import Claim, distance, named
 
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE, "to noise": TO_NOISE}
 LEARNED = td.GaussianDiffusion(COSINE, "v", "learned_range")
 PREDICTIONS, VARIANCES = ("eps", "x0", "v"), ("fixed_small", "fixed_large", "learned_range")
 ROWS = [(*asked, *row) for *asked, rows in PLANTED for row in rows.items()]
+DRAWN = [(options, *row) for options, rows in DRAWS for row in rows.items()]
 STEPS = [(*asked, *row) for *asked, rows in WALKS for row in rows.items()]
 
 
@@ -1256,3 +1261,194 @@ def test_bad_arguments_are_named(check, given, options, error):
     with pytest.raises((TypeError, ValueError)) as caught:
         check(*given, **options)
     assert error in str(caught.value)
+
+
+# What a training draws
+
+
+def mirrored(rng, N):
+    half = rng.integers(LINEAR.T, size=N // 2)
+    return np.append(half, LINEAR.T - 1 - half)
+
+
+def in_layers(rng, N):
+    """One draw for all, as variational diffusion models have it; each t by itself is drawn evenly."""
+    return ((rng.random() + np.arange(N) / N) % 1 * LINEAR.T).astype(int)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "t", [None, mirrored, in_layers, lambda rng, N: rng.permutation(LINEAR.T)[:N]], ids=range(4)
+)
+def test_right_draws_pass_however_they_are_made(t, seed):
+    testing.assert_training_draws(training(t, seed=seed), EPS)
+    testing.assert_training_draws(training(t, seed=seed), EPS, num_classes=10, shape=(32, 4))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_classes_may_be_withheld_from_any_share(share):
+    for classes in (1, 10):
+        draws = training(told=withheld(share, classes))
+        testing.assert_training_draws(draws, EPS, num_classes=classes, label_dropout=share, shape=(16, 1, 3))
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 200])
+@pytest.mark.parametrize("N", [1, 2, 64, 9000])
+def test_draws_of_any_chain_and_batch_pass(T, N):
+    process = td.GaussianDiffusion(td.linear_schedule(T), "v", "learned_range")
+    testing.assert_training_draws(our_draws(process), process, shape=(N, 3))
+    testing.assert_training_draws(our_draws(process, axis=1), process, shape=(N, 3, 2, 2), axis=1)
+
+
+def our_draws(process, axis=-1, t_sampler=None):
+    """The loss that `td.train` steps by."""
+    rng = np.random.default_rng(2)
+
+    def loss(network, x0):
+        def model(x, t, rng):
+            assert network(x, t).shape[axis] == 2 * x.shape[axis]
+            return np.concatenate([x, x], axis=-1), lambda dy: None
+
+        return td.training_loss(
+            model, process, x0, rng, "vlb" if t_sampler else "simple", t_sampler=t_sampler
+        )
+
+    return loss
+
+
+def test_our_importance_sampling_draws_by_its_probabilities():
+    t_sampler = td.LossSecondMomentSampler(LINEAR.T, history=1)
+    t_sampler.update(np.arange(LINEAR.T), EARLY)
+    t_sampler.update = lambda t, losses: None
+    learned = td.GaussianDiffusion(LINEAR, "eps", "learned_range")
+    draws = our_draws(learned, t_sampler=t_sampler)
+    options = dict(probabilities=t_sampler.probabilities(), shape=(100, 3))
+    testing.assert_training_draws(draws, learned, **options)
+    assert "t = " in refusal(testing.assert_training_draws, draws, learned, shape=(100, 3))
+
+
+@pytest.mark.parametrize(("options", "what", "yours"), DRAWN, ids=[row[1] for row in DRAWN])
+def test_a_mistake_in_what_is_drawn_is_named(options, what, yours):
+    said = refusal(testing.assert_training_draws, yours, EPS, **options)
+    assert said.endswith(f"It is what comes of this: {what}."), said
+    assert "\n" not in said  # the rest is right
+
+
+def test_every_mistake_of_draws_is_planted(monkeypatch):
+    listed = set()
+    monkeypatch.setattr(_draws, "_known", lambda names: listed.update(names) or "")
+    for options, _, yours in DRAWN:
+        refusal(testing.assert_training_draws, yours, EPS, **options, shape=(40, 3, 2, 3))
+    assert listed == {what for _, what, _ in DRAWN}
+
+
+def test_mistakes_in_several_draws_are_said_together():
+    wrong = training(
+        lambda rng, N: rng.integers(1, LINEAR.T, size=N),
+        lambda rng, shape: rng.random(shape),
+        lambda rng, labels: labels,
+    )
+    said = refusal(testing.assert_training_draws, wrong, EPS, num_classes=10)
+    lines = said.split("\n")
+    assert [line[-7:] for line in lines[:2]] == ["(E.28).", "(E.29)."]
+    assert lines[2].endswith(": no class is ever withheld.") and len(lines) == 3
+
+
+def test_draws_that_are_wrong_in_no_known_way_are_said_to_be():
+    doubled = training(lambda rng, N: np.repeat(rng.integers(LINEAR.T, size=N // 2), 2))
+    said = refusal(testing.assert_training_draws, doubled, EPS)
+    assert (
+        "have the same t with a probability of 0.149, where 0.00523 is exp" in said and "None of the " in said
+    )
+    of_another_network = training(told=withheld(0.2))
+    said = refusal(testing.assert_training_draws, of_another_network, EPS, num_classes=10)
+    assert "The class of 0.195 of" in said and "0.1 is expected. None of the " in said
+    plus_one = training(told=lambda rng, labels: labels + 1)
+    said = refusal(testing.assert_training_draws, plus_one, EPS, num_classes=10)
+    assert "another class than its own of 0.899 of the samples. None of the " in said
+
+
+@pytest.mark.parametrize(
+    "x_t",
+    [
+        lambda x0, t, noise: ABAR[t, None] * x0 + S[t, None] * noise,
+        lambda x0, t, noise: A[t, None] * x0 + S[t, None] ** 2 * noise,
+        lambda x0, t, noise: EPS.q_sample((x0 + 1) / 2, t, noise),
+        lambda x0, t, noise: EPS.q_sample(x0[::-1], t, noise),
+    ],
+)
+def test_states_of_another_process_are_told_from_noise(x_t):
+    def loss(network, x0):
+        t = rng.integers(LINEAR.T, size=len(x0))
+        return network(x_t(x0, t, rng.standard_normal(x0.shape)), t)
+
+    rng = np.random.default_rng(0)
+    said = refusal(testing.assert_training_draws, loss, EPS, shape=(8, 20))
+    assert said.startswith("The network is shown other states") and said.endswith(
+        "assert_q_sample says more."
+    )
+
+
+@pytest.mark.parametrize("shape", [(50, 2, 3, 4), (8, 3), (500, 2)])
+def test_tests_refuse_what_is_right_as_rarely_as_they_should(shape, monkeypatch):
+    """At a threshold of 1 in 100 for each: no formula for what chance alone does is too small."""
+    monkeypatch.setattr(_draws, "RARE", 0.01)
+    monkeypatch.setattr(_draws, "SURELY", 2.576)
+    monkeypatch.setattr(_draws, "NUMBERS", 20_000)
+    monkeypatch.setattr(_draws, "AT_LEAST", 1000)
+    process, refused = td.GaussianDiffusion(td.linear_schedule(20)), []
+    for seed in range(200):
+        draws = training([None, mirrored_of(20)][seed % 2], seed=seed, process=process)
+        try:
+            testing.assert_training_draws(draws, process, num_classes=10, shape=shape)
+        except AssertionError as error:
+            refused += str(error).split("\n")
+    begin = {"t =": 2, "Two samples": 1, "The network": 2, "The class": 3}  # and how many tests each has
+    begin |= {"The noise has the correlation": len(shape) + 1, "The noise has the mean": 4}
+    found = {words: sum(line.startswith(words) for line in refused) for words in begin}
+    assert sum(found.values()) == len(refused)
+    for words, tests in begin.items():
+        assert found[words] <= 2 * tests + 3 * np.sqrt(2 * tests), found
+
+
+def mirrored_of(T):
+    def t(rng, N):
+        half = rng.integers(T, size=N // 2)
+        return np.append(half, T - 1 - half)
+
+    return t
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda network, x0: 0.0, "loss does not ask the network."),
+        (lambda network, x0: network(x0[:2], 0), "x of shape (2, 3, 4, 8); expected (8, 3, 4, 8)."),
+        (lambda network, x0: network(x0, np.full(8, 200)), "expected whole numbers, 0 … 199 (E.13)."),
+        (
+            lambda network, x0: network(x0, 0.5),
+            "the network is shown t = 0.5; expected whole numbers, 0 … 199",
+        ),
+        (lambda network, x0: network(x0, [1, 2]), "x of shape (8, 3, 4, 8) and t of shape (2,); expected"),
+    ],
+)
+def test_what_is_no_training_is_said(loss, said):
+    assert said in refusal(testing.assert_training_draws, loss, EPS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(probabilities=np.full(199, 1 / 199)), "probabilities has shape (199,) and sum 1; expected 200"),
+        (dict(probabilities=np.full(200, 1.0)), "probabilities has shape (200,) and sum 200; expected 200"),
+        (dict(probabilities=np.linspace(-1, 1, 200) + 1 / 200), "expected 200 numbers, not negative"),
+        (dict(num_classes=0), "num_classes is 0"),
+        (dict(num_classes=10, label_dropout=1.5), "label_dropout is 1.5; expected a number in [0, 1]"),
+        (dict(shape=(8,)), "shape is (8,)"),
+        (dict(axis=4), "axis is 4"),
+    ],
+)
+def test_arguments_of_draws_are_checked(options, said):
+    with pytest.raises(ValueError) as caught:
+        testing.assert_training_draws(training(), EPS, **options)
+    assert said in str(caught.value)

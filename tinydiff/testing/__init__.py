@@ -3,8 +3,9 @@
 Each check takes a function of yours, in whatever framework, calls it at every t, and raises an AssertionError
 unless it returns what the identity says. The message says how far off it is and at which t. If all numbers,
 at every t, are to a thousandth those that a mistake on the check's list gives, the message names that
-mistake; those with an E are in chapter 9 of the docs. `assert_backward` takes a layer or a network that is
-written as tinydiff's are, and checks that its backward is its derivative.
+mistake; those with an E are in chapter 9 of the docs. `assert_training_draws` calls a loss that draws for
+itself, and judges by statistics. `assert_backward` takes a layer or a network that is written as tinydiff's
+are, and checks that its backward is its derivative.
 
 >>> import torch
 >>> from tinydiff import linear_schedule, testing
@@ -22,6 +23,7 @@ Chapter 13 of the docs says what things are called elsewhere, and what these che
 
 from tinydiff.testing._backward import assert_backward
 from tinydiff.testing._bound import assert_bound_terms
+from tinydiff.testing._draws import assert_training_draws
 from tinydiff.testing._forward import assert_predict_x0, assert_q_sample, assert_training_target
 from tinydiff.testing._guidance import assert_guided
 from tinydiff.testing._loss import assert_loss
@@ -40,5 +42,6 @@ __all__ = [
     "assert_q_sample",
     "assert_sampler",
     "assert_schedule",
+    "assert_training_draws",
     "assert_training_target",
 ]

@@ -21,10 +21,12 @@ __all__ = [
     "called",
     "check_shape",
     "check_tolerance",
+    "classes_told",
     "in_bfloat16",
     "laid_out",
     "on_host",
     "output_shape",
+    "steps_shown",
     "times",
     "whole",
 ]
@@ -148,6 +150,26 @@ def batch_shown(x: Any, t: Any) -> tuple[np.ndarray, np.ndarray]:
             "() or (N,)."
         )
     return x, t
+
+
+def steps_shown(t: np.ndarray, T: int) -> np.ndarray:
+    """The times that a network is shown; AssertionError unless they are whole numbers, 0 … T-1."""
+    t = whole(t)
+    if np.any((t % 1 != 0) | (t < 0) | (t >= T)):
+        why = "E.13; or E.14, in bfloat16" if np.max(t) == in_bfloat16(T - 1) else "E.13"
+        raise AssertionError(f"the network is shown t = {t}; expected whole numbers, 0 … {T - 1} ({why}).")
+    return t.astype(np.int64)
+
+
+def classes_told(x: np.ndarray, labels: Any, num_classes: int) -> np.ndarray:
+    """The class (N,) that a network is told of each x; -1 is that of None, and of what is no class."""
+    told = np.full(len(x), -1) if labels is None else on_host("what the network is told", labels)
+    if told.shape != (len(x),):
+        raise AssertionError(
+            f"the network is shown x of shape {x.shape} and labels of shape {told.shape}; expected "
+            "(N, ...) and (N,), one class for each sample."
+        )
+    return np.where(np.isin(told, np.arange(num_classes)), told, -1).astype(np.int64)
 
 
 def output_shape(diffusion: GaussianDiffusion, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from tinydiff.testing._asked import (
     answering,
     batch_shown,
     check_shape,
+    classes_told,
     in_bfloat16,
-    on_host,
+    steps_shown,
     times,
-    whole,
 )
 from tinydiff.testing._judge import Claim, moved_in_time
 
@@ -112,19 +112,7 @@ class _Network:
     def answer(self, x: Any, t: Any, labels: Any) -> np.ndarray:
         """What it answers yours."""
         x, t = batch_shown(x, t)
-        told = np.full(len(x), -1) if labels is None else on_host("what the network is told", labels)
-        if told.shape != (len(x),):
-            raise AssertionError(
-                f"the network is shown x of shape {x.shape} and labels of shape {told.shape}; expected "
-                "(N, ...) and (N,), one class for each sample."
-            )
-        t, T = whole(t), self.diffusion.T
-        if np.any((t % 1 != 0) | (t < 0) | (t >= T)):
-            why = "E.13; or E.14, in bfloat16" if np.max(t) == in_bfloat16(T - 1) else "E.13"
-            raise AssertionError(
-                f"the network is shown t = {t}; expected whole numbers, 0 … {T - 1} ({why})."
-            )
-        told = np.where(np.isin(told, np.arange(self.num_classes)), told, -1)
+        told, t = classes_told(x, labels, self.num_classes), steps_shown(t, self.diffusion.T)
         return np.concat(self(x.astype(np.float64), np.broadcast_to(t, len(x)), told), axis=self.axis)
 
 
