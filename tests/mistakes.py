@@ -1337,7 +1337,7 @@ DRAWS = [
             "normal, but only its size": training(
                 noise=lambda rng, shape: np.abs(rng.standard_normal(shape))
             ),
-            "normal noise of another size: scaled, or with more added to x_t alone (Ning et al. 2023)": (
+            "normal noise of another size: scaled, or with more added to x_t alone, as by DDPM-IP": (
                 training(noise=lambda rng, shape: rng.standard_normal(shape) + rng.normal(0, 0.2, shape))
             ),
         },

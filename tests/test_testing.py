@@ -1354,6 +1354,26 @@ def test_mistakes_in_several_draws_are_said_together():
     assert lines[2].endswith(": no class is ever withheld.") and len(lines) == 3
 
 
+def test_steps_that_are_not_to_be_drawn_are_no_mistake():
+    """The tables of some codes have an entry more, for t = 0, which is no step (E.26)."""
+    p = np.append(0.0, np.full(LINEAR.T - 1, 1 / (LINEAR.T - 1)))
+    testing.assert_training_draws(training(lambda rng, N: rng.integers(1, 200, size=N)), EPS, probabilities=p)
+    wrong = training(lambda rng, N: rng.integers(1, 199, size=N))
+    said = refusal(testing.assert_training_draws, wrong, EPS, probabilities=p)
+    assert said.endswith("this: t = T - 1 is never drawn, as by randint(0, T - 1) (E.28).")
+    assert "t = 0 is drawn 29 times" in refusal(
+        testing.assert_training_draws, training(), EPS, probabilities=p
+    )
+
+
+def test_a_step_that_is_never_drawn_is_named_whatever_the_probabilities():
+    q = np.append(0.0, EARLY[1:] / np.sum(EARLY[1:]))
+    wrong = training(lambda rng, N: rng.choice(LINEAR.T, N, p=q))
+    said = refusal(testing.assert_training_draws, wrong, EPS, probabilities=EARLY)
+    assert said.startswith("t = 0 is drawn 0 times in 6000, where 59.7 are expected.")
+    assert said.endswith("this: t = 0 is never drawn, as by randint(1, T) (E.28).")
+
+
 def test_draws_that_are_wrong_in_no_known_way_are_said_to_be():
     doubled = training(lambda rng, N: np.repeat(rng.integers(LINEAR.T, size=N // 2), 2))
     said = refusal(testing.assert_training_draws, doubled, EPS)
@@ -1366,6 +1386,11 @@ def test_draws_that_are_wrong_in_no_known_way_are_said_to_be():
     plus_one = training(told=lambda rng, labels: labels + 1)
     said = refusal(testing.assert_training_draws, plus_one, EPS, num_classes=10)
     assert "another class than its own of 0.899 of the samples. None of the " in said
+    grey = training(noise=lambda rng, shape: np.ones(shape))
+    said = refusal(testing.assert_training_draws, grey, EPS)
+    assert said.startswith("The noise has the standard deviation ") and "None of the 1 " in said
+    again = refusal(testing.assert_training_draws, training(lambda rng, N: np.arange(N)), EPS)
+    assert again.startswith("Every call draws the t of the call before. It is what comes of this: ")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ AGAIN_NOISE = "the same noise at every call: drawn once, or after the same seed"
 ONE_CHANNEL = "one noise for all channels"
 ONE_NUMBER = "one number of noise for all of a sample"
 OFFSET = "offset noise, a number for each sample and channel, which is another process, and on purpose"
-NORMAL = "normal noise of another size: scaled, or with more added to x_t alone (Ning et al. 2023)"
+NORMAL = "normal noise of another size: scaled, or with more added to x_t alone, as by DDPM-IP"
 ONE_T = "one t for all samples of a batch"
 AGAIN_T = "the same t at every call: drawn once, or after the same seed"
 FIRST_CLASS, LAST_CLASS = (
@@ -212,7 +212,7 @@ def _wrong_probabilities(p: np.ndarray) -> dict[str, np.ndarray]:
         q[list(left_out)] = 0
         return q / np.sum(q) if np.any(q) else q
 
-    return {
+    wrong = {
         "t = 0 is never drawn, as by randint(1, T) (E.28)": without(0),
         "t = T - 1 is never drawn, as by randint(0, T - 1) (E.28)": without(T - 1),
         "neither t = 0 nor t = T - 1 is drawn (E.28)": without(0, T - 1),
@@ -221,6 +221,13 @@ def _wrong_probabilities(p: np.ndarray) -> dict[str, np.ndarray]:
         "T times the sigmoid of a normal number, as Stable Diffusion 3 draws its t": np.diff(ndtr(logit(u))),
         "T (1 - u^3), as T2I-Adapter draws its t": np.diff(1 - np.cbrt(1 - u)),
     }
+    others: list[np.ndarray] = [p]
+    for what in [*wrong]:  # what is no mistake here, or the same as one before it
+        if any(np.array_equal(wrong[what], other) for other in others):
+            del wrong[what]
+        else:
+            others.append(wrong[what])
+    return wrong
 
 
 # Noise
