@@ -1368,3 +1368,68 @@ DRAWS = [
         },
     ),
 ]
+
+
+# Averages of the weights
+
+
+def average(
+    decay=lambda k: 0.99, rate=None, before=0, start=None, end=lambda average, k: average, dtype=np.float64
+):
+    """The averages after each step, of weights from before the first on."""
+
+    def averages(weights):
+        kept, found = dtype(weights[0]) if start is None else start * weights[0], []
+        for k in range(1, len(weights)):
+            share = dtype(1 - decay(k) if rate is None else rate(k))
+            kept = dtype(kept + share * (dtype(weights[k - before]) - kept))
+            found.append(end(kept, k))
+        return np.array(found)
+
+    return averages
+
+
+class KeepsItsRate:
+    """The example of diffusers for text to image until its pull request 1868."""
+
+    def __init__(self):
+        self.decay = 0.99
+
+    def rate(self, k):
+        self.decay = 0.99 if k == 1 else self.decay
+        self.decay = 1 - min(self.decay, (1 + k) / (10 + k))
+        return self.decay
+
+
+AVERAGES = {
+    "decay and 1 - decay exchanged (E.30)": average(rate=lambda k: 0.99),
+    "the rate, 1 - min(decay, (1 + k) / (10 + k)), is kept as the next decay (E.30)": average(
+        rate=KeepsItsRate().rate
+    ),
+    "it begins with zeros": average(start=0.0),
+    "it begins with zeros, and is divided by 1 - decay^k, as Adam's moments are": average(
+        start=0.0, end=lambda average, k: average / (1 - 0.99**k)
+    ),
+    "the weights before the step, not after it": average(before=1),
+    "it is never updated": average(rate=lambda k: 0.0),
+    "the weights themselves": lambda weights: weights[1:],
+    "the mean of all weights": average(rate=lambda k: 1 / (k + 1)),
+    "the mean of all weights after the first": average(rate=lambda k: 1 / k),
+    "it is updated only after every 10th step": average(lambda k: 0.99 if k % 10 == 0 else 1.0),
+    "min(decay, (1 + k) / (10 + k)) at update k, tinydiff's": average(
+        lambda k: min(0.99, (1 + k) / (10 + k))
+    ),
+    "min(decay, k / (9 + k)) at update k, and 0 at the first, EMAModel's": average(
+        lambda k: min(0.99, k / (9 + k)) if k > 1 else 0.0
+    ),
+    "min(decay, 1 - k^(-2/3)) at update k, EMAModel's with use_ema_warmup": average(
+        lambda k: min(0.99, 1 - k ** (-2 / 3))
+    ),
+    **{
+        f"it is updated {m} times a step, at each of {m} micro-batches (E.30)": average(
+            lambda k, m=m: 0.99**m
+        )
+        for m in (2, 4, 8)
+    },
+    "kept in half precision (E.18)": average(dtype=np.float16),
+}

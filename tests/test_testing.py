@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistakes import (
     ABAR,
+    AVERAGES,
     BETAS,
     COSINE,
     DRAWS,
@@ -34,6 +35,7 @@ from mistakes import (
     S,
     V,
     ancestral,
+    average,
     bound_terms,
     column,
     ddim,
@@ -47,6 +49,7 @@ from mistakes import (
     nll,
     nll_of_levels,
     of_eps,
+    once,
     ours,
     posterior,
     posterior_with,
@@ -54,6 +57,7 @@ from mistakes import (
     right_variance,
     rotations,
     rounded_to_bfloat16,
+    shared,
     terms_of,
     times_ours,
     training,
@@ -66,7 +70,7 @@ import tinydiff as td
 from tinydiff import testing
 from tinydiff.losses import min_snr_weight, simple_loss
 from tinydiff.samplers import SAMPLERS
-from tinydiff.testing import _draws, _sampler, _schedule
+from tinydiff.testing import _draws, _ema, _sampler, _schedule
 from tinydiff.testing._judge import Claim, distance, named
 
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE, "to noise": TO_NOISE}
@@ -1342,6 +1346,36 @@ def test_every_mistake_of_draws_is_planted(monkeypatch):
     assert listed == {what for _, what, _ in DRAWN}
 
 
+@pytest.mark.parametrize(
+    ("noise", "axis", "said", "what"),
+    [
+        (shared(1), 1, "1 between two places along axis 1, where", "one noise for all channels"),
+        (shared(1), -1, "1 between two places along axis 1, where", None),
+        (once(shared()), -1, "1 between a call and the next, where", "the same noise at every call: drawn"),
+        (lambda *of: 0.8 * shared()(*of) + 0.6 * shared(0)(*of), -1, "0.36 between two samples of a", None),
+    ],
+    ids=range(4),
+)
+def test_what_the_noise_goes_with_is_said_and_named_if_it_is_all(noise, axis, said, what):
+    message = refusal(testing.assert_training_draws, training(noise=noise), EPS, axis=axis)
+    assert message.startswith(f"The noise has the correlation {said}"), message
+    assert (f"of this: {what}" if what else "None of the ") in message
+
+
+def test_noise_in_pairs_of_opposite_sign_is_not_independent():
+    def noise(rng, shape):
+        half = rng.standard_normal((4, *shape[1:]))
+        return np.concatenate([half, -half])
+
+    said = refusal(testing.assert_training_draws, training(noise=noise), EPS)
+    assert said.startswith("The noise has the correlation -0.143 between two samples of a batch, where")
+
+
+def test_one_number_of_noise_for_each_point_is_named():
+    said = refusal(testing.assert_training_draws, training(noise=shared(1)), EPS, shape=(8, 2))
+    assert said.endswith("this: one number of noise for all of a sample.")
+
+
 def test_mistakes_in_several_draws_are_said_together():
     wrong = training(
         lambda rng, N: rng.integers(1, LINEAR.T, size=N),
@@ -1374,6 +1408,23 @@ def test_a_step_that_is_never_drawn_is_named_whatever_the_probabilities():
     assert said.endswith("this: t = 0 is never drawn, as by randint(1, T) (E.28).")
 
 
+def test_what_is_rare_by_itself_is_judged_together():
+    rare, often = np.full(100, 1e-5), np.full(100, 0.01 - 1e-5)
+    too_often = np.append(rare + 1e-4, often - 1e-4)
+    wrong = training(lambda rng, N: rng.choice(LINEAR.T, N, p=too_often))
+    said = refusal(testing.assert_training_draws, wrong, EPS, probabilities=np.append(rare, often))
+    assert "are expected. None of the " in said
+    right = training(lambda rng, N: rng.choice(LINEAR.T, N, p=np.append(rare, often)))
+    testing.assert_training_draws(right, EPS, probabilities=np.append(rare, often))
+
+
+def test_classes_withheld_in_pairs_are_seen():
+    pairs = training(told=lambda rng, labels: np.where(np.repeat(rng.random(4) < 0.1, 2), 10, labels))
+    process = td.GaussianDiffusion(td.linear_schedule(300))
+    said = refusal(testing.assert_training_draws, pairs, process, num_classes=10)
+    assert "The class of 0.1" in said and "is withheld, and not of each by itself, where 0.1" in said
+
+
 def test_draws_that_are_wrong_in_no_known_way_are_said_to_be():
     doubled = training(lambda rng, N: np.repeat(rng.integers(LINEAR.T, size=N // 2), 2))
     said = refusal(testing.assert_training_draws, doubled, EPS)
@@ -1386,6 +1437,20 @@ def test_draws_that_are_wrong_in_no_known_way_are_said_to_be():
     plus_one = training(told=lambda rng, labels: labels + 1)
     said = refusal(testing.assert_training_draws, plus_one, EPS, num_classes=10)
     assert "another class than its own of 0.899 of the samples. None of the " in said
+    shifted = training(noise=lambda rng, shape: rng.normal(0.5, 1.0, shape))
+    said = refusal(testing.assert_training_draws, shifted, EPS)
+    assert said.startswith("The noise has the mean 0.501 and ") and "None of the " in said
+    never = (
+        refusal(testing.assert_training_draws, training(), EPS, num_classes=10, label_dropout=0.0),
+        refusal(
+            testing.assert_training_draws,
+            training(told=lambda rng, labels: None),
+            EPS,
+            num_classes=10,
+            label_dropout=0.0,
+        ),
+    )
+    assert never[0].endswith("each alone.") and "this: every class is withheld" in never[1]
     grey = training(noise=lambda rng, shape: np.ones(shape))
     said = refusal(testing.assert_training_draws, grey, EPS)
     assert said.startswith("The noise has the standard deviation ") and "None of the 1 " in said
@@ -1436,12 +1501,40 @@ def test_tests_refuse_what_is_right_as_rarely_as_they_should(shape, monkeypatch)
         assert found[words] <= 2 * tests + 3 * np.sqrt(2 * tests), found
 
 
+@pytest.mark.parametrize(
+    ("rows", "N", "draw"),
+    [
+        (300, 8, lambda rng, size: rng.integers(20, size=size)),
+        (300, 8, lambda rng, size: np.array([mirrored_of(20)(rng, 8) for _ in range(300)])),
+        (2, 2000, lambda rng, size: (rng.random(size) < 0.1).astype(int)),
+        (100, 2, lambda rng, size: rng.integers(1000, size=size)),
+        (30, 200, lambda rng, size: (20 * rng.random(size) ** 2).astype(int)),
+    ],
+    ids=["even", "mirrored", "two rows", "few pairs", "uneven"],
+)
+def test_draws_are_seldom_alike_by_chance(rows, N, draw, monkeypatch):
+    monkeypatch.setattr(_draws, "RARE", 1e-3)
+    rng = np.random.default_rng(0)
+    assert sum(_draws._alike(draw(rng, (rows, N)))[2] for _ in range(2000)) <= 2 + 3 * np.sqrt(2)
+
+
 def mirrored_of(T):
     def t(rng, N):
         half = rng.integers(T, size=N // 2)
         return np.append(half, T - 1 - half)
 
     return t
+
+
+def test_what_a_training_shows_first_counts():
+    rng = np.random.default_rng(0)
+
+    def twice(network, x0):
+        t = rng.integers(LINEAR.T, size=len(x0))
+        x_t = EPS.q_sample(x0, t, rng.standard_normal(x0.shape))
+        return network(x_t, timestep=t, return_dict=False)[0] + network(0 * x_t, 0 * t)
+
+    testing.assert_training_draws(twice, EPS)
 
 
 @pytest.mark.parametrize(
@@ -1476,4 +1569,97 @@ def test_what_is_no_training_is_said(loss, said):
 def test_arguments_of_draws_are_checked(options, said):
     with pytest.raises(ValueError) as caught:
         testing.assert_training_draws(training(), EPS, **options)
+    assert said in str(caught.value)
+
+
+# Averages of the weights
+
+
+def of_ours(weights, decay=0.999, dtype=np.float64):
+    layer = td.nn.Linear(1, weights.shape[1], np.random.default_rng(0)).to(np, dtype)
+    weight = layer.named_parameters()["weight"]
+    weight.value = weights[:1].astype(dtype)
+    ema, averages = td.EMA(layer, decay), []
+    for row in weights[1:]:
+        weight.value = row[None].astype(dtype)
+        ema.update()
+        averages.append(ema.model.named_parameters()["weight"].value[0].copy())
+    return np.array(averages)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999, 0.999999])
+def test_our_own_average_passes(decay):
+    warming_up = lambda k: min(decay, (1 + k) / (10 + k))  # noqa: E731
+    testing.assert_ema(lambda weights: of_ours(weights, decay), warming_up)
+    testing.assert_ema(lambda weights: of_ours(weights, decay, np.float32), warming_up, tolerance=1e-3)
+    testing.assert_ema(average(lambda k: decay), decay)
+
+
+@pytest.mark.parametrize("what", AVERAGES)
+def test_a_mistake_in_an_average_is_named(what):
+    said = refusal(testing.assert_ema, AVERAGES[what], 0.99)
+    assert said.endswith(f"It is what comes of this: {what}."), said
+
+
+def test_every_mistake_of_averages_is_planted():
+    listed = _ema._mistakes(np.random.default_rng(0).standard_normal((101, 32)), np.full(100, 0.99), 0.99)
+    assert {*listed, "kept in half precision (E.18)"} == {*AVERAGES}
+    said = refusal(testing.assert_ema, average(), lambda k: min(0.99, (1 + k) / (10 + k)))
+    assert said.endswith("this: a constant decay.")
+
+
+@pytest.mark.parametrize(("k_wrong", "count"), [(1, 100), (50, 51), (100, 1)])
+def test_one_wrong_update_is_enough_and_where_it_is_is_said(k_wrong, count):
+    wrong = average(lambda k: 0.9 if k == k_wrong else 0.99)
+    said = refusal(testing.assert_ema, wrong, 0.99)
+    assert f"after {count} of 100 updates, first after update {k_wrong}. " in said and "None of the " in said
+
+
+def test_bfloat16_is_half_precision_too():
+    rounded = lambda x: x.astype(np.float32).view(np.uint32) >> 16 << 16  # noqa: E731
+    half = lambda x: rounded(np.asarray(x)).view(np.float32).astype(float)  # noqa: E731
+    said = refusal(testing.assert_ema, average(dtype=half), 0.99)
+    assert said.endswith("this: kept in half precision (E.18).")
+
+
+@pytest.mark.parametrize(
+    ("ema", "said"),
+    [
+        (
+            lambda weights: average()(weights)[:-1],
+            "ema has shape (99, 32); expected (100, 32), one after each",
+        ),
+        (lambda weights: weights, "ema has shape (101, 32); expected (100, 32)"),
+        (lambda weights: None, "ema is a NoneType; expected an array."),
+        (
+            lambda weights: np.full((100, 32), np.nan),
+            "is off by inf of the furthest that it should have moved",
+        ),
+    ],
+)
+def test_what_is_no_average_is_said(ema, said):
+    assert said in refusal(testing.assert_ema, ema)
+
+
+def test_an_average_that_replaces_the_weights_is_said():
+    def fed_back(weights):
+        averages = average()(weights)
+        weights[1:] = averages
+        return averages
+
+    said = refusal(testing.assert_ema, fed_back, 0.99)
+    assert said.startswith("ema writes into the weights, which are still trained")
+
+
+@pytest.mark.parametrize(
+    ("decay", "said"),
+    [
+        (1.0, "decay is 1.0; expected a number in [0, 1)"),
+        (lambda k: k / 50, r"decay(50) is 1.0; expected a number in [0, 1)"),
+        ("0.99", "decay is '0.99'"),
+    ],
+)
+def test_decays_are_checked(decay, said):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        testing.assert_ema(average(), decay)
     assert said in str(caught.value)

@@ -39,6 +39,7 @@ from tinydiff.bound import step_term
 from tinydiff.checkpoint import load_arrays, save_arrays
 from tinydiff.importance import LossSecondMomentSampler
 from tinydiff.mixture import GaussianMixture
+from tinydiff.testing import _draws
 
 DIFFUSION = td.GaussianDiffusion(td.linear_schedule(T=20))
 STEPS = 12
@@ -1111,6 +1112,29 @@ def test_each_sample_has_its_own_label_but_where_it_is_withheld(dropout, batch_s
         assert_array_equal(labels[own], LABELS[x[own]])
     assert abs(1 - dropout - np.mean(kept)) < 0.03  # 4 deviations of a mean of 4500
     assert dropout in (0, 1) or np.any(kept[0] != kept[1])
+
+
+def test_over_a_run_times_noise_and_withheld_classes_are_drawn_anew():
+    """Each step's generator is made from its number. Judged as the trainings of others are."""
+    diffusion, given, told = td.GaussianDiffusion(td.linear_schedule(20)), [], []
+
+    class Noted(td.MLP):
+        def __call__(self, x, t, rng=None, labels=None):
+            told.append((x, t, labels))
+            return super().__call__(x, t, rng, labels)
+
+    def data(n, rng):
+        given.append((rng.uniform(-1, 1, (n, 2)).astype(np.float32), rng.integers(0, 3, n)))
+        return given[-1]
+
+    model = Noted(hidden=2, blocks=1, time_features=2, num_classes=3)
+    td.train(model, diffusion, data, steps=400, batch_size=16, label_dropout=0.3, progress=False)
+    (x0, own), (x_t, t, labels) = (map(np.stack, zip(*kept)) for kept in (given, told))
+    chain = diffusion.schedule
+    a, s = (np.sqrt(table[t])[..., None] for table in (chain.alphas_cumprod, chain.one_minus_alphas_cumprod))
+    assert _draws._wrong_times(t, np.full(20, 1 / 20)) == ""
+    assert _draws._wrong_noise((x_t - a * x0) / s, x0, t, -1) == ""
+    assert _draws._wrong_labels(np.where(labels == 3, -1, labels), own, 3, 0.3) == ""
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])

@@ -24,6 +24,7 @@ Chapter 13 of the docs says what things are called elsewhere, and what these che
 from tinydiff.testing._backward import assert_backward
 from tinydiff.testing._bound import assert_bound_terms
 from tinydiff.testing._draws import assert_training_draws
+from tinydiff.testing._ema import assert_ema
 from tinydiff.testing._forward import assert_predict_x0, assert_q_sample, assert_training_target
 from tinydiff.testing._guidance import assert_guided
 from tinydiff.testing._loss import assert_loss
@@ -34,6 +35,7 @@ from tinydiff.testing._schedule import assert_schedule
 __all__ = [
     "assert_backward",
     "assert_bound_terms",
+    "assert_ema",
     "assert_guided",
     "assert_loss",
     "assert_p_mean_variance",

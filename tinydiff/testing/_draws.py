@@ -321,7 +321,7 @@ def _wrong_distribution(noise: np.ndarray, centre: float, size: float) -> str:
     def drawn_from(cdf: Function) -> bool:
         return _fits(counts, np.diff(cdf(edges), prepend=0.0, append=1.0))
 
-    cdfs = _distributions(centre, size)
+    cdfs = _distributions(size)
     normal = cdfs.pop("")
     off = max(abs(centre), abs(size**2 - 1) / math.sqrt(2)) * math.sqrt(noise.size)
     if off <= SURELY and drawn_from(normal):
@@ -333,7 +333,7 @@ def _wrong_distribution(noise: np.ndarray, centre: float, size: float) -> str:
     )
 
 
-def _distributions(centre: float, size: float) -> dict[str, Function]:
+def _distributions(size: float) -> dict[str, Function]:
     """Distribution functions that are mistaken for the normal one, which is the first."""
     from scipy.special import ndtr
 
@@ -350,7 +350,7 @@ def _distributions(centre: float, size: float) -> dict[str, Function]:
         ),
         "normal, but clipped to [-1, 1]": lambda x: np.where(x < -1, 0, np.where(x >= 1, 1, ndtr(x))),
         "normal, but only its size": lambda x: np.where(x < 0, 0, 2 * ndtr(x) - 1),
-        NORMAL: lambda x: ndtr((x - (centre if abs(centre) > 0.01 else 0.0)) / size),
+        NORMAL: lambda x: ndtr(x / size),
     }
 
 
