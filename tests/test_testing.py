@@ -1270,9 +1270,12 @@ def test_bad_arguments_are_named(check, given, options, error):
 # What a training draws
 
 
-def mirrored(rng, N):
-    half = rng.integers(LINEAR.T, size=N // 2)
-    return np.append(half, LINEAR.T - 1 - half)
+def in_pairs(half, T):
+    return np.concatenate([half, T - 1 - half], axis=-1)
+
+
+def mirrored(rng, N, T=LINEAR.T):
+    return in_pairs(rng.integers(T, size=N // 2), T)
 
 
 def in_layers(rng, N):
@@ -1488,7 +1491,7 @@ def test_tests_refuse_what_is_right_as_rarely_as_they_should(shape, monkeypatch)
     monkeypatch.setattr(_draws, "AT_LEAST", 1000)
     process, refused = td.GaussianDiffusion(td.linear_schedule(20)), []
     for seed in range(200):
-        draws = training([None, mirrored_of(20)][seed % 2], seed=seed, process=process)
+        draws = training([None, partial(mirrored, T=20)][seed % 2], seed=seed, process=process)
         try:
             testing.assert_training_draws(draws, process, num_classes=10, shape=shape)
         except AssertionError as error:
@@ -1505,7 +1508,7 @@ def test_tests_refuse_what_is_right_as_rarely_as_they_should(shape, monkeypatch)
     ("rows", "N", "draw"),
     [
         (300, 8, lambda rng, size: rng.integers(20, size=size)),
-        (300, 8, lambda rng, size: np.array([mirrored_of(20)(rng, 8) for _ in range(300)])),
+        (300, 8, lambda rng, size: in_pairs(rng.integers(20, size=(300, 4)), 20)),
         (2, 2000, lambda rng, size: (rng.random(size) < 0.1).astype(int)),
         (100, 2, lambda rng, size: rng.integers(1000, size=size)),
         (30, 200, lambda rng, size: (20 * rng.random(size) ** 2).astype(int)),
@@ -1516,14 +1519,6 @@ def test_draws_are_seldom_alike_by_chance(rows, N, draw, monkeypatch):
     monkeypatch.setattr(_draws, "RARE", 1e-3)
     rng = np.random.default_rng(0)
     assert sum(_draws._alike(draw(rng, (rows, N)))[2] for _ in range(2000)) <= 2 + 3 * np.sqrt(2)
-
-
-def mirrored_of(T):
-    def t(rng, N):
-        half = rng.integers(T, size=N // 2)
-        return np.append(half, T - 1 - half)
-
-    return t
 
 
 def test_what_a_training_shows_first_counts():
