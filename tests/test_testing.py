@@ -1423,10 +1423,11 @@ def test_what_is_rare_by_itself_is_judged_together():
 
 
 def test_classes_withheld_in_pairs_are_seen():
-    pairs = training(told=lambda rng, labels: np.where(np.repeat(rng.random(4) < 0.1, 2), 10, labels))
     process = td.GaussianDiffusion(td.linear_schedule(150))
+    in_twos = lambda rng, labels: np.where(np.repeat(rng.random(4) < 0.1, 2), 10, labels)  # noqa: E731
+    pairs = training(told=in_twos, process=process)
     said = refusal(testing.assert_training_draws, pairs, process, num_classes=10)
-    assert "The class of 0.1" in said and "is withheld, and not of each by itself, where 0.1" in said
+    assert "is withheld, and not of each by itself, where 0.1" in said
 
 
 def test_draws_that_are_wrong_in_no_known_way_are_said_to_be():
