@@ -1527,6 +1527,13 @@ def test_draws_are_seldom_alike_by_chance(rows, N, draw, monkeypatch):
     assert sum(_draws._alike(draw(rng, (rows, N)))[2] for _ in range(2000)) <= 2 + 3 * np.sqrt(2)
 
 
+def test_two_calls_are_looked_at_however_large_they_are(monkeypatch):
+    monkeypatch.setattr(_draws, "NUMBERS", 10)
+    testing.assert_training_draws(training(), EPS)
+    said = refusal(testing.assert_training_draws, training(noise=once(shared())), EPS)
+    assert said.endswith("this: the same noise at every call: drawn once, or after the same seed.")
+
+
 def test_what_a_training_shows_first_counts():
     rng = np.random.default_rng(0)
 
