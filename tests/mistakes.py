@@ -250,6 +250,46 @@ def of_the_other_half(network, x0, t, noise):
     return np.mean((nu - noise) ** 2)
 
 
+def hybrid(
+    simple=1.0,
+    mean=lambda t: 0.0,
+    nu=1.0,
+    weight=lambda D: 1e-3 * 200 / D / np.log(2),
+    whole=lambda N, D: 1.0,
+    nll=None,
+):
+    """The gradient of Nichol & Dhariwal 2021, eq. 16, where eps is predicted.
+
+    What the mean learns from the bound is multiplied by mean(t), what the variance learns by nu.
+    """
+
+    def gradient(x0, t, noise, output):
+        eps, v = np.split(output, 2, axis=-1)
+        N, D, first = len(x0), x0[0].size, column(t) == 0
+        x_t = linear(A, S)(x0, t, noise)
+        low, beta = np.log(column(LOW[t])), np.log(column(BETAS[t]))
+        p = np.exp((1 + v) / 2 * beta + (1 - v) / 2 * low)
+        d = column(OF_X0[t]) * (of_eps(x_t, t, eps) - x0)
+        by_log_p = (1 - (np.where(first, 0.0, column(SMALL[t])) + d**2) / p) / 2
+        by_v = by_log_p * (beta - low) / 2
+        if nll is not None:
+            up, down = (np.exp(np.log(p) + side * (beta - low) / 2) for side in (1e-6, -1e-6))
+            slope = (nll(x0, of_eps(x_t, t, eps), up) - nll(x0, of_eps(x_t, t, eps), down)) / 2e-6
+            by_v = np.where(first, slope, by_v)
+        by_eps = -d / p * column(OF_X0[t] * S[t] / A[t])
+        halves = [
+            simple * 2 * (eps - noise) / D + weight(D) * column(mean(t) + 0.0 * t) * by_eps,
+            nu * weight(D) * by_v,
+        ]
+        return whole(N, D) * np.concatenate(halves, axis=-1) / N
+
+    return gradient
+
+
+def times_lambda(factor):
+    return lambda D: factor * 1e-3 * 200 / D / np.log(2)
+
+
 def terms_of(process, decoder="density"):
     return lambda x0, x_t, t, output: step_term(process, output, x0, x_t, t, decoder)[0]
 
@@ -552,6 +592,35 @@ PLANTED = [
         testing.assert_loss,
         LEARNED_EPS,
         {"nu, the second half of the output, for the prediction": of_the_other_half},
+    ),
+    (
+        testing.assert_hybrid_gradient,
+        LEARNED_EPS,
+        {
+            "the mean learns from L_vlb too: its gradient is not stopped (E.31)": hybrid(mean=lambda t: 1.0),
+            "at t = 0 the mean learns from L_vlb too: its gradient is stopped only beyond (E.31)": hybrid(
+                mean=lambda t: t == 0
+            ),
+            "nu learns nothing: its gradient is stopped as well, or L_vlb is left out": hybrid(nu=0.0),
+            "the mean learns from L_vlb, and nu does not: the other half is stopped (E.31)": hybrid(
+                mean=lambda t: 1.0, nu=0.0
+            ),
+            "the prediction learns nothing: L_simple is left out": hybrid(simple=0.0),
+            "L_vlb alone, in both halves": hybrid(simple=0.0, mean=lambda t: 1.0),
+            "lambda is 1": hybrid(weight=times_lambda(1000)),
+            "lambda counts one term, not the sum over T, as in LearnedGaussianDiffusion": hybrid(
+                weight=times_lambda(1 / 200)
+            ),
+            "L_vlb is in nats for each number, not in bits": hybrid(weight=lambda D: 1e-3 * 200 / D),
+            "L_vlb is in bits for a sample, not for each number": hybrid(
+                weight=lambda D: 1e-3 * 200 / np.log(2)
+            ),
+            "L_vlb is in nats for a sample, and lambda counts one term": hybrid(weight=lambda D: 1e-3),
+            BY_TANH: hybrid(nll=nll_of_levels),
+            "a sum over the batch, not a mean": hybrid(whole=lambda N, D: N),
+            "a sum over all numbers of the batch, not a mean": hybrid(whole=lambda N, D: N * D),
+            "minus the gradient": hybrid(whole=lambda N, D: -1),
+        },
     ),
     (
         testing.assert_guided,

@@ -42,6 +42,7 @@ from mistakes import (
     dpm_solver,
     flow_matching,
     guidance,
+    hybrid,
     karras,
     learned_step,
     linear,
@@ -68,7 +69,7 @@ from scipy.special import ndtr
 
 import tinydiff as td
 from tinydiff import testing
-from tinydiff.losses import min_snr_weight, simple_loss
+from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss
 from tinydiff.samplers import SAMPLERS
 from tinydiff.testing import _draws, _ema, _sampler, _schedule
 from tinydiff.testing._judge import Claim, distance, named
@@ -99,6 +100,10 @@ def simple_loss_of(process, gamma=None):
     return loss
 
 
+def hybrid_gradient_of(process, x0, t, noise, output, **how):
+    return hybrid_loss(process, output, x0, t, noise, **how)[1]
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -116,6 +121,10 @@ def test_our_own_functions_pass(schedule, prediction, variance):
     testing.assert_bound_terms(terms_of(process, "8bit"), process, decoder="8bit")
     for gamma in (None, 5.0):
         testing.assert_loss(simple_loss_of(process, gamma), process, min_snr_gamma=gamma)
+    if variance == "learned_range":
+        for decoder in ("density", "8bit"):
+            gradient = partial(hybrid_gradient_of, process, decoder=decoder)
+            testing.assert_hybrid_gradient(gradient, process, decoder=decoder)
     testing.assert_predict_x0(td.GaussianDiffusion(schedule, prediction).predict_x0, process)
     testing.assert_schedule(schedule.alphas_cumprod, schedule)
 
@@ -639,6 +648,10 @@ def test_the_same_code_without_a_mistake_passes():
     testing.assert_q_posterior(posterior(), LINEAR)
     testing.assert_guided(guidance(), EPS)
     testing.assert_guided(guidance(), LEARNED_V)
+    testing.assert_hybrid_gradient(hybrid(), LEARNED_EPS)
+    testing.assert_hybrid_gradient(
+        hybrid(weight=lambda D: 0.5 * 200 / D / np.log(2)), LEARNED_EPS, vlb_weight=0.5
+    )
     testing.assert_p_mean_variance(reverse_step(), LARGE)
     testing.assert_p_mean_variance(learned_step(), LEARNED_EPS)
     testing.assert_loss(loss(), EPS)
@@ -1670,4 +1683,47 @@ def test_an_average_that_replaces_the_weights_is_said():
 def test_decays_are_checked(decay, said):
     with pytest.raises((TypeError, ValueError)) as caught:
         testing.assert_ema(average(), decay)
+    assert said in str(caught.value)
+
+
+# The hybrid loss's gradient
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_gradient_in_float32_passes(prediction):
+    process = td.GaussianDiffusion(td.linear_schedule(), prediction, "learned_range")
+    single = lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x  # noqa: E731
+    testing.assert_hybrid_gradient(
+        partial(hybrid_gradient_of, process), process, asarray=single, tolerance=1e-4
+    )
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_a_gradient_has_its_halves_where_the_output_has_them(axis):
+    def gradient(x0, t, noise, output, lost=1):
+        last = np.concatenate(np.split(output, 2, axis=axis), axis=-1)
+        halves = np.split(hybrid_gradient_of(LEARNED, x0, t, noise, last), 2, axis=-1)
+        return np.concatenate([halves[0], lost * halves[1]], axis=axis)
+
+    testing.assert_hybrid_gradient(gradient, LEARNED, axis=axis)
+    said = refusal(testing.assert_hybrid_gradient, partial(gradient, lost=0), LEARNED, axis=axis)
+    assert "this: nu learns nothing: its gradient is stopped as well" in said
+    short = refusal(testing.assert_hybrid_gradient, lambda *given: gradient(*given)[:7], LEARNED, axis=axis)
+    assert short.startswith("gradient has shape (7, ")
+
+
+@pytest.mark.parametrize(
+    ("process", "options", "said"),
+    [
+        (EPS, {}, "diffusion has variance 'fixed_small'; expected 'learned_range'."),
+        (LEARNED, dict(vlb_weight=0.0), "vlb_weight is 0.0; expected a positive number"),
+        (LEARNED, dict(vlb_weight=np.inf), "vlb_weight is inf; expected a positive number"),
+        (LEARNED, dict(decoder="8 bit"), "decoder is '8 bit'"),
+        (LEARNED, dict(axis=4), "axis is 4"),
+        (LEARNED, dict(tolerance=0), "tolerance is 0; expected a positive number"),
+    ],
+)
+def test_arguments_of_a_gradient_are_checked(process, options, said):
+    with pytest.raises(ValueError) as caught:
+        testing.assert_hybrid_gradient(hybrid(), process, **options)
     assert said in str(caught.value)

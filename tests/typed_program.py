@@ -44,6 +44,8 @@ def right(data: np.ndarray, rng: np.random.Generator) -> None:
         td.ode_log_likelihood(mine, diffusion, data, steps)
         td.testing.assert_sampler(denoise, diffusion, steps=steps)
         td.testing.assert_guided(lambda network, x, t, labels: network(x, t, labels), diffusion)
+        td.testing.assert_hybrid_gradient(lambda x0, t, noise, output: output, diffusion)
+        td.testing.assert_ema(lambda weights: weights[1:], lambda k: 1 - 1 / k)
         td.testing.assert_training_draws(lambda network, x0: network(x0, 0), diffusion, num_classes=3)
     td.sample(drawn, diffusion, (3, 2), rng=rng, labels=np.zeros(3, int), guidance_scale=2)
     td.train(drawn, diffusion, data, steps=9, batch_size=4, labels=np.zeros(len(data), np.uint8))

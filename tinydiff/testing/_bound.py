@@ -31,7 +31,7 @@ from tinydiff.testing._asked import (
 from tinydiff.testing._judge import Claim, moved_in_time
 from tinydiff.testing._reverse import NU, log_variances
 
-__all__ = ["assert_bound_terms"]
+__all__ = ["assert_bound_terms", "by_tanh", "of_levels"]
 
 
 def assert_bound_terms(
@@ -156,7 +156,7 @@ def _ours_and_mistakes(
 
     def levels(**how: Any) -> Function:
         """The terms, with the probability of a level."""
-        return built(likelihood=partial(_of_levels, Phi=ndtr, least=1e-300, **how))
+        return built(likelihood=partial(of_levels, Phi=ndtr, least=1e-300, **how))
 
     mistakes = {
         **moved_in_time(ours, schedule.T),
@@ -181,7 +181,7 @@ def _ours_and_mistakes(
             estimate=lambda *given: clip_to_unit(diffusion.predict_x0(*given))
         ),
         "the normal distribution by a tanh, at least 1e-12, which is what the papers' code takes": built(
-            likelihood=partial(_of_levels, Phi=_by_tanh, least=1e-12)
+            likelihood=partial(of_levels, Phi=by_tanh, least=1e-12)
         ),
         "a density times the width of a level, 2/255, for the level's probability": built(
             likelihood=lambda x0, *of: (gaussian_nll(x0, *of)[0] - math.log(2 / 255), None)
@@ -207,7 +207,7 @@ def _ours_and_mistakes(
     return ours, mistakes
 
 
-def _of_levels(
+def of_levels(
     x0: np.ndarray,
     mean: np.ndarray,
     log_variance: np.ndarray,
@@ -223,6 +223,6 @@ def _of_levels(
     return -np.log(np.maximum(P, least)), None
 
 
-def _by_tanh(z: np.ndarray) -> np.ndarray:
+def by_tanh(z: np.ndarray) -> np.ndarray:
     """The approximation of Phi in that code."""
     return (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2
