@@ -4,8 +4,8 @@ Each check takes a function of yours, in whatever framework, calls it at every t
 unless it returns what the identity says. The message says how far off it is and at which t. If all numbers,
 at every t, are to a thousandth those that a mistake on the check's list gives, the message names that
 mistake; those with an E are in chapter 9 of the docs. `assert_training_draws` calls a loss that draws for
-itself, and judges by statistics; `assert_ema` asks for averages of weights. `assert_backward` takes a layer or
-a network that is written as tinydiff's are, and checks that its backward is its derivative.
+itself, and judges by statistics; `assert_ema` asks for averages of weights. `assert_backward` takes a layer
+or a network that is written as tinydiff's are, and checks that its backward is its derivative.
 
 >>> import torch
 >>> from tinydiff import linear_schedule, testing
