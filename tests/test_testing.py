@@ -1568,6 +1568,10 @@ def test_what_a_training_shows_first_counts():
             lambda network, x0: network(x0, 0.5),
             "the network is shown t = 0.5; expected whole numbers, 0 … 199",
         ),
+        (
+            lambda network, x0: network(x0, np.arange(8) / 200),
+            "0 … 199 (of a network that is told t / T, hand",
+        ),
         (lambda network, x0: network(x0, [1, 2]), "x of shape (8, 3, 4, 8) and t of shape (2,); expected"),
     ],
 )
