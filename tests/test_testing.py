@@ -1640,6 +1640,17 @@ def test_one_wrong_update_is_enough_and_where_it_is_is_said(k_wrong, count):
     assert f"after {count} of 100 updates, first after update {k_wrong}. " in said and "None of the " in said
 
 
+def test_how_far_an_average_is_off_is_a_part_of_how_far_it_should_have_moved():
+    def path(ema):
+        kept = []
+        testing.assert_ema(lambda weights: kept.append(weights.copy()) or ema(weights), 0.99)
+        return kept[0], ema(kept[0])
+
+    weights, averages = path(average())
+    off = np.max(np.abs(average(before=1)(weights) - averages)) / np.max(np.abs(averages - weights[0]))
+    assert f"ema is off by {off:.3g} of the furthest" in refusal(testing.assert_ema, average(before=1), 0.99)
+
+
 def test_bfloat16_is_half_precision_too():
     rounded = lambda x: x.astype(np.float32).view(np.uint32) >> 16 << 16  # noqa: E731
     half = lambda x: rounded(np.asarray(x)).view(np.float32).astype(float)  # noqa: E731
@@ -1714,6 +1725,33 @@ def test_a_gradient_has_its_halves_where_the_output_has_them(axis):
     assert "this: nu learns nothing: its gradient is stopped as well" in said
     short = refusal(testing.assert_hybrid_gradient, lambda *given: gradient(*given)[:7], LEARNED, axis=axis)
     assert short.startswith("gradient has shape (7, ")
+
+
+def test_a_gradient_is_asked_about_outside_of_the_range_of_nu():
+    def clipped(x0, t, noise, output):
+        gradient = hybrid_gradient_of(LEARNED, x0, t, noise, output)
+        gradient[..., 8:] *= np.abs(output[..., 8:]) <= 1
+        return gradient
+
+    assert "None of the " in refusal(testing.assert_hybrid_gradient, clipped, LEARNED)
+
+
+def test_a_probability_that_is_never_below_1e_12_passes_where_x0_is_predicted():
+    process = td.GaussianDiffusion(LINEAR, "x0", "learned_range")
+    low, high = np.log(LOW[0]), np.log(BETAS[0])
+
+    def gradient(x0, t, noise, output):
+        found = hybrid_gradient_of(process, x0, t, noise, output, decoder="8bit")
+        guess, nu = np.split(output, 2, axis=-1)
+        up, down = (
+            nll_of_levels(x0, guess, np.exp((1 + v) / 2 * high + (1 - v) / 2 * low), ndtr)
+            for v in (nu + 1e-6, nu - 1e-6)
+        )
+        slope = (up - down) / 2e-6 * 1e-3 * 200 / x0.size / np.log(2)
+        found[..., 8:] = np.where(column(t) == 0, slope, found[..., 8:])
+        return found
+
+    testing.assert_hybrid_gradient(gradient, process, decoder="8bit")
 
 
 @pytest.mark.parametrize(
