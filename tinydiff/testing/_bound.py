@@ -31,7 +31,7 @@ from tinydiff.testing._asked import (
 from tinydiff.testing._judge import Claim, moved_in_time
 from tinydiff.testing._reverse import NU, log_variances
 
-__all__ = ["assert_bound_terms", "by_tanh", "of_levels"]
+__all__ = ["assert_bound_terms", "by_tanh", "of_levels", "output_asked"]
 
 
 def assert_bound_terms(
@@ -71,18 +71,12 @@ def assert_bound_terms(
     check_diffusion(diffusion)
     check_shape(shape, axis)
     check_decoder(decoder)
-    rng, s_0 = np.random.default_rng(0), math.sqrt(diffusion.schedule.one_minus_alphas_cumprod[0])
-    batches = []
+    rng, batches = np.random.default_rng(0), []
     for t in times(asked_up_to(diffusion), shape[0], rng):
         levels = np.clip(rng.integers(-64, 320, shape), 0, 255)  # often the outer ones, whose formula differs
         x0 = 2 * levels / 255 - 1 if decoder == "8bit" else rng.uniform(-1, 1, shape)
         x_t = diffusion.q_sample(x0, t, rng.standard_normal(shape))
-        output = rng.uniform(-1, 1, output_shape(diffusion, shape))
-        output[..., shape[-1] :] = rng.uniform(*NU, output[..., shape[-1] :].shape)
-        if diffusion.prediction == "x0":  # far from x0 P(level) is 0 at t = 0, except in our decoder
-            near = x0 + s_0 * output[..., : shape[-1]]
-            output[..., : shape[-1]] = np.where(column_like(t, x0) == 0, near, output[..., : shape[-1]])
-        batches.append((x0, x_t, t, output))
+        batches.append((x0, x_t, t, output_asked(diffusion, x0, t, rng)))
     refusals = []
     for process in _conventions(diffusion):
         ours, mistakes = _ours_and_mistakes(process, decoder, shape)
@@ -102,6 +96,19 @@ def assert_bound_terms(
     # The message for what seems to be your convention: that with a named mistake, else the nearer one.
     _, message = min(refusals, key=lambda refusal: ("comes of this" not in refusal[1], refusal[0]))
     raise AssertionError(message)
+
+
+def output_asked(
+    diffusion: GaussianDiffusion, x0: np.ndarray, t: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """What a network may say of x_t, and of its variance, if that is learned."""
+    C = x0.shape[-1]
+    output = rng.uniform(-1, 1, output_shape(diffusion, x0.shape))
+    output[..., C:] = rng.uniform(*NU, output[..., C:].shape)
+    if diffusion.prediction == "x0":  # far from x0 P(level) is 0 at t = 0, except in our decoder
+        near = x0 + math.sqrt(diffusion.schedule.one_minus_alphas_cumprod[0]) * output[..., :C]
+        output[..., :C] = np.where(column_like(t, x0) == 0, near, output[..., :C])
+    return output
 
 
 def _conventions(diffusion: GaussianDiffusion) -> list[GaussianDiffusion]:

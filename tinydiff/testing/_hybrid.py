@@ -8,7 +8,7 @@ import numpy as np
 
 from tinydiff._checks import check_number
 from tinydiff.backend import column_like
-from tinydiff.bound import Decoder, check_decoder
+from tinydiff.bound import Decoder
 from tinydiff.diffusion import GaussianDiffusion, check_diffusion
 from tinydiff.losses import simple_loss, vlb_loss
 from tinydiff.testing._asked import (
@@ -17,12 +17,10 @@ from tinydiff.testing._asked import (
     asked_up_to,
     check_shape,
     laid_out,
-    output_shape,
     times,
 )
-from tinydiff.testing._bound import by_tanh, of_levels
+from tinydiff.testing._bound import by_tanh, of_levels, output_asked
 from tinydiff.testing._judge import Claim
-from tinydiff.testing._reverse import NU
 
 __all__ = ["assert_hybrid_gradient"]
 
@@ -68,18 +66,12 @@ def assert_hybrid_gradient(
     if diffusion.variance != "learned_range":
         raise ValueError(f"diffusion has variance {diffusion.variance!r}; expected 'learned_range'.")
     check_shape(shape, axis)
-    check_decoder(decoder)
     check_number("vlb_weight", vlb_weight, lambda weight: 0 < weight < math.inf, "a positive number")
-    rng, C, batches = np.random.default_rng(0), shape[-1], []
+    rng, batches = np.random.default_rng(0), []
     for t in times(asked_up_to(diffusion), shape[0], rng):
         x0 = 2 * rng.integers(0, 256, shape) / 255 - 1
-        output = rng.uniform(-1, 1, output_shape(diffusion, shape))
-        output[..., C:] = rng.uniform(*NU, shape)
-        if diffusion.prediction == "x0":  # far from x0 P(level) is 0 at t = 0
-            near = x0 + math.sqrt(diffusion.schedule.one_minus_alphas_cumprod[0]) * output[..., :C]
-            output[..., :C] = np.where(column_like(t, x0) == 0, near, output[..., :C])
+        output = output_asked(diffusion, x0, t, rng)
         batches.append((x0, t, rng.standard_normal(shape), output))
-
     ours, mistakes = _ours_and_mistakes(diffusion, float(vlb_weight), decoder, shape, axis)
     claim = Claim(
         "gradient",
