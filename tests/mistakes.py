@@ -1502,3 +1502,80 @@ AVERAGES = {
     },
     "kept in half precision (E.18)": average(dtype=np.float16),
 }
+
+
+# Steps of Adam
+
+
+def adam(  # Kingma & Ba 2015, algorithm 1, with these settings
+    of_m=lambda m, k, g: m / (1 - 0.9**k),
+    of_v=lambda v, k: np.sqrt(v / (1 - 0.99**k)) + 1e-6,
+    b1=0.9,
+    b2=0.99,
+    share=lambda b: 1 - b,
+    move=lambda w, step: w - 0.01 * step - 0.01 * 0.1 * w,
+    moments=lambda before, after: after,
+    coupled=0.0,
+):
+    def path(weights, gradients):
+        w, m, v, found = weights.copy(), 0 * weights, 0 * weights, []
+        for k, g in enumerate(gradients, 1):
+            g = g + coupled * w
+            before, (m, v) = (m, v), (b1 * m + share(b1) * g, b2 * v + share(b2) * g * g)
+            of = moments(before, (m, v))
+            w = move(w, of_m(of[0], k, g) / of_v(of[1], k))
+            found.append(w)
+        return np.array(found)
+
+    return path
+
+
+def largest_so_far():
+    """AMSGrad's second moment, over the steps of a path; the first of them begins anew."""
+    top = []
+
+    def of_v(v, k):
+        top[:] = [v if k == 1 else np.maximum(top[0], v)]
+        return np.sqrt(top[0] / (1 - 0.99**k)) + 1e-6
+
+    return of_v
+
+
+SETTINGS = dict(lr=0.01, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+no_decay = lambda w, step: w - 0.01 * step  # noqa: E731
+ADAMS = {
+    "the bias is corrected as after one step more": adam(
+        lambda m, k, g: m / (1 - 0.9 ** (k + 1)), lambda v, k: np.sqrt(v / (1 - 0.99 ** (k + 1))) + 1e-6
+    ),
+    "no bias is corrected": adam(lambda m, k, g: m, lambda v, k: np.sqrt(v) + 1e-6),
+    "the bias of the first moment alone is corrected": adam(of_v=lambda v, k: np.sqrt(v) + 1e-6),
+    "the bias of the second moment alone is corrected": adam(lambda m, k, g: m),
+    "eps inside the root": adam(of_v=lambda v, k: np.sqrt(v / (1 - 0.99**k) + 1e-6)),
+    "eps beside the root before its bias is corrected, which is the paper's other eps": adam(
+        of_v=lambda v, k: (np.sqrt(v) + 1e-6) / np.sqrt(1 - 0.99**k)
+    ),
+    "beta1 and beta2 exchanged": adam(
+        lambda m, k, g: m / (1 - 0.99**k),
+        lambda v, k: np.sqrt(v / (1 - 0.9**k)) + 1e-6,
+        b1=0.99,
+        b2=0.9,
+    ),
+    "the second moment without its root": adam(of_v=lambda v, k: v / (1 - 0.99**k) + 1e-6),
+    "gradients and squares without their factors, 1 - beta": adam(share=lambda b: 1.0),
+    "the moments before the gradient, not after it": adam(moments=lambda before, after: before),
+    "the largest second moment so far, which is AMSGrad": adam(of_v=largest_so_far()),
+    "the gradient in the place of the first moment": adam(lambda m, k, g: g),
+    "the gradient in the place of the first moment, and no bias is corrected: RMSprop": adam(
+        lambda m, k, g: g, lambda v, k: np.sqrt(v) + 1e-6
+    ),
+    "the first moment alone, without the second": adam(of_v=lambda v, k: 1.0),
+    "up the gradient, not down": adam(move=lambda w, step: w + 0.01 * step - 0.01 * 0.1 * w),
+    "no weight decay": adam(move=no_decay),
+    "the weight decay is in the gradient, as in PyTorch's Adam, not AdamW": adam(move=no_decay, coupled=0.1),
+    "the weight decay is not multiplied by lr, as in the paper of AdamW": adam(
+        move=lambda w, step: w - 0.01 * step - 0.1 * w
+    ),
+    "the weight decay is that of the new weights": adam(
+        move=lambda w, step: (w - 0.01 * step) * (1 - 0.01 * 0.1)
+    ),
+}

@@ -1,5 +1,7 @@
 """tinydiff.testing pointed at diffusers: what is right there passes, what is not is called by its name."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from test_oracle_schedulers import KINDS, PREDICTION_TYPE, same_chain
@@ -317,3 +319,65 @@ def test_zero_terminal_snr_is_compared_on_the_times_walked_alone(kind, name, opt
         return x
 
     testing.assert_sampler(sampler, td.GaussianDiffusion(schedule, "v"), name, asarray=torch.as_tensor)
+
+
+def path_of(optimizer_class, **settings):
+    def path(weights, gradients):
+        p = torch.nn.Parameter(weights.clone())
+        optimizer, found = optimizer_class([p], **settings), []
+        for p.grad in gradients.clone():
+            optimizer.step()
+            found.append(p.detach().clone())
+        return torch.stack(found)
+
+    return path
+
+
+@pytest.mark.parametrize("settings", [{}, dict(lr=0.01, betas=(0.5, 0.9), eps=1e-4)], ids=["plain", "set"])
+def test_the_optimizers_of_pytorch_are_known(settings):
+    lr = settings.get("lr", 1e-3)
+    decay = dict(weight_decay=0.1)
+    ask = partial(testing.assert_adam, asarray=torch.as_tensor, **settings)
+    ask(path_of(torch.optim.Adam, **settings))
+    ask(path_of(torch.optim.AdamW, **settings, **decay), **decay)
+    for optimizer_class, how, asked, what in [
+        (
+            torch.optim.Adam,
+            decay,
+            decay,
+            "the weight decay is in the gradient, as in PyTorch's Adam, not AdamW.",
+        ),
+        (torch.optim.AdamW, decay | dict(weight_decay=0.1 / lr), decay, "as in the paper of AdamW."),
+        (torch.optim.Adam, dict(amsgrad=True), {}, "the largest second moment so far, which is AMSGrad."),
+        (torch.optim.Adam, dict(maximize=True), {}, "up the gradient, not down."),
+    ]:
+        with pytest.raises(AssertionError) as caught:
+            ask(path_of(optimizer_class, **settings | how), **asked)
+        assert str(caught.value).endswith(what)
+    rate = dict(alpha=settings.get("betas", (0.9, 0.999))[1], eps=settings.get("eps", 1e-8), lr=lr)
+    with pytest.raises(AssertionError, match="and no bias is corrected: RMSprop"):
+        ask(path_of(torch.optim.RMSprop, **rate))
+
+
+def test_a_training_in_pytorch_is_asked_what_it_draws():
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=200)
+    process = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas))
+
+    def loss(network, x0, labels, last=200, none=10):
+        t, noise = torch.randint(0, last, (len(x0),)), torch.randn_like(x0)
+        told = torch.where(torch.rand(len(x0)) < 0.1, none, labels)
+        return torch.nn.functional.mse_loss(network(scheduler.add_noise(x0, noise, t), t, told), noise)
+
+    options = dict(num_classes=10, axis=1, shape=(32, 3, 4, 4), asarray=torch.as_tensor)
+    torch.manual_seed(0)
+    testing.assert_training_draws(loss, process, **options)
+    testing.assert_training_draws(
+        lambda network, *given: loss(network, *(x.float() if x.is_floating_point() else x for x in given)),
+        process,
+        **options,
+    )
+    with pytest.raises(AssertionError) as caught:
+        testing.assert_training_draws(partial(loss, last=199, none=0), process, **options)
+    first, second = str(caught.value).split("\n")
+    assert first.endswith("this: t = T - 1 is never drawn, as by randint(0, T - 1) (E.28).")
+    assert second.endswith("this: no class is told as class 0, which is one.")

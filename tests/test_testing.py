@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistakes import (
     ABAR,
+    ADAMS,
     AVERAGES,
     BETAS,
     COSINE,
@@ -25,6 +26,7 @@ from mistakes import (
     LOW,
     MIN_SNR,
     PLANTED,
+    SETTINGS,
     SIGMAS,
     SNR,
     TABLES,
@@ -34,6 +36,7 @@ from mistakes import (
     A,
     S,
     V,
+    adam,
     ancestral,
     average,
     bound_terms,
@@ -71,7 +74,7 @@ import tinydiff as td
 from tinydiff import testing
 from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss
 from tinydiff.samplers import SAMPLERS
-from tinydiff.testing import _draws, _ema, _sampler, _schedule
+from tinydiff.testing import _adam, _draws, _ema, _sampler, _schedule
 from tinydiff.testing._judge import Claim, distance, named
 
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE, "to noise": TO_NOISE}
@@ -1628,7 +1631,7 @@ def test_a_mistake_in_an_average_is_named(what):
 
 def test_every_mistake_of_averages_is_planted():
     listed = _ema._mistakes(np.random.default_rng(0).standard_normal((101, 32)), np.full(100, 0.99), 0.99)
-    assert {*listed, "kept in half precision (E.18)"} == {*AVERAGES}
+    assert {*listed, "kept in half precision (E.18)"} == {*AVERAGES, "a constant decay"}
     said = refusal(testing.assert_ema, average(), lambda k: min(0.99, (1 + k) / (10 + k)))
     assert said.endswith("this: a constant decay.")
 
@@ -1637,7 +1640,7 @@ def test_every_mistake_of_averages_is_planted():
 def test_one_wrong_update_is_enough_and_where_it_is_is_said(k_wrong, count):
     wrong = average(lambda k: 0.9 if k == k_wrong else 0.99)
     said = refusal(testing.assert_ema, wrong, 0.99)
-    assert f"after {count} of 100 updates, first after update {k_wrong}. " in said and "None of the " in said
+    assert f"after {count} of 100 steps, first after step {k_wrong}. " in said and "None of the " in said
 
 
 def test_how_far_an_average_is_off_is_a_part_of_how_far_it_should_have_moved():
@@ -1647,7 +1650,8 @@ def test_how_far_an_average_is_off_is_a_part_of_how_far_it_should_have_moved():
         return kept[0], ema(kept[0])
 
     weights, averages = path(average())
-    off = np.max(np.abs(average(before=1)(weights) - averages)) / np.max(np.abs(averages - weights[0]))
+    moves = np.max(np.abs(averages - weights[0]), axis=0)
+    off = np.max(np.abs(average(before=1)(weights) - averages) / moves)
     assert f"ema is off by {off:.3g} of the furthest" in refusal(testing.assert_ema, average(before=1), 0.99)
 
 
@@ -1663,7 +1667,7 @@ def test_bfloat16_is_half_precision_too():
     [
         (
             lambda weights: average()(weights)[:-1],
-            "ema has shape (99, 32); expected (100, 32), one after each",
+            "ema has shape (99, 32); expected (100, 32), a row after each step",
         ),
         (lambda weights: weights, "ema has shape (101, 32); expected (100, 32)"),
         (lambda weights: None, "ema is a NoneType; expected an array."),
@@ -1684,7 +1688,7 @@ def test_an_average_that_replaces_the_weights_is_said():
         return averages
 
     said = refusal(testing.assert_ema, fed_back, 0.99)
-    assert said.startswith("ema writes into the weights, which are still trained")
+    assert said.startswith("ema writes into the weights that it is given; expected to leave them")
 
 
 @pytest.mark.parametrize(
@@ -1768,4 +1772,99 @@ def test_a_probability_that_is_never_below_1e_12_passes_where_x0_is_predicted():
 def test_arguments_of_a_gradient_are_checked(process, options, said):
     with pytest.raises(ValueError) as caught:
         testing.assert_hybrid_gradient(hybrid(), process, **options)
+    assert said in str(caught.value)
+
+
+# Steps of Adam
+
+
+def steps_of_ours(weights, gradients, dtype=np.float64, **settings):
+    weight = (
+        td.nn.Linear(1, len(weights), np.random.default_rng(0)).to(np, dtype).named_parameters()["weight"]
+    )
+    weight.value = weights[None].astype(dtype)
+    optimizer, found = td.Adam([weight], **settings), []
+    for row in gradients:
+        weight.grad = row[None].astype(dtype)
+        optimizer.step()
+        found.append(weight.value[0].copy())
+    return np.array(found)
+
+
+@given(
+    st.floats(1e-6, 1.0),
+    st.tuples(st.floats(0.0, 0.999), st.floats(0.0, 0.9999)),
+    st.floats(1e-12, 1e-2),
+    st.sampled_from([0.0, 1e-3, 0.5]),
+)
+def test_our_own_steps_pass(lr, betas, eps, weight_decay):
+    settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    testing.assert_adam(partial(steps_of_ours, **settings), **settings)
+
+
+def test_steps_from_the_paper_pass_and_so_do_ours_in_float32():
+    testing.assert_adam(adam(), **SETTINGS)
+    testing.assert_adam(adam(move=lambda w, step: w - 0.01 * step), **{**SETTINGS, "weight_decay": 0.0})
+    testing.assert_adam(partial(steps_of_ours, dtype=np.float32, **SETTINGS), **SETTINGS, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("what", ADAMS)
+def test_a_mistake_in_an_optimizer_is_named(what):
+    said = refusal(testing.assert_adam, ADAMS[what], **SETTINGS)
+    assert said.endswith(f"It is what comes of this: {what}."), said
+
+
+def test_every_mistake_of_optimizers_is_planted():
+    listed = _adam._mistakes(lambda **how: how, (0.9, 0.99), 0.01, 0.1)
+    assert {*listed} == {*ADAMS}
+    assert {what for what in listed if "decay" not in what} == {
+        *_adam._mistakes(lambda **how: how, (0.9, 0.99), 0.01, 0.0)
+    }
+
+
+def test_one_wrong_step_is_enough_and_so_is_one_small_weight():
+    late = adam(move=lambda w, step, at=[0]: w)  # never moves
+    assert "after 30 of 30 steps, first after step 1. " in refusal(testing.assert_adam, late, **SETTINGS)
+
+    def last_is_off(weights, gradients):
+        found = adam()(weights, gradients)
+        found[-1, 0] *= 1 + 1e-6  # whose gradients are a hundredth of eps
+        return found
+
+    assert "after 1 of 30 steps, first after step 30. " in refusal(
+        testing.assert_adam, last_is_off, **SETTINGS
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (
+            lambda weights, gradients: weights,
+            "adam has shape (33,); expected (30, 33), a row after each step",
+        ),
+        (lambda weights, gradients: "no", "adam has dtype"),
+        (
+            lambda weights, gradients: np.add(gradients, 1, out=gradients),
+            "adam writes into the gradients that",
+        ),
+    ],
+)
+def test_what_are_no_steps_is_said(optimizer, said):
+    assert said in refusal(testing.assert_adam, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(lr=0.0), "lr is 0.0; expected a positive number"),
+        (dict(eps=-1.0), "eps is -1.0; expected a positive number"),
+        (dict(betas=(0.9, 1.0)), r"betas[1] is 1.0; expected a number in [0, 1)"),
+        (dict(weight_decay=-0.1), "weight_decay is -0.1; expected a number, not negative"),
+        (dict(tolerance=0.0), "tolerance is 0.0"),
+    ],
+)
+def test_settings_of_an_optimizer_are_checked(settings, said):
+    with pytest.raises(ValueError) as caught:
+        testing.assert_adam(adam(), **settings)
     assert said in str(caught.value)

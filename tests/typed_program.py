@@ -45,6 +45,7 @@ def right(data: np.ndarray, rng: np.random.Generator) -> None:
         td.testing.assert_sampler(denoise, diffusion, steps=steps)
         td.testing.assert_guided(lambda network, x, t, labels: network(x, t, labels), diffusion)
         td.testing.assert_hybrid_gradient(lambda x0, t, noise, output: output, diffusion)
+        td.testing.assert_adam(lambda weights, gradients: gradients, lr=0.1, betas=(0.5, 0.9))
         td.testing.assert_ema(lambda weights: weights[1:], lambda k: 1 - 1 / k)
         td.testing.assert_training_draws(lambda network, x0: network(x0, 0), diffusion, num_classes=3)
     td.sample(drawn, diffusion, (3, 2), rng=rng, labels=np.zeros(3, int), guidance_scale=2)

@@ -4,8 +4,9 @@ Each check takes a function of yours, in whatever framework, calls it at every t
 unless it returns what the identity says. The message says how far off it is and at which t. If all numbers,
 at every t, are to a thousandth those that a mistake on the check's list gives, the message names that
 mistake; those with an E are in chapter 9 of the docs. `assert_training_draws` calls a loss that draws for
-itself, and judges by statistics; `assert_ema` asks for averages of weights. `assert_backward` takes a layer
-or a network that is written as tinydiff's are, and checks that its backward is its derivative.
+itself, and judges by statistics; `assert_adam` and `assert_ema` look at an optimizer's steps and at averages
+of weights. `assert_backward` takes a layer or a network that is written as tinydiff's are, and checks that
+its backward is its derivative.
 
 >>> import torch
 >>> from tinydiff import linear_schedule, testing
@@ -21,6 +22,7 @@ AssertionError: ...
 Chapter 13 of the docs says what things are called elsewhere, and what these checks cannot find.
 """
 
+from tinydiff.testing._adam import assert_adam
 from tinydiff.testing._backward import assert_backward
 from tinydiff.testing._bound import assert_bound_terms
 from tinydiff.testing._draws import assert_training_draws
@@ -34,6 +36,7 @@ from tinydiff.testing._sampler import assert_sampler
 from tinydiff.testing._schedule import assert_schedule
 
 __all__ = [
+    "assert_adam",
     "assert_backward",
     "assert_bound_terms",
     "assert_ema",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tinydiff._checks import check_number
-from tinydiff.testing._asked import Function, called, check_tolerance, on_host
-from tinydiff.testing._judge import named
+from tinydiff.testing._asked import Function, check_tolerance
+from tinydiff.testing._steps import asked_steps, judge_steps
 
 __all__ = ["assert_ema"]
 
@@ -51,34 +51,17 @@ def assert_ema(
     decays, end = _checked(decay)
     rng = np.random.default_rng(0)
     weights = np.cumsum(rng.standard_normal((UPDATES + 1, WEIGHTS)), axis=0)
-    given = asarray(weights.copy())
-    came = on_host("ema", called(ema, "ema(weights)", given))
-    if came.shape != weights[1:].shape:
-        raise AssertionError(
-            f"ema has shape {came.shape}; expected {weights[1:].shape}, one after each step."
-        )
-    if not np.array_equal(on_host("weights", given), on_host("weights", asarray(weights.copy()))):
-        raise AssertionError("ema writes into the weights, which are still trained; expected to leave them.")
-    right = _averages(weights, decays)
-
-    def apart(other: np.ndarray) -> np.ndarray:
-        """How far each average that came is from another."""
-        with np.errstate(all="ignore"):
-            off = np.abs(came - other) / np.max(np.abs(right - weights[0]))
-        return np.max(np.where(np.isnan(off), np.inf, off), axis=1)
-
-    off = apart(right)
-    if np.max(off) <= tolerance:
-        return
-    distances = {what: float(np.max(apart(other))) for what, other in _mistakes(weights, decays, end).items()}
+    came = asked_steps("ema(weights)", ema, {"weights": weights}, (UPDATES, WEIGHTS), asarray)
     half = np.array_equal(came, came.astype(np.float16))  # so are bfloat16's numbers, of this size
-    distances["kept in half precision (E.18)"] = 0.0 if half else np.inf
-    worst = float(np.max(off))
-    raise AssertionError(
-        f"ema is off by {worst:.3g} of the furthest that it should have moved; by more than {tolerance:.3g} "
-        f"after {np.count_nonzero(off > tolerance)} of {UPDATES} updates, first after update "
-        f"{np.argmax(off > tolerance) + 1}. Expected decay average + (1 - decay) weights (docs: B.23).\n"
-        f"{named(distances, worst, tolerance)}"
+    judge_steps(
+        "ema",
+        came,
+        _averages(weights, decays),
+        weights[0],
+        _mistakes(weights, decays, end),
+        tolerance,
+        "decay average + (1 - decay) weights (docs: B.23)",
+        {"kept in half precision (E.18)": 0.0 if half else np.inf},
     )
 
 
@@ -133,5 +116,4 @@ def _mistakes(weights: np.ndarray, decays: np.ndarray, end: float) -> dict[str, 
         wrong[f"it is updated {m} times a step, at each of {m} micro-batches (E.30)"] = _averages(
             weights, decays**m
         )
-    right = _averages(weights, decays)
-    return {what: other for what, other in wrong.items() if not np.array_equal(other, right)}
+    return wrong

@@ -1,0 +1,79 @@
+"""Whether what is kept from step to step is, after each of them, what it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from tinydiff.testing._asked import Function, called, on_host
+from tinydiff.testing._judge import named
+
+__all__ = ["asked_steps", "judge_steps"]
+
+
+def asked_steps(
+    signature: str,
+    function: Function,
+    given: Mapping[str, np.ndarray],
+    shape: tuple[int, int],
+    asarray: Function,
+) -> np.ndarray:
+    """What a function returns for these arrays; AssertionError unless of `shape`, and they are as before."""
+    name, shown = signature.split("(")[0], {of: asarray(x.copy()) for of, x in given.items()}
+    came = on_host(name, called(function, signature, *shown.values()))
+    if came.shape != shape:
+        raise AssertionError(f"{name} has shape {came.shape}; expected {shape}, a row after each step.")
+    for of, x in shown.items():
+        if not np.array_equal(on_host(of, x), on_host(of, asarray(given[of].copy()))):
+            raise AssertionError(f"{name} writes into the {of} that it is given; expected to leave them.")
+    return came
+
+
+def judge_steps(
+    name: str,
+    came: np.ndarray,
+    right: np.ndarray,
+    start: np.ndarray,
+    mistakes: Mapping[str, np.ndarray],
+    tolerance: float,
+    expected: str,
+    further: Mapping[str, float] | None = None,
+) -> None:
+    """AssertionError unless `came` (K, n) is `right`, as a part of the furthest that each number should move.
+
+    Parameters
+    ----------
+    name, expected : str
+        What to call it, and the formula, with its identifier.
+    came, right : array of shape (K, n)
+        After each step.
+    start : array of shape (n,)
+        Before the first.
+    mistakes : mapping of arrays (K, n)
+        What it is with each mistake; those that change nothing are left out.
+    tolerance : float
+        The largest difference that passes.
+    further : mapping of floats, optional
+        How far it is from mistakes that are told in another way.
+    """
+    moves = np.max(np.abs(right - start), axis=0)
+    moves = np.maximum(moves, 1e-6 * np.max(moves))
+
+    def apart(other: np.ndarray) -> np.ndarray:
+        """How far it is from another, after each step."""
+        with np.errstate(all="ignore"):
+            off = np.abs(came - other) / moves
+        return np.max(np.where(np.isnan(off), np.inf, off), axis=1)
+
+    off = apart(right)
+    if np.max(off) <= tolerance:
+        return
+    others = {what: other for what, other in mistakes.items() if not np.array_equal(other, right)}
+    distances = {what: float(np.max(apart(other))) for what, other in others.items()} | dict(further or {})
+    worst = float(np.max(off))
+    raise AssertionError(
+        f"{name} is off by {worst:.3g} of the furthest that it should have moved; by more than "
+        f"{tolerance:.3g} after {np.count_nonzero(off > tolerance)} of {len(off)} steps, first after step "
+        f"{np.argmax(off > tolerance) + 1}. Expected {expected}.\n{named(distances, worst, tolerance)}"
+    )
