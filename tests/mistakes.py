@@ -1516,6 +1516,7 @@ def adam(  # Kingma & Ba 2015, algorithm 1, with these settings
     move=lambda w, step: w - 0.01 * step - 0.01 * 0.1 * w,
     moments=lambda before, after: after,
     coupled=0.0,
+    rests=lambda g: False,
 ):
     def path(weights, gradients):
         w, m, v, found = weights.copy(), 0 * weights, 0 * weights, []
@@ -1523,7 +1524,8 @@ def adam(  # Kingma & Ba 2015, algorithm 1, with these settings
             g = g + coupled * w
             before, (m, v) = (m, v), (b1 * m + share(b1) * g, b2 * v + share(b2) * g * g)
             of = moments(before, (m, v))
-            w = move(w, of_m(of[0], k, g) / of_v(of[1], k))
+            w = np.where(rests(g), w, move(w, of_m(of[0], k, g) / of_v(of[1], k)))
+            m, v = np.where(rests(g), before, (m, v))
             found.append(w)
         return np.array(found)
 
@@ -1569,6 +1571,7 @@ ADAMS = {
         lambda m, k, g: g, lambda v, k: np.sqrt(v) + 1e-6
     ),
     "the first moment alone, without the second": adam(of_v=lambda v, k: 1.0),
+    "a weight rests while its gradient is 0, as in SparseAdam": adam(rests=lambda g: g == 0),
     "up the gradient, not down": adam(move=lambda w, step: w + 0.01 * step - 0.01 * 0.1 * w),
     "no weight decay": adam(move=no_decay),
     "the weight decay is in the gradient, as in PyTorch's Adam, not AdamW": adam(move=no_decay, coupled=0.1),

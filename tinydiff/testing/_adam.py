@@ -65,8 +65,7 @@ def assert_adam(
 
     def path(**how: Any) -> np.ndarray:
         settings = dict(lr=lr, betas=betas, eps=eps, decay=weight_decay)
-        with np.errstate(all="ignore"):
-            return _path(weights, gradients, **{**settings, **how})
+        return _path(weights, gradients, **{**settings, **how})
 
     mistakes = _mistakes(path, betas, lr, weight_decay)
     judge_steps("adam", came, path(), weights, mistakes, tolerance, "Adam's (docs: B.21)")
@@ -91,6 +90,7 @@ def _path(
     of_m: bool = True,
     of_v: Function = np.sqrt,
     decayed_last: bool = False,
+    at_rest: bool = False,
 ) -> np.ndarray:
     """The weights after each step, from the parts of Adam, one of which may be wrong."""
     w, m, v, top, found = weights, 0.0 * weights, 0.0 * weights, 0.0 * weights, []
@@ -98,14 +98,15 @@ def _path(
     for k, gradient in enumerate(gradients, first):
         g = gradient + coupled * w
         before = m, v
-        m = beta1 * m + (1.0 if summed else 1 - beta1) * g
-        v = beta2 * v + (1.0 if summed else 1 - beta2) * g**2
+        moved = (g != 0) | (not at_rest)
+        m = np.where(moved, beta1 * m + (1.0 if summed else 1 - beta1) * g, m)
+        v = np.where(moved, beta2 * v + (1.0 if summed else 1 - beta2) * g**2, v)
         top = np.maximum(top, v)
         mean, square = before if late else (m, top if largest else v)
         of_1, of_2 = (1 - beta**k if on else 1.0 for beta, on in zip(betas, corrected, strict=True))
         root = of_v(square / of_2 + eps * inside) + eps * (not inside) * (1 / np.sqrt(of_2) if hat else 1.0)
         step = lr * (mean / of_1 if of_m else g) / root
-        w = w - step - lr * decay * (w - step * decayed_last)
+        w = np.where(moved, w - step - lr * decay * (w - step * decayed_last), w)
         found.append(w)
     return np.array(found)
 
@@ -129,6 +130,7 @@ def _mistakes(path: Function, betas: tuple[float, float], lr: float, decay: floa
             of_m=False, corrected=(False, False)
         ),
         "the first moment alone, without the second": path(of_v=np.ones_like, eps=0.0),
+        "a weight rests while its gradient is 0, as in SparseAdam": path(at_rest=True),
         "up the gradient, not down": path(lr=-lr, decay=-decay),
     }
     if decay > 0:

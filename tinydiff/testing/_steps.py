@@ -51,14 +51,13 @@ def judge_steps(
     start : array of shape (n,)
         Before the first.
     mistakes : mapping of arrays (K, n)
-        What it is with each mistake; those that change nothing are left out.
+        What it is with each mistake.
     tolerance : float
         The largest difference that passes.
     further : mapping of floats, optional
         How far it is from mistakes that are told in another way.
     """
     moves = np.max(np.abs(right - start), axis=0)
-    moves = np.maximum(moves, 1e-6 * np.max(moves))
 
     def apart(other: np.ndarray) -> np.ndarray:
         """How far it is from another, after each step."""
@@ -69,8 +68,7 @@ def judge_steps(
     off = apart(right)
     if np.max(off) <= tolerance:
         return
-    others = {what: other for what, other in mistakes.items() if not np.array_equal(other, right)}
-    distances = {what: float(np.max(apart(other))) for what, other in others.items()} | dict(further or {})
+    distances = {what: float(np.max(apart(other))) for what, other in mistakes.items()} | dict(further or {})
     worst = float(np.max(off))
     raise AssertionError(
         f"{name} is off by {worst:.3g} of the furthest that it should have moved; by more than "
