@@ -339,6 +339,11 @@ def test_the_optimizers_of_pytorch_are_known(settings):
     decay = dict(weight_decay=0.1)
     ask = partial(testing.assert_adam, asarray=torch.as_tensor, **settings)
     ask(path_of(torch.optim.Adam, **settings))
+
+    def single(weights, gradients):
+        return path_of(torch.optim.Adam, **settings)(weights.float(), gradients.float())
+
+    ask(single, tolerance=1e-3)
     ask(path_of(torch.optim.AdamW, **settings, **decay), **decay)
     for optimizer_class, how, asked, what in [
         (

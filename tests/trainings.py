@@ -122,7 +122,9 @@ DRAWS = [
         dict(num_classes=10),
         {
             "no class is ever withheld": training(told=lambda rng, labels: labels),
-            "every class is withheld": training(told=lambda rng, labels: None),
+            "every class is withheld, or told by another name than class_labels or y": training(
+                told=lambda rng, labels: None
+            ),
             "the share that is withheld and the share that is told are exchanged": training(
                 told=withheld(0.9)
             ),

@@ -14,6 +14,7 @@ Choice = TypeVar("Choice")
 __all__ = [
     "check_array",
     "check_batch",
+    "check_betas",
     "check_choice",
     "check_counts",
     "check_features",
@@ -40,6 +41,13 @@ def check_batch(name: str, x: Any) -> None:
     """ValueError unless the array has a batch axis, and no axis of size 0."""
     if min(x.shape, default=0) < 1:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (N, ...) with every size at least 1.")
+
+
+def check_betas(betas: Any) -> None:
+    """ValueError unless `betas` are two numbers in [0, 1), the decays of Adam's moments."""
+    two = np.shape(betas) == (2,) and all(isinstance(beta, numbers.Real) for beta in betas)
+    if not (two and all(0 <= beta < 1 for beta in betas)):
+        raise ValueError(f"betas is {betas!r}; expected two numbers in [0, 1).")
 
 
 def check_counts(**counts: Any) -> None:

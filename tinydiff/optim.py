@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any, Generic
 
 import numpy as np
 
-from tinydiff._checks import check_number, class_or_kind
+from tinydiff._checks import check_betas, check_number, class_or_kind
 from tinydiff._together import Together, cut, end_to_end, groups
 from tinydiff.backend import Array, array_namespace, asarray_like, to_numpy
 from tinydiff.kernels import kernels_for
@@ -60,9 +59,7 @@ class Adam:
         for name, value in [("lr", lr), ("weight_decay", weight_decay)]:
             check_number(name, value, lambda rate: 0 <= rate < math.inf, "a finite number, not negative")
         check_number("eps", eps, lambda eps: 0 < eps < math.inf, "a positive number")
-        numbers = np.shape(betas) == (2,) and all(isinstance(beta, Real) for beta in betas)
-        if not (numbers and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(f"betas is {betas!r}; expected two numbers in [0, 1).")
+        check_betas(betas)
         self.parameters = _distinct(parameters)
         self.lr = lr
         self.betas = betas

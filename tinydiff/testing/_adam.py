@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff._checks import check_number
+from tinydiff._checks import check_betas, check_number
 from tinydiff.testing._asked import Function, check_tolerance
 from tinydiff.testing._steps import asked_steps, judge_steps
 
@@ -53,10 +53,9 @@ def assert_adam(
     for name, value in [("lr", lr), ("eps", eps)]:
         check_number(name, value, lambda value: 0 < value < math.inf, "a positive number")
     check_number("weight_decay", weight_decay, lambda decay: 0 <= decay < math.inf, "a number, not negative")
-    for k, beta in enumerate(betas):
-        check_number(f"betas[{k}]", beta, lambda beta: 0 <= beta < 1, "a number in [0, 1)")
+    check_betas(betas)
     rng = np.random.default_rng(0)
-    weights = rng.standard_normal(WEIGHTS)
+    weights = 100 * lr * rng.standard_normal(WEIGHTS)  # so that float32 has digits for how far they move
     # Of many sizes, from far below eps on; the last weight is met by one gradient alone, which comes late.
     gradients = rng.standard_normal((STEPS, WEIGHTS)) * np.logspace(-2, 6, WEIGHTS) * eps
     gradients[:, -1] = np.where(np.arange(STEPS) == STEPS // 2, 1.0, 0.0)

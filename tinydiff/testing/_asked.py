@@ -157,7 +157,7 @@ def steps_shown(t: np.ndarray, T: int) -> np.ndarray:
     t = whole(t)
     if np.any((t % 1 != 0) | (t < 0) | (t >= T)):
         why = "E.13; or E.14, in bfloat16" if np.max(t) == in_bfloat16(T - 1) else "E.13"
-        if np.all((t >= 0) & (t <= 1)):
+        if np.all((t >= 0) & (t <= 1)) and np.any(t % 1):
             why = f"of a network that is told t / T, hand over lambda x, u: network(x, {T} * u)"
         raise AssertionError(f"the network is shown t = {t}; expected whole numbers, 0 … {T - 1} ({why}).")
     return t.astype(np.int64)

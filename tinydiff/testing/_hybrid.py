@@ -52,8 +52,9 @@ def assert_hybrid_gradient(
     axis : int
         As in `assert_p_mean_variance`.
     shape, asarray, tolerance
-        As in `assert_q_sample`. What passes is relative to the largest number of a sample's gradient: late in
-        the chain that by nu is a millionth of it, and float32 has no digits of that.
+        As in `assert_q_sample`. What passes is relative to the largest number of a sample's gradient. That by
+        nu falls along the chain, of the linear schedule to less than 1e-5 of it beyond the middle: whatever
+        nu learns there passes, and float32 has no digits of it.
 
     Raises
     ------

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tinydiff.testing._asked import Function, called, on_host
-from tinydiff.testing._judge import named
+from tinydiff.testing._judge import named, single
 
 __all__ = ["asked_steps", "judge_steps"]
 
@@ -70,8 +70,12 @@ def judge_steps(
         return
     distances = {what: float(np.max(apart(other))) for what, other in mistakes.items()} | dict(further or {})
     worst = float(np.max(off))
+    unknown = (
+        " In float32 what is right can be off by as much: give tolerance=1e-3." if single(worst, came) else ""
+    )
     raise AssertionError(
         f"{name} is off by {worst:.3g} of the furthest that it should have moved; by more than "
         f"{tolerance:.3g} after {np.count_nonzero(off > tolerance)} of {len(off)} steps, first after step "
-        f"{np.argmax(off > tolerance) + 1}. Expected {expected}.\n{named(distances, worst, tolerance)}"
+        f"{np.argmax(off > tolerance) + 1}. Expected {expected}.\n"
+        f"{named(distances, worst, tolerance, unknown)}"
     )
