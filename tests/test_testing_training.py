@@ -307,6 +307,15 @@ def test_layers_with_one_offset_for_a_batch_are_right(T, N):
         assert _draws._wrong_times((offsets % 1 * T).astype(int), even) == ""
 
 
+@pytest.mark.parametrize("N", [1, 8, 128, 1000])
+def test_other_probabilities_are_seen_in_batches_of_any_size(N):
+    falling = training(lambda rng, N: rng.choice(LINEAR.T, N, p=EARLY))
+    assert "t = " in refusal(testing.assert_training_draws, falling, EPS, shape=(N, 2))
+    testing.assert_training_draws(falling, EPS, probabilities=EARLY, shape=(N, 2))
+    said = refusal(testing.assert_training_draws, training(), EPS, probabilities=EARLY, shape=(N, 2))
+    assert said.endswith("this: every t is drawn equally often.")
+
+
 @pytest.mark.parametrize(
     ("told", "what"),
     [

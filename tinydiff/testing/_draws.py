@@ -183,13 +183,14 @@ def _asked(
 def _wrong_times(t: np.ndarray, p: np.ndarray) -> str:
     """What is wrong with the times (calls, N), which are to have probabilities p; nothing if it is empty."""
     counts = np.bincount(t.ravel(), minlength=len(p))
-    share, by_chance, more = _alike(t)
+    share, by_chance, more, fewer = _alike(t)
+    together = t.shape[1] if fewer else 2  # of layers with one offset, one t says the others; or T - 1 - t
     again = by_chance < 1 and bool(np.all(t[1:] == t[:-1]))
-    if not more and not again and _fits(counts, p, t.shape[1]):
+    if not more and not again and _fits(counts, p, together):
         return ""
     names = {ONE_T: more and share == 1, AGAIN_T: again}
     for what, q in _wrong_probabilities(p).items():
-        names[what] = not more and not again and _fits(counts, q, t.shape[1])
+        names[what] = not more and not again and _fits(counts, q, together)
     if again:
         return f"Every call draws the t of the call before. {_known(names)}"
     if more:
@@ -382,7 +383,7 @@ def _wrong_labels(told: np.ndarray, labels: np.ndarray, num_classes: int, share:
             f"{_known(names)}"
         )
     counts, expected = np.bincount(withheld.ravel(), minlength=2), np.array([1 - share, share])
-    together, _, more = _alike(withheld.astype(np.int64))
+    together, _, more, _ = _alike(withheld.astype(np.int64))
     if not more and _fits(counts, expected):
         return ""
     names = {
@@ -421,8 +422,8 @@ def _fits(counts: np.ndarray, p: np.ndarray, together: int = 1) -> bool:
     return bool(chdtrc(max(len(wanted) - 1, 1) / together, squares / together) >= RARE)
 
 
-def _alike(drawn: np.ndarray) -> tuple[float, float, bool]:
-    """The share of the pairs in a row (., N) that are equal, that by chance, and if there are surely more."""
+def _alike(drawn: np.ndarray) -> tuple[float, float, bool, bool]:
+    """The share of equal pairs in a row (., N), that by chance, and if it is surely more or likely less."""
     from scipy.special import chdtrc
 
     (rows, N), n = drawn.shape, drawn.size
@@ -436,10 +437,12 @@ def _alike(drawn: np.ndarray) -> tuple[float, float, bool]:
     # many squares as there are pairs by chance. Half as many, if t and T - 1 - t are drawn together.
     variance = by_chance - 2 * of_three + by_chance**2
     if pairs == 0 or variance <= 0:
-        return 0.0, by_chance, False
+        return 0.0, by_chance, False, False
     of = rows * (1 - by_chance) ** 2 / variance / 2
-    z = (equal - by_chance * pairs - 10) / math.sqrt(2 * variance * pairs)  # but for 10, if they are few
-    return equal / pairs, by_chance, bool(chdtrc(of, of + z * math.sqrt(2 * of)) < RARE)
+    deviation = math.sqrt(2 * variance * pairs)
+    z = (equal - by_chance * pairs - 10) / deviation  # but for 10, if they are few
+    more = bool(chdtrc(of, of + z * math.sqrt(2 * of)) < RARE)
+    return equal / pairs, by_chance, more, equal - by_chance * pairs < -2 * deviation
 
 
 def _known(names: dict[str, Any]) -> str:
