@@ -264,6 +264,9 @@ def hybrid(
     weight=lambda D: 1e-3 * 200 / D / np.log(2),
     whole=lambda N, D: 1.0,
     nll=None,
+    f=lambda v: (1 + v) / 2,
+    slope=0.5,
+    guess=of_eps,
 ):
     """The gradient of Nichol & Dhariwal 2021, eq. 16, where eps is predicted.
 
@@ -275,14 +278,14 @@ def hybrid(
         N, D, first = len(x0), x0[0].size, column(t) == 0
         x_t = linear(A, S)(x0, t, noise)
         low, beta = np.log(column(LOW[t])), np.log(column(BETAS[t]))
-        p = np.exp((1 + v) / 2 * beta + (1 - v) / 2 * low)
-        d = column(OF_X0[t]) * (of_eps(x_t, t, eps) - x0)
+        p = np.exp(f(v) * beta + (1 - f(v)) * low)
+        d = column(OF_X0[t]) * (guess(x_t, t, eps) - x0)
         by_log_p = (1 - (np.where(first, 0.0, column(SMALL[t])) + d**2) / p) / 2
-        by_v = by_log_p * (beta - low) / 2
+        by_v = by_log_p * slope * (beta - low)
         if nll is not None:
             up, down = (np.exp(np.log(p) + side * (beta - low) / 2) for side in (1e-6, -1e-6))
-            slope = (nll(x0, of_eps(x_t, t, eps), up) - nll(x0, of_eps(x_t, t, eps), down)) / 2e-6
-            by_v = np.where(first, slope, by_v)
+            at_0 = (nll(x0, of_eps(x_t, t, eps), up) - nll(x0, of_eps(x_t, t, eps), down)) / 2e-6
+            by_v = np.where(first, at_0, by_v)
         by_eps = -d / p * column(OF_X0[t] * S[t] / A[t])
         halves = [
             simple * 2 * (eps - noise) / D + weight(D) * column(mean(t) + 0.0 * t) * by_eps,
@@ -614,6 +617,14 @@ PLANTED = [
             ),
             "the prediction learns nothing: L_simple is left out": hybrid(simple=0.0),
             "L_vlb alone, in both halves": hybrid(simple=0.0, mean=lambda t: 1.0),
+            "nu, from -1 to 1, is taken for f, from 0 to 1": hybrid(f=lambda v: v, slope=1.0),
+            "the ends of nu's range are exchanged: beta~ at 1, beta at -1": hybrid(
+                f=lambda v: (1 - v) / 2, slope=-0.5
+            ),
+            "the estimate of x_0 is clipped in L_vlb": hybrid(guess=clipped),
+            "the two halves of the output are exchanged": lambda x0, t, noise, output: np.roll(
+                hybrid()(x0, t, noise, np.roll(output, x0.shape[-1], axis=-1)), x0.shape[-1], axis=-1
+            ),
             "lambda is 1": hybrid(weight=times_lambda(1000)),
             "lambda counts one term, not the sum over T, as in LearnedGaussianDiffusion": hybrid(
                 weight=times_lambda(1 / 200)

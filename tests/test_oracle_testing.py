@@ -364,6 +364,23 @@ def test_the_optimizers_of_pytorch_are_known(settings):
         ask(path_of(torch.optim.RMSprop, **rate))
 
 
+def test_the_average_of_pytorch_is_known():
+    def averages(weights):
+        net = torch.nn.Linear(1, 32, bias=False).double()
+        net.weight.data = weights[0][:, None].clone()
+        of = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+        average, found = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=of), []
+        for row in weights[1:]:
+            net.weight.data = row[:, None].clone()
+            average.update_parameters(net)
+            found.append(average.module.weight.data[:, 0].clone())
+        return torch.stack(found)
+
+    testing.assert_ema(averages, lambda k: 0.99 if k > 1 else 0, asarray=torch.as_tensor)
+    with pytest.raises(AssertionError, match="as that of PyTorch's AveragedModel"):
+        testing.assert_ema(averages, 0.99, asarray=torch.as_tensor)
+
+
 def test_a_training_in_pytorch_is_asked_what_it_draws():
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=200)
     process = td.GaussianDiffusion(td.NoiseSchedule(scheduler.betas))
@@ -383,6 +400,8 @@ def test_a_training_in_pytorch_is_asked_what_it_draws():
     )
     with pytest.raises(AssertionError) as caught:
         testing.assert_training_draws(partial(loss, last=199, none=0), process, **options)
+    stepped = lambda network, *given: loss(network, *given).backward()  # noqa: E731
+    testing.assert_training_draws(stepped, process, **options)
     first, second = str(caught.value).split("\n")
     assert first.endswith("this: t = T - 1 is never drawn, as by randint(0, T - 1) (E.28).")
     assert second.endswith("this: no class is told as class 0, which is one.")

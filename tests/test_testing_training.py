@@ -150,7 +150,7 @@ def test_mistakes_in_several_draws_are_said_together():
     said = refusal(testing.assert_training_draws, wrong, EPS, num_classes=10)
     lines = said.split("\n")
     assert [line[-7:] for line in lines[:2]] == ["(E.28).", "(E.29)."]
-    assert lines[2].endswith(": no class is ever withheld.") and len(lines) == 3
+    assert ": no class is ever withheld, or it is by a mask" in lines[2] and len(lines) == 3
 
 
 def test_steps_that_are_not_to_be_drawn_are_no_mistake():
@@ -245,8 +245,9 @@ def test_states_of_another_process_are_told_from_noise(x_t):
 
     rng = np.random.default_rng(0)
     said = refusal(testing.assert_training_draws, loss, EPS, shape=(8, 20))
-    assert said.startswith("The network is shown other states") and said.endswith(
-        "assert_q_sample says more."
+    assert (
+        said.startswith("The network is shown other states")
+        and "assert_q_sample says more; or x_0 is " in said
     )
 
 
@@ -264,8 +265,14 @@ def test_tests_refuse_what_is_right_as_rarely_as_they_should(shape, monkeypatch)
             testing.assert_training_draws(draws, process, num_classes=10, shape=shape)
         except AssertionError as error:
             refused += str(error).split("\n")
-    begin = {"t =": 2, "Two samples": 1, "The network": 2, "The class": 3}  # and how many tests each has
-    begin |= {"The noise has the correlation": len(shape) + 1, "The noise has the mean": 4}
+    begin = {
+        "t =": 2,
+        "Two samples": 1,
+        "The network": 2,
+        "The class": 3,
+        "Class": 3,
+    }  # and how many tests each has
+    begin |= {"The noise has the correlation": len(shape) + 2, "The noise has the mean": 4}
     found = {words: sum(line.startswith(words) for line in refused) for words in begin}
     assert sum(found.values()) == len(refused)
     for words, tests in begin.items():
@@ -340,6 +347,33 @@ def test_one_t_and_one_noise_for_a_batch_are_both_named():
         "one t for all samples of a batch.",
         "one noise for all samples of a batch.",
     ]
+
+
+def test_one_class_that_is_withheld_is_not_a_share_of_all():
+    wrong = training(told=lambda rng, labels: np.where(labels == 3, 10, labels))
+    said = refusal(testing.assert_training_draws, wrong, EPS, num_classes=10)
+    assert said.startswith("Class 3 is withheld ") and "None of the " in said
+
+
+def test_noise_that_is_blurred_is_not_called_offset_noise():
+    def blurred(rng, shape):
+        noise = rng.standard_normal(shape)
+        return (noise + 0.1 * np.roll(noise, 1, axis=-2)) / 1.01**0.5
+
+    said = refusal(testing.assert_training_draws, training(noise=blurred), EPS)
+    assert said.startswith("The noise has the correlation ") and "None of the " in said
+
+
+def test_a_training_may_call_its_network_by_names_and_tell_it_more():
+    rng = np.random.default_rng(0)
+
+    def loss(network, x0):
+        t = rng.integers(LINEAR.T, size=len(x0))
+        x_t = EPS.q_sample(x0, t, rng.standard_normal(x0.shape))
+        network(sample=x_t, timesteps=t)
+        return network(x_t, t, np.zeros((len(x0), 77, 16)), hidden_states=x_t, time=t)
+
+    testing.assert_training_draws(loss, EPS)
 
 
 def test_offset_noise_of_the_usual_size_is_named():
@@ -464,6 +498,21 @@ def test_how_far_an_average_is_off_is_a_part_of_how_far_it_should_have_moved():
     assert f"ema is off by {off:.3g} of the furthest" in refusal(testing.assert_ema, average(before=1), 0.99)
 
 
+@pytest.mark.parametrize(
+    "check", [partial(testing.assert_ema, decay=0.99), partial(testing.assert_adam, **SETTINGS)]
+)
+def test_a_copy_that_was_forgotten_is_named(check):
+    def aliased(*given):
+        found = (average() if len(given) == 1 else adam())(*given)
+        return np.repeat(found[-1:], len(found), axis=0)
+
+    assert refusal(check, aliased).endswith("this: each row is the last: it was kept without a copy.")
+
+
+def test_an_average_may_rest_at_some_steps():
+    testing.assert_ema(average(lambda k: 0.9 if k % 10 == 0 else 1.0), lambda k: 0.9 if k % 10 == 0 else 1)
+
+
 def test_a_decay_that_is_rounded_to_1_far_out_passes():
     warming_up = lambda k: 1 - np.exp(-k / 10)  # noqa: E731
     testing.assert_ema(average(warming_up), warming_up)
@@ -523,7 +572,8 @@ def test_an_average_that_replaces_the_weights_is_said():
     ("decay", "said"),
     [
         (1.0, "decay is 1.0; expected a number in [0, 1)"),
-        (lambda k: k / 50, r"decay(50) is 1.0; expected a number in [0, 1)"),
+        (lambda k: k / 50, r"decay(51) is 1.02; expected a number in [0, 1]"),
+        (lambda k: 1, "decay(k) is 1 for k = 1 … 100; expected an update in one step at least"),
         ("0.99", "decay is '0.99'"),
     ],
 )
@@ -577,9 +627,12 @@ def test_a_mistake_in_an_optimizer_is_named(what):
 def test_every_mistake_of_optimizers_is_planted():
     listed = _adam._mistakes(lambda **how: how, (0.9, 0.99), 0.01, 0.1)
     assert {*listed} == {*ADAMS}
-    assert {what for what in listed if "decay" not in what} == {
-        *_adam._mistakes(lambda **how: how, (0.9, 0.99), 0.01, 0.0)
-    }
+    without = _adam._mistakes(lambda **how: how, (0.9, 0.99), 0.01, 0.0)
+    by_default = "a weight decay of 0.01, the default of PyTorch's AdamW"
+    assert {what for what in listed if "decay" not in what} == {*without} - {by_default}
+    settings = {**SETTINGS, "weight_decay": 0.0}
+    said = refusal(testing.assert_adam, adam(move=lambda w, step: w - 0.01 * step - 1e-4 * w), **settings)
+    assert said.endswith(f"this: {by_default}.")
 
 
 def test_one_wrong_step_is_enough_and_so_is_one_small_weight():

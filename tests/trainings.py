@@ -6,12 +6,37 @@ What it draws, how an optimizer steps and how its weights are averaged: by the n
 
 import numpy as np
 from mistakes import EPS, LINEAR
+from scipy.special import ndtri
 
 # What a training draws
 
 T = LINEAR.T
 EVEN = np.full(T, 1 / T)
 EARLY = np.arange(T, 0, -1) / np.sum(np.arange(T, 0, -1))  # probabilities that fall with t
+
+
+def of_one_number(process=EPS):
+    """A loss in which the number that says t says who is withheld, too."""
+    rng = np.random.default_rng(0)
+
+    def loss(network, x0, labels):
+        u = rng.random(len(x0))
+        x_t = process.q_sample(x0, times := (u * T).astype(int), rng.standard_normal(x0.shape))
+        return network(x_t, times, np.where(u < 0.1, 10, labels))
+
+    return loss
+
+
+def noise_of_t(process=EPS):
+    """A loss whose t come of the same uniform numbers as the first of its noise."""
+    rng = np.random.default_rng(0)
+
+    def loss(network, x0):
+        u = rng.random(x0.shape)
+        times = (u.ravel()[: len(x0)] * T).astype(int)
+        return network(process.q_sample(x0, times, ndtri(u)), times)
+
+    return loss
 
 
 def training(t=None, noise=None, told=None, seed=0, process=EPS, classes=10):
@@ -94,6 +119,7 @@ DRAWS = [
             "offset noise, a number for each sample and channel, which is another process, and on purpose": (
                 training(noise=offset)
             ),
+            "the noise goes with t: both come of the same random numbers, or of the same key": noise_of_t(),
             "uniform in [0, 1): rand for randn (E.29)": training(noise=lambda rng, shape: rng.random(shape)),
             "uniform in [-1, 1)": training(noise=lambda rng, shape: rng.uniform(-1, 1, shape)),
             "uniform, of variance 1": training(
@@ -121,7 +147,9 @@ DRAWS = [
     (
         dict(num_classes=10),
         {
-            "no class is ever withheld": training(told=lambda rng, labels: labels),
+            "no class is ever withheld, or it is by a mask or within your network, which is not here": (
+                training(told=lambda rng, labels: labels)
+            ),
             "every class is withheld, or told by another name than class_labels or y": training(
                 told=lambda rng, labels: None
             ),
@@ -133,6 +161,7 @@ DRAWS = [
             ),
             "no class is told as class 0, which is one": training(told=withheld(0.1, 0)),
             "no class is told as the last class, which is one": training(told=withheld(0.1, 9)),
+            "classes are withheld by t: the same random numbers, or the same key, say both": of_one_number(),
             "the labels of other samples of the batch": training(
                 told=lambda rng, labels: withheld(0.1)(rng, labels[::-1])
             ),
@@ -186,6 +215,10 @@ AVERAGES = {
     "the weights themselves": lambda weights: weights[1:],
     "the mean of all weights": average(rate=lambda k: 1 / (k + 1)),
     "the mean of all weights after the first": average(rate=lambda k: 1 / k),
+    "the first update copies the weights, as that of PyTorch's AveragedModel": average(
+        lambda k: 0.99 if k > 1 else 0.0
+    ),
+    "min(decay, k / (9 + k)) at update k": average(lambda k: min(0.99, k / (9 + k))),
     "it is updated only after every 10th step": average(lambda k: 0.99 if k % 10 == 0 else 1.0),
     "min(decay, (1 + k) / (10 + k)) at update k, tinydiff's": average(
         lambda k: min(0.99, (1 + k) / (10 + k))
@@ -193,7 +226,7 @@ AVERAGES = {
     "min(decay, k / (9 + k)) at update k, and 0 at the first, EMAModel's": average(
         lambda k: min(0.99, k / (9 + k)) if k > 1 else 0.0
     ),
-    "min(decay, 1 - k^(-2/3)) at update k, EMAModel's with use_ema_warmup": average(
+    "min(decay, 1 - k^(-2/3)) at update k, ema_pytorch's, and EMAModel's with use_ema_warmup": average(
         lambda k: min(0.99, 1 - k ** (-2 / 3))
     ),
     **{

@@ -132,7 +132,9 @@ def _mistakes(path: Function, betas: tuple[float, float], lr: float, decay: floa
         "a weight rests while its gradient is 0, as in SparseAdam": path(at_rest=True),
         "up the gradient, not down": path(lr=-lr, decay=-decay),
     }
-    if decay > 0:
+    if decay == 0:
+        mistakes["a weight decay of 0.01, the default of PyTorch's AdamW"] = path(decay=0.01)
+    else:
         mistakes |= {
             "no weight decay": path(decay=0.0),
             "the weight decay is in the gradient, as in PyTorch's Adam, not AdamW": path(

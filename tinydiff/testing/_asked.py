@@ -91,18 +91,19 @@ def answering(answer: Function, with_labels: bool = False) -> Function:
     """
 
     def network(
-        x: Any,
+        x: Any = None,
         t: Any = None,
         labels: Any = None,
         *_: Any,
-        timestep: Any = None,
         class_labels: Any = None,
         y: Any = None,
         return_dict: Any = True,
-        **__: Any,
+        **others: Any,
     ) -> Any:
         told = next((given for given in (labels, class_labels, y) if given is not None), None)
-        output = answer(x, timestep if t is None else t, *[told] * with_labels)
+        x = next((others[name] for name in ("sample", "hidden_states") if name in others), x)
+        t = next((others[name] for name in ("timestep", "timesteps", "time") if name in others), t)
+        output = answer(x, t, *[told] * with_labels)
         return (output,) if return_dict is False else output
 
     return network

@@ -52,8 +52,10 @@ FIRST_CLASS, LAST_CLASS = (
 )
 OTHER_LABELS = "the labels of other samples of the batch"
 TOGETHER = "the classes of a batch are withheld together, or none of them"
-NEVER = "no class is ever withheld"
+NEVER = "no class is ever withheld, or it is by a mask or within your network, which is not here"
 ALWAYS = "every class is withheld, or told by another name than class_labels or y"
+BY_T = "classes are withheld by t: the same random numbers, or the same key, say both"
+NOISE_BY_T = "the noise goes with t: both come of the same random numbers, or of the same key"
 EXCHANGED = "the share that is withheld and the share that is told are exchanged"
 
 
@@ -79,8 +81,9 @@ def assert_training_draws(
     loss : callable
         Takes ``network(x_t, t)`` and x0 of `shape`, in [-1, 1]; with `num_classes` also labels (N,), and may
         ask ``network(x_t, t, labels)``, or tell them as ``class_labels`` or ``y``; no class is None, or any
-        number but 0 … num_classes - 1. What the loss returns is not looked at. The network answers zeros,
-        without a gradient; of its calls in a loss the first counts.
+        number but 0 … num_classes - 1: if yours has a mask, or withholds classes within the network, do that
+        in a wrapper, ``lambda x, t, y, mask: network(x, t, where(mask, -1, y))``. What the loss returns is
+        not looked at. The network answers zeros; of its calls in a loss the first counts.
     diffusion : GaussianDiffusion
         The process: T, and the rates of data and noise.
     probabilities : array of shape (T,), optional
@@ -114,7 +117,7 @@ def assert_training_draws(
     t, noise, x0, labels, told = _asked(loss, diffusion, num_classes, axis, shape, asarray)
     found = [_wrong_times(t, p), _wrong_noise(noise, x0, t[: len(noise)], axis)]
     if num_classes is not None:
-        found.append(_wrong_labels(told, labels, num_classes, label_dropout))
+        found.append(_wrong_labels(told, labels, t, num_classes, label_dropout))
     wrong = [said for said in found if said]
     if wrong:
         raise AssertionError("\n".join(wrong))
@@ -159,8 +162,10 @@ def _asked(
             raise AssertionError(f"the network is shown x of shape {x.shape}; expected {shape}.")
         if not np.all(np.isfinite(x)):
             raise AssertionError(f"the network is shown an x that is not finite, at t = {t}.")
-        shown.append((x, np.broadcast_to(steps_shown(t, T), N), classes_told(x, labels, num_classes or 0)))
-        return asarray(zeros.copy())
+        told = classes_told(x, labels, num_classes) if num_classes else np.zeros(N, np.int64)
+        shown.append((x, np.broadcast_to(steps_shown(t, T), N), told))
+        answer = asarray(zeros.copy())
+        return answer.requires_grad_() if hasattr(answer, "requires_grad_") else answer  # a step may ask it
 
     for call in range(calls):
         x0, labels = rng.uniform(-1, 1, shape), rng.integers(0, num_classes or 1, N)
@@ -248,9 +253,22 @@ def _wrong_noise(noise: np.ndarray, x0: np.ndarray, t: np.ndarray, axis: int) ->
     z = (noise - centre) / size
     return (
         _other_states(z, x0, t)
+        or _wrong_relation(z, t)
         or _wrong_dependence(z, size**2, axis)
         or _wrong_distribution(noise.ravel(), centre, size)
     )
+
+
+def _wrong_relation(z: np.ndarray, t: np.ndarray) -> str:
+    """Whether the first numbers of a batch's noise go with its times; nothing if they do not."""
+    if np.all(t == t[:, :1]):  # a batch counts but once
+        return ""
+    first = z.reshape(len(z), -1)[:, : t.shape[1]]
+    rho = float(np.mean((t - np.mean(t)) / np.std(t) * first))
+    if abs(rho) * math.sqrt(first.size) <= SURELY:
+        return ""
+    said = f"The noise has the correlation {rho:.3g} with t, where there should be none."
+    return f"{said} {_known({NOISE_BY_T: True})}"
 
 
 def _wrong_dependence(z: np.ndarray, variance: float, axis: int) -> str:
@@ -312,7 +330,7 @@ def _other_states(z: np.ndarray, x0: np.ndarray, t: np.ndarray) -> str:
     return (
         "The network is shown other states than a_t x_0 + s_t eps: what is taken for eps has the correlation "
         f"{of_x0:.3g} with x_0, and a variance that is {changes} in the later half of t. "
-        "assert_q_sample says more."
+        "assert_q_sample says more; or x_0 is flipped, shuffled or rescaled before, which is to be left out."
     )
 
 
@@ -359,7 +377,7 @@ def _distributions(size: float) -> dict[str, Function]:
 # Classes
 
 
-def _wrong_labels(told: np.ndarray, labels: np.ndarray, num_classes: int, share: float) -> str:
+def _wrong_labels(told: np.ndarray, labels: np.ndarray, t: np.ndarray, num_classes: int, share: float) -> str:
     """What is wrong with the classes told (calls, N), -1 where withheld; nothing if it is empty."""
     withheld = told < 0
     other = ~withheld & (told != labels)
@@ -385,7 +403,7 @@ def _wrong_labels(told: np.ndarray, labels: np.ndarray, num_classes: int, share:
     counts, expected = np.bincount(withheld.ravel(), minlength=2), np.array([1 - share, share])
     together, _, more, _ = _alike(withheld.astype(np.int64))
     if not more and _fits(counts, expected):
-        return ""
+        return _withheld_by(withheld, labels, t, num_classes)
     names = {
         TOGETHER: more and together == 1,
         NEVER: counts[1] == 0,
@@ -396,6 +414,27 @@ def _wrong_labels(told: np.ndarray, labels: np.ndarray, num_classes: int, share:
     return (
         f"The class of {np.mean(withheld):.3g} of the samples is withheld{said}, where {share:.3g} is "
         f"expected. {_known(names)}"
+    )
+
+
+def _withheld_by(withheld: np.ndarray, labels: np.ndarray, t: np.ndarray, num_classes: int) -> str:
+    """Whether it depends on t or on the class if a class is withheld; nothing if it does not."""
+    n = int(np.sum(withheld))
+    if n in (0, withheld.size):
+        return ""
+    spread = float(np.std(t)) * math.sqrt(1 / n - 1 / withheld.size)
+    if abs(np.mean(t[withheld]) - np.mean(t)) > SURELY * spread:
+        return (
+            f"Classes are withheld where t is {np.mean(t[withheld]):.4g} on average, and {np.mean(t):.4g} of "
+            f"all samples; expected the same. {_known({BY_T: True})}"
+        )
+    counts = np.bincount(labels[withheld], minlength=num_classes)
+    if _fits(counts, np.full(num_classes, 1 / num_classes)):
+        return ""
+    worst = int(np.argmax(np.abs(counts - n / num_classes)))
+    return (
+        f"Class {worst} is withheld {counts[worst]} times, where {n / num_classes:.3g} are expected, as of "
+        f"others. {_known({BY_T: False})}"
     )
 
 

@@ -31,8 +31,9 @@ def assert_ema(
         Takes weights (K + 1, n): those before the training, with which your average begins, and those after
         each of its K = 100 steps. Returns the averages (K, n), one after each step.
     decay : float or callable
-        The share of the average that stays in an update, in [0, 1). If it warms up, a function of the number
-        k of the update, however large: `tinydiff.EMA`'s is ``lambda k: min(0.999, (1 + k) / (10 + k))``.
+        The share of the average that stays, in [0, 1). If it warms up, a function of the number k of the
+        step, however large, which may say 1: `tinydiff.EMA`'s is
+        ``lambda k: min(0.999, (1 + k) / (10 + k))``.
     asarray : callable
         As in `assert_q_sample`.
     tolerance : float
@@ -45,7 +46,7 @@ def assert_ema(
         If the averages are others. The message says by how much and since when, and names the mistake that
         gives them, if it is known; also if `ema` writes into the weights.
     ValueError
-        If a decay is no number in [0, 1), or `tolerance` is not a positive number.
+        If a decay is no such number, or `tolerance` is not a positive number.
     """
     check_tolerance(tolerance)
     decays, end = _checked(decay)
@@ -53,15 +54,16 @@ def assert_ema(
     weights = np.cumsum(rng.standard_normal((UPDATES + 1, WEIGHTS)), axis=0)
     came = asked_steps("ema(weights)", ema, {"weights": weights}, (UPDATES, WEIGHTS), asarray)
     right = _averages(weights, decays)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         rounded = came.astype(np.float16)  # which leaves bfloat16's numbers of this size as they are
+        mistakes = _mistakes(weights, decays, end)
     half = np.array_equal(came, rounded) and np.allclose(came[0], right[0], rtol=2**-6, atol=1e-3)
     judge_steps(
         "ema",
         came,
         right,
         weights[0],
-        _mistakes(weights, decays, end),
+        mistakes,
         tolerance,
         "decay average + (1 - decay) weights (docs: B.23)",
         {"kept in half precision (E.18)": 0.0 if half else np.inf},
@@ -73,7 +75,12 @@ def _checked(decay: Any) -> tuple[np.ndarray, float]:
     decays = [decay(k) if callable(decay) else decay for k in range(1, UPDATES + 1)]
     for k, value in enumerate(decays, 1):
         name = f"decay({k})" if callable(decay) else "decay"
-        check_number(name, value, lambda value: 0 <= value < 1, "a number in [0, 1)")
+        if callable(decay):  # 1: no update at this step
+            check_number(name, value, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+        else:
+            check_number(name, value, lambda value: 0 <= value < 1, "a number in [0, 1)")
+    if min(decays) == 1:
+        raise ValueError(f"decay(k) is 1 for k = 1 … {UPDATES}; expected an update in one step at least.")
     end = decay(10**9) if callable(decay) else decay  # which may be rounded to 1
     return np.array(decays, dtype=np.float64), min(float(end), 1 - 1e-9)
 
@@ -103,14 +110,18 @@ def _mistakes(weights: np.ndarray, decays: np.ndarray, end: float) -> dict[str, 
         "the mean of all weights": np.cumsum(weights, axis=0)[1:] / (k + 1)[:, None],
         "the mean of all weights after the first": np.cumsum(weights[1:], axis=0) / k[:, None],
         "it is updated only after every 10th step": _averages(weights, np.where(k % 10 == 0, decays, 1.0)),
+        "the first update copies the weights, as that of PyTorch's AveragedModel": _averages(
+            weights, np.where(k == 1, 0.0, decays)
+        ),
         "a constant decay": _averages(weights, np.full(UPDATES, end)),
         "min(decay, (1 + k) / (10 + k)) at update k, tinydiff's": _averages(
             weights, np.minimum(end, (1 + k) / (10 + k))
         ),
+        "min(decay, k / (9 + k)) at update k": _averages(weights, np.minimum(end, k / (9 + k))),
         "min(decay, k / (9 + k)) at update k, and 0 at the first, EMAModel's": _averages(
             weights, np.where(k == 1, 0.0, np.minimum(end, k / (9 + k)))
         ),
-        "min(decay, 1 - k^(-2/3)) at update k, EMAModel's with use_ema_warmup": _averages(
+        "min(decay, 1 - k^(-2/3)) at update k, ema_pytorch's, and EMAModel's with use_ema_warmup": _averages(
             weights, np.minimum(end, 1 - k ** (-2 / 3))
         ),
     }

@@ -68,7 +68,9 @@ def judge_steps(
     off = apart(right)
     if np.max(off) <= tolerance:
         return
-    distances = {what: float(np.max(apart(other))) for what, other in mistakes.items()} | dict(further or {})
+    last = {"each row is the last: it was kept without a copy": np.repeat(right[-1:], len(right), axis=0)}
+    distances = {what: float(np.max(apart(other))) for what, other in {**mistakes, **last}.items()}
+    distances |= dict(further or {})
     worst = float(np.max(off))
     unknown = (
         " In float32 what is right can be off by as much: give tolerance=1e-3." if single(worst, came) else ""
