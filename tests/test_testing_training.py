@@ -355,10 +355,11 @@ def test_one_class_that_is_withheld_is_not_a_share_of_all():
     assert said.startswith("Class 3 is withheld ") and "None of the " in said
 
 
-def test_noise_that_is_blurred_is_not_called_offset_noise():
+@pytest.mark.parametrize("by", [0.1, 0.03])
+def test_noise_that_is_blurred_is_not_called_offset_noise(by):
     def blurred(rng, shape):
         noise = rng.standard_normal(shape)
-        return (noise + 0.1 * np.roll(noise, 1, axis=-2)) / 1.01**0.5
+        return (noise + by * np.roll(noise, 1, axis=-2)) / (1 + by**2) ** 0.5
 
     said = refusal(testing.assert_training_draws, training(noise=blurred), EPS)
     assert said.startswith("The noise has the correlation ") and "None of the " in said

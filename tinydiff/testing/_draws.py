@@ -296,7 +296,8 @@ def _wrong_dependence(z: np.ndarray, variance: float, axis: int) -> str:
         ONE_NOISE: 1 in one,
         ONE_CHANNEL: one & data == {channels} != data,
         ONE_NUMBER: bool(data) and data <= one,
-        OFFSET: surely.keys() <= data - {channels}
+        OFFSET: common > near / 3
+        and surely.keys() <= data - {channels}
         and all(abs(found[k][0] - common) < near for k in data - {channels}),
     }
     return f"The noise has the correlation {' and '.join(said)}, where there should be none. {_known(names)}"
