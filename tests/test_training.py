@@ -1134,7 +1134,7 @@ def test_over_a_run_times_noise_and_withheld_classes_are_drawn_anew():
     a, s = (np.sqrt(table[t])[..., None] for table in (chain.alphas_cumprod, chain.one_minus_alphas_cumprod))
     assert _draws._wrong_times(t, np.full(20, 1 / 20)) == ""
     assert _draws._wrong_noise((x_t - a * x0) / s, x0, t, -1) == ""
-    assert _draws._wrong_labels(np.where(labels == 3, -1, labels), own, 3, 0.3) == ""
+    assert _draws._wrong_labels(np.where(labels == 3, -1, labels), own, t, 3, 0.3) == ""
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
