@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def assert_adam(
         settings = dict(lr=lr, betas=betas, eps=eps, decay=weight_decay)
         return _path(weights, gradients, **{**settings, **how})
 
-    mistakes = _mistakes(path, betas, lr, weight_decay)
+    mistakes = partial(_mistakes, path, betas, lr, weight_decay)
     judge_steps("adam", came, path(), weights, mistakes, tolerance, "Adam's (docs: B.21)")
 
 

@@ -74,20 +74,24 @@ def assert_hybrid_gradient(
         x0 = 2 * rng.integers(0, 256, shape) / 255 - 1
         output = output_asked(diffusion, x0, t, rng)
         batches.append((x0, t, rng.standard_normal(shape), output))
-    ours, mistakes = _ours_and_mistakes(diffusion, float(vlb_weight), decoder, shape, axis)
+    ours, mistakes = _ours_and_mistakes(diffusion, float(vlb_weight), decoder, shape)
+
+    def on_axis(gradient: Function) -> Function:
+        return lambda *given: laid_out(diffusion, axis, gradient(*given))
+
     claim = Claim(
         "gradient",
         "x0, t, noise, output",
         "that of L_simple by the prediction, and of lambda L_vlb by nu (docs: V.5)",
-        ours,
-        mistakes,
+        on_axis(ours),
+        {what: on_axis(mistake) for what, mistake in mistakes.items()},
         shown=lambda x0, t, noise, output: (x0, t, noise, laid_out(diffusion, axis, output)),
     )
     claim.judge(gradient, batches, asarray, tolerance)
 
 
 def _ours_and_mistakes(
-    diffusion: GaussianDiffusion, vlb_weight: float, decoder: Decoder, shape: tuple[int, ...], axis: int
+    diffusion: GaussianDiffusion, vlb_weight: float, decoder: Decoder, shape: tuple[int, ...]
 ) -> tuple[Function, dict[str, Function]]:
     """The gradient as functions of (x0, t, noise, output): the right one, and wrong ones by name."""
     N, C, T, D = shape[0], shape[-1], diffusion.T, math.prod(shape[1:])
@@ -105,8 +109,7 @@ def _ours_and_mistakes(
             of_simple = simple_loss(diffusion, output, x0, t, noise)[1]
             of_vlb = vlb_weight * vlb_loss(diffusion, output, x0, t, noise, decoder=decoder)[1]
             prediction = simple * of_simple + column_like(mean(t), output) * of_vlb
-            halves = [prediction[..., :C], nu * of_vlb[..., C:]]
-            return whole * laid_out(diffusion, axis, np.concat(halves, axis=-1))
+            return whole * np.concat([prediction[..., :C], nu * of_vlb[..., C:]], axis=-1)
 
         return gradient
 
@@ -120,8 +123,8 @@ def _ours_and_mistakes(
             for side in (step, -step)
         )
         at_0 = vlb_weight * T / (N * D * math.log(2)) * (up - down) / 2e-6
-        prediction, nu = np.split(ours(x0, t, noise, output), 2, axis=axis)
-        return np.concat([prediction, np.where(column_like(t, x0) == 0, at_0, nu)], axis=axis)
+        prediction, nu = np.split(ours(x0, t, noise, output), 2, axis=-1)
+        return np.concat([prediction, np.where(column_like(t, x0) == 0, at_0, nu)], axis=-1)
 
     def of_nu(
         told: Function = lambda nu: nu, slope: float = 1.0, estimate: Function = lambda x0: x0
@@ -134,14 +137,12 @@ def _ours_and_mistakes(
             output_of_x0 = np.concat([guess, told(output[..., C:])], axis=-1)
             of_vlb = vlb_loss(of_x0, output_of_x0, x0, t, noise, decoder=decoder)[1]
             prediction = simple_loss(diffusion, output, x0, t, noise)[1][..., :C]
-            halves = [prediction, slope * vlb_weight * of_vlb[..., C:]]
-            return laid_out(diffusion, axis, np.concat(halves, axis=-1))
+            return np.concat([prediction, slope * vlb_weight * of_vlb[..., C:]], axis=-1)
 
         return gradient
 
     def exchanged(x0: np.ndarray, t: np.ndarray, noise: np.ndarray, output: np.ndarray) -> np.ndarray:
-        swapped = ours(x0, t, noise, np.concat([output[..., C:], output[..., :C]], axis=-1))
-        return np.concat(np.split(swapped, 2, axis=axis)[::-1], axis=axis)
+        return np.roll(ours(x0, t, noise, np.roll(output, C, axis=-1)), C, axis=-1)
 
     ours = built()
     return ours, {

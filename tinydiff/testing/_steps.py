@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def judge_steps(
     came: np.ndarray,
     right: np.ndarray,
     start: np.ndarray,
-    mistakes: Mapping[str, np.ndarray],
+    mistakes: Callable[[], Mapping[str, np.ndarray]],
     tolerance: float,
     expected: str,
     further: Mapping[str, float] | None = None,
@@ -50,8 +50,8 @@ def judge_steps(
         After each step.
     start : array of shape (n,)
         Before the first.
-    mistakes : mapping of arrays (K, n)
-        What it is with each mistake.
+    mistakes : callable
+        Returns what it is with each mistake, arrays (K, n); called only if it is not right.
     tolerance : float
         The largest difference that passes.
     further : mapping of floats, optional
@@ -68,8 +68,10 @@ def judge_steps(
     off = apart(right)
     if np.max(off) <= tolerance:
         return
-    last = {"each row is the last: it was kept without a copy": np.repeat(right[-1:], len(right), axis=0)}
-    distances = {what: float(np.max(apart(other))) for what, other in {**mistakes, **last}.items()}
+    with np.errstate(all="ignore"):
+        others = dict(mistakes())
+    others["each row is the last: it was kept without a copy"] = np.repeat(right[-1:], len(right), axis=0)
+    distances = {what: float(np.max(apart(other))) for what, other in others.items()}
     distances |= dict(further or {})
     worst = float(np.max(off))
     unknown = (
