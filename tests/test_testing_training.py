@@ -1,6 +1,7 @@
 """tinydiff.testing of a training: what it draws, its optimizer's steps and the average of its weights."""
 
 from functools import partial
+from itertools import chain, count
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from trainings import (
     SETTINGS,
     adam,
     average,
+    on_ranks,
     once,
     shared,
     training,
@@ -125,6 +127,43 @@ def test_what_the_noise_goes_with_is_said_and_named_if_it_is_all(noise, axis, sa
     message = refusal(testing.assert_training_draws, training(noise=noise), EPS, axis=axis)
     assert message.startswith(f"The noise has the correlation {said}"), message
     assert (f"of this: {what}" if what else "None of the ") in message
+
+
+def seeded_every(calls):
+    losses = chain.from_iterable([training()] * calls for _ in count())
+    return lambda network, x0: next(losses)(network, x0)
+
+
+def kept(number):
+    kept = np.random.default_rng(1).standard_normal((number, 8, 3, 4, 8)).astype(np.float32)
+    return training(noise=lambda rng, shape: kept[rng.integers(number)])
+
+
+@pytest.mark.parametrize(
+    ("loss", "share", "first"),
+    [
+        (on_ranks(0, 0), (375, 750), (2, 1)),
+        (on_ranks(0, 1, 2, 0), (187, 750), (4, 1)),
+        (seeded_every(300), (450, 750), (301, 1)),
+        (kept(64), (686, 750), None),
+    ],
+    ids=["two ranks", "two of four ranks", "seeded every 300 calls", "of 64 that were kept"],
+)
+def test_noise_that_comes_again_is_seen_whenever_it_does(loss, share, first):
+    said = refusal(testing.assert_training_draws, loss, EPS)
+    assert said.startswith(f"Of {share[1]} calls {share[0]} draw the noise of an earlier one, first call ")
+    if first:
+        assert f"first call {first[0]} that of call {first[1]}." in said
+    assert said.endswith(f"It is what comes of this: {_draws.SEEDED}.")
+
+
+def test_ranks_with_seeds_of_their_own_pass():
+    testing.assert_training_draws(on_ranks(0, 1, 2), EPS)
+
+
+def test_few_numbers_that_are_alike_by_chance_are_not_called_drawn_before():
+    said = refusal(testing.assert_training_draws, training(noise=shared(0, 1, 2, 3)), EPS)
+    assert "earlier one" not in said and "one noise for all samples of a batch" in said
 
 
 def test_noise_in_pairs_of_opposite_sign_is_not_independent():

@@ -4,6 +4,8 @@ What it draws, how an optimizer steps and how its weights are averaged: by the n
 `test_testing_training.py` holds these tables to.
 """
 
+from itertools import cycle
+
 import numpy as np
 from mistakes import EPS, LINEAR
 from scipy.special import ndtri
@@ -54,6 +56,12 @@ def training(t=None, noise=None, told=None, seed=0, process=EPS, classes=10):
         return np.mean((network(x_t, times, class_labels=told(rng, labels)) - eps) ** 2)
 
     return loss
+
+
+def on_ranks(*seeds):
+    """What several processes with these seeds draw, one after the other."""
+    losses = cycle([training(seed=seed) for seed in seeds])
+    return lambda *given: next(losses)(*given)
 
 
 def withheld(share, none=10):
@@ -114,6 +122,7 @@ DRAWS = [
             "the same noise at every call: drawn once, or after the same seed": training(
                 noise=once(shared())
             ),
+            "several generators have the same seed (E.24), or one is seeded again and again": on_ranks(0, 0),
             "one noise for all channels": training(noise=shared(3)),
             "one number of noise for all of a sample": training(noise=shared(1, 2, 3)),
             "offset noise, a number for each sample and channel, which is another process, and on purpose": (

@@ -36,10 +36,12 @@ RARE = 1e-9  # how often what is right is refused, by each of the tests
 SURELY = 6.2  # standard deviations from the mean that are as rare
 OF_EACH_T = 30  # draws at least: all t are drawn then, as surely
 AT_LEAST, NUMBERS = 5000, 4_000_000  # samples, and numbers of noise that are looked at
+CALLS, FEW = 1000, 6  # of which each is compared with each; numbers that agree by chance in two of them
 
 NO_NOISE = "no noise is added"
 ONE_NOISE = "one noise for all samples of a batch"
 AGAIN_NOISE = "the same noise at every call: drawn once, or after the same seed"
+SEEDED = "several generators have the same seed (E.24), or one is seeded again and again"
 ONE_CHANNEL = "one noise for all channels"
 ONE_NUMBER = "one number of noise for all of a sample"
 OFFSET = "offset noise, a number for each sample and channel, which is another process, and on purpose"
@@ -115,6 +117,9 @@ def assert_training_draws(
         check_counts(num_classes=num_classes)
     check_number("label_dropout", label_dropout, lambda share: 0 <= share <= 1, "a number in [0, 1]")
     t, noise, x0, labels, told = _asked(loss, diffusion, num_classes, axis, shape, asarray)
+    before = _drawn_before(noise)
+    if before:  # and whatever else is drawn comes again, too
+        raise AssertionError(before)
     found = [_wrong_times(t, p), _wrong_noise(noise, x0, t[: len(noise)], axis)]
     if num_classes is not None:
         found.append(_wrong_labels(told, labels, t, num_classes, label_dropout))
@@ -256,6 +261,23 @@ def _wrong_noise(noise: np.ndarray, x0: np.ndarray, t: np.ndarray, axis: int) ->
         or _wrong_relation(z, t)
         or _wrong_dependence(z, size**2, axis)
         or _wrong_distribution(noise.ravel(), centre, size)
+    )
+
+
+def _drawn_before(noise: np.ndarray) -> str:
+    """Whether some calls, but not all, draw noise (calls, N, ...) of an earlier one; nothing if none does."""
+    rows = noise[:CALLS].reshape(min(len(noise), CALLS), -1)
+    if len(np.unique(np.round(rows[0], 4))) < FEW:  # calls may be alike by chance
+        return ""
+    squares = np.sum(rows**2, axis=1)
+    same = squares[:, None] + squares - 2 * rows @ rows.T <= 1e-8 * rows.shape[1]  # or float32's rounding
+    earlier = np.argmax(same, axis=1)
+    again = np.flatnonzero(earlier < np.arange(len(rows)))
+    if len(again) in (0, len(rows) - 1):
+        return ""
+    return (
+        f"Of {len(rows)} calls {len(again)} draw the noise of an earlier one, first call {again[0] + 1} that "
+        f"of call {earlier[again[0]] + 1}. {_known({SEEDED: True})}"
     )
 
 
