@@ -1,6 +1,7 @@
 """tinydiff.testing pointed at diffusers: what is right there passes, what is not is called by its name."""
 
 from functools import partial
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -405,3 +406,58 @@ def test_a_training_in_pytorch_is_asked_what_it_draws():
     first, second = str(caught.value).split("\n")
     assert first.endswith("this: t = T - 1 is never drawn, as by randint(0, T - 1) (E.28).")
     assert second.endswith("this: no class is told as class 0, which is one.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_seed_for_two_processes_in_pytorch_is_seen(dtype):
+    process = td.GaussianDiffusion(td.linear_schedule(200))
+    a, s = (
+        torch.tensor(x) ** 0.5 for x in (process.schedule.alphas_cumprod, 1 - process.schedule.alphas_cumprod)
+    )
+
+    def processes(*seeds):
+        ranks = cycle([torch.Generator().manual_seed(seed) for seed in seeds])
+
+        def loss(network, x0):
+            rng, x0 = next(ranks), x0.to(dtype)
+            t = torch.randint(0, 200, (len(x0),), generator=rng)
+            noise = torch.randn(x0.shape, generator=rng, dtype=dtype)
+            x_t = a[t].to(dtype)[:, None] * x0 + s[t].to(dtype)[:, None] * noise
+            return torch.nn.functional.mse_loss(network(x_t, t), noise)
+
+        return loss
+
+    options = dict(shape=(32, 16), asarray=torch.as_tensor)
+    testing.assert_training_draws(processes(0, 1), process, **options)
+    with pytest.raises(
+        AssertionError, match=r"first call 2 that of call 1\. .* have the same seed \(E\.24\)"
+    ):
+        testing.assert_training_draws(processes(0, 0), process, **options)
+
+
+@pytest.mark.parametrize("dim", [64, 33])
+def test_the_sinusoids_of_diffusers_pass_in_their_convention(dim):
+    embed = diffusers.models.embeddings.get_timestep_embedding
+    as_default = dict(flip_sin_to_cos=True, downscale_freq_shift=0)
+    ask = partial(testing.assert_time_embedding, dim=dim, asarray=torch.as_tensor)
+    ask(lambda t: embed(t, dim, **as_default))
+    ask(lambda t: embed(t, dim), flip_sin_to_cos=False, freq_shift=1)
+    for t_of, how, what in [
+        (lambda t: t, {}, "another convention: sines, then cosines, freq_shift 1 (E.14)"),
+        (lambda t: t.to(torch.bfloat16), as_default, "times in bfloat16 (E.14)"),
+        (lambda t: t + 1, as_default, "t + 1 in the place of t (E.13)"),
+    ]:
+        with pytest.raises(AssertionError) as caught:
+            ask(lambda t, t_of=t_of, how=how: embed(torch.clamp(t_of(t), max=999), dim, **how))
+        assert str(caught.value).endswith(f"It is what comes of this: {what}.")
+
+
+def test_a_frechet_distance_in_pytorch_has_digits_enough_in_float64_alone():
+    def distance(a, b):
+        S_a, S_b = torch.cov(a.T), torch.cov(b.T)
+        roots = torch.linalg.eigvals(S_a @ S_b).sqrt().real
+        return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * roots.sum()
+
+    testing.assert_frechet_distance(distance, asarray=torch.as_tensor)
+    with pytest.raises(AssertionError, match="so digits are lost: by float32"):
+        testing.assert_frechet_distance(distance, asarray=lambda x: torch.as_tensor(x, dtype=torch.float32))

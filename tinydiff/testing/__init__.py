@@ -4,9 +4,9 @@ Each check takes a function of yours, in whatever framework, calls it at every t
 unless it returns what the identity says. The message says how far off it is and at which t. If all numbers,
 at every t, are to a thousandth those that a mistake on the check's list gives, the message names that
 mistake; those with an E are in chapter 9 of the docs. `assert_training_draws` calls a loss that draws for
-itself, and judges by statistics; `assert_adam` and `assert_ema` look at an optimizer's steps and at averages
-of weights. `assert_backward` takes a layer or a network that is written as tinydiff's are, and checks that
-its backward is its derivative.
+itself, and judges by statistics; `assert_adam`, `assert_ema` and `assert_frechet_distance` look at an
+optimizer's steps, at averages of weights and at a measure. `assert_backward` takes a layer or a network that
+is written as tinydiff's are, and checks that its backward is its derivative.
 
 >>> import torch
 >>> from tinydiff import linear_schedule, testing
@@ -28,18 +28,21 @@ from tinydiff.testing._bound import assert_bound_terms
 from tinydiff.testing._draws import assert_training_draws
 from tinydiff.testing._ema import assert_ema
 from tinydiff.testing._forward import assert_predict_x0, assert_q_sample, assert_training_target
+from tinydiff.testing._frechet import assert_frechet_distance
 from tinydiff.testing._guidance import assert_guided
 from tinydiff.testing._hybrid import assert_hybrid_gradient
 from tinydiff.testing._loss import assert_loss
 from tinydiff.testing._reverse import assert_p_mean_variance, assert_q_posterior
 from tinydiff.testing._sampler import assert_sampler
 from tinydiff.testing._schedule import assert_schedule
+from tinydiff.testing._time_embedding import assert_time_embedding
 
 __all__ = [
     "assert_adam",
     "assert_backward",
     "assert_bound_terms",
     "assert_ema",
+    "assert_frechet_distance",
     "assert_guided",
     "assert_hybrid_gradient",
     "assert_loss",
@@ -49,6 +52,7 @@ __all__ = [
     "assert_q_sample",
     "assert_sampler",
     "assert_schedule",
+    "assert_time_embedding",
     "assert_training_draws",
     "assert_training_target",
 ]

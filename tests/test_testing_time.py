@@ -1,0 +1,198 @@
+"""tinydiff.testing.assert_time_embedding: what is right passes, and a mistake is called by its name."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mistakes import refusal
+
+from tinydiff import testing
+from tinydiff.nn import sinusoidal_embedding
+from tinydiff.testing._judge import Claim
+
+DIM, T = 32, 1000
+HALF = DIM // 2
+
+
+def embedding(
+    order="cosines, then sines",
+    exponent=lambda k: k / HALF,
+    period=10_000,
+    of_t=lambda t: t,
+    second=np.sin,
+):
+    """Vaswani et al. 2017, section 3.5, in a loop over the numbers."""
+
+    def embed(t):
+        y = np.zeros((len(t), DIM))
+        for k in range(HALF):
+            angle = of_t(np.asarray(t, float)) / period ** exponent(k)
+            cos, sin = np.cos(angle), second(angle)
+            if order == "cosines, then sines":
+                y[:, k], y[:, HALF + k] = cos, sin
+            elif order == "sines, then cosines":
+                y[:, k], y[:, HALF + k] = sin, cos
+            elif order == "sines and cosines by turns":
+                y[:, 2 * k], y[:, 2 * k + 1] = sin, cos
+            else:
+                y[:, 2 * k], y[:, 2 * k + 1] = cos, sin
+        return y
+
+    return embed
+
+
+def by_itself(power):
+    columns = [(np.cos if i % 2 else np.sin, 10_000 ** (power * i / DIM)) for i in range(DIM)]
+    return lambda t: np.stack([function(t / period) for function, period in columns], axis=1)
+
+
+def table_by_rows():  # as DDPM implementations copied from one another have it: chapter 9, E.32
+    table = np.array([[i / 10_000 ** (2 * j / DIM) for j in range(DIM)] for i in range(T)])
+    even = np.arange(0, T, 2)
+    table[even] = np.sin(table[even])
+    table[1 - even] = np.cos(table[even])
+    return table
+
+
+def batch_by_rows(t):
+    y = np.array([[i / 10_000 ** (2 * j / DIM) for j in range(DIM)] for i in t])
+    y[::2], y[1::2] = np.sin(y[::2]), np.cos(y[1::2])
+    return y
+
+
+def in_bfloat16(t):  # of which the mantissa has 8 bits: every second number above 256, and so on
+    steps = 2.0 ** np.maximum(np.floor(np.log2(np.maximum(t, 1))) - 7, 0)
+    return np.round(t / steps) * steps
+
+
+ORDERS = (
+    "cosines, then sines",
+    "sines, then cosines",
+    "sines and cosines by turns",
+    "cosines and sines by turns",
+)
+EXPONENTS = {
+    "freq_shift 0": lambda k: k / HALF,
+    "freq_shift 1": lambda k: k / (HALF - 1),
+    "twice the exponent, as of a k that goes by twos and is doubled": lambda k: 2 * (2 * k) / DIM,
+    "half the exponent, k / dim for k / half": lambda k: k / DIM,
+}
+PLANTED = {
+    **{
+        f"another convention: {order}, {spacing} (E.14)": embedding(order, EXPONENTS[spacing])
+        for order, spacing in product(ORDERS, EXPONENTS)
+    },
+    "t - 1 in the place of t": embedding(of_t=lambda t: np.maximum(t - 1, 0)),
+    "t - 1 in the place of t, and T - 1 in that of 0": embedding(of_t=lambda t: (t - 1) % T),
+    "t + 1 in the place of t (E.13)": embedding(of_t=lambda t: np.minimum(t + 1, T - 1)),
+    "times in bfloat16 (E.14)": embedding(of_t=in_bfloat16),
+    "sines and cosines by turns, each number with an exponent of its own, i / dim": by_itself(1),
+    "sines and cosines by turns, each number with an exponent of its own, 2 i / dim": by_itself(2),
+    "sines for every second sample of a batch, not in every second number (E.32)": batch_by_rows,
+    "sines at every second t of a table, not in every second number; between them cosines of those "
+    "sines, backwards (E.32)": lambda t: table_by_rows()[t],
+    "cosines in the place of sines, too": embedding(second=np.cos),
+    "sines in the place of cosines, too": lambda t: np.tile(embedding()(t)[:, HALF:], 2),
+    "the slowest frequency first": embedding(exponent=lambda k: (HALF - 1 - k) / HALF),
+    "frequencies that grow": embedding(exponent=lambda k: -k / HALF),
+    "a max_period of T": embedding(period=T),
+    "t / T in the place of t": embedding(of_t=lambda t: t / T),
+    "2 pi t in the place of t": embedding(of_t=lambda t: 2 * np.pi * t),
+}
+RIGHT = "another convention: cosines, then sines, freq_shift 0 (E.14)"  # which is not another one
+
+
+@given(
+    st.integers(4, 70),
+    st.booleans(),
+    st.sampled_from([0.0, 0.5, 1.0, -2.0]),
+    st.sampled_from([10_000.0, 100]),
+    st.integers(1, 40),
+)
+def test_our_own_sinusoids_pass(dim, flip_sin_to_cos, freq_shift, max_period, T):
+    convention = dict(flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift, max_period=max_period)
+    like = np.zeros(0, np.float32)
+    testing.assert_time_embedding(
+        lambda t: sinusoidal_embedding(t, dim, like=like, **convention), dim, T=T, **convention
+    )
+
+
+def test_the_same_code_without_a_mistake_passes():
+    testing.assert_time_embedding(embedding(), DIM, tolerance=1e-12)
+    hos = embedding("sines, then cosines", EXPONENTS["freq_shift 1"])
+    testing.assert_time_embedding(hos, DIM, flip_sin_to_cos=False, freq_shift=1, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("what", [what for what in PLANTED if what != RIGHT])
+def test_a_mistake_is_named(what):
+    said = refusal(testing.assert_time_embedding, PLANTED[what], DIM)
+    assert said.endswith(f"It is what comes of this: {what}."), said
+
+
+def test_the_default_is_another_convention_for_ho_et_al():
+    said = refusal(testing.assert_time_embedding, embedding(), DIM, flip_sin_to_cos=False, freq_shift=1.0)
+    assert said.endswith(f"It is what comes of this: {RIGHT}."), said
+
+
+def test_every_mistake_is_planted(monkeypatch):
+    claims = []
+    monkeypatch.setattr(Claim, "refusal", lambda claim, *_: claims.append(claim))
+    testing.assert_time_embedding(embedding(), DIM)
+    assert claims[0].mistakes.keys() == PLANTED.keys()
+
+
+def angles_in(dtype):
+    def embed(t):
+        omega = (10_000.0 ** (-np.arange(HALF) / HALF)).astype(dtype)
+        angles = t.astype(dtype)[:, None] * omega
+        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+
+    return embed
+
+
+def test_float32_passes_and_angles_in_half_precision_do_not():
+    testing.assert_time_embedding(angles_in(np.float32), DIM)
+    testing.assert_time_embedding(lambda t: embedding()(t).astype(np.float16), DIM)
+    assert "None of the 31 mistakes" in refusal(testing.assert_time_embedding, angles_in(np.float16), DIM)
+    refusal(testing.assert_time_embedding, angles_in(np.float32), DIM, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("t_wrong", [0, 1, 500, T - 1])
+def test_one_wrong_t_is_enough(t_wrong):
+    wrong = embedding(of_t=lambda t: np.where(t == t_wrong, t + 0.01, t))
+    said = refusal(testing.assert_time_embedding, wrong, DIM)
+    assert f"at t = {t_wrong}; off by more than 0.001 at no other t" in said
+
+
+@pytest.mark.parametrize(
+    ("yours", "said"),
+    [
+        (lambda t: embedding()(t)[:, :-1], "time_embedding has shape (8, 31); expected (8, 32)."),
+        (lambda t: embedding()(t).T, "time_embedding has shape (32, 8); expected (8, 32)."),
+        (lambda t: None, "time_embedding is a NoneType"),
+        (lambda t: embedding()(t.__imul__(1)) + 0 * t.__iadd__(1)[:, None], "time_embedding returns what it"),
+    ],
+)
+def test_what_is_no_embedding_is_said(yours, said):
+    assert refusal(testing.assert_time_embedding, yours, DIM).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(dim=3), "dim is 3; expected at least 4, for two frequencies"),
+        (dict(dim=32.0), "dim is 32.0; expected an integer"),
+        (dict(freq_shift=16), "freq_shift is 16; expected a number less than dim / 2, 16"),
+        (dict(freq_shift=np.nan), "freq_shift is nan; expected a number less than dim / 2, 16"),
+        (dict(freq_shift=-np.inf), "freq_shift is -inf; expected a number less than dim / 2, 16"),
+        (dict(max_period=0), "max_period is 0; expected a positive number"),
+        (dict(T=0), "T is 0; expected an integer of at least 1"),
+        (dict(tolerance=0), "tolerance is 0; expected a positive number"),
+    ],
+)
+def test_arguments_are_checked(options, said):
+    with pytest.raises(ValueError) as caught:
+        testing.assert_time_embedding(embedding(), **(dict(dim=DIM) | options))
+    assert str(caught.value).startswith(said)

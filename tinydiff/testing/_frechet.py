@@ -1,0 +1,258 @@
+"""Whether a Fréchet distance of two sets of features is theirs.
+
+The sets hide nothing: their features are correlated and not centred, and their covariances do not commute.
+Some have features of very different sizes, where a root needs all its digits, or fewer samples than features,
+where no covariance has an inverse; and, once all that is right, there are two sets of different lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import numpy as np
+
+from tinydiff import metrics
+from tinydiff.testing._asked import Function, called, check_tolerance, on_host
+from tinydiff.testing._judge import named
+
+__all__ = ["assert_frechet_distance"]
+
+Pairs: TypeAlias = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+ALIKE = "500 samples of 8 features of much the same size"
+UNEQUAL = "500 samples and 300 of 8 features"
+BATCHES = (10, 16, 32, 50, 64, 100, 128, 250)  # of which a mean is taken that is no distance
+LOST = (
+    " It is right where features have much the same size, so digits are lost: by float32, or by a root that "
+    "stops too soon (E.25)."
+)
+
+
+def assert_frechet_distance(
+    frechet_distance: Function, *, asarray: Function = np.asarray, tolerance: float = 1e-5
+) -> None:
+    """Raise unless ``frechet_distance(a, b)`` is that of two sets of features (docs: E.25).
+
+    Parameters
+    ----------
+    frechet_distance : callable
+        Takes features (n, D) and (m, D), and returns the squared distance of Gaussians with their means and
+        covariances, divided by n - 1: `metrics.frechet_distance`, and the last part of a FID. If yours takes
+        means and covariances, give ``lambda a, b: yours(mean(a), cov(a), mean(b), cov(b))``. It may refuse
+        n ≠ m by an error.
+    asarray : callable
+        As in `assert_q_sample`.
+    tolerance : float
+        The largest difference that passes, relative to the distance.
+
+    Raises
+    ------
+    AssertionError
+        If it is something else. The message says how far off it is and for which features, and names the
+        mistake that gives it, if it is known here; also if the function writes into the features.
+    ValueError
+        If `tolerance` is not a positive number.
+    """
+    check_tolerance(tolerance)
+    pairs = _pairs()
+    unequal = pairs.pop(UNEQUAL)
+    came = np.array([_asked(frechet_distance, *pair, asarray) for pair in pairs.values()])
+    _judge(came, pairs, tolerance, _known)
+    try:
+        came = np.array([_asked(frechet_distance, *unequal, asarray)])
+    except Exception:  # what is aloud misleads nobody
+        return
+    _judge(came, {UNEQUAL: unequal}, tolerance, lambda *_: "It is right for sets of one length.")
+
+
+def _judge(came: np.ndarray, pairs: Pairs, tolerance: float, known: Callable[..., str]) -> None:
+    """AssertionError unless what came is the distance of each pair; what is known of it ends the message."""
+    right = np.array([metrics.frechet_distance(*pair) for pair in pairs.values()])
+    off = _apart(came, right, right)
+    if np.max(off) <= tolerance:
+        return
+    k = int(np.argmax(off))
+    raise AssertionError(
+        f"frechet_distance is {came[k]:.6g} for {list(pairs)[k]}, where {right[k]:.6g} is right; off by more "
+        f"than {tolerance:.3g} of it for {np.count_nonzero(off > tolerance)} of {len(off)} pairs of sets. "
+        "Expected |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2).\n"
+        f"{known(pairs, came, right, tolerance)}"
+    )
+
+
+def _known(pairs: Pairs, came: np.ndarray, right: np.ndarray, tolerance: float) -> str:
+    """Which mistake gives the distances that came."""
+    distances = {}
+    for what, wrong in _mistakes().items():
+        with np.errstate(all="ignore"):
+            others = np.array([wrong(*pair) for pair in pairs.values()])
+        distances[what] = float(np.max(_apart(came, others, right)))
+    off = dict(zip(pairs, _apart(came, right, right), strict=True))
+    return named(distances, max(off.values()), tolerance, LOST if off[ALIKE] <= max(tolerance, 1e-3) else "")
+
+
+def _asked(yours: Function, a: np.ndarray, b: np.ndarray, asarray: Function) -> float:
+    """The number that comes back, after checks of it and of what is left of the features."""
+    shown = [asarray(x.copy()) for x in (a, b)]
+    before = [on_host("features", x) for x in shown]
+    result = on_host("frechet_distance", called(yours, "frechet_distance(a, b)", *shown))
+    if result.size != 1:
+        raise AssertionError(f"frechet_distance has shape {result.shape}; expected one number.")
+    if not all(np.array_equal(was, on_host("features", x)) for was, x in zip(before, shown, strict=True)):
+        raise AssertionError(
+            "frechet_distance writes into the features that it is given; expected to leave them."
+        )
+    return float(result.reshape(()))
+
+
+def _apart(came: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """How far two distances of each pair are from each other, as a part of the right one."""
+    with np.errstate(all="ignore"):
+        off = np.abs(came - other) / right
+    neither = ~(np.isfinite(came) | np.isfinite(other))
+    return np.where(neither, 0.0, np.where(np.isnan(off), np.inf, off))
+
+
+def _pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Two sets of features each, and what is special about them."""
+    rng = np.random.default_rng(5)
+
+    def near(n: int, m: int, deviations: np.ndarray, apart: float) -> tuple[np.ndarray, np.ndarray]:
+        """Near each other, as samples are to data, with covariances that do not commute."""
+        D = len(deviations)
+        mix = deviations[:, None] * np.linalg.qr(rng.standard_normal((D, D)))[0]
+        other = mix @ (np.eye(D) + apart * rng.standard_normal((D, D)) / np.sqrt(D))
+        a, b = rng.standard_normal((n, D)) @ mix, rng.standard_normal((m, D)) @ other
+        return a + 2.0, b + 2.0 + 0.1 * apart
+
+    return {
+        ALIKE: near(500, 500, np.linspace(1, 0.5, 8), 0.5),
+        "500 samples of 64 features of very different sizes": near(500, 500, np.arange(1, 65) ** -2.0, 0.1),
+        "40 samples of 64 features": near(40, 40, np.ones(64), 0.5),
+        UNEQUAL: near(500, 300, np.linspace(1, 0.5, 8), 0.5),
+    }
+
+
+# Distances that are none: of the parts of the right one, with one of them wrong
+
+
+def _distance(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    covariance: Function = lambda x: np.cov(x, rowvar=False),
+    overlap: Function | None = None,
+    of_means: Function = lambda apart: np.sum(apart**2),
+) -> float:
+    """|m_a - m_b|^2 + tr S_a + tr S_b - 2 overlap(S_a, S_b)."""
+    S_a, S_b = covariance(a), covariance(b)
+    shared = (overlap or _overlap)(S_a, S_b)
+    return float(of_means(np.mean(a, 0) - np.mean(b, 0)) + np.trace(S_a) + np.trace(S_b) - 2 * shared)
+
+
+def _roots(numbers: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(numbers.real, 0.0))
+
+
+def _overlap(S_a: np.ndarray, S_b: np.ndarray) -> float:
+    """The trace of the root of S_a S_b."""
+    return float(np.sum(_roots(np.linalg.eigvals(S_a @ S_b))))
+
+
+def _root(S: np.ndarray) -> np.ndarray:
+    """Of a symmetric matrix."""
+    eigenvalues, vectors = np.linalg.eigh(S)
+    return (vectors * _roots(eigenvalues)) @ vectors.T
+
+
+def _stopped(product: np.ndarray) -> float:
+    """The trace of the root by Newton and Schulz's iteration, once its square is right to 1e-5."""
+    size, one = np.linalg.norm(product), np.eye(len(product))
+    y, z = product / size, one
+    for _ in range(100):
+        step = (3 * one - z @ y) / 2
+        y, z = y @ step, step @ z
+        if np.linalg.norm(y @ y - product / size) <= 1e-5:
+            break
+    return float(np.sqrt(size) * np.trace(y))
+
+
+def _by_singular_values(product: np.ndarray) -> float:
+    u, s, v = np.linalg.svd(product)
+    return float(np.trace((u * np.sqrt(s)) @ v))
+
+
+def _of_batches(a: np.ndarray, b: np.ndarray, size: int) -> float:
+    """The mean of the distances of batches; those that are not full are left out."""
+    starts = range(0, min(len(a), len(b)) - size + 1, size)
+    each = [metrics.frechet_distance(a[i : i + size], b[i : i + size]) for i in starts]
+    return float(np.mean(each)) if each else np.nan
+
+
+def _mistakes() -> dict[str, Function]:
+    """What is mistaken for the distance of two sets."""
+    right = metrics.frechet_distance
+
+    def covariance(of: Function) -> Function:
+        return lambda a, b: _distance(a, b, covariance=of)
+
+    def overlap(of: Function) -> Function:
+        return lambda a, b: _distance(a, b, overlap=of)
+
+    def means(of: Function) -> Function:
+        return lambda a, b: _distance(a, b, of_means=of)
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    return {
+        "its root, the 2-Wasserstein distance": lambda a, b: np.sqrt(right(a, b)),
+        "S_a S_b taken for symmetric: eigvalsh for eigvals": overlap(
+            lambda S_a, S_b: np.sum(_roots(np.linalg.eigvalsh(S_a @ S_b)))
+        ),
+        "the singular values of S_a S_b for its eigenvalues": overlap(
+            lambda S_a, S_b: np.sum(np.sqrt(np.linalg.svdvals(S_a @ S_b)))
+        ),
+        "S_a S_b taken for symmetric: its root is U s^(1/2) V' by a singular value decomposition": overlap(
+            lambda S_a, S_b: _by_singular_values(S_a @ S_b)
+        ),
+        "a root by Newton and Schulz that stops at 1e-5 (E.25)": overlap(
+            lambda S_a, S_b: _stopped(S_a @ S_b)
+        ),
+        "the root of each number of S_a S_b, not of the matrix": overlap(
+            lambda S_a, S_b: np.sum(np.sqrt(np.diag(S_a @ S_b)))
+        ),
+        "the root of S_a times that of S_b, not the root of S_a S_b": overlap(
+            lambda S_a, S_b: np.trace(_root(S_a) @ _root(S_b))
+        ),
+        "the root of the trace, not the trace of the root": overlap(
+            lambda S_a, S_b: np.sqrt(np.trace(S_a @ S_b))
+        ),
+        "S_a S_b without its root": overlap(lambda S_a, S_b: np.trace(S_a @ S_b)),
+        "the root's trace once, not twice": overlap(lambda S_a, S_b: _overlap(S_a, S_b) / 2),
+        "the root's trace left out": overlap(lambda S_a, S_b: 0.0),
+        "the variances alone, as if nothing were correlated": covariance(
+            lambda x: np.diag(np.var(x, axis=0, ddof=1))
+        ),
+        "correlations for covariances": covariance(lambda x: np.corrcoef(x, rowvar=False)),
+        "rows taken for variables: covariances of samples": covariance(np.cov),
+        "covariances divided by n, not by n - 1": covariance(lambda x: np.cov(x, rowvar=False, bias=True)),
+        "covariances divided by nothing": covariance(lambda x: (len(x) - 1) * np.cov(x, rowvar=False)),
+        "covariances of features that are not centred": covariance(lambda x: x.T @ x / (len(x) - 1)),
+        "covariances of features that are not centred, divided by n": covariance(lambda x: x.T @ x / len(x)),
+        "1e-6 added to the variances": covariance(
+            lambda x: np.cov(x, rowvar=False) + 1e-6 * np.eye(x.shape[1])
+        ),
+        "the distance of the means without its square": means(np.linalg.norm),
+        "the mean of the squares between the means, not their sum": means(lambda apart: np.mean(apart**2)),
+        "the means left out": means(lambda apart: 0.0),
+        "the means alone": lambda a, b: np.sum((np.mean(a, axis=0) - np.mean(b, axis=0)) ** 2),
+        "features divided by their length": lambda a, b: right(unit(a), unit(b)),
+        **{
+            f"the mean of the distances of batches of {size}": (
+                lambda a, b, size=size: _of_batches(a, b, size)
+            )
+            for size in BATCHES
+        },
+    }
