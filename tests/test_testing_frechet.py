@@ -176,7 +176,7 @@ def test_sets_of_other_lengths_may_be_refused():
         (lambda a, b: np.nan, "frechet_distance is nan for 500 samples of 8 features"),
         (
             lambda a, b: frechet(a.__isub__(2.0), b.__isub__(2.0)),
-            "frechet_distance writes into the features that it is given",
+            "frechet_distance writes into the features a that it is given",
         ),
     ],
 )

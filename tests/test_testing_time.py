@@ -131,6 +131,35 @@ def test_a_mistake_is_named(what):
     assert said.endswith(f"It is what comes of this: {what}."), said
 
 
+def test_a_mistake_is_named_in_another_convention_and_of_an_odd_length():
+    named = dict(flip_sin_to_cos=False, freq_shift=1.0, max_period=100.0, T=300)
+
+    def of(scale=1.0, period=100.0, shift=1, sin=np.sin, cos=np.cos):
+        def embed(t):
+            angles = scale * t[:, None] / period ** (np.arange(16) / (16 - shift))
+            return np.concatenate([sin(angles), cos(angles), 0 * t[:, None]], axis=1)
+
+        return embed
+
+    testing.assert_time_embedding(of(), 33, **named)
+    for what, yours in {
+        "cosines in the place of sines, too": of(sin=np.cos),
+        "sines in the place of cosines, too": of(cos=np.sin),
+        "a max_period of T": of(period=300.0),
+        "t / T in the place of t": of(1 / 300),
+        "2 pi t in the place of t": of(2 * np.pi),
+        "another convention: sines, then cosines, freq_shift 0 (E.14)": of(shift=0),
+        "another convention: cosines, then sines, freq_shift 1 (E.14)": of(sin=np.cos, cos=np.sin),
+    }.items():
+        said = refusal(testing.assert_time_embedding, yours, 33, **named)
+        assert "Expected [sin, cos] of t max_period^(-k / (dim / 2 - freq_shift)), freq_shift 1 (" in said
+        assert said.endswith(f"It is what comes of this: {what}."), said
+
+
+def test_a_chain_of_one_step_has_a_table_of_one_row():
+    assert "None of the " in refusal(testing.assert_time_embedding, lambda t: embedding()(t) + 1, DIM, T=1)
+
+
 def test_the_default_is_another_convention_for_ho_et_al():
     said = refusal(testing.assert_time_embedding, embedding(), DIM, flip_sin_to_cos=False, freq_shift=1.0)
     assert said.endswith(f"It is what comes of this: {RIGHT}."), said

@@ -23,6 +23,7 @@ Chapter 13 of the docs says what things are called elsewhere, and what these che
 """
 
 from tinydiff.testing._adam import assert_adam
+from tinydiff.testing._attention import assert_attention
 from tinydiff.testing._backward import assert_backward
 from tinydiff.testing._bound import assert_bound_terms
 from tinydiff.testing._draws import assert_training_draws
@@ -39,6 +40,7 @@ from tinydiff.testing._time_embedding import assert_time_embedding
 
 __all__ = [
     "assert_adam",
+    "assert_attention",
     "assert_backward",
     "assert_bound_terms",
     "assert_ema",

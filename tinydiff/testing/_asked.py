@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ from tinydiff.diffusion import GaussianDiffusion
 __all__ = [
     "SHAPE",
     "Function",
+    "answer_of",
     "answering",
     "asked_shape",
     "asked_up_to",
@@ -82,6 +84,25 @@ def called(function: Function, signature: str, *given: Any) -> Any:
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note(f"tinydiff.testing called it as {signature}.")
         raise
+
+
+def answer_of(
+    function: Function,
+    signature: str,
+    given: Mapping[str, np.ndarray],
+    asarray: Function,
+    shape: tuple[int, ...] = (),
+    of_what: str = "",
+) -> np.ndarray:
+    """What a function returns for these arrays; AssertionError unless of `shape`, and they are as before."""
+    name, shown = signature.split("(")[0], {of: asarray(x.copy()) for of, x in given.items()}
+    came = on_host(name, called(function, signature, *shown.values()))
+    if came.shape != shape and not came.size == 1 == math.prod(shape):
+        raise AssertionError(f"{name} has shape {came.shape}; expected {shape or 'one number'}{of_what}.")
+    for of, x in shown.items():
+        if not np.array_equal(on_host(of, x), on_host(of, asarray(given[of].copy()))):
+            raise AssertionError(f"{name} writes into the {of} that it is given; expected to leave them.")
+    return came.reshape(shape)
 
 
 def answering(answer: Function, with_labels: bool = False) -> Function:

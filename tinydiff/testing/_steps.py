@@ -6,28 +6,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tinydiff.testing._asked import Function, called, on_host
 from tinydiff.testing._judge import named, single
 
-__all__ = ["asked_steps", "judge_steps"]
+__all__ = ["EACH_STEP", "judge_steps"]
 
-
-def asked_steps(
-    signature: str,
-    function: Function,
-    given: Mapping[str, np.ndarray],
-    shape: tuple[int, int],
-    asarray: Function,
-) -> np.ndarray:
-    """What a function returns for these arrays; AssertionError unless of `shape`, and they are as before."""
-    name, shown = signature.split("(")[0], {of: asarray(x.copy()) for of, x in given.items()}
-    came = on_host(name, called(function, signature, *shown.values()))
-    if came.shape != shape:
-        raise AssertionError(f"{name} has shape {came.shape}; expected {shape}, a row after each step.")
-    for of, x in shown.items():
-        if not np.array_equal(on_host(of, x), on_host(of, asarray(given[of].copy()))):
-            raise AssertionError(f"{name} writes into the {of} that it is given; expected to leave them.")
-    return came
+EACH_STEP = ", a row after each step"
 
 
 def judge_steps(

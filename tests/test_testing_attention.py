@@ -1,0 +1,227 @@
+"""tinydiff.testing.assert_attention: what is right passes, and a mistake is called by its name."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mistakes import refusal
+
+from tinydiff import testing
+from tinydiff.kernels import portable
+from tinydiff.testing import _attention
+
+HEADS = 4
+
+
+def softmax(scores, axis=-1):
+    e = np.exp(scores - scores.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def heads_of(x, heads=HEADS):
+    """A list, each (N, L, d)."""
+    return np.split(x, heads, axis=2)
+
+
+def attention(
+    heads=HEADS, scale=lambda d, C, L: d**-0.5, weights=softmax, mix="nij,njd->nid", split=heads_of
+):
+    """Vaswani et al. 2017, eq. 1 and section 3.2.2, head by head."""
+
+    def attend(q, k, v):
+        given = scale(q.shape[2] // heads, *q.shape[:0:-1])
+        each = zip(*(split(x, heads) for x in (q, k, v)), strict=True)
+        return np.concatenate(
+            [np.einsum(mix, weights(np.einsum("nid,njd->nij", a, b) * given), c) for a, b, c in each], axis=2
+        )
+
+    return attend
+
+
+def over_heads(q, k, v):
+    scores = np.stack(
+        [a @ b.swapaxes(1, 2) / a.shape[2] ** 0.5 for a, b in zip(heads_of(q), heads_of(k), strict=True)]
+    )
+    return np.concatenate([w @ c for w, c in zip(softmax(scores, 0), heads_of(v), strict=True)], axis=2)
+
+
+def in_torch_s_order(x):
+    """(N, heads, L, d)"""
+    return x.reshape(*x.shape[:2], HEADS, -1).transpose(0, 2, 1, 3)
+
+
+def attended(q, k, v):
+    """Of (N, heads, L, d)."""
+    return softmax(np.einsum("nhid,nhjd->nhij", q, k) / q.shape[3] ** 0.5) @ v
+
+
+def cut_as_it_lies(x):
+    N, L, C = x.shape
+    return x.reshape(N, HEADS, L, C // HEADS)
+
+
+def joined(x):
+    N, heads, L, d = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(N, L, heads * d)
+
+
+def packed_by_heads(*given):
+    return np.concatenate(
+        [part for of_head in zip(*map(heads_of, given), strict=True) for part in of_head], axis=2
+    )
+
+
+def read_by_heads(*given):
+    parts = np.split(np.concatenate(given, axis=2), 3 * HEADS, axis=2)
+    return [np.concatenate(parts[i::3], axis=2) for i in range(3)]
+
+
+def channels(q, k, v):
+    return np.concatenate(
+        [
+            np.einsum("nij,nlj->nli", softmax(np.einsum("nli,nlj->nij", a, b) / a.shape[2] ** 0.5), c)
+            for a, b, c in zip(heads_of(q), heads_of(k), heads_of(v), strict=True)
+        ],
+        axis=2,
+    )
+
+
+def linear(q, k, v):  # as denoising-diffusion-pytorch has it
+    each = zip(heads_of(q), heads_of(k), heads_of(v), strict=True)
+    return np.concatenate(
+        [
+            np.einsum(
+                "nde,nld->nle", np.einsum("nld,nle->nde", softmax(b, 1), c), softmax(a) * a.shape[2] ** -0.5
+            )
+            for a, b, c in each
+        ],
+        axis=2,
+    )
+
+
+PLANTED = {
+    "the softmax is over the queries, not over the keys (E.33)": attention(weights=lambda s: softmax(s, 1)),
+    "the softmax is over the heads": over_heads,
+    "the softmax is over the samples": attention(weights=lambda s: softmax(s, 0)),
+    "the softmax is over queries and keys together": attention(weights=lambda s: softmax(s, (1, 2))),
+    "no softmax": attention(weights=lambda s: s),
+    "scores that are not divided by sqrt(d)": attention(scale=lambda d, C, L: 1),
+    "scores divided by d, as where queries and keys both are by sqrt(d)": attention(
+        scale=lambda d, C, L: 1 / d
+    ),
+    "scores divided by the root of all channels, not of a head's": attention(scale=lambda d, C, L: C**-0.5),
+    "scores divided by the root of the number of pixels": attention(scale=lambda d, C, L: L**-0.5),
+    "scores multiplied by sqrt(d)": attention(scale=lambda d, C, L: d**0.5),
+    "weights divided by sqrt(d), not scores: after the softmax, not before": lambda q, k, v: (
+        attention(scale=lambda d, C, L: 1)(q, k, v) / (q.shape[2] / HEADS) ** 0.5
+    ),
+    "queries and keys exchanged": lambda q, k, v: attention()(k, q, v),
+    "keys for values": lambda q, k, v: attention()(q, k, k),
+    "queries for values": lambda q, k, v: attention()(q, k, q),
+    "the weights are transposed: a pixel gives, by its query, and does not ask": attention(
+        mix="nji,njd->nid"
+    ),
+    "one head of all channels": attention(heads=1),
+    "each head has every heads-th channel, not the next d": lambda q, k, v: np.stack(
+        np.split(
+            attention(split=lambda x, heads: [x[:, :, i::heads] for i in range(heads)])(q, k, v),
+            HEADS,
+            axis=2,
+        ),
+        axis=3,
+    ).reshape(q.shape),
+    "each head has every heads-th channel, but gives the next d": attention(
+        split=lambda x, heads: [x[:, :, i::heads] for i in range(heads)]
+    ),
+    "heads are cut by a reshape without a transposition, and joined so: they are of pixels": lambda q, k, v: (
+        attended(*map(cut_as_it_lies, (q, k, v))).reshape(q.shape)
+    ),
+    "heads are cut by a reshape without a transposition": lambda q, k, v: joined(
+        attended(*map(cut_as_it_lies, (q, k, v)))
+    ),
+    "heads are joined by a reshape without a transposition": lambda q, k, v: attended(
+        *map(in_torch_s_order, (q, k, v))
+    ).reshape(q.shape),
+    "q, k, v side by side are read as if they were packed by heads (E.34)": lambda q, k, v: attention()(
+        *read_by_heads(q, k, v)
+    ),
+    "q, k, v packed by heads are read as if they were side by side (E.34)": lambda q, k, v: attention()(
+        *np.split(packed_by_heads(q, k, v), 3, axis=2)
+    ),
+    "channels ask channels, not pixels pixels": channels,
+    "linear attention (Shen et al. 2021), which is another": linear,
+}
+
+
+def ours(heads):
+    def attend(q, k, v):
+        N, L, C = q.shape
+        split = [x.reshape(N, L, heads, C // heads).transpose(0, 2, 1, 3) for x in (q, k, v)]
+        return joined(portable.attention(*split, (C // heads) ** -0.5)[0])
+
+    return attend
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 6))
+def test_our_own_attention_passes(N, L, heads, d):
+    testing.assert_attention(ours(heads), heads, shape=(N, L, heads * d))
+    testing.assert_attention(attention(heads), heads, shape=(N, L, heads * d), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_mistake_is_named(what):
+    said = refusal(testing.assert_attention, PLANTED[what], HEADS)
+    assert said.endswith(f"It is what comes of this: {what}."), said
+
+
+def test_every_mistake_is_planted():
+    assert _attention._mistakes(HEADS, (3, 10, 24)).keys() == PLANTED.keys()
+
+
+def test_float32_passes_and_half_precision_is_called_so():
+    in_dtype = lambda dtype: lambda *given: attention()(*(x.astype(dtype) for x in given))  # noqa: E731
+    testing.assert_attention(in_dtype(np.float32), HEADS)
+    said = refusal(testing.assert_attention, in_dtype(np.float16), HEADS)
+    assert said.endswith("In float32 or less what is right can be off by as much.")
+    testing.assert_attention(in_dtype(np.float16), HEADS, tolerance=0.05)
+
+
+@pytest.mark.parametrize("sample", [0, 2])
+def test_one_number_is_enough_and_the_tolerance_is_what_it_says(sample):
+    def yours(q, k, v, by):
+        y = attention()(q, k, v)
+        y[sample, 3, 4] += by * np.max(np.abs(y[sample]))
+        return y
+
+    testing.assert_attention(lambda *given: yours(*given, 0.9e-5), HEADS)
+    said = refusal(testing.assert_attention, lambda *given: yours(*given, 2e-5), HEADS)
+    assert "is off by 2e-05 of its largest number, in 1 of 3 samples by more than 1e-05." in said
+
+
+@pytest.mark.parametrize(
+    ("yours", "said"),
+    [
+        (lambda q, k, v: attention()(q, k, v)[0], "attention has shape (10, 24); expected (3, 10, 24)."),
+        (lambda q, k, v: None, "attention is a NoneType"),
+        (lambda q, k, v: attention()(q.__imul__(0.5), k, v), "attention writes into the q that it is given"),
+        (lambda q, k, v: attention()(q, k, v) * np.nan, "attention is not finite, in 3 of 3 samples"),
+    ],
+)
+def test_what_is_no_attention_is_said(yours, said):
+    assert refusal(testing.assert_attention, yours, HEADS).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("heads", "options", "said"),
+    [
+        (0, {}, "heads is 0; expected an integer of at least 1"),
+        (5, {}, "shape is (3, 10, 24); expected (N, L, C), with C a multiple of heads = 5"),
+        (4, dict(shape=(3, 24)), "shape is (3, 24); expected (N, L, C), with C a multiple of heads = 4"),
+        (4, dict(shape=(3, 0, 24)), "shape is (3, 0, 24); expected (N, ...)"),
+        (4, dict(tolerance=0), "tolerance is 0; expected a positive number"),
+    ],
+)
+def test_arguments_are_checked(heads, options, said):
+    with pytest.raises(ValueError) as caught:
+        testing.assert_attention(attention(), heads, **options)
+    assert str(caught.value).startswith(said)
