@@ -429,9 +429,7 @@ def test_one_seed_for_two_processes_in_pytorch_is_seen(dtype):
 
     options = dict(shape=(32, 16), asarray=torch.as_tensor)
     testing.assert_training_draws(processes(0, 1), process, **options)
-    with pytest.raises(
-        AssertionError, match=r"in call 2, as in call 1\. .* have the same seed \(E\.24\)"
-    ):
+    with pytest.raises(AssertionError, match=r"in call 2, as in call 1\. .* have the same seed \(E\.24\)"):
         testing.assert_training_draws(processes(0, 0), process, **options)
 
 

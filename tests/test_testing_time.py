@@ -48,18 +48,25 @@ def by_itself(power):
     return lambda t: np.stack([function(t / period) for function, period in columns], axis=1)
 
 
-def table_by_rows():  # as DDPM implementations copied from one another have it: chapter 9, E.32
-    table = np.array([[i / 10_000 ** (2 * j / DIM) for j in range(DIM)] for i in range(T)])
-    even = np.arange(0, T, 2)
-    table[even] = np.sin(table[even])
-    table[1 - even] = np.cos(table[even])
-    return table
+def angles(exponent, t):
+    return np.array([[i / 10_000 ** exponent(j) for j in range(DIM)] for i in t])
 
 
-def batch_by_rows(t):
-    y = np.array([[i / 10_000 ** (2 * j / DIM) for j in range(DIM)] for i in t])
+def in_every_second_row(y):
     y[::2], y[1::2] = np.sin(y[::2]), np.cos(y[1::2])
     return y
+
+
+def backwards(y):  # as DDPM implementations copied from one another have it: chapter 9, E.32
+    even = np.arange(0, T, 2)
+    y[even] = np.sin(y[even])
+    y[1 - even] = np.cos(y[even])
+    return y
+
+
+def table(cut, exponent):
+    rows = cut(angles(exponent, range(T)))
+    return lambda t: rows[t]
 
 
 def in_bfloat16(t):  # of which the mantissa has 8 bits: every second number above 256, and so on
@@ -73,35 +80,66 @@ ORDERS = (
     "sines and cosines by turns",
     "cosines and sines by turns",
 )
-EXPONENTS = {
-    "freq_shift 0": lambda k: k / HALF,
-    "freq_shift 1": lambda k: k / (HALF - 1),
-    "twice the exponent, as of a k that goes by twos and is doubled": lambda k: 2 * (2 * k) / DIM,
-    "half the exponent, k / dim for k / half": lambda k: k / DIM,
+SHOWN = {
+    "t - 1 in the place of t": lambda t: np.maximum(t - 1, 0),
+    "t - 1 in the place of t, and T - 1 in that of 0": lambda t: (t - 1) % T,
+    "t + 1 in the place of t (E.13)": lambda t: np.minimum(t + 1, T - 1),
+    "T - 1 - t in the place of t": lambda t: 999 - t,
+    "times in bfloat16 (E.14)": in_bfloat16,
+    "t / T in the place of t": lambda t: t / T,
+    "2 pi t in the place of t": lambda t: 2 * np.pi * t,
 }
+EACH = {
+    "i / dim": lambda j: j / DIM,
+    "2 i / dim": lambda j: 2 * j / DIM,
+    "2 (i // 2) / dim": lambda j: (j - j % 2) / DIM,
+}
+CONVENTIONS = {
+    f"another convention: {order}, freq_shift {shift} (E.14)": (
+        order,
+        lambda k, shift=shift: k / (HALF - shift),
+    )
+    for order, shift in product(ORDERS, (0, 1))
+}
+RIGHT = CONVENTIONS.pop("another convention: cosines, then sines, freq_shift 0 (E.14)")
 PLANTED = {
+    **{what: embedding(*convention) for what, convention in CONVENTIONS.items()},
+    **{what: embedding(of_t=of_t) for what, of_t in SHOWN.items()},
     **{
-        f"another convention: {order}, {spacing} (E.14)": embedding(order, EXPONENTS[spacing])
-        for order, spacing in product(ORDERS, EXPONENTS)
+        f"{what}; and {shown}": embedding(*CONVENTIONS[what], of_t=SHOWN[shown])
+        for what, shown in product(CONVENTIONS, SHOWN)
     },
-    "t - 1 in the place of t": embedding(of_t=lambda t: np.maximum(t - 1, 0)),
-    "t - 1 in the place of t, and T - 1 in that of 0": embedding(of_t=lambda t: (t - 1) % T),
-    "t + 1 in the place of t (E.13)": embedding(of_t=lambda t: np.minimum(t + 1, T - 1)),
-    "times in bfloat16 (E.14)": embedding(of_t=in_bfloat16),
+    **{
+        f"{order}, and twice the exponent, as of a k that goes by twos and is doubled": embedding(
+            order, lambda k: 2 * (2 * k) / DIM
+        )
+        for order in ORDERS
+    },
+    **{
+        f"{order}, and half the exponent, k / dim for k / half": embedding(order, lambda k: k / DIM)
+        for order in ORDERS
+    },
     "sines and cosines by turns, each number with an exponent of its own, i / dim": by_itself(1),
     "sines and cosines by turns, each number with an exponent of its own, 2 i / dim": by_itself(2),
-    "sines for every second sample of a batch, not in every second number (E.32)": batch_by_rows,
-    "sines at every second t of a table, not in every second number; between them cosines of those "
-    "sines, backwards (E.32)": lambda t: table_by_rows()[t],
+    **{
+        f"sines and cosines by rows of a table, with exponents {what} (E.32)": table(
+            in_every_second_row, EACH[what]
+        )
+        for what in EACH
+    },
+    **{
+        f"sines and cosines by rows of a table, half of them backwards, with exponents {what} (E.32)": table(
+            backwards, EACH[what]
+        )
+        for what in EACH
+    },
     "cosines in the place of sines, too": embedding(second=np.cos),
     "sines in the place of cosines, too": lambda t: np.tile(embedding()(t)[:, HALF:], 2),
     "the slowest frequency first": embedding(exponent=lambda k: (HALF - 1 - k) / HALF),
     "frequencies that grow": embedding(exponent=lambda k: -k / HALF),
-    "a max_period of T": embedding(period=T),
-    "t / T in the place of t": embedding(of_t=lambda t: t / T),
-    "2 pi t in the place of t": embedding(of_t=lambda t: 2 * np.pi * t),
+    "exponents from k = 1 on": embedding(exponent=lambda k: (k + 1) / HALF),
+    "a max_period of T, 1000": embedding(period=T),
 }
-RIGHT = "another convention: cosines, then sines, freq_shift 0 (E.14)"  # which is not another one
 
 
 @given(
@@ -121,11 +159,11 @@ def test_our_own_sinusoids_pass(dim, flip_sin_to_cos, freq_shift, max_period, T)
 
 def test_the_same_code_without_a_mistake_passes():
     testing.assert_time_embedding(embedding(), DIM, tolerance=1e-12)
-    hos = embedding("sines, then cosines", EXPONENTS["freq_shift 1"])
+    hos = embedding("sines, then cosines", lambda k: k / (HALF - 1))
     testing.assert_time_embedding(hos, DIM, flip_sin_to_cos=False, freq_shift=1, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("what", [what for what in PLANTED if what != RIGHT])
+@pytest.mark.parametrize("what", PLANTED)
 def test_a_mistake_is_named(what):
     said = refusal(testing.assert_time_embedding, PLANTED[what], DIM)
     assert said.endswith(f"It is what comes of this: {what}."), said
@@ -145,7 +183,7 @@ def test_a_mistake_is_named_in_another_convention_and_of_an_odd_length():
     for what, yours in {
         "cosines in the place of sines, too": of(sin=np.cos),
         "sines in the place of cosines, too": of(cos=np.sin),
-        "a max_period of T": of(period=300.0),
+        "a max_period of T, 300": of(period=300.0),
         "t / T in the place of t": of(1 / 300),
         "2 pi t in the place of t": of(2 * np.pi),
         "another convention: sines, then cosines, freq_shift 0 (E.14)": of(shift=0),
@@ -161,8 +199,31 @@ def test_a_chain_of_one_step_has_a_table_of_one_row():
 
 
 def test_the_default_is_another_convention_for_ho_et_al():
-    said = refusal(testing.assert_time_embedding, embedding(), DIM, flip_sin_to_cos=False, freq_shift=1.0)
-    assert said.endswith(f"It is what comes of this: {RIGHT}."), said
+    hos = dict(flip_sin_to_cos=False, freq_shift=1.0)
+    right = "another convention: cosines, then sines, freq_shift 0 (E.14)"
+    assert refusal(testing.assert_time_embedding, embedding(), DIM, **hos).endswith(f"of this: {right}.")
+    late = embedding(of_t=SHOWN["t + 1 in the place of t (E.13)"])
+    said = refusal(testing.assert_time_embedding, late, DIM, **hos)
+    assert said.endswith(f"of this: {right}; and t + 1 in the place of t (E.13).")
+
+
+def test_sines_and_cosines_by_turns_are_asked_about_without_their_turns():
+    turns = embedding("sines and cosines by turns")
+    testing.assert_time_embedding(lambda t: turns(t)[:, [*range(1, DIM, 2), *range(0, DIM, 2)]], DIM)
+    testing.assert_time_embedding(
+        lambda t: turns(t)[:, [*range(0, DIM, 2), *range(1, DIM, 2)]], DIM, flip_sin_to_cos=False
+    )
+
+
+@pytest.mark.parametrize("exponent", [lambda j: 2 * j / DIM, lambda j: -2 * j / DIM, lambda j: j / DIM])
+def test_what_depends_on_the_place_in_a_batch_is_said(exponent):
+    by_rows = lambda t: in_every_second_row(angles(exponent, t))  # noqa: E731
+    said = refusal(testing.assert_time_embedding, by_rows, DIM)
+    assert said.startswith("time_embedding gives something else for t = [") and "row of a batch" in said
+    refusal(testing.assert_time_embedding, by_rows, DIM, T=1)
+    assert "or where one t is taken for all" in refusal(
+        testing.assert_time_embedding, lambda t: embedding()(t[:1] + 0 * t), DIM
+    )
 
 
 def test_every_mistake_is_planted(monkeypatch):
@@ -184,7 +245,9 @@ def angles_in(dtype):
 def test_float32_passes_and_angles_in_half_precision_do_not():
     testing.assert_time_embedding(angles_in(np.float32), DIM)
     testing.assert_time_embedding(lambda t: embedding()(t).astype(np.float16), DIM)
-    assert "None of the 31 mistakes" in refusal(testing.assert_time_embedding, angles_in(np.float16), DIM)
+    assert f"None of the {len(PLANTED)} mistakes" in refusal(
+        testing.assert_time_embedding, angles_in(np.float16), DIM
+    )
     refusal(testing.assert_time_embedding, angles_in(np.float32), DIM, tolerance=1e-5)
 
 
@@ -201,7 +264,10 @@ def test_one_wrong_t_is_enough(t_wrong):
         (lambda t: embedding()(t)[:, :-1], "time_embedding has shape (8, 31); expected (8, 32)."),
         (lambda t: embedding()(t).T, "time_embedding has shape (32, 8); expected (8, 32)."),
         (lambda t: None, "time_embedding is a NoneType"),
-        (lambda t: embedding()(t.__imul__(1)) + 0 * t.__iadd__(1)[:, None], "time_embedding returns what it"),
+        (
+            lambda t: embedding()(t.__imul__(1)) + 0 * t.__iadd__(1)[:, None],
+            "time_embedding writes into the t that it is given",
+        ),
     ],
 )
 def test_what_is_no_embedding_is_said(yours, said):
@@ -216,6 +282,7 @@ def test_what_is_no_embedding_is_said(yours, said):
         (dict(freq_shift=16), "freq_shift is 16; expected a number less than dim / 2, 16"),
         (dict(freq_shift=np.nan), "freq_shift is nan; expected a number less than dim / 2, 16"),
         (dict(freq_shift=-np.inf), "freq_shift is -inf; expected a number less than dim / 2, 16"),
+        (dict(flip_sin_to_cos="x"), "flip_sin_to_cos is 'x'; expected one of True, False"),
         (dict(max_period=0), "max_period is 0; expected a positive number"),
         (dict(T=0), "T is 0; expected an integer of at least 1"),
         (dict(tolerance=0), "tolerance is 0; expected a positive number"),
