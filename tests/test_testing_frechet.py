@@ -1,5 +1,7 @@
 """tinydiff.testing.assert_frechet_distance: what is right passes, and a mistake is called by its name."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from mistakes import refusal
@@ -53,12 +55,25 @@ def newton_schulz(S_a, S_b):
     return np.sqrt(size) * y
 
 
-def of_batches(size, a, b):
-    full = len(a) // size
-    if not full:
-        return np.nan
-    batches = np.stack([x[: full * size].reshape(full, size, -1) for x in (a, b)], axis=1)
-    return np.mean([frechet(*pair) for pair in batches])
+def of_batches(rest, a, b, size):
+    batches = [(a[i : i + size], b[i : i + size]) for i in range(0, len(a), size)]
+    if len(a) % size and not rest:
+        batches = batches[:-1]
+    return np.mean([frechet(*pair) for pair in batches]) if batches else np.nan
+
+
+def without_the_last(a, b, size):
+    n = len(a) - len(a) % size
+    return frechet(a[:n], b[:n]) if n else np.nan
+
+
+def of_tf_gan(S_a, S_b):
+    def partly(S):
+        eigenvalues, V = eigh(S)
+        return V @ np.diag([x if x < 1e-10 else x**0.5 for x in np.maximum(eigenvalues, 0)]) @ V.T
+
+    A = root(S_a)
+    return partly(A @ S_b @ A)
 
 
 def lengths(x):
@@ -88,6 +103,11 @@ PLANTED = {
     "S_a S_b without its root": but(shared=np.matmul),
     "the root's trace once, not twice": but(twice=1),
     "the root's trace left out": but(twice=0),
+    "the root's trace added, not subtracted": but(twice=-2),
+    "eigenvalues below 1e-10 without their root, as in TF-GAN": but(shared=of_tf_gan),
+    "1e-6 added to the variances within the root": but(
+        shared=lambda S_a, S_b: root((S_a + 1e-6 * np.eye(len(S_a))) @ (S_b + 1e-6 * np.eye(len(S_b))))
+    ),
     "the variances alone, as if nothing were correlated": lambda a, b: np.sum(
         (np.mean(a, axis=0) - np.mean(b, axis=0)) ** 2
         + (np.std(a, axis=0, ddof=1) - np.std(b, axis=0, ddof=1)) ** 2
@@ -106,10 +126,6 @@ PLANTED = {
     "the means left out": but(of_means=lambda apart: 0),
     "the means alone": lambda a, b: np.sum((a.mean(0) - b.mean(0)) ** 2),
     "features divided by their length": lambda a, b: frechet(a / lengths(a), b / lengths(b)),
-    **{
-        f"the mean of the distances of batches of {size}": lambda a, b, size=size: of_batches(size, a, b)
-        for size in _frechet.BATCHES
-    },
 }
 
 
@@ -124,8 +140,23 @@ def test_a_mistake_is_named(what):
     assert said.endswith(f"It is what comes of this: {what}."), said
 
 
+BATCHED = {
+    "the mean of the distances of batches": partial(of_batches, False),
+    "the mean of the distances of batches, the rest among them": partial(of_batches, True),
+    "a last batch that is not full is left out": without_the_last,
+}
+
+
+@pytest.mark.parametrize("size", [4, 16, 25, 100, 256])
+@pytest.mark.parametrize("what", BATCHED)
+def test_a_mistake_of_batches_is_named(what, size):
+    said = refusal(testing.assert_frechet_distance, partial(BATCHED[what], size=size))
+    assert f" of this: {what}" in said
+
+
 def test_every_mistake_is_planted():
     assert PLANTED.keys() == _frechet._mistakes().keys()
+    assert BATCHED.keys() == _frechet._mistakes_of_batches().keys()
 
 
 def test_digits_that_are_lost_are_called_so():
@@ -173,7 +204,7 @@ def test_sets_of_other_lengths_may_be_refused():
     [
         (lambda a, b: None, "frechet_distance is a NoneType"),
         (lambda a, b: np.ones(2), "frechet_distance has shape (2,); expected one number."),
-        (lambda a, b: np.nan, "frechet_distance is nan for 500 samples of 8 features"),
+        (lambda a, b: np.nan, "frechet_distance is nan for 499 samples of 8 features"),
         (
             lambda a, b: frechet(a.__isub__(2.0), b.__isub__(2.0)),
             "frechet_distance writes into the features a that it is given",
