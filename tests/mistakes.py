@@ -905,7 +905,8 @@ def ancestral(mean=eq_11, deviation=lambda beta, small: np.sqrt(beta), learned=N
             high = BETAS[tau[i]] if mistake == "long" else beta[i]
             sd = np.sqrt(learned(nu, small[max(i, 1)], high)) if learned else deviation(high, small[i])
             x = mean(x, eps, beta[i], abar[i])
-            x = x + (sd * noise() if i > (last or mistake == "i > 1") or mistake == "at the end" else 0.0)
+            fresh = (lambda eps=eps: eps) if mistake == "eps again" else noise
+            x = x + (sd * fresh() if i > (last or mistake == "i > 1") or mistake == "at the end" else 0.0)
             x = np.clip(x, -1, 1) if mistake == "clipped" else x
         return x
 
@@ -942,6 +943,16 @@ def ddim(mistake="", eta=0.0, sigma=None, of_x0=lambda a2, b2: np.sqrt(b2), of_e
         return x
 
     return sampler
+
+
+def ddim_with_the_root_of_now(denoise, x, tau, noise, eta=0.5):
+    for i in reversed(range(len(tau))):
+        eps, a2 = denoise(x, np.full(len(x), tau[i])), ABAR[tau[i]]
+        b2 = ABAR[tau[i - 1]] if i else 1.0
+        x0 = (x - np.sqrt(1 - a2) * eps) / np.sqrt(a2)
+        rest = np.sqrt(max(1 - b2 - eta**2 * (1 - a2), 0))
+        x = np.sqrt(b2) * x0 + rest * eps + eta * np.sqrt(1 - a2) * noise()
+    return x
 
 
 def dpm_solver(weight=lambda h, h_before: h / h_before / 2):
@@ -1093,6 +1104,7 @@ WALKS = [
                 deviation=lambda beta, small: beta**0.25
             ),
             "no noise": ancestral(deviation=lambda beta, small: 0.0),
+            "the noise that the network predicts, and not fresh noise": ancestral(mistake="eps again"),
             "the variance of the long chain (E.8)": ancestral(mistake="long"),
             "the whole step of the long chain (E.8)": whole_step_of_the_long_chain,
             "a chain of betas[timesteps], without the betas between them (E.8)": ancestral(
@@ -1157,6 +1169,7 @@ WALKS = [
                 **HALF, of_eps=lambda a2, b2, sd: np.sqrt(max(1 - b2 - sd, 0))
             ),
             "sigma_t taken out beside the root": ddim(**HALF, of_eps=lambda a2, b2, sd: np.sqrt(1 - b2) - sd),
+            "eta^2 (1 - abar) of now for sigma_t^2": ddim_with_the_root_of_now,
             "sigma_t is 0": ddim(),
             "1 - abar of now, not of the next state, in front of eps": ddim(
                 **HALF, of_eps=lambda a2, b2, sd: np.sqrt(1 - a2 - sd**2)

@@ -73,8 +73,12 @@ def _ancestral(
     def quiet(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
         return right(i, x, output, z if i > 1 else 0 * z, ask)
 
+    def again(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
+        return right(i, x, output, walk.predict_eps(x, i, walk.predict_x0(x, i, output), given="x0"), ask)
+
     steps = {
         "noise at the last step (E.9)": step(at_the_end=True),
+        "the noise that the network predicts, and not fresh noise": again,
         "no noise in the last two steps": quiet,
         "one noise for all of the batch": lambda i, x, output, z, ask: right(i, x, output, z[:1], ask),
         "the last step is left out, and the one before it adds no noise": lambda i, x, *given: (
@@ -159,6 +163,7 @@ def _ddim(
         **from_the_end(),
         "sigma_t^2 of the long chain (E.8)": step(variance=eta**2 * small_of_long),
         "eta for eta^2 in sigma_t^2": step(variance=eta * small),
+        "eta^2 (1 - abar) of now for sigma_t^2": step(variance=eta**2 * now),
         "sigma_t^2 not taken out of what stands in front of eps": step(of_eps=np.sqrt(after)),
         "sigma_t, not its square, taken out under the root": step(
             of_eps=np.sqrt(np.maximum(after - sigma, 0))
