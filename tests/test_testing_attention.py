@@ -45,6 +45,12 @@ def over_heads(q, k, v):
     return np.concatenate([w @ c for w, c in zip(softmax(scores, 0), heads_of(v), strict=True)], axis=2)
 
 
+def over_samples_and_heads(q, k, v):  # softmax(dim=0) of scores (N heads, L, L)
+    a, b, c = (in_torch_s_order(x).reshape(-1, x.shape[1], x.shape[2] // HEADS) for x in (q, k, v))
+    y = softmax(a @ b.swapaxes(1, 2) / a.shape[2] ** 0.5, 0) @ c
+    return joined(y.reshape(len(q), HEADS, *y.shape[1:]))
+
+
 def in_torch_s_order(x):
     """(N, heads, L, d)"""
     return x.reshape(*x.shape[:2], HEADS, -1).transpose(0, 2, 1, 3)
@@ -76,6 +82,25 @@ def read_by_heads(*given):
     return [np.concatenate(parts[i::3], axis=2) for i in range(3)]
 
 
+def taken_for(names):
+    return lambda *given: attention()(*(dict(zip("qkv", given, strict=True))[name] for name in names))
+
+
+def samples(q, k, v):  # PyTorch's MultiheadAttention without batch_first=True
+    y = np.empty_like(q)
+    for pixel in range(q.shape[1]):
+        y[:, pixel] = attention()(q[None, :, pixel], k[None, :, pixel], v[None, :, pixel])[0]
+    return y
+
+
+def heads(q, k, v):
+    y = np.empty_like(q)
+    for n, pixel in np.ndindex(*q.shape[:2]):
+        a, b, c = (x[n, pixel].reshape(HEADS, -1) for x in (q, k, v))
+        y[n, pixel] = (softmax(a @ b.T / a.shape[1] ** 0.5) @ c).ravel()
+    return y
+
+
 def channels(q, k, v):
     return np.concatenate(
         [
@@ -86,28 +111,37 @@ def channels(q, k, v):
     )
 
 
-def linear(q, k, v):  # as denoising-diffusion-pytorch has it
-    each = zip(heads_of(q), heads_of(k), heads_of(v), strict=True)
-    return np.concatenate(
-        [
-            np.einsum(
-                "nde,nld->nle", np.einsum("nld,nle->nde", softmax(b, 1), c), softmax(a) * a.shape[2] ** -0.5
-            )
-            for a, b, c in each
-        ],
-        axis=2,
-    )
+def linear(power):
+    def attend(q, k, v):
+        each = zip(heads_of(q), heads_of(k), heads_of(v), strict=True)
+        return np.concatenate(
+            [
+                np.einsum(
+                    "nde,nld->nle",
+                    np.einsum("nld,nle->nde", softmax(b, 1), c),
+                    softmax(a) * a.shape[2] ** power,
+                )
+                for a, b, c in each
+            ],
+            axis=2,
+        )
+
+    return attend
 
 
 PLANTED = {
     "the softmax is over the queries, not over the keys (E.33)": attention(weights=lambda s: softmax(s, 1)),
     "the softmax is over the heads": over_heads,
     "the softmax is over the samples": attention(weights=lambda s: softmax(s, 0)),
+    "the softmax is over samples and heads": over_samples_and_heads,
     "the softmax is over queries and keys together": attention(weights=lambda s: softmax(s, (1, 2))),
     "no softmax": attention(weights=lambda s: s),
     "scores that are not divided by sqrt(d)": attention(scale=lambda d, C, L: 1),
-    "scores divided by d, as where queries and keys both are by sqrt(d)": attention(
+    "scores divided by d: queries and keys were each divided by sqrt(d)": attention(
         scale=lambda d, C, L: 1 / d
+    ),
+    "scores divided by the root of sqrt(d): of queries and keys only one was divided by it": attention(
+        scale=lambda d, C, L: d**-0.25
     ),
     "scores divided by the root of all channels, not of a head's": attention(scale=lambda d, C, L: C**-0.5),
     "scores divided by the root of the number of pixels": attention(scale=lambda d, C, L: L**-0.5),
@@ -115,11 +149,13 @@ PLANTED = {
     "weights divided by sqrt(d), not scores: after the softmax, not before": lambda q, k, v: (
         attention(scale=lambda d, C, L: 1)(q, k, v) / (q.shape[2] / HEADS) ** 0.5
     ),
-    "queries and keys exchanged": lambda q, k, v: attention()(k, q, v),
-    "keys for values": lambda q, k, v: attention()(q, k, k),
-    "queries for values": lambda q, k, v: attention()(q, k, q),
-    "the weights are transposed: a pixel gives, by its query, and does not ask": attention(
-        mix="nji,njd->nid"
+    **{
+        f"q, k, v are taken for {', '.join(names)}": taken_for(names)
+        for names in ("kqv", "qvk", "vkq", "kvq", "vqk", "qkk", "qkq", "qqv", "kkv")
+    },
+    "the weights are transposed after the softmax": attention(mix="nji,njd->nid"),
+    "a causal mask: no pixel sees those after it": attention(
+        weights=lambda s: softmax(s + np.triu(np.full(s.shape[1:], -1e300), 1))
     ),
     "one head of all channels": attention(heads=1),
     "each head has every heads-th channel, not the next d": lambda q, k, v: np.stack(
@@ -149,7 +185,10 @@ PLANTED = {
         *np.split(packed_by_heads(q, k, v), 3, axis=2)
     ),
     "channels ask channels, not pixels pixels": channels,
-    "linear attention (Shen et al. 2021), which is another": linear,
+    "samples ask samples, not pixels pixels: (L, N, C) for (N, L, C)": samples,
+    "the heads of a pixel ask each other, not the pixels": heads,
+    "linear attention (Shen et al. 2021)": linear(0),
+    "linear attention, divided by sqrt(d), as in denoising-diffusion-pytorch": linear(-0.5),
 }
 
 
@@ -178,12 +217,30 @@ def test_every_mistake_is_planted():
     assert _attention._mistakes(HEADS, (3, 10, 24)).keys() == PLANTED.keys()
 
 
+def of_numbers(dtype, factor=1):
+    return lambda *given: factor * attention()(*(x.astype(dtype) for x in given))
+
+
 def test_float32_passes_and_half_precision_is_called_so():
-    in_dtype = lambda dtype: lambda *given: attention()(*(x.astype(dtype) for x in given))  # noqa: E731
-    testing.assert_attention(in_dtype(np.float32), HEADS)
-    said = refusal(testing.assert_attention, in_dtype(np.float16), HEADS)
-    assert said.endswith("In float32 or less what is right can be off by as much.")
-    testing.assert_attention(in_dtype(np.float16), HEADS, tolerance=0.05)
+    testing.assert_attention(of_numbers(np.float32), HEADS)
+    excuse = "In half precision what is right can be off by as much: ask in float32."
+    assert refusal(testing.assert_attention, of_numbers(np.float16), HEADS).endswith(excuse)
+    assert excuse not in refusal(testing.assert_attention, of_numbers(np.float64, 0.98), HEADS)
+    testing.assert_attention(of_numbers(np.float16), HEADS, tolerance=0.05)
+
+
+def test_what_is_almost_a_mistake_of_the_list_is_not_called_so():
+    for what in ("no softmax", "scores that are not divided by sqrt(d)"):
+        almost = lambda *given, yours=PLANTED[what]: 1.02 * yours(*given)  # noqa: E731
+        assert "None of the " in refusal(testing.assert_attention, almost, HEADS)
+
+
+def test_a_function_may_write_into_what_it_is_given():
+    def scaled_in_place(q, k, v):
+        q *= 6**-0.5
+        return attention(scale=lambda d, C, L: 1)(q, k, v)
+
+    testing.assert_attention(scaled_in_place, HEADS)
 
 
 @pytest.mark.parametrize("sample", [0, 2])
@@ -195,7 +252,7 @@ def test_one_number_is_enough_and_the_tolerance_is_what_it_says(sample):
 
     testing.assert_attention(lambda *given: yours(*given, 0.9e-5), HEADS)
     said = refusal(testing.assert_attention, lambda *given: yours(*given, 2e-5), HEADS)
-    assert "is off by 2e-05 of its largest number, in 1 of 3 samples by more than 1e-05." in said
+    assert "is off by 2e-05 of its largest number, by more than 1e-05 in 1 of 3 samples." in said
 
 
 @pytest.mark.parametrize(
@@ -203,8 +260,10 @@ def test_one_number_is_enough_and_the_tolerance_is_what_it_says(sample):
     [
         (lambda q, k, v: attention()(q, k, v)[0], "attention has shape (10, 24); expected (3, 10, 24)."),
         (lambda q, k, v: None, "attention is a NoneType"),
-        (lambda q, k, v: attention()(q.__imul__(0.5), k, v), "attention writes into the q that it is given"),
-        (lambda q, k, v: attention()(q, k, v) * np.nan, "attention is not finite, in 3 of 3 samples"),
+        (
+            lambda q, k, v: attention()(q, k, v) * np.nan,
+            "attention is not finite in 3 of 3 samples. Expected",
+        ),
     ],
 )
 def test_what_is_no_attention_is_said(yours, said):

@@ -1,5 +1,6 @@
 """tinydiff.testing.assert_frechet_distance: what is right passes, and a mistake is called by its name."""
 
+import sys
 from functools import partial
 
 import numpy as np
@@ -59,7 +60,7 @@ def of_batches(rest, a, b, size):
     batches = [(a[i : i + size], b[i : i + size]) for i in range(0, len(a), size)]
     if len(a) % size and not rest:
         batches = batches[:-1]
-    return np.mean([frechet(*pair) for pair in batches]) if batches else np.nan
+    return np.mean([metrics.frechet_distance(*pair) for pair in batches]) if batches else np.nan
 
 
 def without_the_last(a, b, size):
@@ -147,7 +148,7 @@ BATCHED = {
 }
 
 
-@pytest.mark.parametrize("size", [4, 16, 25, 100, 256])
+@pytest.mark.parametrize("size", [4, 12, 25, 100, 256, 400])
 @pytest.mark.parametrize("what", BATCHED)
 def test_a_mistake_of_batches_is_named(what, size):
     said = refusal(testing.assert_frechet_distance, partial(BATCHED[what], size=size))
@@ -167,7 +168,7 @@ def test_digits_that_are_lost_are_called_so():
 
     said = refusal(testing.assert_frechet_distance, in_float32, asarray=np.float32)
     assert said.endswith(_frechet.LOST)
-    assert _frechet.LOST not in refusal(testing.assert_frechet_distance, lambda a, b: 1.1 * frechet(a, b))
+    assert _frechet.LOST not in refusal(testing.assert_frechet_distance, lambda a, b: 1.01 * frechet(a, b))
 
 
 @pytest.mark.parametrize("which", [*_frechet._pairs()])
@@ -197,6 +198,21 @@ def test_sets_of_other_lengths_may_be_refused():
         return metrics.frechet_distance(a, b)
 
     testing.assert_frechet_distance(yours)
+    odd = lambda a, b: metrics.frechet_distance(a, b) if len(a) == len(b) else np.zeros(3)  # noqa: E731
+    assert "has shape (3,); expected one number." in refusal(testing.assert_frechet_distance, odd)
+
+
+def test_an_error_says_for_which_features_it_came():
+    def yours(a, b):
+        np.linalg.inv(np.cov(a.T)) if len(a) > a.shape[1] else np.linalg.cholesky(np.cov(a.T))
+        return frechet(a, b)
+
+    with pytest.raises(np.linalg.LinAlgError) as caught:
+        testing.assert_frechet_distance(yours)
+    if sys.version_info >= (3, 11):
+        assert (
+            "called it as frechet_distance(a, b), for 43 samples of 64 features." in caught.value.__notes__[0]
+        )
 
 
 @pytest.mark.parametrize(

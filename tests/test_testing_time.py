@@ -221,6 +221,8 @@ def test_what_depends_on_the_place_in_a_batch_is_said(exponent):
     said = refusal(testing.assert_time_embedding, by_rows, DIM)
     assert said.startswith("time_embedding gives something else for t = [") and "row of a batch" in said
     refusal(testing.assert_time_embedding, by_rows, DIM, T=1)
+    slightly = lambda t: embedding()(t) + 1e-2 * (np.arange(len(t)) % 2)[:, None]  # noqa: E731
+    assert "gives something else" in refusal(testing.assert_time_embedding, slightly, DIM)
     assert "or where one t is taken for all" in refusal(
         testing.assert_time_embedding, lambda t: embedding()(t[:1] + 0 * t), DIM
     )

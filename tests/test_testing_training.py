@@ -183,6 +183,20 @@ def test_a_seed_at_every_call_is_not_called_anything_else(options):
     assert second.endswith("of this: the same noise at every call: drawn once, or after the same seed.")
 
 
+def test_a_seed_at_every_call_but_few_is_not_called_one_at_every_call():
+    losses = chain.from_iterable([training()] + [training(seed=n)] * (n % 100 == 5) for n in count())
+    said = refusal(testing.assert_training_draws, lambda *given: next(losses)(*given), EPS)
+    assert said.startswith("Of 6000 noises 59") and said.endswith(f"{_draws.SEEDED}.") and "\n" not in said
+
+
+def test_noise_of_few_numbers_is_known_again_by_the_call():
+    said = refusal(testing.assert_training_draws, on_ranks(0, 0), EPS, shape=(16, 2))
+    assert said.startswith(
+        "Of 375 noises 187 were drawn in an earlier call, the first of them in call 2, as in"
+    )
+    testing.assert_training_draws(on_ranks(0, 1), EPS, shape=(16, 2))
+
+
 def test_of_two_calls_either_may_be_so():
     said = refusal(testing.assert_training_draws, on_ranks(0, 0), EPS, shape=(5000, 6))
     assert f"{_draws.SEEDED}; or of this: {_draws.AGAIN_NOISE}." in said
@@ -207,7 +221,7 @@ def test_ranks_with_seeds_of_their_own_pass():
 
 def test_few_numbers_that_are_alike_by_chance_are_not_called_drawn_before():
     said = refusal(testing.assert_training_draws, training(noise=shared(0, 1, 2, 3)), EPS)
-    assert "earlier one" not in said and "one noise for all samples of a batch" in said
+    assert "in an earlier call" not in said and "one noise for all samples of a batch" in said
 
 
 def test_noise_in_pairs_of_opposite_sign_is_not_independent():

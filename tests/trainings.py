@@ -122,7 +122,8 @@ DRAWS = [
             "the same noise at every call: drawn once, or after the same seed": training(
                 noise=once(shared())
             ),
-            "several generators have the same seed (E.24), or one is seeded again and again": on_ranks(0, 0),
+            "several generators have the same seed (E.24), or one is seeded again and again, or noise is "
+            "kept and used again": on_ranks(0, 0),
             "one noise for all channels": training(noise=shared(3)),
             "one number of noise for all of a sample": training(noise=shared(1, 2, 3)),
             "offset noise, a number for each sample and channel, which is another process, and on purpose": (

@@ -1,12 +1,13 @@
 """Your own diffusion code, checked against this: which identity it breaks, and by which known mistake.
 
-Each check takes a function of yours, in whatever framework, calls it at every t, and raises an AssertionError
-unless it returns what the identity says. The message says how far off it is and at which t. If all numbers,
-at every t, are to a thousandth those that a mistake on the check's list gives, the message names that
+Each check takes a function of yours, in whatever framework, calls it, at every t if it takes one, and raises
+an AssertionError unless it returns what the identity says. The message says how far off it is and at which t.
+If all numbers are to a thousandth those that a mistake on the check's list gives, the message names that
 mistake; those with an E are in chapter 9 of the docs. `assert_training_draws` calls a loss that draws for
-itself, and judges by statistics; `assert_adam`, `assert_ema` and `assert_frechet_distance` look at an
-optimizer's steps, at averages of weights and at a measure. `assert_backward` takes a layer or a network that
-is written as tinydiff's are, and checks that its backward is its derivative.
+itself, and judges by statistics; `assert_adam` and `assert_ema` look at an optimizer's steps and at averages
+of weights, `assert_time_embedding` and `assert_attention` at parts of a network, `assert_frechet_distance` at
+a measure. `assert_backward` takes a layer or a network that is written as tinydiff's are, and checks that its
+backward is its derivative.
 
 >>> import torch
 >>> from tinydiff import linear_schedule, testing

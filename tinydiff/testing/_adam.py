@@ -10,7 +10,7 @@ import numpy as np
 
 from tinydiff._checks import check_betas, check_number
 from tinydiff.testing._asked import Function, answer_of, check_tolerance
-from tinydiff.testing._steps import EACH_STEP, judge_steps
+from tinydiff.testing._steps import judge_steps, rows
 
 __all__ = ["assert_adam"]
 
@@ -61,7 +61,8 @@ def assert_adam(
     gradients = rng.standard_normal((STEPS, WEIGHTS)) * np.logspace(-2, 6, WEIGHTS) * eps
     gradients[:, -1] = np.where(np.arange(STEPS) == STEPS // 2, 1.0, 0.0)
     given = {"weights": weights, "gradients": gradients}
-    came = answer_of(adam, "adam(weights, gradients)", given, asarray, gradients.shape, EACH_STEP)
+    shape = gradients.shape
+    came = answer_of(adam, "adam(weights, gradients)", given, asarray, shape, rows(shape))
 
     def path(**how: Any) -> np.ndarray:
         settings = dict(lr=lr, betas=betas, eps=eps, decay=weight_decay)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -91,15 +90,29 @@ def answer_of(
     signature: str,
     given: Mapping[str, np.ndarray],
     asarray: Function,
-    shape: tuple[int, ...] = (),
-    of_what: str = "",
+    shape: tuple[int, ...],
+    expected: str = "",
+    *,
+    when: str = "",
+    to_keep: bool = True,
 ) -> np.ndarray:
-    """What a function returns for these arrays; AssertionError unless of `shape`, and they are as before."""
+    """What a function returns for these arrays; AssertionError unless it has `shape`.
+
+    Parameters
+    ----------
+    signature, expected, when : str
+        How it is called, which shape it should have, if not just `shape`, and on which occasion it is called.
+    given : mapping of arrays
+        Its arguments, by name.
+    to_keep : bool
+        Whether it is also an error to write into them.
+    """
     name, shown = signature.split("(")[0], {of: asarray(x.copy()) for of, x in given.items()}
-    came = on_host(name, called(function, signature, *shown.values()))
-    if came.shape != shape and not came.size == 1 == math.prod(shape):
-        raise AssertionError(f"{name} has shape {came.shape}; expected {shape or 'one number'}{of_what}.")
-    for of, x in shown.items():
+    came = on_host(name, called(function, signature + when, *shown.values()))
+    one_number = shape == () and came.size == 1
+    if came.shape != shape and not one_number:
+        raise AssertionError(f"{name} has shape {came.shape}; expected {expected or shape}.")
+    for of, x in shown.items() if to_keep else ():
         if not np.array_equal(on_host(of, x), on_host(of, asarray(given[of].copy()))):
             raise AssertionError(f"{name} writes into the {of} that it is given; expected to leave them.")
     return came.reshape(shape)

@@ -42,7 +42,7 @@ def assert_attention(
     ------
     AssertionError
         If it is something else. The message says how far off it is, and names the mistake that gives it, if
-        it is known here; also if the function writes into what it is given.
+        it is known here. The function may write into what it is given, which nobody else needs.
     ValueError
         If `heads`, `shape` or `tolerance` is not as said above.
     """
@@ -52,20 +52,23 @@ def assert_attention(
     if len(shape) != 3 or shape[2] % heads:
         raise ValueError(f"shape is {shape!r}; expected (N, L, C), with C a multiple of heads = {heads}.")
     q, k, v = 1.5 * np.random.default_rng(0).standard_normal((3, *shape))
-    came = answer_of(attention, "attention(q, k, v)", {"q": q, "k": k, "v": v}, asarray, shape)
+    came = answer_of(attention, "attention(q, k, v)", {"q": q, "k": k, "v": v}, asarray, shape, to_keep=False)
     right = _attention(heads)(q, k, v)
     off = distance(came, right, right)
     if np.max(off) <= tolerance:
         return
-    with np.errstate(all="ignore"):
-        others = {what: wrong(q, k, v) for what, wrong in _mistakes(heads, shape).items()}
+    others = {what: wrong(q, k, v) for what, wrong in _mistakes(heads, shape).items()}
     distances = {what: float(np.max(distance(came, other, right))) for what, other in others.items()}
-    worst, count = float(np.max(off)), np.count_nonzero(off > tolerance)
-    size = f"off by {worst:.3g} of its largest number" if np.isfinite(worst) else "not finite"
-    unknown = " In float32 or less what is right can be off by as much." if single(worst, came) else ""
+    worst, count = float(np.max(off)), f"in {np.count_nonzero(off > tolerance)} of {len(off)} samples"
+    size = f"off by {worst:.3g} of its largest number, by more than {tolerance:.3g} {count}"
+    unknown = (
+        " In half precision what is right can be off by as much: ask in float32."
+        if single(worst, came)
+        else ""
+    )
     raise AssertionError(
-        f"attention is {size}, in {count} of {len(off)} samples by more than {tolerance:.3g}. Expected "
-        f"softmax(q k.T / sqrt({shape[2] // heads})) v in each of {heads} heads (docs: B.12).\n"
+        f"attention is {size if np.isfinite(worst) else f'not finite {count}'}. Expected softmax(q k.T / "
+        f"sqrt({shape[2] // heads})) v in each of {heads} heads (docs: B.12).\n"
         f"{named(distances, worst, tolerance, unknown)}"
     )
 
@@ -151,10 +154,26 @@ def _mistakes(heads: int, shape: tuple[int, ...]) -> dict[str, Function]:
         q, k, v = (in_blocks(x, heads) for x in (q, k, v))
         return of_blocks(v @ softmax(q.swapaxes(-1, -2) @ k / math.sqrt(d)).swapaxes(-1, -2))
 
-    def linear(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        q, k, v = (in_blocks(x, heads) for x in (q, k, v))
-        context = softmax(k, axis=-2).swapaxes(-1, -2) @ v
-        return of_blocks(softmax(q) @ context / math.sqrt(d))
+    def linear(scale: float) -> Function:
+        def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+            q, k, v = (in_blocks(x, heads) for x in (q, k, v))
+            return of_blocks(scale * softmax(q) @ (softmax(k, axis=-2).swapaxes(-1, -2) @ v))
+
+        return attention
+
+    def of_samples(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        swapped = [x.swapaxes(0, 1) for x in (q, k, v)]
+        return np.asarray(_attention(heads)(*swapped).swapaxes(0, 1))
+
+    def of_heads(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        q, k, v = (x.reshape(N, L, heads, d) for x in (q, k, v))
+        return np.asarray(softmax(q @ k.swapaxes(-1, -2) / math.sqrt(d)) @ v).reshape(shape)
+
+    def causal(scores: np.ndarray) -> np.ndarray:
+        return softmax(np.where(np.tri(L, dtype=bool), scores, -np.inf))
+
+    def in_order(names: str) -> Function:
+        return lambda q, k, v: tuple({"q": q, "k": k, "v": v}[name] for name in names)
 
     def built(**part: object) -> Function:
         return _attention(heads, **part)  # type: ignore[arg-type]
@@ -166,22 +185,28 @@ def _mistakes(heads: int, shape: tuple[int, ...]) -> dict[str, Function]:
         "the softmax is over the queries, not over the keys (E.33)": built(weights=over(-2)),
         "the softmax is over the heads": built(weights=over(1)),
         "the softmax is over the samples": built(weights=over(0)),
+        "the softmax is over samples and heads": built(weights=over((0, 1))),
         "the softmax is over queries and keys together": built(weights=over((-2, -1))),
         "no softmax": built(weights=np.positive),
         "scores that are not divided by sqrt(d)": built(scale=1.0),
-        "scores divided by d, as where queries and keys both are by sqrt(d)": built(scale=1 / d),
+        "scores divided by d: queries and keys were each divided by sqrt(d)": built(scale=1 / d),
+        "scores divided by the root of sqrt(d): of queries and keys only one was divided by it": built(
+            scale=d**-0.25
+        ),
         "scores divided by the root of all channels, not of a head's": built(scale=C**-0.5),
         "scores divided by the root of the number of pixels": built(scale=L**-0.5),
         "scores multiplied by sqrt(d)": built(scale=d**0.5),
         "weights divided by sqrt(d), not scores: after the softmax, not before": built(
             scale=1.0, weights=lambda scores: softmax(scores) / math.sqrt(d)
         ),
-        "queries and keys exchanged": built(ordered=lambda q, k, v: (k, q, v)),
-        "keys for values": built(ordered=lambda q, k, v: (q, k, k)),
-        "queries for values": built(ordered=lambda q, k, v: (q, k, q)),
-        "the weights are transposed: a pixel gives, by its query, and does not ask": built(
+        **{
+            f"q, k, v are taken for {', '.join(names)}": built(ordered=in_order(names))
+            for names in ("kqv", "qvk", "vkq", "kvq", "vqk", "qkk", "qkq", "qqv", "kkv")
+        },
+        "the weights are transposed after the softmax": built(
             mixed=lambda weights, v: weights.swapaxes(-1, -2) @ v
         ),
+        "a causal mask: no pixel sees those after it": built(weights=causal),
         "one head of all channels": _attention(1),
         "each head has every heads-th channel, not the next d": built(split=by_turns, join=of_turns),
         "each head has every heads-th channel, but gives the next d": built(split=by_turns),
@@ -195,5 +220,8 @@ def _mistakes(heads: int, shape: tuple[int, ...]) -> dict[str, Function]:
             ordered=lambda q, k, v: tuple(np.split(packed_by_heads(q, k, v), 3, axis=2))
         ),
         "channels ask channels, not pixels pixels": of_channels,
-        "linear attention (Shen et al. 2021), which is another": linear,
+        "samples ask samples, not pixels pixels: (L, N, C) for (N, L, C)": of_samples,
+        "the heads of a pixel ask each other, not the pixels": of_heads,
+        "linear attention (Shen et al. 2021)": linear(1.0),
+        "linear attention, divided by sqrt(d), as in denoising-diffusion-pytorch": linear(1 / math.sqrt(d)),
     }

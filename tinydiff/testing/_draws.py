@@ -41,7 +41,10 @@ FEW = 6  # numbers that are not alike by chance
 NO_NOISE = "no noise is added"
 ONE_NOISE = "one noise for all samples of a batch"
 AGAIN_NOISE = "the same noise at every call: drawn once, or after the same seed"
-SEEDED = "several generators have the same seed (E.24), or one is seeded again and again"
+SEEDED = (
+    "several generators have the same seed (E.24), or one is seeded again and again, or noise is kept and "
+    "used again"
+)
 ONE_CHANNEL = "one noise for all channels"
 ONE_NUMBER = "one number of noise for all of a sample"
 OFFSET = "offset noise, a number for each sample and channel, which is another process, and on purpose"
@@ -117,13 +120,12 @@ def assert_training_draws(
         check_counts(num_classes=num_classes)
     check_number("label_dropout", label_dropout, lambda share: 0 <= share <= 1, "a number in [0, 1]")
     t, noise, x0, labels, told = _asked(loss, diffusion, num_classes, axis, shape, asarray)
-    found, every = _drawn_before(noise)
-    if found:  # and what else is drawn may come again, too, and is no sample of anything
-        found = [_wrong_times(t, p)] * every + found
-    else:
-        found = [_wrong_times(t, p), _wrong_noise(noise, x0, t[: len(noise)], axis)]
-        if num_classes is not None:
-            found.append(_wrong_labels(told, labels, t, num_classes, label_dropout))
+    before, every = _drawn_before(noise)
+    if before and not every:  # what else is drawn comes again, too, and says nothing
+        raise AssertionError(before)
+    found = [_wrong_times(t, p), before or _wrong_noise(noise, x0, t[: len(noise)], axis)]
+    if num_classes is not None and not before:
+        found.append(_wrong_labels(told, labels, t, num_classes, label_dropout))
     wrong = [said for said in found if said]
     if wrong:
         raise AssertionError("\n".join(wrong))
@@ -265,14 +267,14 @@ def _wrong_noise(noise: np.ndarray, x0: np.ndarray, t: np.ndarray, axis: int) ->
     )
 
 
-def _drawn_before(noise: np.ndarray) -> tuple[list[str], bool]:
-    """That noise (calls, N, ...) is one of an earlier call, if any is; and whether all is, but the first."""
+def _drawn_before(noise: np.ndarray) -> tuple[str, bool]:
+    """That noise (calls, N, ...) was drawn in an earlier call, empty if none was; and whether all was."""
     calls = len(noise)
     rows = noise.reshape(-1, math.prod(noise.shape[2:]))
     if rows.shape[1] < FEW:
         rows = noise.reshape(calls, -1)
     if len(np.unique(np.round(rows[0], 4))) < FEW:  # rows may be alike by chance
-        return [], False
+        return "", False
     order = np.argsort(rows[:, 0])
     group = np.empty(len(rows), np.int64)  # of equals, but for rounding
     group[order] = np.cumsum(np.append(0, np.mean(np.diff(rows[order], axis=0) ** 2, axis=1) > 1e-8))
@@ -282,7 +284,7 @@ def _drawn_before(noise: np.ndarray) -> tuple[list[str], bool]:
     earlier = first[group]
     again = np.flatnonzero(earlier < call)
     if len(again) == 0:
-        return [], False
+        return "", False
     k = again[0]
     every = len(again) == int(np.sum(call > 0))
     names = {AGAIN_NOISE: every, SEEDED: not every or calls == 2}
@@ -290,7 +292,7 @@ def _drawn_before(noise: np.ndarray) -> tuple[list[str], bool]:
         f"Of {len(rows)} noises {len(again)} were drawn in an earlier call, the first of them in call "
         f"{call[k] + 1}, as in call {earlier[k] + 1}. {_known(names)}"
     )
-    return [said], every
+    return said, every
 
 
 def _wrong_relation(z: np.ndarray, t: np.ndarray) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tinydiff._checks import check_number
 from tinydiff.testing._asked import Function, answer_of, check_tolerance
-from tinydiff.testing._steps import EACH_STEP, judge_steps
+from tinydiff.testing._steps import judge_steps, rows
 
 __all__ = ["assert_ema"]
 
@@ -53,7 +53,8 @@ def assert_ema(
     decays, end = _checked(decay)
     rng = np.random.default_rng(0)
     weights = np.cumsum(rng.standard_normal((UPDATES + 1, WEIGHTS)), axis=0)
-    came = answer_of(ema, "ema(weights)", {"weights": weights}, asarray, (UPDATES, WEIGHTS), EACH_STEP)
+    shape = UPDATES, WEIGHTS
+    came = answer_of(ema, "ema(weights)", {"weights": weights}, asarray, shape, rows(shape))
     right = _averages(weights, decays)
     with np.errstate(over="ignore"):
         rounded = came.astype(np.float16)  # which leaves bfloat16's numbers of this size as they are

@@ -8,9 +8,12 @@ import numpy as np
 
 from tinydiff.testing._judge import named, single
 
-__all__ = ["EACH_STEP", "judge_steps"]
+__all__ = ["judge_steps", "rows"]
 
-EACH_STEP = ", a row after each step"
+
+def rows(shape: tuple[int, ...]) -> str:
+    """Which shape is expected."""
+    return f"{shape}, a row after each step"
 
 
 def judge_steps(

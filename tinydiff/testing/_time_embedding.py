@@ -93,8 +93,8 @@ def _check_places(yours: Function, dim: int, T: int, asarray: Function, toleranc
     if np.max(distance(there, back[::-1], there)) > tolerance:
         raise AssertionError(
             f"time_embedding gives something else for t = {t} than for the same from the last to the first; "
-            "expected that a sample's place does not count. So it is where sines are in every second row of "
-            "a batch, and not in every second column (E.32), or where one t is taken for all."
+            "expected that a sample's place does not count, as it does where sines are in every second row "
+            "of a batch, and not in every second column (E.32), or where one t is taken for all."
         )
 
 
