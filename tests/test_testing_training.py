@@ -197,6 +197,14 @@ def test_noise_of_few_numbers_is_known_again_by_the_call():
     testing.assert_training_draws(on_ranks(0, 1), EPS, shape=(16, 2))
 
 
+def test_the_same_noise_at_every_call_is_named_in_half_precision_too():
+    loss = training(noise=once(shared()))
+    in_half = lambda network, x0: loss(lambda x, t: network(x.astype(np.float16), t), x0)  # noqa: E731
+    said = refusal(testing.assert_training_draws, in_half, EPS)
+    assert said.startswith("The noise has the correlation 1 between a call and the next, where")
+    assert said.endswith(f"It is what comes of this: {_draws.AGAIN_NOISE}.")
+
+
 def test_of_two_calls_either_may_be_so():
     said = refusal(testing.assert_training_draws, on_ranks(0, 0), EPS, shape=(5000, 6))
     assert f"{_draws.SEEDED}; or of this: {_draws.AGAIN_NOISE}." in said

@@ -28,7 +28,8 @@ def assert_attention(
     ----------
     attention : callable
         Takes queries, keys and values of `shape`, as the three projections make them, and returns what the
-        last projection takes. If yours makes them of x itself, put these in the place of what it makes.
+        last projection takes; it may write into them. If yours makes them of x itself, put these in the place
+        of what it makes.
     heads : int
         How many there are; they share the C channels, d = C / heads each, the first has 0 … d - 1.
     shape : tuple of int
@@ -42,7 +43,7 @@ def assert_attention(
     ------
     AssertionError
         If it is something else. The message says how far off it is, and names the mistake that gives it, if
-        it is known here. The function may write into what it is given, which nobody else needs.
+        it is known here.
     ValueError
         If `heads`, `shape` or `tolerance` is not as said above.
     """
@@ -77,8 +78,9 @@ def assert_attention(
 
 
 def softmax(scores: np.ndarray, axis: int | tuple[int, int] = -1) -> np.ndarray:
-    e = np.exp(scores - np.max(scores, axis=axis, keepdims=True))
-    return np.asarray(e / np.sum(e, axis=axis, keepdims=True))
+    from scipy.special import softmax as along
+
+    return np.asarray(along(scores, axis=axis))
 
 
 def in_blocks(x: np.ndarray, heads: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinydiff import metrics
 from tinydiff.testing._asked import Function, answer_of, check_tolerance
-from tinydiff.testing._judge import named
+from tinydiff.testing._judge import distance, named
 
 __all__ = ["assert_frechet_distance"]
 
@@ -60,14 +60,13 @@ def assert_frechet_distance(
     unequal = {UNEQUAL: pairs.pop(UNEQUAL)}
 
     def asked(yours: Function, some: Pairs) -> np.ndarray:
-        signature = "frechet_distance(a, b)"
-        given = {what: {"features a": a, "features b": b} for what, (a, b) in some.items()}
         return np.array(
-            [
-                answer_of(yours, signature, given[what], asarray, (), "one number", when=f", for {what}")
-                for what in some
-            ]
+            [number(yours, what, {"features a": a, "features b": b}) for what, (a, b) in some.items()]
         )
+
+    def number(yours: Function, what: str, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        when = f", for {what}"
+        return answer_of(yours, "frechet_distance(a, b)", given, asarray, (), "one number", when=when)
 
     def or_refuses(a: Any, b: Any) -> Any:
         try:
@@ -75,12 +74,12 @@ def assert_frechet_distance(
         except Exception as error:
             raise Refused from error
 
-    came = asked(frechet_distance, pairs)
-    said = _said(pairs, came, tolerance)
+    came, right = asked(frechet_distance, pairs), _right(pairs)
+    said = _said(pairs, came, right, tolerance)
     if said:
-        raise AssertionError(f"{said}\n{_known(pairs, came, tolerance)}")
+        raise AssertionError(f"{said}\n{_known(pairs, came, right, tolerance)}")
     try:
-        said = _said(unequal, asked(or_refuses, unequal), tolerance)
+        said = _said(unequal, asked(or_refuses, unequal), _right(unequal), tolerance)
     except Refused:  # which misleads nobody
         return
     if said:
@@ -95,10 +94,9 @@ def _right(pairs: Pairs) -> np.ndarray:
     return np.array([metrics.frechet_distance(*pair) for pair in pairs.values()])
 
 
-def _said(pairs: Pairs, came: np.ndarray, tolerance: float) -> str:
+def _said(pairs: Pairs, came: np.ndarray, right: np.ndarray, tolerance: float) -> str:
     """How far what came is off; nothing if it is right."""
-    right = _right(pairs)
-    off = _apart(came, right, right)
+    off = distance(came, right, right)
     if np.max(off) <= tolerance:
         return ""
     k = int(np.argmax(off))
@@ -109,32 +107,23 @@ def _said(pairs: Pairs, came: np.ndarray, tolerance: float) -> str:
     )
 
 
-def _known(pairs: Pairs, came: np.ndarray, tolerance: float) -> str:
+def _known(pairs: Pairs, came: np.ndarray, right: np.ndarray, tolerance: float) -> str:
     """Which mistake gives the distances that came."""
-    right = _right(pairs)
 
     def apart(wrong: Function, some: Pairs = pairs) -> float:
+        """How far it is from the first distances that came."""
         with np.errstate(all="ignore"):
             others = np.array([wrong(*pair) for pair in some.values()])
-        return float(np.max(_apart(came[: len(some)], others, right[: len(some)])))
+        return float(np.max(distance(came[: len(some)], others, right[: len(some)])))
 
-    off = _apart(came, right, right)
     first = {ALIKE: pairs[ALIKE]}
     distances = {what: apart(wrong) for what, wrong in _mistakes().items()}
     for what, wrong in _mistakes_of_batches().items():
         of_first = [apart(partial(wrong, size), first) for size in BATCHES]
         near = [size for size, far in zip(BATCHES, of_first, strict=True) if far <= min(of_first) + tolerance]
         distances[what] = min(apart(partial(wrong, size)) for size in near)
-    digits_lost = off[0] <= 1e-3
-    return named(distances, float(np.max(off)), tolerance, LOST if digits_lost else "")
-
-
-def _apart(came: np.ndarray, other: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """How far two distances of each pair are from each other, as a part of the right one."""
-    with np.errstate(all="ignore"):
-        off = np.abs(came - other) / right
-    neither = ~(np.isfinite(came) | np.isfinite(other))
-    return np.where(neither, 0.0, np.where(np.isnan(off), np.inf, off))
+    off = distance(came, right, right)
+    return named(distances, float(np.max(off)), tolerance, LOST if off[0] <= 1e-3 else "")
 
 
 def _pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -160,27 +149,27 @@ def _pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 # Distances that are none: of the parts of the right one, with one of them wrong
 
 
+def _roots(numbers: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(numbers.real, 0.0))
+
+
+def _overlap(S_a: np.ndarray, S_b: np.ndarray, roots: Function = _roots) -> float:
+    """The trace of the root of S_a S_b."""
+    return float(np.sum(roots(np.linalg.eigvals(S_a @ S_b))))
+
+
 def _distance(
     a: np.ndarray,
     b: np.ndarray,
     *,
     covariance: Function = lambda x: np.cov(x, rowvar=False),
-    overlap: Function | None = None,
+    overlap: Function = _overlap,
     of_means: Function = lambda apart: np.sum(apart**2),
 ) -> float:
     """|m_a - m_b|^2 + tr S_a + tr S_b - 2 overlap(S_a, S_b)."""
     S_a, S_b = covariance(a), covariance(b)
-    shared = (overlap or _overlap)(S_a, S_b)
-    return float(of_means(np.mean(a, 0) - np.mean(b, 0)) + np.trace(S_a) + np.trace(S_b) - 2 * shared)
-
-
-def _roots(numbers: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(numbers.real, 0.0))
-
-
-def _overlap(S_a: np.ndarray, S_b: np.ndarray, roots: Function = np.sqrt) -> float:
-    """The trace of the root of S_a S_b."""
-    return float(np.sum(roots(np.maximum(np.linalg.eigvals(S_a @ S_b).real, 0.0))))
+    of_both = of_means(np.mean(a, 0) - np.mean(b, 0)) + np.trace(S_a) + np.trace(S_b)
+    return float(of_both - 2 * overlap(S_a, S_b))
 
 
 def _root(S: np.ndarray) -> np.ndarray:
@@ -210,66 +199,68 @@ def _mistakes() -> dict[str, Function]:
     """What is mistaken for the distance of two sets."""
     right = metrics.frechet_distance
 
-    def covariance(of: Function) -> Function:
-        return lambda a, b: _distance(a, b, covariance=of)
-
-    def overlap(of: Function) -> Function:
-        return lambda a, b: _distance(a, b, overlap=of)
-
-    def means(of: Function) -> Function:
-        return lambda a, b: _distance(a, b, of_means=of)
+    def but(**part: Any) -> Function:
+        return partial(_distance, **part)
 
     def unit(x: np.ndarray) -> np.ndarray:
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     return {
         "its root, the 2-Wasserstein distance": lambda a, b: np.sqrt(right(a, b)),
-        "S_a S_b taken for symmetric: eigvalsh for eigvals": overlap(
-            lambda S_a, S_b: np.sum(_roots(np.linalg.eigvalsh(S_a @ S_b)))
+        "S_a S_b taken for symmetric: eigvalsh for eigvals": but(
+            overlap=lambda S_a, S_b: np.sum(_roots(np.linalg.eigvalsh(S_a @ S_b)))
         ),
-        "the singular values of S_a S_b for its eigenvalues": overlap(
-            lambda S_a, S_b: np.sum(np.sqrt(np.linalg.svdvals(S_a @ S_b)))
+        "the singular values of S_a S_b for its eigenvalues": but(
+            overlap=lambda S_a, S_b: np.sum(np.sqrt(np.linalg.svdvals(S_a @ S_b)))
         ),
-        "S_a S_b taken for symmetric: its root is U s^(1/2) V' by a singular value decomposition": overlap(
-            lambda S_a, S_b: _by_singular_values(S_a @ S_b)
+        "S_a S_b taken for symmetric: its root is U s^(1/2) V' by a singular value decomposition": but(
+            overlap=lambda S_a, S_b: _by_singular_values(S_a @ S_b)
         ),
-        "a root by Newton and Schulz that stops at 1e-5 (E.25)": overlap(
-            lambda S_a, S_b: _stopped(S_a @ S_b)
+        "a root by Newton and Schulz that stops at 1e-5 (E.25)": but(
+            overlap=lambda S_a, S_b: _stopped(S_a @ S_b)
         ),
-        "the root of each number of S_a S_b, not of the matrix": overlap(
-            lambda S_a, S_b: np.sum(np.sqrt(np.diag(S_a @ S_b)))
+        "the root of each number of S_a S_b, not of the matrix": but(
+            overlap=lambda S_a, S_b: np.sum(np.sqrt(np.diag(S_a @ S_b)))
         ),
-        "the root of S_a times that of S_b, not the root of S_a S_b": overlap(
-            lambda S_a, S_b: np.trace(_root(S_a) @ _root(S_b))
+        "the root of S_a times that of S_b, not the root of S_a S_b": but(
+            overlap=lambda S_a, S_b: np.trace(_root(S_a) @ _root(S_b))
         ),
-        "the root of the trace, not the trace of the root": overlap(
-            lambda S_a, S_b: np.sqrt(np.trace(S_a @ S_b))
+        "the root of the trace, not the trace of the root": but(
+            overlap=lambda S_a, S_b: np.sqrt(np.trace(S_a @ S_b))
         ),
-        "S_a S_b without its root": overlap(lambda S_a, S_b: np.trace(S_a @ S_b)),
-        "the root's trace once, not twice": overlap(lambda S_a, S_b: _overlap(S_a, S_b) / 2),
-        "the root's trace left out": overlap(lambda S_a, S_b: 0.0),
-        "the root's trace added, not subtracted": overlap(lambda S_a, S_b: -_overlap(S_a, S_b)),
-        "eigenvalues below 1e-10 without their root, as in TF-GAN": overlap(
-            lambda S_a, S_b: _overlap(S_a, S_b, lambda x: np.where(x < 1e-10, x, np.sqrt(x)))
+        "S_a S_b without its root": but(overlap=lambda S_a, S_b: np.trace(S_a @ S_b)),
+        "the root's trace once, not twice": but(overlap=lambda S_a, S_b: _overlap(S_a, S_b) / 2),
+        "the root's trace left out": but(overlap=lambda S_a, S_b: 0.0),
+        "the root's trace added, not subtracted": but(overlap=lambda S_a, S_b: -_overlap(S_a, S_b)),
+        "eigenvalues below 1e-10 without their root, as in TF-GAN": but(
+            overlap=lambda S_a, S_b: _overlap(
+                S_a, S_b, lambda x: np.where(x.real < 1e-10, np.maximum(x.real, 0.0), _roots(x))
+            )
         ),
-        "1e-6 added to the variances within the root": overlap(
-            lambda S_a, S_b: _overlap(*(S + 1e-6 * np.eye(len(S)) for S in (S_a, S_b)))
+        "1e-6 added to the variances within the root": but(
+            overlap=lambda S_a, S_b: _overlap(*(S + 1e-6 * np.eye(len(S)) for S in (S_a, S_b)))
         ),
-        "the variances alone, as if nothing were correlated": covariance(
-            lambda x: np.diag(np.var(x, axis=0, ddof=1))
+        "the variances alone, as if nothing were correlated": but(
+            covariance=lambda x: np.diag(np.var(x, axis=0, ddof=1))
         ),
-        "correlations for covariances": covariance(lambda x: np.corrcoef(x, rowvar=False)),
-        "rows taken for variables: covariances of samples": covariance(np.cov),
-        "covariances divided by n, not by n - 1": covariance(lambda x: np.cov(x, rowvar=False, bias=True)),
-        "covariances divided by nothing": covariance(lambda x: (len(x) - 1) * np.cov(x, rowvar=False)),
-        "covariances of features that are not centred": covariance(lambda x: x.T @ x / (len(x) - 1)),
-        "covariances of features that are not centred, divided by n": covariance(lambda x: x.T @ x / len(x)),
-        "1e-6 added to the variances": covariance(
-            lambda x: np.cov(x, rowvar=False) + 1e-6 * np.eye(x.shape[1])
+        "correlations for covariances": but(covariance=lambda x: np.corrcoef(x, rowvar=False)),
+        "rows taken for variables: covariances of samples": but(covariance=np.cov),
+        "covariances divided by n, not by n - 1": but(
+            covariance=lambda x: np.cov(x, rowvar=False, bias=True)
         ),
-        "the distance of the means without its square": means(np.linalg.norm),
-        "the mean of the squares between the means, not their sum": means(lambda apart: np.mean(apart**2)),
-        "the means left out": means(lambda apart: 0.0),
+        "covariances divided by nothing": but(covariance=lambda x: (len(x) - 1) * np.cov(x, rowvar=False)),
+        "covariances of features that are not centred": but(covariance=lambda x: x.T @ x / (len(x) - 1)),
+        "covariances of features that are not centred, divided by n": but(
+            covariance=lambda x: x.T @ x / len(x)
+        ),
+        "1e-6 added to the variances": but(
+            covariance=lambda x: np.cov(x, rowvar=False) + 1e-6 * np.eye(x.shape[1])
+        ),
+        "the distance of the means without its square": but(of_means=np.linalg.norm),
+        "the mean of the squares between the means, not their sum": but(
+            of_means=lambda apart: np.mean(apart**2)
+        ),
+        "the means left out": but(of_means=lambda apart: 0.0),
         "the means alone": lambda a, b: np.sum((np.mean(a, axis=0) - np.mean(b, axis=0)) ** 2),
         "features divided by their length": lambda a, b: right(unit(a), unit(b)),
     }

@@ -74,7 +74,7 @@ def _ancestral(
         return right(i, x, output, z if i > 1 else 0 * z, ask)
 
     def again(i: int, x: np.ndarray, output: np.ndarray, z: np.ndarray, ask: Function) -> np.ndarray:
-        return right(i, x, output, walk.predict_eps(x, i, walk.predict_x0(x, i, output), given="x0"), ask)
+        return right(i, x, output, walk.predict_eps(x, i, output), ask)
 
     steps = {
         "noise at the last step (E.9)": step(at_the_end=True),
