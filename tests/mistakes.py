@@ -945,16 +945,6 @@ def ddim(mistake="", eta=0.0, sigma=None, of_x0=lambda a2, b2: np.sqrt(b2), of_e
     return sampler
 
 
-def ddim_with_the_root_of_now(denoise, x, tau, noise, eta=0.5):
-    for i in reversed(range(len(tau))):
-        eps, a2 = denoise(x, np.full(len(x), tau[i])), ABAR[tau[i]]
-        b2 = ABAR[tau[i - 1]] if i else 1.0
-        x0 = (x - np.sqrt(1 - a2) * eps) / np.sqrt(a2)
-        rest = np.sqrt(max(1 - b2 - eta**2 * (1 - a2), 0))
-        x = np.sqrt(b2) * x0 + rest * eps + eta * np.sqrt(1 - a2) * noise()
-    return x
-
-
 def dpm_solver(weight=lambda h, h_before: h / h_before / 2):
     """Lu et al. 2022, DPM-Solver++ 2M; its first step, and that to the data, are of first order."""
 
@@ -1169,7 +1159,10 @@ WALKS = [
                 **HALF, of_eps=lambda a2, b2, sd: np.sqrt(max(1 - b2 - sd, 0))
             ),
             "sigma_t taken out beside the root": ddim(**HALF, of_eps=lambda a2, b2, sd: np.sqrt(1 - b2) - sd),
-            "eta^2 (1 - abar) of now for sigma_t^2": ddim_with_the_root_of_now,
+            "eta^2 (1 - abar) of now for sigma_t^2": ddim(
+                sigma=lambda small, t: 0.5 * np.sqrt(1 - ABAR[t]),
+                of_eps=lambda a2, b2, sd: np.sqrt(max(1 - b2 - sd**2, 0)),
+            ),
             "sigma_t is 0": ddim(),
             "1 - abar of now, not of the next state, in front of eps": ddim(
                 **HALF, of_eps=lambda a2, b2, sd: np.sqrt(1 - a2 - sd**2)

@@ -23,26 +23,27 @@ def heads_of(x, heads=HEADS):
     return np.split(x, heads, axis=2)
 
 
+def by_heads(attend, heads=HEADS, split=heads_of):
+    """A function of (q, k, v), from one of each head's."""
+    return lambda *given: np.concatenate(
+        [attend(*parts) for parts in zip(*(split(x, heads) for x in given), strict=True)], axis=2
+    )
+
+
 def attention(
     heads=HEADS, scale=lambda d, C, L: d**-0.5, weights=softmax, mix="nij,njd->nid", split=heads_of
 ):
     """Vaswani et al. 2017, eq. 1 and section 3.2.2, head by head."""
 
     def attend(q, k, v):
-        given = scale(q.shape[2] // heads, *q.shape[:0:-1])
-        each = zip(*(split(x, heads) for x in (q, k, v)), strict=True)
-        return np.concatenate(
-            [np.einsum(mix, weights(np.einsum("nid,njd->nij", a, b) * given), c) for a, b, c in each], axis=2
-        )
+        L, d = q.shape[1:]
+        return np.einsum(mix, weights(np.einsum("nid,njd->nij", q, k) * scale(d, heads * d, L)), v)
 
-    return attend
+    return by_heads(attend, heads, split)
 
 
 def over_heads(q, k, v):
-    scores = np.stack(
-        [a @ b.swapaxes(1, 2) / a.shape[2] ** 0.5 for a, b in zip(heads_of(q), heads_of(k), strict=True)]
-    )
-    return np.concatenate([w @ c for w, c in zip(softmax(scores, 0), heads_of(v), strict=True)], axis=2)
+    return joined(attended(*map(in_torch_s_order, (q, k, v)), axis=1))
 
 
 def over_samples_and_heads(q, k, v):  # softmax(dim=0) of scores (N heads, L, L)
@@ -56,9 +57,9 @@ def in_torch_s_order(x):
     return x.reshape(*x.shape[:2], HEADS, -1).transpose(0, 2, 1, 3)
 
 
-def attended(q, k, v):
+def attended(q, k, v, axis=-1):
     """Of (N, heads, L, d)."""
-    return softmax(np.einsum("nhid,nhjd->nhij", q, k) / q.shape[3] ** 0.5) @ v
+    return softmax(np.einsum("nhid,nhjd->nhij", q, k) / q.shape[3] ** 0.5, axis) @ v
 
 
 def cut_as_it_lies(x):
@@ -101,30 +102,16 @@ def heads(q, k, v):
     return y
 
 
+@by_heads
 def channels(q, k, v):
-    return np.concatenate(
-        [
-            np.einsum("nij,nlj->nli", softmax(np.einsum("nli,nlj->nij", a, b) / a.shape[2] ** 0.5), c)
-            for a, b, c in zip(heads_of(q), heads_of(k), heads_of(v), strict=True)
-        ],
-        axis=2,
-    )
+    return np.einsum("nij,nlj->nli", softmax(np.einsum("nli,nlj->nij", q, k) / q.shape[2] ** 0.5), v)
 
 
 def linear(power):
+    @by_heads
     def attend(q, k, v):
-        each = zip(heads_of(q), heads_of(k), heads_of(v), strict=True)
-        return np.concatenate(
-            [
-                np.einsum(
-                    "nde,nld->nle",
-                    np.einsum("nld,nle->nde", softmax(b, 1), c),
-                    softmax(a) * a.shape[2] ** power,
-                )
-                for a, b, c in each
-            ],
-            axis=2,
-        )
+        context = np.einsum("nld,nle->nde", softmax(k, 1), v)
+        return np.einsum("nde,nld->nle", context, softmax(q) * q.shape[2] ** power)
 
     return attend
 
