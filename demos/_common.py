@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:  # tinydiff, or what it needs
     sys.exit(f'{error}: run pip install ".[demos]" first, in the folder of README.md.')
 from tinydiff.backend import backend_name
 from tinydiff.checkpoint import load_arrays, replace_file
+from tinydiff.diffusion import Prediction
 from tinydiff.parallel import WorkerError
 from tinydiff.samplers import SAMPLERS
 
@@ -103,7 +104,10 @@ class Plain(argparse.ArgumentParser):
             "--T", type=count_from(1), metavar="N", help="its length in steps (default: %(default)s)"
         )
         self.process.add_argument(
-            "--prediction", choices=["eps", "x0", "v"], help="what the network outputs (default: %(default)s)"
+            "--prediction",
+            choices=get_args(Prediction),
+            help="what the network outputs: the noise, the data, v = a noise - s data, or flow matching's "
+            "noise - data (default: %(default)s)",
         )
 
     def add_sampling(self) -> None:
@@ -188,6 +192,12 @@ class Parser(Plain):
             args.sampling_steps = min(self.sampling_steps, args.T)
         if args.sampling_steps > args.T:
             self.error(f"argument --sampling-steps: {args.sampling_steps} is more than --T {args.T}")
+        if schedules(args.T)[args.schedule].snr[-1] == 0:  # found out now, and not after the training
+            all_noise = f"--schedule {args.schedule} ends, in noise alone"
+            if args.prediction == "eps":
+                self.error(f"argument --prediction: eps says nothing of the data where {all_noise}")
+            if args.sampler == "edm":
+                self.error(f"argument --sampler: edm cannot begin where {all_noise}; heun can")
         return args
 
 

@@ -159,15 +159,15 @@ def unet(
 def run(args: argparse.Namespace) -> None:
     choose_device(args)
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
-    both = schedules(args.T)
+    chains = schedules(args.T)
     learned = learned_variance(args.loss)
     variance: Variance = "learned_range" if learned else "fixed_small"
-    diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, variance)
+    diffusion = td.GaussianDiffusion(chains[args.schedule], args.prediction, variance)
     model = unet(args, learned, model_rng, 10 if args.classes else None)
     images, labels = digits(args)
     order = data_rng.permutation(len(images))
     data, labels = images[order], labels[order]
-    forward = plotting.forward_process(data[:DIGITS], both, data_rng)
+    forward = plotting.forward_process(data[:DIGITS], chains, data_rng)
     say_if_nothing_resumes(args)
     settle_batch(args, model, diffusion, data, "8bit")
 

@@ -52,6 +52,7 @@ DOTS = 1000  # points in the pictures of the processes
 EXAMPLES = """examples:
   python demos/train_toy2d.py
   python demos/train_toy2d.py --shape two_spirals --schedule linear --prediction eps
+  python demos/train_toy2d.py --schedule flow --prediction flow --sampler ddim
   python demos/train_toy2d.py --sampler ddim --sampling-steps 20 --out runs/fast"""
 
 
@@ -72,13 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     choose_device(args)
     model_rng, data_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
-    both = schedules(args.T)
+    chains = schedules(args.T)
     learned = learned_variance(args.loss)
     variance: Variance = "learned_range" if learned else VARIANCE
-    diffusion = td.GaussianDiffusion(both[args.schedule], args.prediction, variance)
+    diffusion = td.GaussianDiffusion(chains[args.schedule], args.prediction, variance)
     width = 4 if learned else 2
     model = td.MLP(2, width, hidden=HIDDEN, blocks=BLOCKS, rng=model_rng, backend=args.backend)
-    forward = plotting.forward_process(toy2d.sample(args.shape, DOTS, data_rng), both, data_rng)
+    forward = plotting.forward_process(toy2d.sample(args.shape, DOTS, data_rng), chains, data_rng)
 
     def draw(n: int, rng: np.random.Generator) -> np.ndarray:
         return toy2d.sample(args.shape, n, rng)

@@ -24,7 +24,7 @@ LARGE_OF_PAPERS = np.append(SMALL[1], BETAS[1:])  # `fixed_large` in their code
 OF_X0, OF_X_T = np.sqrt(BEFORE) * BETAS / (1 - ABAR), np.sqrt(1 - BETAS) * (1 - BEFORE) / (1 - ABAR)
 ONE = np.ones(LINEAR.T)
 
-EPS, X0, V = (td.GaussianDiffusion(LINEAR, prediction) for prediction in ("eps", "x0", "v"))
+EPS, X0, V, FLOW = (td.GaussianDiffusion(LINEAR, prediction) for prediction in ("eps", "x0", "v", "flow"))
 LARGE = td.GaussianDiffusion(LINEAR, "eps", "fixed_large")
 TO_400 = td.GaussianDiffusion(td.linear_schedule(401))  # the last of whose times is one in bfloat16
 LEARNED_EPS, LEARNED_V = (
@@ -215,8 +215,8 @@ def loss(target=lambda x0, t, noise: noise, size=np.square, weights=ONE, end=Non
     return of_batch
 
 
-FLOW_MATCHING = "the target is eps - x_0, which is another convention, flow matching's"
-TO_DATA = "the target is x_0 - eps, flow matching's where its t runs from noise to data"
+OF_FLOW = "the target is the flow, eps - x_0"
+TO_DATA = "the target is x_0 - eps, the flow where t runs from noise to data"
 FLOW_TIMES = S / (A + S)  # where (1 - t) x_0 + t eps has this chain's SNR
 
 
@@ -403,11 +403,12 @@ PLANTED = [
             "the arguments x0 and noise of v exchanged, a x_0 - s eps": linear(A, -S),
             "the target is x_t": linear(A, S),
             "the target is the noise as it was added, s eps": linear(0 * A, S),
-            FLOW_MATCHING: lambda x0, t, noise: noise - x0,
+            OF_FLOW: lambda x0, t, noise: noise - x0,
             TO_DATA: lambda x0, t, noise: x0 - noise,
         },
     ),
     (testing.assert_training_target, EPS, {"the target is v": linear(-S, A)}),
+    (testing.assert_training_target, FLOW, {TO_DATA: lambda x0, t, noise: x0 - noise}),
     (
         testing.assert_predict_x0,
         EPS,
@@ -437,9 +438,18 @@ PLANTED = [
             "the output is taken for eps": lambda x, t, v: linear(ONE, -S)(x, t, v) / column(A[t]),
             "the output is taken for x_0": lambda x, t, v: v,
             "the output is taken for -v": linear(A, S),
+            "the output is taken for the flow, eps - x_0": linear(1 / (A + S), -FLOW_TIMES),
+            "the output is taken for x_0 - eps, the flow where t runs from noise to data": linear(
+                1 / (A + S), FLOW_TIMES
+            ),
             "the rates of v exchanged, s x_t - a v": linear(S, -A),
             "the output's eps, not its x_0": linear(S, A),
         },
+    ),
+    (
+        testing.assert_predict_x0,
+        FLOW,
+        {"x_t is not divided by a + s, as if it were flow matching's": linear(ONE, -FLOW_TIMES)},
     ),
     (
         testing.assert_q_posterior,
@@ -488,6 +498,7 @@ PLANTED = [
         V,
         {
             "the output is taken for eps": step_to(of_eps),
+            "the output is taken for the flow, eps - x_0": step_to(linear(1 / (A + S), -FLOW_TIMES)),
             "the variance is fixed_large, beta_t": step_to(linear(A, -S), BETAS),
         },
     ),
@@ -517,14 +528,21 @@ PLANTED = [
             "the target is -v, which is another convention, EDM's": loss(linear(S, -A)),
             "the target is x_t": loss(linear(A, S)),
             "the target is the noise as it was added, s eps": loss(linear(0 * A, S)),
-            FLOW_MATCHING: loss(lambda x0, t, noise: noise - x0),
+            OF_FLOW: loss(lambda x0, t, noise: noise - x0),
             TO_DATA: loss(lambda x0, t, noise: x0 - noise),
             "an error of eps, as denoising-diffusion-pytorch weighs them all": of_estimates(
                 linear(S, A), lambda x0, noise: noise
             ),
         },
     ),
-    (testing.assert_loss, X0, {"an error of v": loss(lambda x0, t, noise: x0, weights=1 / (1 - ABAR))}),
+    (
+        testing.assert_loss,
+        X0,
+        {
+            "an error of v": loss(lambda x0, t, noise: x0, weights=1 / (1 - ABAR)),
+            "an error of the flow, eps - x_0": loss(lambda x0, t, noise: x0, weights=FLOW_TIMES**-2),
+        },
+    ),
     (
         testing.assert_loss,
         EPS,
@@ -588,6 +606,7 @@ PLANTED = [
         EPS,
         {
             "the weights of an error of v": loss(weights=MIN_SNR / (SNR + 1)),
+            "the weights of an error of the flow, eps - x_0": loss(weights=MIN_SNR * FLOW_TIMES**2),
             "snr gamma / (snr + gamma), soft Min-SNR": loss(weights=1 / (1 / 5 + 1 / SNR) / SNR),
             "the larger of snr and gamma, not the smaller (E.19)": loss(weights=np.maximum(SNR, 5.0) / SNR),
             "the root of snr, a ratio of rates": loss(weights=np.minimum(A / S, 5.0) * S / A),
@@ -779,7 +798,13 @@ def rescaled(schedule):
     return ((r - r[-1]) * r[0] / (r[0] - r[-1])) ** 2
 
 
+def of_share(r):
+    """Liu, Gong & Liu 2023: (1 - r) x_0 + r eps, scaled to unit variance."""
+    return 1 / (1 + (r / (1 - r)) ** 2) if np.max(r) < 1 else np.append(of_share(r[:-1]), 0.0)
+
+
 LONG_COSINE = td.cosine_schedule(1000)
+RISING = np.arange(1, 51) / 50
 TABLES = [
     (
         COSINE,
@@ -793,9 +818,21 @@ TABLES = [
                 np.linspace(0, 1, 50)
             ),
             "the linear schedule, its betas times 1000 / T": of_betas(np.linspace(0.002, 0.4, 50)),
+            "flow matching's schedule, r = (t + 1) / T": of_share(np.arange(1, 51) / 50),
             "alphas_cumprod a step late, from 1 on": np.append(1.0, COSINE.alphas_cumprod[:-1]),
             "alphas_cumprod from its end to its beginning": COSINE.alphas_cumprod[::-1],
         },
+    ),
+    (
+        td.flow_schedule(50),
+        {
+            "flow matching's schedule, r = linspace(0, 1, T)": of_share(np.linspace(0, 1, 50)),
+            "flow matching's schedule with a shift of 3": of_share(3 * RISING / (1 + 2 * RISING)),
+        },
+    ),
+    (
+        td.flow_schedule(50, shift=3),
+        {"flow matching's schedule with a shift of 3, made twice": of_share(9 * RISING / (1 + 8 * RISING))},
     ),
     (
         LONG_COSINE,
@@ -1025,6 +1062,20 @@ def rotations(first=0.5, second=0.5, ahead="ddim", turned=False):
     return sampler
 
 
+def straight(shown):
+    """Euler's rule for flow matching, z = (1 - r) x_0 + r eps; `shown` is what the network sees of z."""
+
+    def sampler(denoise, x, tau, noise):
+        times = np.append(FLOW_TIMES[tau][::-1], 0.0)
+        size = np.sqrt((1 - times) ** 2 + times**2)
+        z = size[0] * x
+        for t, now, after, norm in zip(tau[::-1], times, times[1:], size):
+            z = z + (after - now) * denoise(shown(z, norm), t)
+        return z
+
+    return sampler
+
+
 def drawn(end):
     """Samples that were made pictures."""
     return lambda *given: end(ours("ddim", V)(*given))
@@ -1235,6 +1286,7 @@ WALKS = [
             "the estimate of x_0 is clipped": ours("ddim", V, clip=True),
             "the output is taken for eps": ours("ddim", EPS),
             "the output is taken for x_0": ours("ddim", X0),
+            "the output is taken for the flow, eps - x_0": ours("ddim", FLOW),
             "steps ..., T - 1 - r, T - 1 that leave out the first, 0": ours(
                 "ddim", V, steps=199 - 28 * np.arange(7)[::-1]
             ),
@@ -1276,6 +1328,12 @@ WALKS = [
                 dpm_solver(lambda h, before: (1 - (1 - np.exp(-h)) / h) / (1 - np.exp(-h)) * h / before)
             ),
         },
+    ),
+    (
+        FLOW,
+        "ddim",
+        {},
+        {"the network is shown x / (a + s), flow matching's state": straight(lambda z, norm: z)},
     ),
     (V, "dpm++", {}, {OF_OUTPUTS: corrected_as_it_comes(lambda x, v, a, s: a * v + s * x)}),
     (

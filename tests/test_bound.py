@@ -27,7 +27,7 @@ from tinydiff.mixture import GaussianMixture
 from tinydiff.models import MLP
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 VARIANCES = ["fixed_small", "fixed_large", "learned_range"]
 LEVELS = 2 * np.arange(256) / 255 - 1
 seeds = st.integers(0, 2**32 - 1)
@@ -201,9 +201,9 @@ def terms_from_the_formulas(diffusion, output, x0, x_t, t, decoder):
     for o, x, z, i in zip(output, x0, x_t, t):
         C = x.shape[-1]
         a, s = abar[i] ** 0.5, (1 - abar[i]) ** 0.5
-        guess = {"eps": (z - s * o[..., :C]) / a, "x0": o[..., :C], "v": a * z - s * o[..., :C]}[
-            diffusion.prediction
-        ]
+        y = o[..., :C]
+        guesses = {"eps": (z - s * y) / a, "x0": y, "v": a * z - s * y, "flow": (z - s * y) / (a + s)}
+        guess = guesses[diffusion.prediction]
         if diffusion.variance == "learned_range":
             f = (o[..., C:] + 1) / 2
             var = np.exp(f * np.log(beta[i]) + (1 - f) * np.log(small[i]))
@@ -589,7 +589,7 @@ def test_progress_goes_to_the_standard_error_stream(capsys):
 # Degenerate and wrong
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
 @every_kind
 def test_a_chain_that_ends_in_noise_exactly(prediction, variance):
     diffusion = GaussianDiffusion(cosine_schedule(8, max_beta=1.0), prediction, variance)

@@ -13,7 +13,7 @@ from tinydiff.backend import to_numpy
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 VARIANCES = ["fixed_small", "fixed_large"]
 
 
@@ -147,9 +147,14 @@ def test_posterior_before_the_first_step_is_the_data_itself():
 # Changes of variable
 
 
+def changes(diffusion):
+    """From what a network predicts to each of the four."""
+    return {name: getattr(diffusion, f"predict_{name}") for name in PREDICTIONS}
+
+
 @settings(deadline=None, max_examples=100)
 @given(processes(low=1e-3, high=0.9, max_T=6), st.data())
-def test_each_of_eps_x0_v_gives_the_others(diffusion, data):
+def test_each_of_eps_x0_v_and_flow_gives_the_others(diffusion, data):
     x0, eps, t = data.draw(batches(diffusion))
     x_t = diffusion.q_sample(x0, t, eps)
     truth = {}
@@ -162,16 +167,17 @@ def test_each_of_eps_x0_v_gives_the_others(diffusion, data):
     abar = column(diffusion.schedule.alphas_cumprod[t], x0)
     assert_allclose(truth["v"], np.sqrt(abar) * eps - np.sqrt(1 - abar) * x0, rtol=1e-12, atol=1e-12)
     assert_allclose(truth["v"] ** 2 + x_t**2, x0**2 + eps**2, rtol=1e-12, atol=1e-12)
+    assert_array_equal(truth["flow"], eps - x0)
     for name in PREDICTIONS:
         network = GaussianDiffusion(diffusion.schedule, prediction=name)
         output = truth[name]
         # a is at least sqrt(0.1)^6 = 1e-3 and s at least 0.03, by which 1e-15 is divided.
-        for expected, method in [("x0", "predict_x0"), ("eps", "predict_eps"), ("v", "predict_v")]:
-            estimate = getattr(network, method)(x_t, t, output)
+        for expected in PREDICTIONS:
+            estimate = changes(network)[expected](x_t, t, output)
             assert_allclose(
                 estimate, truth[expected], rtol=1e-11, atol=1e-11, err_msg=f"{name} -> {expected}"
             )
-            assert_array_equal(getattr(diffusion, method)(x_t, t, output, given=name), estimate)
+            assert_array_equal(changes(diffusion)[expected](x_t, t, output, given=name), estimate)
 
 
 @settings(deadline=None, max_examples=100)
@@ -183,23 +189,28 @@ def test_each_of_eps_x0_v_gives_the_others(diffusion, data):
 )
 def test_changes_of_variable_are_mutually_inverse(diffusion, here, there, data):
     output, x_t, t = data.draw(batches(diffusion))  # any x_t and any output, not only consistent ones
-    change = {"x0": diffusion.predict_x0, "eps": diffusion.predict_eps, "v": diffusion.predict_v}
+    change = changes(diffusion)
     back = change[here](x_t, t, change[there](x_t, t, output, given=here), given=there)
     assert_allclose(back, output, rtol=1e-9, atol=1e-9)  # there and back divides by a s and s: down to 1e-6
 
 
-def test_erased_signal_is_refused_from_eps_and_fine_from_x0_and_v():
+def test_erased_signal_is_refused_from_eps_and_fine_from_the_others():
     diffusion = GaussianDiffusion(cosine_schedule(4, max_beta=1.0))
     rng = np.random.default_rng(0)
     x0, eps = rng.standard_normal((2, 3, 2))
     t = np.array([0, 1, 3])
     x_t = diffusion.q_sample(x0, t, eps)
     assert_array_equal(x_t[2], eps[2])
-    for method in (diffusion.predict_x0, diffusion.predict_v, diffusion.p_mean_variance):
-        with pytest.raises(ValueError, match=r"t contains 3, where alphas_cumprod is 0.*'x0' or 'v'"):
+    for method in (
+        diffusion.predict_x0,
+        diffusion.predict_v,
+        diffusion.predict_flow,
+        diffusion.p_mean_variance,
+    ):
+        with pytest.raises(ValueError, match=r"t contains 3, where alphas_cumprod is 0.*'x0', 'v' or 'flow'"):
             method(x_t, t, eps)
         method(x_t[:2], t[:2], eps[:2])
-    for name in ("x0", "v"):
+    for name in ("x0", "v", "flow"):
         network = GaussianDiffusion(diffusion.schedule, prediction=name)
         output = network.training_target(x0, t, eps)
         assert_allclose(network.predict_x0(x_t, t, output), x0, rtol=1e-12)
@@ -212,7 +223,7 @@ def test_signal_that_the_dtype_cannot_divide_by_is_refused():
     """Of abar = 1e-39 float32 holds 1/a; of 1e-78 it does not, but float64 does."""
     diffusion = GaussianDiffusion(NoiseSchedule([1 - 1e-13] * 6))
     x_t = np.ones((1, 2))
-    for method in (diffusion.predict_x0, diffusion.predict_v):
+    for method in (diffusion.predict_x0, diffusion.predict_v, diffusion.predict_flow):
         for dtype, t in [(np.float32, 2), (np.float64, 5)]:
             assert np.all(np.isfinite(method(x_t.astype(dtype), t, 0.5 * x_t.astype(dtype))))
         with pytest.raises(ValueError, match=r"t contains 5, where alphas_cumprod is .*e-78: in float32"):
@@ -263,8 +274,7 @@ def test_reverse_chain_is_exact_where_its_variance_is(prediction, schedule):
 
         def reverse(x, t, diffusion=diffusion, denoise=denoise):
             x0 = denoise(x, np.sqrt(schedule.alphas_cumprod[t]))
-            change = {"eps": diffusion.predict_eps, "x0": diffusion.predict_x0, "v": diffusion.predict_v}
-            return diffusion.p_mean_variance(x, t, change[prediction](x, t, x0, given="x0"))
+            return diffusion.p_mean_variance(x, t, changes(diffusion)[prediction](x, t, x0, given="x0"))
 
         mean, var = marginal(diffusion, diffusion.T - 1)
         for t in range(diffusion.T - 1, 0, -1):
@@ -308,6 +318,7 @@ def calls(diffusion, x, y, t):
         "x0": diffusion.predict_x0(x, t, y),
         "eps": diffusion.predict_eps(x, t, y),
         "v": diffusion.predict_v(x, t, y),
+        "flow": diffusion.predict_flow(x, t, y),
         "p_mean": diffusion.p_mean_variance(x, t, y, clip=True)[0],
         "p_variance": diffusion.p_mean_variance(x, t, y)[1],
     }
@@ -385,6 +396,7 @@ METHODS = {
     "predict_x0": ("x_t", "output"),
     "predict_eps": ("x_t", "output"),
     "predict_v": ("x_t", "output"),
+    "predict_flow": ("x_t", "output"),
     "p_mean_variance": ("x_t", "output"),
     "q_posterior_mean_variance": ("x0", "x_t"),
     "q_mean_variance": ("x0", None),

@@ -28,18 +28,18 @@ def given_to(model, rng, n):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.sampled_from(["eps", "x0", "v"]),
-    st.sampled_from(["eps", "x0", "v"]),
+    st.sampled_from(["eps", "x0", "v", "flow"]),
+    st.sampled_from(["eps", "x0", "v", "flow"]),
     st.sampled_from([-1.0, 0.0, 0.5, 1.0, 4.0]),
     st.integers(1, 4),
     st.integers(0, 2**32 - 1),
 )
 def test_in_whatever_the_network_predicts_guidance_is_the_same_mixture(prediction, seen_as, w, n, seed):
-    """Of noise, data or velocity; docs: R.15."""
+    """Of noise, data, velocity or flow; docs: R.15."""
     rng = np.random.default_rng(seed)
     model, diffusion = network(rng), td.GaussianDiffusion(SCHEDULE, prediction)
     x, t, y = given_to(model, rng, n)
-    predict = {"eps": diffusion.predict_eps, "x0": diffusion.predict_x0, "v": diffusion.predict_v}[seen_as]
+    predict = getattr(diffusion, f"predict_{seen_as}")
     mixed = td.guided(model.predict, diffusion, y, w, K)(x, t)
     without, told = (predict(x, t, model.predict(x, t, labels=labels)) for labels in (np.full(n, K), y))
     expected = (1 - w) * without + w * told

@@ -28,7 +28,7 @@ from tinydiff.continuous_bound import (
 )
 from tinydiff.learned_schedule import LearnedSchedule
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 LEVELS = 2 * np.arange(256) / 255 - 1
 seeds = st.integers(0, 2**32 - 1)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -278,7 +278,7 @@ def test_gradients_of_the_terms(seed, prediction, decoder):
     x0, noise = normal(rng, (3, 2, 2)), normal(rng, (3, 2, 2))
     gamma, slope = rng.uniform(-4, 3, 3), rng.uniform(0.5, 2, 3)
     v = np.sqrt(sigmoid(-gamma))[:, None, None] * noise - np.sqrt(sigmoid(gamma))[:, None, None] * x0
-    target = {"eps": noise, "x0": x0, "v": v}[prediction]
+    target = {"eps": noise, "x0": x0, "v": v, "flow": noise - x0}[prediction]
     output = target + 0.3 * rng.standard_normal(x0.shape)
     case = Case(lambda o, g, s: integral_term(o, x0, noise, g, s, prediction), [output, gamma, slope])
     assert_central_differences_agree(case, rng)
@@ -295,7 +295,7 @@ def test_gradients_of_the_terms(seed, prediction, decoder):
 
 
 @pytest.mark.parametrize("gamma_0", [-13.3, -40.0, -80.0])
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
 def test_the_reconstruction_has_a_gradient_however_little_noise_there_is(prediction, gamma_0):
     """x_0^ - x_0 is of the size of the noise, and is not to go by way of x_0."""
     rng = np.random.default_rng(0)
@@ -304,8 +304,10 @@ def test_the_reconstruction_has_a_gradient_however_little_noise_there_is(predict
     value, backward = reconstruction_term(output, x0, noise, gamma, prediction)
     a, s = np.sqrt([1 / (1 + np.exp(gamma_0)), 1 / (1 + np.exp(-gamma_0))])
     exact = x0.astype(float), noise.astype(float), output.astype(float)
-    scale = s / a if prediction == "eps" else s  # x_0^ - x_0 is this times what the output is short of
-    apart = exact[1] - exact[2] if prediction == "eps" else a * exact[1] - s * exact[0] - exact[2]
+    # x_0^ - x_0 is this times what the output is short of
+    scale = {"eps": s / a, "v": s, "flow": s / (a + s)}[prediction]
+    data, eps, o = exact
+    apart = {"eps": eps, "v": a * eps - s * data, "flow": eps - data}[prediction] - o
     log_variance = -np.logaddexp(0, -gamma_0)
     terms = (np.log(2 * np.pi) + log_variance + (scale / s) ** 2 * apart**2) / 2
     np.testing.assert_allclose(value, np.sum(terms, axis=1), rtol=1e-5)
@@ -347,7 +349,7 @@ def test_extreme_levels_have_finite_terms(prediction, dtype):
     gamma, slope = np.array([-80.0, -20.0, 20.0, 80.0]), np.ones(4)
     z, z_backward = diffuse(x0, noise, gamma)
     v = np.concat([noise[:2], -x0[2:]])
-    target = {"eps": noise, "x0": x0, "v": v}[prediction]
+    target = {"eps": noise, "x0": x0, "v": v, "flow": noise - x0}[prediction]
     value, backward = integral_term(target, x0, noise, gamma, slope, prediction)
     results = [z, value, z_backward(z), *backward(np.ones(4))]
     value, backward = reconstruction_term(target, x0, noise, gamma, prediction)

@@ -16,7 +16,7 @@ from tinydiff.mixture import GaussianMixture
 from tinydiff.samplers import sample
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 every_schedule = pytest.mark.parametrize(
     "schedule",
@@ -308,7 +308,12 @@ def test_gradient_of_the_weighted_loss(prediction, seed):
 
 def test_min_snr_weights_at_the_ends():
     schedule = NoiseSchedule([1e-310, 0.5, 1.0])  # snr is inf, 1 and 0
-    for prediction, expected in [("eps", [0, 1, 1]), ("x0", [5, 1, 0]), ("v", [0, 0.5, 0])]:
+    for prediction, expected in [
+        ("eps", [0, 1, 1]),
+        ("x0", [5, 1, 0]),
+        ("v", [0, 0.5, 0]),
+        ("flow", [0, 0.25, 0]),
+    ]:
         weight = min_snr_weight(GaussianDiffusion(schedule, prediction), np.arange(3))
         assert_allclose(weight, expected, atol=1e-15)
     diffusion = GaussianDiffusion(schedule)

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import tinydiff as td
 from tinydiff.losses import mean_squared_error, simple_loss
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 
 
 def batch(shape, seed, T=50):
@@ -28,7 +28,8 @@ def test_value_is_the_mean_squared_distance_to_the_target(shape, seed, predictio
     total = 0.0
     for n in range(shape[0]):  # sample by sample, from the definitions
         a, s = np.sqrt(schedule.alphas_cumprod[t[n]]), np.sqrt(1 - schedule.alphas_cumprod[t[n]])
-        target = {"eps": noise[n], "x0": x0[n], "v": a * noise[n] - s * x0[n]}[prediction]
+        v, flow = a * noise[n] - s * x0[n], noise[n] - x0[n]
+        target = {"eps": noise[n], "x0": x0[n], "v": v, "flow": flow}[prediction]
         total += np.sum(np.square(output[n] - target))
     value, _ = simple_loss(td.GaussianDiffusion(schedule, prediction), output, x0, t, noise)
     assert value.shape == ()

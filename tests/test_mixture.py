@@ -14,7 +14,7 @@ from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.mixture import GaussianMixture
 from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 
 
 @st.composite

@@ -24,7 +24,7 @@ from tinydiff.likelihood import ode_log_likelihood
 from tinydiff.mixture import GaussianMixture
 from tinydiff.samplers import SAMPLERS, invert
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 M, S = 0.7, 0.4
 GAUSSIAN = GaussianMixture([1.0], [[M]], S**2)
 MIXTURE = GaussianMixture([0.3, 0.4, 0.3], [[-1.0, 0.5], [1.0, 0.0], [0.3, -1.2]], [0.09, 0.04, 0.0625])
@@ -176,7 +176,7 @@ def test_what_is_predicted_does_not_matter(sampler):
         denoise = MIXTURE.denoiser(diffusion)
         how = dict(rng=rng, eta=0.3 * (sampler == "ddim"), x_T=x_T, progress=False)
         ends.append(td.sample(denoise, diffusion, (10, 2), sampler, 20, **how))
-    assert_allclose(ends[1:], [ends[0]] * 2, rtol=0, atol=1e-9)
+    assert_allclose(ends[1:], [ends[0]] * 3, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -334,7 +334,9 @@ def with_backward(mixture, diffusion):
         def backward(dy):
             dy = dy[:, : x.shape[1]]
             of_x0 = a / s**2 * (covariance @ dy[:, :, None])[:, :, 0]
-            return {"x0": of_x0, "eps": (dy - a * of_x0) / s, "v": (a * dy - of_x0) / s}[diffusion.prediction]
+            of_eps = (dy - a * of_x0) / s
+            of_v, of_flow = (a * dy - of_x0) / s, of_eps - of_x0
+            return {"x0": of_x0, "eps": of_eps, "v": of_v, "flow": of_flow}[diffusion.prediction]
 
         return denoise(x, t), backward
 
@@ -608,7 +610,7 @@ def test_from_pure_noise():
         td.NoiseSchedule([0.5, 1.0]),
         td.NoiseSchedule([1.0]),
     ):
-        for prediction in ("x0", "v"):
+        for prediction in ("x0", "v", "flow"):
             diffusion = td.GaussianDiffusion(schedule, prediction)
             denoise = MIXTURE.denoiser(diffusion)
             for sampler in ("dpm++", "heun"):

@@ -15,7 +15,7 @@ from tinydiff.schedules import NoiseSchedule
 pytestmark = pytest.mark.oracle
 torch = pytest.importorskip("torch")
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 VARIANCES = ["fixed_small", "fixed_large", "learned_range"]
 LEVELS = 2 * np.arange(256) / 255 - 1
 seeds = st.integers(0, 2**32 - 1)
@@ -93,9 +93,12 @@ def term(diffusion, output, x0, x_t, t, decoder, clip=False, stop_mean=False):
     C = x0.shape[-1]
     prediction = output[..., :C]
     a, s = abar[t].sqrt(), (1 - abar[t]).sqrt()
-    guess = {"eps": (x_t - s * prediction) / a, "x0": prediction, "v": a * x_t - s * prediction}[
-        diffusion.prediction
-    ]
+    guess = {
+        "eps": (x_t - s * prediction) / a,
+        "x0": prediction,
+        "v": a * x_t - s * prediction,
+        "flow": (x_t - s * prediction) / (a + s),
+    }[diffusion.prediction]
     guess = guess.clamp(-1, 1) if clip else guess
     if stop_mean:
         guess = guess.detach()

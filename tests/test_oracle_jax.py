@@ -37,7 +37,7 @@ jnp = jax.numpy
 
 pytestmark = pytest.mark.oracle
 TOLERANCE = 1e-12
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 VARIANCES = ["fixed_small", "fixed_large", "learned_range"]
 seeds = st.integers(0, 2**32 - 1)
 # Each instance is compiled: few, and a failure is shown as it was found, not sought a smaller one of.

@@ -114,11 +114,13 @@ def guesses(z, output, gamma, prediction):
         return output, (z - s * output) / a
     if prediction == "x0":
         return (z - a * output) / s, output
+    if prediction == "flow":
+        return (z + a * output) / (a + s), (z - s * output) / (a + s)
     return s * z + a * output, a * z - s * output
 
 
 @settings(max_examples=30)
-@given(seeds, st.sampled_from(["eps", "x0", "v"]), st.sampled_from(["density", "8bit"]))
+@given(seeds, st.sampled_from(["eps", "x0", "v", "flow"]), st.sampled_from(["density", "8bit"]))
 def test_the_loss_and_its_gradients(seed, prediction, decoder):
     """docs: S.10, S.12, S.13"""
     rng = np.random.default_rng(seed)

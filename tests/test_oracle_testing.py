@@ -322,6 +322,52 @@ def test_zero_terminal_snr_is_compared_on_the_times_walked_alone(kind, name, opt
     testing.assert_sampler(sampler, td.GaussianDiffusion(schedule, "v"), name, asarray=torch.as_tensor)
 
 
+def of_flow_matching(shift, **times):
+    """diffusers' scheduler, and our process at its times."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    if times:
+        scheduler.set_timesteps(**times)
+    r = scheduler.sigmas.double().numpy()
+    r = np.sort(r[r > 0])
+    abar = (1 - r) ** 2 / ((1 - r) ** 2 + r**2)
+    schedule = td.NoiseSchedule(1 - abar / np.append(1, abar[:-1]))
+    return scheduler, td.GaussianDiffusion(schedule, "flow"), torch.as_tensor(np.sqrt((1 - r) ** 2 + r**2))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_of_diffusers(shift):
+    scheduler, process, size = of_flow_matching(shift)
+    testing.assert_schedule(process.schedule.alphas_cumprod, td.flow_schedule(1000, shift))
+
+    def q_sample(x0, t, noise):
+        return scheduler.scale_noise(x0, scheduler.timesteps[999 - t], noise) / size[t][:, None, None, None]
+
+    testing.assert_q_sample(q_sample, td.flow_schedule(1000, shift), asarray=torch.as_tensor, tolerance=1e-4)
+
+    even = np.linspace(1, 0.001, 28)
+    scheduler, process, size = of_flow_matching(shift, sigmas=even)
+
+    def sampler(denoise, x, timesteps, noise):
+        z = x * size[-1]
+        for k, t in zip(timesteps[::-1], scheduler.timesteps, strict=True):
+            z = scheduler.step(denoise(z / size[k], k), t, z).prev_sample
+        return z
+
+    testing.assert_sampler(sampler, process, "ddim", asarray=torch.as_tensor, tolerance=1e-4)
+
+
+def test_diffusers_shifts_the_smallest_time_twice():
+    """As chapter 13 says; huggingface/diffusers, issue 13243."""
+    for given, last in [
+        (dict(num_inference_steps=28), 0.0089),
+        (dict(sigmas=np.linspace(1, 1e-3, 28)), 0.003),
+    ]:
+        scheduler, _, _ = of_flow_matching(3.0, **given)
+        assert abs(scheduler.sigmas[27].item() / last - 1) < 0.01
+    once = td.flow_schedule(1000, 3.0)
+    assert abs(1 / (1 + once.snr[0] ** 0.5) / 0.003 - 1) < 0.01
+
+
 def path_of(optimizer_class, **settings):
     def path(weights, gradients):
         p = torch.nn.Parameter(weights.clone())

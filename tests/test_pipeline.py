@@ -116,6 +116,17 @@ def test_every_process_crosses_the_border_and_comes_back(betas, prediction, vari
     assert diffusion_to_diffusers(diffusion)["clip_sample"] is False
 
 
+def test_the_flow_stays_on_this_side_of_the_border(tmp_path):
+    """diffusers' schedulers with such a prediction show a network other states."""
+    says = "^diffusion has prediction 'flow', .* expected one of eps, x0, v.$"
+    flow = td.GaussianDiffusion(td.flow_schedule(20), "flow")
+    with pytest.raises(ValueError, match=says):
+        diffusion_to_diffusers(flow)
+    with pytest.raises(ValueError, match=says):
+        td.interop.save_pipeline(tmp_path / "pipeline", unet(), flow, sample_size=8)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "entry, expected",
     [

@@ -151,7 +151,7 @@ def test_training_steps(name, make, dtype, prediction):
 # The process and the losses
 
 choices = dict(
-    prediction=st.sampled_from(["eps", "x0", "v"]),
+    prediction=st.sampled_from(["eps", "x0", "v", "flow"]),
     variance=st.sampled_from(["fixed_small", "fixed_large", "learned_range"]),
     schedule=st.sampled_from([td.linear_schedule(20), td.cosine_schedule(20)]),
     shape=st.sampled_from([(3, 2), (2, 4, 4, 1), (1, 5)]),

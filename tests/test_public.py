@@ -32,6 +32,7 @@ continuous_bound(denoise, learned, data, *, rng, T=1000, prediction='v', decoder
 cosine_schedule(T=1000, s=0.008, max_beta=0.999)
 find_batch_size(model, diffusion, data, *, most=1024, loss='simple', min_snr_gamma=None,
     decoder='density')
+flow_schedule(T=1000, shift=1.0)
 get_backend(name=None, device=None)
 guided(denoise, diffusion, labels, guidance_scale, num_classes)
 hybrid_loss(diffusion, output, x0, t, noise, *, vlb_weight=0.001, decoder='density', weights=None)

@@ -23,7 +23,7 @@ from tinydiff.backend import to_numpy
 from tinydiff.bound import prior_term, step_term
 from tinydiff.samplers import SAMPLERS
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "flow"]
 SCHEDULES = {"linear": td.linear_schedule, "cosine": td.cosine_schedule}
 M, S = 0.7, 0.4  # mean and deviation of the data
 
@@ -36,7 +36,7 @@ def exact_denoiser(diffusion):
         a, b = np.sqrt(abar), np.sqrt(1 - abar)
         x0 = M + a * S**2 / (abar * S**2 + 1 - abar) * (x - a * M)
         eps = (x - a * x0) / b
-        return {"eps": eps, "x0": x0, "v": a * eps - b * x0}[diffusion.prediction]
+        return {"eps": eps, "x0": x0, "v": a * eps - b * x0, "flow": eps - x0}[diffusion.prediction]
 
     return denoise
 
@@ -134,7 +134,7 @@ def walk_of_the_papers(network, diffusion, times, x, sampler, eta, clip, rng):
     def seen(x, t):
         output = network(x, np.full(len(x), t))
         y, a, s = output[:, :2], np.sqrt(abar[t]), np.sqrt(1 - abar[t])
-        x0 = {"eps": (x - s * y) / a, "x0": y, "v": a * x - s * y}[prediction]
+        x0 = {"eps": (x - s * y) / a, "x0": y, "v": a * x - s * y, "flow": (x - s * y) / (a + s)}[prediction]
         x0 = np.clip(x0, -1, 1) if clip else x0
         return x0, (x - a * x0) / s, output[:, 2:]
 
@@ -403,9 +403,9 @@ def test_a_model_is_asked_by_predict_and_lives_beside_its_weights():
         assert_array_equal(x, by_callable)
 
 
-def test_a_chain_that_ends_in_pure_noise_needs_x0_or_v():
+def test_a_chain_that_ends_in_pure_noise_cannot_do_with_eps():
     schedule = td.cosine_schedule(T=10, max_beta=1.0)
-    for prediction in ("x0", "v"):
+    for prediction in ("x0", "v", "flow"):
         diffusion = td.GaussianDiffusion(schedule, prediction)
         for sampler in ("ddpm", "ddim"):
             x = td.sample(

@@ -16,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tinydiff.schedules import NoiseSchedule, cosine_schedule, evenly_spaced_timesteps, linear_schedule
+from tinydiff.schedules import (
+    NoiseSchedule,
+    cosine_schedule,
+    evenly_spaced_timesteps,
+    flow_schedule,
+    linear_schedule,
+)
 
 
 def lists_of_betas(low, high, max_size=30):
@@ -89,7 +95,9 @@ def test_snr_falls_strictly(betas):
 
 
 @pytest.mark.parametrize(
-    "schedule", [linear_schedule(), cosine_schedule(), linear_schedule(7)], ids=["linear", "cosine", "short"]
+    "schedule",
+    [linear_schedule(), cosine_schedule(), flow_schedule(), linear_schedule(7)],
+    ids=["linear", "cosine", "flow", "short"],
 )
 def test_snr_of_a_named_schedule_falls_strictly(schedule):
     assert np.all(np.diff(schedule.snr) < 0)
@@ -227,6 +235,37 @@ def test_cosine_ends_in_noise(T):
     assert cosine_schedule(T).alphas_cumprod[-1] <= 1e-3 * (1 + 1e-12)
 
 
+# Flow matching
+
+
+@given(st.integers(1, 1500), st.floats(1e-3, 1e3))
+def test_flow_has_its_formula_in_exact_arithmetic(T, shift):
+    schedule, before, factor = flow_schedule(T, shift), Fraction(1), Fraction(shift)
+    for t in {0, T // 3, T // 2, T - 2, T - 1} - {-1}:
+        r, r_before = (factor * n / (T + (factor - 1) * n) for n in (t + 1, t))
+        abar, before = ((1 - x) ** 2 / ((1 - x) ** 2 + x**2) for x in (r, r_before))
+        assert_allclose(schedule.betas[t], float(1 - abar / before), rtol=1e-14)
+        assert_allclose(schedule.alphas_cumprod[t], float(abar), rtol=1e-11, atol=1e-15)
+        assert_allclose(schedule.one_minus_alphas_cumprod[t], float(1 - abar), rtol=1e-12)
+    assert schedule.alphas_cumprod[-1] == 0
+
+
+def test_flow_is_a_straight_line_from_data_to_noise():
+    schedule = flow_schedule(10)
+    a, s = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.one_minus_alphas_cumprod)
+    assert_allclose(a / (a + s), np.linspace(0.9, 0.0, 10), atol=1e-15)
+    assert_allclose(s / (a + s), np.linspace(0.1, 1.0, 10), rtol=1e-15)
+
+
+@pytest.mark.parametrize("shift", [1e-100, 1e-3, 0.5, 3.0, 1e100])
+def test_shift_moves_all_of_log_snr_alike(shift):
+    apart = np.log(flow_schedule(50, shift).betas[0] / flow_schedule(50).betas[0])
+    assert np.isfinite(apart)
+    if 1e-3 <= shift <= 3:
+        moved = np.log(flow_schedule(50, shift).snr[:-1]) - np.log(flow_schedule(50).snr[:-1])
+        assert_allclose(moved, -2 * np.log(shift), rtol=1e-11)
+
+
 # Respacing
 
 
@@ -330,7 +369,16 @@ def test_what_a_mask_hides_is_not_used():
         linear_schedule(10).respace(np.ma.masked_equal([0, 3, 9], 3))
 
 
-@pytest.mark.parametrize("make", [linear_schedule, cosine_schedule, lambda T: evenly_spaced_timesteps(T, 1)])
+@pytest.mark.parametrize("value", [0, -1.0, 1e-101, 1e101, math.nan, math.inf, True, "3", None, [3.0]])
+def test_bad_shift_of_flow_is_named(value):
+    with pytest.raises(ValueError, match=r"^shift is .*; expected a real number from 1e-100 to 1e100\.$"):
+        flow_schedule(10, value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [linear_schedule, cosine_schedule, flow_schedule, lambda T: evenly_spaced_timesteps(T, 1)],
+)
 @pytest.mark.parametrize("T", [0, -1, 1.0, 2.5, True, "10", None, np.True_])
 def test_bad_T_is_named(make, T):
     with pytest.raises(ValueError, match=r"^T is .*expected an integer"):

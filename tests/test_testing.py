@@ -12,6 +12,7 @@ from mistakes import (
     BETAS,
     COSINE,
     EPS,
+    FLOW,
     FLOW_TIMES,
     KARRAS,
     LARGE,
@@ -54,6 +55,7 @@ from mistakes import (
     right_variance,
     rotations,
     rounded_to_bfloat16,
+    straight,
     terms_of,
     times_ours,
     velocity,
@@ -69,7 +71,7 @@ from tinydiff.testing._judge import Claim, distance, named
 
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE, "to noise": TO_NOISE}
 LEARNED = td.GaussianDiffusion(COSINE, "v", "learned_range")
-PREDICTIONS, VARIANCES = ("eps", "x0", "v"), ("fixed_small", "fixed_large", "learned_range")
+PREDICTIONS, VARIANCES = ("eps", "x0", "v", "flow"), ("fixed_small", "fixed_large", "learned_range")
 ROWS = [(*asked, *row) for *asked, rows in PLANTED for row in rows.items()]
 STEPS = [(*asked, *row) for *asked, rows in WALKS for row in rows.items()]
 
@@ -367,7 +369,7 @@ def test_pure_noise_is_asked_about_if_the_output_says_something_there(prediction
 
 
 @pytest.mark.parametrize("betas", [[1.0], [1.0, 0.1]])
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 def test_a_chain_of_pure_noise_is_one_of_which_an_eps_says_nothing(betas, prediction):
     process = td.GaussianDiffusion(td.NoiseSchedule(betas), prediction)
     for check, function in [
@@ -377,7 +379,9 @@ def test_a_chain_of_pure_noise_is_one_of_which_an_eps_says_nothing(betas, predic
         (partial(testing.assert_sampler, name="ddim"), ours("ddim", process)),
     ]:
         if prediction == "eps":
-            with pytest.raises(ValueError, match=r"^diffusion has prediction 'eps', .* expected 'x0' or 'v'"):
+            with pytest.raises(
+                ValueError, match=r"^diffusion has prediction 'eps', .* expected 'x0', 'v' or 'flow'"
+            ):
                 check(function, process)
         else:
             check(function, process)
@@ -645,6 +649,12 @@ def test_the_same_code_without_a_mistake_passes():
     testing.assert_loss(loss(weights=MIN_SNR / SNR), EPS, min_snr_gamma=5)
     testing.assert_loss(loss(lambda x0, t, noise: x0, weights=MIN_SNR), X0, min_snr_gamma=5)
     testing.assert_loss(loss(velocity, weights=MIN_SNR / (SNR + 1)), V, min_snr_gamma=5)
+    testing.assert_loss(loss(lambda x0, t, noise: noise - x0), FLOW)
+    testing.assert_loss(
+        loss(lambda x0, t, noise: noise - x0, weights=MIN_SNR * FLOW_TIMES**2), FLOW, min_snr_gamma=5
+    )
+    testing.assert_training_target(lambda x0, t, noise: noise - x0, FLOW)
+    testing.assert_predict_x0(linear(1 / (A + S), -FLOW_TIMES), FLOW)
     testing.assert_bound_terms(bound_terms(), LARGE)
     testing.assert_bound_terms(bound_terms(variance=LOW), EPS)
     exact = bound_terms(nll=lambda *given: nll_of_levels(*given, ndtr), variance=LOW)
@@ -746,16 +756,7 @@ def test_every_mistake_of_samplers_is_planted(monkeypatch):
 
 def test_flow_matching_is_ddim_of_states_that_are_scaled():
     """Its rates sum to 1, the squares of ours do."""
-
-    def euler(denoise, x, tau, noise):
-        times = np.append(FLOW_TIMES[tau][::-1], 0.0)
-        scale = np.sqrt((1 - times) ** 2 + times**2)
-        x = x * scale[0]
-        for t, now, after, size in zip(tau[::-1], times, times[1:], scale):
-            x = x + (after - now) * (x - denoise(x / size, t)) / now  # eps - x_0
-        return x
-
-    testing.assert_sampler(euler, X0, "ddim", 12)
+    testing.assert_sampler(straight(lambda z, size: z / size), FLOW, "ddim", 12)
     scale = np.sqrt((1 - FLOW_TIMES) ** 2 + FLOW_TIMES**2)
     testing.assert_q_sample(
         lambda x0, t, noise: flow_matching(FLOW_TIMES[t], x0, noise) / column(scale[t]), LINEAR

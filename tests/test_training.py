@@ -225,7 +225,7 @@ def test_hybrid_teaches_the_mean_what_the_simple_loss_does_and_the_variance_besi
     assert np.max(np.abs(gradients["vlb"][:, :2] - gradients["simple"][:, :2])) > 0.1
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 def test_training_loss_is_the_loss_of_its_own_draw(prediction):
     diffusion = td.GaussianDiffusion(td.linear_schedule(T=20), prediction)
     model = small_mlp()

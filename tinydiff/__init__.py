@@ -32,7 +32,7 @@ from tinydiff.optim import EMA, Adam, clip_grad_norm, warmup_cosine
 from tinydiff.parallel import DataParallel
 from tinydiff.samplers import invert, iterate_samples, sample
 from tinydiff.schedule_training import train_learned_schedule
-from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
+from tinydiff.schedules import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule
 from tinydiff.training import find_batch_size, train, training_loss
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "cosine_schedule",
     "datasets",
     "find_batch_size",
+    "flow_schedule",
     "get_backend",
     "guided",
     "hybrid_loss",

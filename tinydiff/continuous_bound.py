@@ -144,6 +144,8 @@ def integral_term(
 
         eps: 1/2 gamma' |o - eps|^2    x0: 1/2 gamma' e^{-gamma} |o - x_0|^2    v: 1/2 gamma' a^2 |o - v|^2
 
+        flow: 1/2 gamma' (a / (a + s))^2 |o - (eps - x_0)|^2
+
     Parameters
     ----------
     output : array of shape (N, ...)
@@ -152,7 +154,7 @@ def integral_term(
         Data and the eps in z.
     gamma, slope : array of shape (N,)
         gamma and gamma' of each sample.
-    prediction : {"eps", "x0", "v"}
+    prediction : {"eps", "x0", "v", "flow"}
         What `output` is an estimate of.
 
     Returns
@@ -175,8 +177,10 @@ def integral_term(
         target, weight, dlog_weight = noise, np.ones_like(gamma), np.zeros_like(gamma)
     elif prediction == "x0":
         target, weight, dlog_weight = x0, np.exp(-gamma), -np.ones_like(gamma)
-    else:
+    elif prediction == "v":
         target, weight, dlog_weight = a_ * noise - s_ * x0, a * a, -s * s
+    else:
+        target, weight, dlog_weight = noise - x0, (a / (a + s)) ** 2, -s / (a + s)
     error = output - target
     squares = sum_samples(error * error)
     value = squares * asarray_like(slope * weight / 2, x0)
@@ -209,6 +213,7 @@ def reconstruction_term(
         eps: x_0^ = x_0 + e^{gamma/2} (eps - o)     dx_0^/dgamma = (x_0^ - x_0) / 2
         x0:  x_0^ = o                                              0
         v:   x_0^ = x_0 + s (v - o)                                a^2 (x_0^ - x_0) / 2 - a s^2 / 2 z_0
+        flow: x_0^ = x_0 + s / (a + s) (eps - x_0 - o)             a / (a + s) (x_0^ - x_0) / 2
         log s^2                                     dlog s^2/dgamma = a^2
 
     Parameters
@@ -219,7 +224,7 @@ def reconstruction_term(
         Data and the eps in z_0.
     gamma : array of shape (N,)
         gamma_0 for each sample.
-    prediction : {"eps", "x0", "v"}
+    prediction : {"eps", "x0", "v", "flow"}
         What `output` is an estimate of.
     decoder : {"density", "8bit"}
         The density of points, or the probability of 8-bit levels.
@@ -246,8 +251,10 @@ def reconstruction_term(
         apart, scale = noise - output, np.exp(gamma / 2)
     elif prediction == "x0":
         apart, scale = output - x0, np.ones_like(gamma)
-    else:
+    elif prediction == "v":
         apart, scale = a_ * noise - s_ * x0 - output, s
+    else:
+        apart, scale = noise - x0 - output, s / (a + s)
     off = column_like(scale, x0) * apart  # x_0^ - x_0
     log_variance = column_like(-np.logaddexp(0, -gamma), x0)
     if decoder == "density":  # which depends on the difference only: x_0 + off would round it away
@@ -265,6 +272,8 @@ def reconstruction_term(
         elif prediction == "v":
             dgamma = dgamma + a * a / 2 * _dot(dmean, off)
             dgamma = dgamma - a * s * s / 2 * _dot(dmean, a_ * x0 + s_ * noise)
+        elif prediction == "flow":
+            dgamma = dgamma + a / (a + s) / 2 * _dot(dmean, off)
         return doutput, dgamma
 
     return sum_samples(nll), backward
@@ -340,7 +349,7 @@ def learned_schedule_loss(
         Draws times, noise, and dropout masks.
     T : int
         The length of the chain whose times the network is told, at least 2.
-    prediction : {"eps", "x0", "v"}
+    prediction : {"eps", "x0", "v", "flow"}
         What the network predicts.
     decoder : {"density", "8bit"}
         The reconstruction: the density of points, or the probability of 8-bit levels.

@@ -22,6 +22,11 @@ The network may predict x_0, the noise eps, or v (Salimans & Ho 2022). Because a
     x_t = a x_0 + s eps             x_0 = a x_t - s v
     v   = a eps - s x_0             eps = s x_t + a v
 
+Or it predicts the flow of flow matching, eps - x_0, which is the same at every t (docs: F.11):
+
+    x_t  = a x_0 + s eps            x_0 = (x_t - s flow) / (a + s)
+    flow = eps - x_0                eps = (x_t + a flow) / (a + s)
+
 The variance of the reverse steps lies between two extremes, beta~_t and beta_t (right for point data and for
 standard normal data; docs: P.7). One formula, which interpolates between their logarithms, covers the fixed
 and the learned variances (Nichol & Dhariwal 2021, eq. 15):
@@ -35,6 +40,7 @@ References
 Ho, Jain & Abbeel 2020, *Denoising diffusion probabilistic models*.
 Nichol & Dhariwal 2021, *Improved denoising diffusion probabilistic models*.
 Salimans & Ho 2022, *Progressive distillation for fast sampling of diffusion models*, appendix D.
+Liu, Gong & Liu 2023, *Flow straight and fast: learning to generate and transfer data with rectified flow*.
 """
 
 from __future__ import annotations
@@ -58,7 +64,7 @@ from tinydiff.schedules import NoiseSchedule, check_schedule
 
 __all__ = ["GaussianDiffusion", "Prediction", "Variance", "check_diffusion", "matching"]
 
-Prediction: TypeAlias = Literal["eps", "x0", "v"]
+Prediction: TypeAlias = Literal["eps", "x0", "v", "flow"]
 Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
 
 
@@ -70,8 +76,8 @@ class GaussianDiffusion:
     schedule : NoiseSchedule
         The betas. For fewer steps, take ``GaussianDiffusion(schedule.respace(timesteps), ...)``: all that
         depends on the betas follows from the new ones.
-    prediction : {"eps", "x0", "v"}
-        What the network's output is an estimate of: the noise, the data, or v = a eps - s x0.
+    prediction : {"eps", "x0", "v", "flow"}
+        What the network's output is an estimate of: the noise, the data, v = a eps - s x0, or eps - x0.
     variance : {"fixed_small", "fixed_large", "learned_range"}
         The variance of the reverse steps (Ho et al. 2020, section 3.2): the posterior's beta~_t, right if the
         data is a single point, or beta_t, right if the data is standard normal. Or learned (Nichol & Dhariwal
@@ -238,7 +244,7 @@ class GaussianDiffusion:
         mean = column_like(weight_x0, x0) * x0 + column_like(weight_x_t, x0) * x_t
         return mean, column_like(self.schedule.posterior_variance[t], x0)
 
-    # Changes of variable: from x_t and any one of eps, x0 and v to the other two
+    # Changes of variable: from x_t and any one of eps, x0, v and flow to the others
 
     def training_target(self, x0: Array, t: Array | int, noise: Array) -> Array:
         """Return what a perfect network would output for ``q_sample(x0, t, noise)`` (docs: F.10).
@@ -255,15 +261,18 @@ class GaussianDiffusion:
         Returns
         -------
         array, shape of `x0`
-            By ``self.prediction``: `noise` (the target in Ho et al. 2020, eq. 12 and 14), `x0`, or
-            v = a eps - s x0 (Salimans & Ho 2022).
+            By ``self.prediction``: `noise` (the target in Ho et al. 2020, eq. 12 and 14), `x0`,
+            v = a eps - s x0 (Salimans & Ho 2022), or eps - x0 (Liu, Gong & Liu 2023, eq. 1, where it has the
+            other sign).
         """
         x0, noise = matching(x0=x0, noise=noise)
-        if self.prediction != "v":
-            self._on_host(t, x0)  # refuses a wrong t
-            return noise if self.prediction == "eps" else x0
-        a, s = self._rates(x0, t)
-        return a * noise - s * x0
+        if self.prediction == "v":
+            a, s = self._rates(x0, t)
+            return a * noise - s * x0
+        self._on_host(t, x0)  # refuses a wrong t
+        if self.prediction == "flow":
+            return noise - x0
+        return noise if self.prediction == "eps" else x0
 
     def predict_x0(self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None) -> Array:
         """Return the estimate of the data x_0 that `output` implies (docs: F.7).
@@ -276,14 +285,15 @@ class GaussianDiffusion:
             The step of `x_t`.
         output : array, shape of `x_t` (learned variance: twice that on the last axis)
             What it answered.
-        given : {"eps", "x0", "v"}, optional
+        given : {"eps", "x0", "v", "flow"}, optional
             What `output` is an estimate of; it then has `x_t`'s shape. Default: `output` is the network's
             answer, with an estimate of ``self.prediction``.
 
         Returns
         -------
         array, shape of `x_t`
-            From eps: (x_t - s eps) / a (Ho et al. 2020, eq. 15); from v: a x_t - s v (Salimans & Ho 2022).
+            From eps: (x_t - s eps) / a (Ho et al. 2020, eq. 15); from v: a x_t - s v (Salimans & Ho 2022);
+            from flow: (x_t - s flow) / (a + s).
 
         Raises
         ------
@@ -297,6 +307,8 @@ class GaussianDiffusion:
             return output
         if given == "v":
             return a * x_t - s * output
+        if given == "flow":
+            return (x_t - s * output) / (a + s)
         self._require_signal(t, x_t)
         return (x_t - s * output) / a
 
@@ -313,7 +325,8 @@ class GaussianDiffusion:
         Returns
         -------
         array, shape of `x_t`
-            From x0: (x_t - a x_0) / s (Ho et al. 2020, eq. 4); from v: s x_t + a v (Salimans & Ho 2022).
+            From x0: (x_t - a x_0) / s (Ho et al. 2020, eq. 4); from v: s x_t + a v (Salimans & Ho 2022); from
+            flow: (x_t + a flow) / (a + s).
         """
         x_t, output, given = self._prediction_of(x_t, output, given)
         a, s = self._rates(x_t, t)
@@ -321,6 +334,8 @@ class GaussianDiffusion:
             return output
         if given == "v":
             return s * x_t + a * output
+        if given == "flow":
+            return (x_t + a * output) / (a + s)
         return (x_t - a * output) / s
 
     def predict_v(self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None) -> Array:
@@ -334,7 +349,8 @@ class GaussianDiffusion:
         Returns
         -------
         array, shape of `x_t`
-            From eps: (eps - s x_t) / a; from x0: (a x_t - x_0) / s.
+            From eps: (eps - s x_t) / a; from x0: (a x_t - x_0) / s; from flow:
+            (flow + (a - s) x_t) / (a + s).
 
         Raises
         ------
@@ -347,8 +363,42 @@ class GaussianDiffusion:
             return output
         if given == "x0":
             return (a * x_t - output) / s
+        if given == "flow":
+            return (output + (a - s) * x_t) / (a + s)
         self._require_signal(t, x_t)
         return (output - s * x_t) / a
+
+    def predict_flow(
+        self, x_t: Array, t: Array | int, output: Array, given: Prediction | None = None
+    ) -> Array:
+        """Return the estimate of eps - x_0 that `output` implies (docs: F.11).
+
+        Parameters
+        ----------
+        x_t, t, output, given
+            As in `predict_x0`.
+
+        Returns
+        -------
+        array, shape of `x_t`
+            From eps: ((a + s) eps - x_t) / a; from x0: (x_t - (a + s) x_0) / s; from v:
+            (a + s) v - (a - s) x_t.
+
+        Raises
+        ------
+        ValueError
+            As in `predict_x0`.
+        """
+        x_t, output, given = self._prediction_of(x_t, output, given)
+        a, s = self._rates(x_t, t)
+        if given == "flow":
+            return output
+        if given == "v":
+            return (a + s) * output - (a - s) * x_t
+        if given == "x0":
+            return (x_t - (a + s) * output) / s
+        self._require_signal(t, x_t)
+        return ((a + s) * output - x_t) / a
 
     # p: from noise to data
 
@@ -469,7 +519,7 @@ class GaussianDiffusion:
             first = int(np.argmax(lost))
             raise ValueError(
                 f"t contains {steps[first]}, where alphas_cumprod is {abar[first]:.3g}: in {x_t.dtype} x_t "
-                "is all noise there and eps says nothing of x0; use prediction 'x0' or 'v'."
+                "is all noise there and eps says nothing of x0; use prediction 'x0', 'v' or 'flow'."
             )
 
     def _prediction_of(

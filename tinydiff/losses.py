@@ -111,9 +111,11 @@ def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -
     """Min-SNR weights for `simple_loss` (Hang et al. 2023).  (docs: L.10)
 
     A squared error of x0 counts min(snr_t, gamma) times. That of eps is snr times as large, that of v snr + 1
-    times, so the weight depends on what the network predicts:
+    times, that of the flow (sqrt(snr) + 1)^2 times, so the weight depends on what the network predicts:
 
         x0: min(snr, gamma)     eps: min(1, gamma / snr)     v: min(snr, gamma) / (snr + 1)
+
+        flow: min(snr, gamma) / (sqrt(snr) + 1)^2
 
     Parameters
     ----------
@@ -146,7 +148,9 @@ def min_snr_weight(diffusion: GaussianDiffusion, t: Array, gamma: float = 5.0) -
         return np.minimum(snr, gamma)
     if diffusion.prediction == "eps":
         return gamma / np.maximum(snr, gamma)
-    return np.minimum(snr, gamma) / (snr + 1)
+    if diffusion.prediction == "v":
+        return np.minimum(snr, gamma) / (snr + 1)
+    return np.minimum(snr, gamma) / (np.sqrt(snr) + 1) ** 2
 
 
 def vlb_loss(

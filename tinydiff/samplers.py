@@ -20,16 +20,19 @@ and sigma^2 the model's:
     dpm++     x0 + h / (2 h_before) (x0 - x0_before)  0             0         Lu et al. 2022, algorithm 2
     edm       x - s (eps + eps') / 2, over a          0             0         Karras et al. 2022, algorithm 1
 
-Where c = C = 0 the walk follows the probability-flow ODE (docs: R.7). Three clocks may time it, in each of
-which, with x scaled to fit, one of the three predictions is the velocity:
+Where c = C = 0 the walk follows the probability-flow ODE (docs: R.7). Four clocks may time it, in each of
+which, with x scaled to fit, one of the four predictions is the velocity (docs: R.7, R.16):
 
-    d(x/a) = eps d(s/a),       d(x/s) = x0 d(a/s),       dx = v dphi,  tan phi = s/a
+    d(x/a) = eps d(s/a),       d(x/s) = x0 d(a/s),       dx = v dphi,  tan phi = s/a,
+    d(x/(a+s)) = flow d(s/(a+s))
 
-ddim is Euler's rule in the first clock and in the second. edm is Heun's rule in the first: eps' is the noise
-seen from where ddim would have gone. The first clock is infinite at pure noise, the second at the data. The
-third runs from 0 to a quarter turn, and heun is Heun's rule in it, with the same look ahead (docs: R.11):
+ddim is Euler's rule in all of them but the third. edm is Heun's rule in the first: eps' is the noise seen
+from where ddim would have gone. The first clock is infinite at pure noise, the second at the data. The third
+runs from 0 to a quarter turn, and heun is Heun's rule in it, with the same look ahead (docs: R.11):
 
     x' = x + (phi' - phi) (v + v') / 2
+
+The fourth runs from 0 to 1. It is the time of flow matching, whose Euler steps are therefore ddim's.
 
 The last step, to the data, is the same for all: x' = x0.
 
@@ -39,6 +42,7 @@ Ho, Jain & Abbeel 2020, *Denoising diffusion probabilistic models*.
 Song, Meng & Ermon 2021, *Denoising diffusion implicit models*.
 Lu et al. 2022, *DPM-Solver++: fast solver for guided sampling of diffusion probabilistic models*.
 Karras et al. 2022, *Elucidating the design space of diffusion-based generative models*.
+Liu, Gong & Liu 2023, *Flow straight and fast: learning to generate and transfer data with rectified flow*.
 """
 
 from __future__ import annotations
@@ -273,7 +277,7 @@ def check_signal(walk: GaussianDiffusion, timesteps: np.ndarray) -> None:
     if walk.prediction == "eps" and walk.schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
             f"diffusion has prediction 'eps', which says nothing of x0 at t = {timesteps[-1]}, where "
-            "alphas_cumprod is 0; expected 'x0' or 'v', or steps that end before."
+            "alphas_cumprod is 0; expected 'x0', 'v' or 'flow', or steps that end before."
         )
 
 

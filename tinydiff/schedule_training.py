@@ -114,7 +114,7 @@ def train_learned_schedule(
         Adam's learning rate at the end of the warm-up, for the network and for the schedule.
     gamma_0, gamma_1, units
         Where the schedule begins, as in `LearnedSchedule`.
-    prediction : {"eps", "x0", "v"}
+    prediction : {"eps", "x0", "v", "flow"}
         What the network learns to predict.
     decoder : {"density", "8bit"}
         The reconstruction: the density of points, or the probability of 8-bit levels for images in [-1, 1].

@@ -16,6 +16,8 @@ References
 ----------
 Ho, Jain & Abbeel 2020, *Denoising diffusion probabilistic models*.
 Nichol & Dhariwal 2021, *Improved denoising diffusion probabilistic models*.
+Liu, Gong & Liu 2023, *Flow straight and fast: learning to generate and transfer data with rectified flow*.
+Esser et al. 2024, *Scaling rectified flow transformers for high-resolution image synthesis*.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ __all__ = [
     "checked_timesteps",
     "cosine_schedule",
     "evenly_spaced_timesteps",
+    "flow_schedule",
     "linear_schedule",
 ]
 
@@ -234,6 +237,51 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
     # (2 k - 1) delta is that of the rest of half a turn, too: the smaller of the two angles has more digits.
     both = np.sin(np.minimum(2 * k - 1, 2 * (T - k + T * s) + 1) * delta)
     return NoiseSchedule(np.minimum(both / sines * (sines[-1] / sines), max_beta))
+
+
+def flow_schedule(T: int = 1000, shift: float = 1.0) -> NoiseSchedule:
+    """Return the schedule of flow matching (Liu, Gong & Liu 2023, eq. 1; docs: S.17).
+
+    Data becomes noise on a straight line, (1 - r) x_0 + r eps, here scaled to unit variance. So the ratio of
+    noise and signal is s / a = r / (1 - r), with
+
+        r = shift u / (1 + (shift - 1) u),       u = (t + 1) / T,
+
+    that is, r = u without a shift. The chain ends in noise exactly, ``alphas_cumprod[-1] == 0``, so the
+    network must not predict eps (see `GaussianDiffusion.predict_x0`); usually it predicts the flow.
+
+    Parameters
+    ----------
+    T : int
+        Number of steps, at least 1.
+    shift : float
+        Multiplies the ratio of noise and signal at every t; more than 1 for large images, whose pixels show
+        through more noise together (Esser et al. 2024, eq. 23). From 1e-100 to 1e100.
+
+    Returns
+    -------
+    NoiseSchedule
+
+    Raises
+    ------
+    ValueError
+        If an argument is not as said above.
+
+    Notes
+    -----
+    These are the times of diffusers' ``FlowMatchEulerDiscreteScheduler(T, shift)`` when it is made. Its
+    `set_timesteps` begins from the smallest shifted time and shifts again, so it ends at a larger one.
+    """
+    T = _checked_count("T", T)
+    expected = "a real number from 1e-100 to 1e100"
+    shift = _checked_real("shift", shift, expected)
+    if not 1e-100 <= shift <= 1e100:
+        raise ValueError(f"shift is {shift!r}; expected {expected}.")
+    n = np.arange(1, T + 1, dtype=np.float64)  # steps made, this one among them
+    left = T - n
+    # 1 - abar_t / abar_{t-1}, written without a difference of numbers that are almost equal (docs: S.17).
+    ratio = T * (n * (left + 1) + (n - 1) * left) / (left + 1) ** 2
+    return NoiseSchedule(ratio / ((left / shift) ** 2 + n**2))
 
 
 def evenly_spaced_timesteps(T: int, steps: int) -> np.ndarray:

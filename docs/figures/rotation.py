@@ -5,11 +5,11 @@ from matplotlib.patches import Arc
 from style import BLUE, GREY, ORANGE, figure, save_svg
 
 
-def arrow(ax, end, colour, label, offset):
+def arrow(ax, end, colour, label, offset, start=(0, 0)):
     ax.annotate(
         "",
         end,
-        (0, 0),
+        start,
         arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.8, "shrinkA": 0, "shrinkB": 0},
     )
     ax.annotate(

@@ -15,7 +15,7 @@ from PIL import Image
 FOLDER = Path(__file__).resolve().parent
 
 GREY = "#808080"
-BLUE, ORANGE, GREEN = "#3987c9", "#d9822b", "#2a9d7c"
+BLUE, ORANGE, GREEN, PURPLE = "#3987c9", "#d9822b", "#2a9d7c", "#a668b8"
 
 matplotlib.rcdefaults()
 matplotlib.rcParams.update(

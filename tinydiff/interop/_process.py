@@ -161,9 +161,16 @@ def diffusion_to_diffusers(diffusion: GaussianDiffusion, clip: bool = False) -> 
     ------
     TypeError
         If `diffusion` is not a `GaussianDiffusion`.
+    ValueError
+        If its prediction is "flow".
     """
     check_diffusion(diffusion)
-    (prediction,) = (theirs for theirs, ours in PREDICTIONS.items() if ours == diffusion.prediction)
+    prediction = {ours: theirs for theirs, ours in PREDICTIONS.items()}.get(diffusion.prediction)
+    if prediction is None:
+        raise ValueError(
+            f"diffusion has prediction {diffusion.prediction!r}, which those of diffusers' schedulers do not "
+            f"have that show a network what ours do; expected one of {', '.join(PREDICTIONS.values())}."
+        )
     return {
         "_class_name": SCHEDULERS[0],
         "num_train_timesteps": diffusion.T,

@@ -10,19 +10,24 @@ its length T, the prediction and the variance, which determine the `GaussianDiff
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tinydiff.checkpoint import load_model
 from tinydiff.diffusion import GaussianDiffusion
 from tinydiff.models import UNet
-from tinydiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule
+from tinydiff.schedules import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule
 
 __all__ = ["MNIST", "MNIST_CLASSES", "diffusion_from", "load", "mnist"]
 
 MNIST = Path(__file__).parent / "mnist_unet.safetensors"
 MNIST_CLASSES = Path(__file__).parent / "mnist_unet_classes.safetensors"
-SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}  # by their names in metadata
+SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {  # by their names in metadata
+    "linear": linear_schedule,
+    "cosine": cosine_schedule,
+    "flow": flow_schedule,
+}
 
 
 def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
@@ -32,7 +37,8 @@ def diffusion_from(metadata: dict[str, Any]) -> GaussianDiffusion:
     ----------
     metadata : dict
         ``prediction`` and, unless it is "fixed_small", ``variance``; and ``betas``, a list, or ``schedule``
-        ("linear" or "cosine", with `linear_schedule`'s or `cosine_schedule`'s defaults) and its length ``T``.
+        ("linear", "cosine" or "flow", with the defaults of `linear_schedule` and its like) and its length
+        ``T``.
 
     Returns
     -------

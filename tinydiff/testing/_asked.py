@@ -50,7 +50,7 @@ def asked_up_to(diffusion: GaussianDiffusion) -> int:
     if T == 0:
         raise ValueError(
             "diffusion has prediction 'eps', which says nothing of x0 where alphas_cumprod is 0, as it is at "
-            "every t; expected 'x0' or 'v'."
+            "every t; expected 'x0', 'v' or 'flow'."
         )
     return T
 

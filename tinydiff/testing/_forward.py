@@ -10,7 +10,9 @@ from tinydiff.schedules import NoiseSchedule
 from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, times
 from tinydiff.testing._judge import Claim, linear, moved_in_time
 
-__all__ = ["assert_predict_x0", "assert_q_sample", "assert_training_target"]
+__all__ = ["TO_DATA", "assert_predict_x0", "assert_q_sample", "assert_training_target"]
+
+TO_DATA = "the target is x_0 - eps, the flow where t runs from noise to data"
 
 
 def assert_q_sample(
@@ -96,7 +98,7 @@ def assert_training_target(
     training_target : callable
         Takes x0 and noise of `shape` and t (N,), 0 … T-1, and returns the target.
     diffusion : GaussianDiffusion
-        Its ``prediction`` says which: eps, x0, or v = a eps - s x0.
+        Its ``prediction`` says which: eps, x0, v = a eps - s x0, or the flow, eps - x0.
     shape, asarray, tolerance
         As in `assert_q_sample`.
 
@@ -119,16 +121,17 @@ def assert_training_target(
         "the arguments x0 and noise of v exchanged, a x_0 - s eps": linear(a, -s),
         "the target is x_t": linear(a, s),
         "the target is the noise as it was added, s eps": linear(0 * a, s),
-        "the target is eps - x_0, which is another convention, flow matching's": linear(
-            -np.ones_like(a), np.ones_like(a)
-        ),
-        "the target is x_0 - eps, flow matching's where its t runs from noise to data": linear(
-            np.ones_like(a), -np.ones_like(a)
-        ),
+        "the target is the flow, eps - x_0": lambda x0, t, noise: noise - x0,
+        TO_DATA: lambda x0, t, noise: x0 - noise,
     }
-    formula = {"eps": "eps", "x0": "x_0", "v": "sqrt(abar_t) eps - sqrt(1 - abar_t) x_0"}[
-        diffusion.prediction
-    ]
+    if diffusion.prediction == "flow":  # TO_DATA says it
+        del mistakes["the sign; -v is another convention, EDM's"]
+    formula = {
+        "eps": "eps",
+        "x0": "x_0",
+        "v": "sqrt(abar_t) eps - sqrt(1 - abar_t) x_0",
+        "flow": "eps - x_0",
+    }[diffusion.prediction]
     claim = Claim("training_target", "x0, t, noise", f"{formula} (docs: F.10)", ours, mistakes)
     claim.judge(training_target, _pairs(schedule.T, shape), asarray, tolerance)
 
@@ -175,6 +178,10 @@ def assert_predict_x0(
             "the output is taken for x_0": taken_as("x0"),
             "the output is taken for v": taken_as("v"),
             "the output is taken for -v": linear(a, s),
+            "the output is taken for the flow, eps - x_0": taken_as("flow"),
+            "the output is taken for x_0 - eps, the flow where t runs from noise to data": linear(
+                1 / (a + s), s / (a + s)
+            ),
             "the estimate is clipped": lambda *given: clip_to_unit(ours(*given)),
             "x_t is clipped": lambda x_t, t, output: ours(clip_to_unit(x_t), t, output),
             "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": linear(1 / alpha, -s / alpha),
@@ -188,13 +195,20 @@ def assert_predict_x0(
             "eps is added": linear(1 / a, s / a),
             "the output is subtracted as it is": linear(np.ones_like(a), -np.ones_like(a)),
             "the rates of v exchanged, s x_t - a v": linear(s, -a),
+            "x_t is not divided by a + s, as if it were flow matching's": linear(
+                np.ones_like(a), -s / (a + s)
+            ),
             "the output's eps, not its x_0": lambda x_t, t, output: diffusion.predict_eps(
                 x_t, t, output, given=diffusion.prediction
             ),
         }
-    formula = {"eps": "(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)", "x0": "the output"}
-    expected = formula.get(diffusion.prediction, "sqrt(abar_t) x_t - sqrt(1 - abar_t) v")
-    claim = Claim("predict_x0", "x_t, t, output", f"{expected} (docs: F.7)", ours, mistakes)
+    expected = {
+        "eps": "(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t) (docs: F.7)",
+        "x0": "the output (docs: F.7)",
+        "v": "sqrt(abar_t) x_t - sqrt(1 - abar_t) v (docs: F.7)",
+        "flow": "(x_t - sqrt(1 - abar_t) flow) / (sqrt(abar_t) + sqrt(1 - abar_t)) (docs: F.11)",
+    }[diffusion.prediction]
+    claim = Claim("predict_x0", "x_t, t, output", expected, ours, mistakes)
     claim.judge(predict_x0, _pairs(asked_up_to(diffusion), shape, of_noise=True), asarray, tolerance)
 
 

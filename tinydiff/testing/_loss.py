@@ -24,6 +24,7 @@ from tinydiff.testing._asked import (
     times,
     whole,
 )
+from tinydiff.testing._forward import TO_DATA
 from tinydiff.testing._judge import Claim, distance, linear, moved_in_time
 
 __all__ = ["assert_loss"]
@@ -208,12 +209,8 @@ def _ours_and_mistakes(
         "the target is -v, which is another convention, EDM's": built(target=linear(s, -a)),
         "the target is x_t": built(target=linear(a, s)),
         "the target is the noise as it was added, s eps": built(target=linear(0 * a, s)),
-        "the target is eps - x_0, which is another convention, flow matching's": built(
-            target=linear(-one, one)
-        ),
-        "the target is x_0 - eps, flow matching's where its t runs from noise to data": built(
-            target=linear(one, -one)
-        ),
+        "the target is the flow, eps - x_0": built(target=linear(-one, one)),
+        TO_DATA: built(target=linear(one, -one)),
         "a sum over the numbers of a sample, as Ho et al. write it, not a mean": built(
             reduce=lambda numbers: np.sum(numbers, axis=axes)
         ),
@@ -256,7 +253,7 @@ def _wrong_weights(diffusion: GaussianDiffusion, gamma: float | None) -> dict[st
 
     def squares(snr: np.ndarray = snr) -> dict[str, np.ndarray]:
         """How large the square of each error is, if that of x_0 is 1."""
-        return {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1}
+        return {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1, "flow": (np.sqrt(snr) + 1) ** 2}
 
     if gamma is None:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -269,6 +266,7 @@ def _wrong_weights(diffusion: GaussianDiffusion, gamma: float | None) -> dict[st
             "an error of x_0": errors["x0"],
             "an error of eps, as denoising-diffusion-pytorch weighs them all": errors["eps"],
             "an error of v": errors["v"],
+            "an error of the flow, eps - x_0": errors["flow"],
         }
         if diffusion.prediction == "v":  # P2 weighs errors of eps; for v this gives an error of x_0
             del weights["the weights of P2 with k = 1 and gamma = 1, 1 / (1 + snr)"]
@@ -286,6 +284,7 @@ def _wrong_weights(diffusion: GaussianDiffusion, gamma: float | None) -> dict[st
             "the weights of an error of eps (E.19)": of_eps,
             "the weights of an error of eps, and 1 more (E.19)": of_eps + 1,
             "the weights of an error of v": weights_of(gamma, "v"),
+            "the weights of an error of the flow, eps - x_0": weights_of(gamma, "flow"),
             "min(snr + 1, gamma) / (snr + 1) (E.19)": np.minimum(snr + 1, gamma) / (snr + 1),
             "the larger of snr and gamma, not the smaller (E.19)": by(cap=np.maximum),
             "snr as it is, not at most gamma": by(cap=lambda snr, gamma: snr),

@@ -167,6 +167,7 @@ def assert_p_mean_variance(
         "the estimate of x_0 is not clipped": step(clip=False),
         "the output is taken for x_0": step("x0"),
         "the output is taken for v": step("v"),
+        "the output is taken for the flow, eps - x_0": step("flow"),
         "the variance is a standard deviation (E.10)": with_variance(np.sqrt),
         "the variance is its logarithm": with_variance(np.log),
         **{what: with_mean(of) for what, of in means(diffusion).items()},

@@ -180,7 +180,8 @@ def _mistakes(
     short = diffusion.schedule.respace(timesteps)
     walk = GaussianDiffusion(short, diffusion.prediction, diffusion.variance)
     every, gap = np.arange(diffusion.T), diffusion.T // walk.T
-    a, s_T = np.sqrt(diffusion.schedule.alphas_cumprod), np.sqrt(short.one_minus_alphas_cumprod[-1])
+    a, s = np.sqrt(diffusion.schedule.alphas_cumprod), np.sqrt(diffusion.schedule.one_minus_alphas_cumprod)
+    s_T = np.sqrt(short.one_minus_alphas_cumprod[-1])
 
     def changed(**to: Any) -> Function:
         return lambda network: ours(network, **to)
@@ -212,6 +213,9 @@ def _mistakes(
         "the network is shown x / a, a state that is not scaled down": lambda network: ours(
             lambda x, t: network(x / a[t[0]], t)
         ),
+        "the network is shown x / (a + s), flow matching's state": lambda network: ours(
+            lambda x, t: network(x / (a + s)[t[0]], t)
+        ),
         "it starts from x_T as it is, and not from sqrt(1 + sigma_T^2) x_T": changed(
             x_T=a[timesteps[-1]] * x_T
         ),
@@ -220,6 +224,7 @@ def _mistakes(
         "the output is taken for eps": changed(prediction="eps"),
         "the output is taken for x_0": changed(prediction="x0"),
         "the output is taken for v": changed(prediction="v"),
+        "the output is taken for the flow, eps - x_0": changed(prediction="flow"),
         "steps 0, r, 2 r, ... that leave out the last, T - 1 (E.3)": changed(steps=np.arange(walk.T) * gap),
         "steps ..., T - 1 - r, T - 1 that leave out the first, 0": changed(
             steps=diffusion.T - 1 - gap * np.arange(walk.T)[::-1]

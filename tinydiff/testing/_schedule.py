@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff.schedules import NoiseSchedule, check_schedule, cosine_schedule, linear_schedule
+from tinydiff.schedules import NoiseSchedule, check_schedule, cosine_schedule, flow_schedule, linear_schedule
 from tinydiff.testing._asked import check_tolerance, on_host
 from tinydiff.testing._judge import FLOAT32, named, single
 
@@ -82,12 +82,15 @@ def _apart(table: np.ndarray, abar: np.ndarray, one_minus_abar: np.ndarray) -> n
 
 
 def _mistakes(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
-    """Tables that are mistaken for that of `schedule`, or for those of the two schedules with a name."""
+    """Tables that are mistaken for that of `schedule`, or for those of the three schedules with a name."""
     T, betas, abar = schedule.T, schedule.betas, schedule.alphas_cumprod
     ends = 0.1 / T, min(20 / T, 0.999)
 
     def of_betas(betas: np.ndarray) -> np.ndarray:
         return np.cumprod(1 - betas)
+
+    def of_share(r: np.ndarray) -> np.ndarray:
+        return (1 - r) ** 2 / ((1 - r) ** 2 + r**2)
 
     def cosine(points: int = T + 1, power: int = 2, s: float = 0.008) -> np.ndarray:
         return np.cos((np.linspace(0, 1, points) + s) / (1 + s) * np.pi / 2) ** power
@@ -109,6 +112,10 @@ def _mistakes(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
         "the cosine at T points for T + 1, not divided by the first (E.2)": cosine(T),
         "the cosine schedule": cosine_schedule(T).alphas_cumprod,
         "the linear schedule, its betas times 1000 / T": linear_schedule(T).alphas_cumprod,
+        "flow matching's schedule, r = (t + 1) / T": flow_schedule(T).alphas_cumprod,
+        "flow matching's schedule, r = linspace(0, 1, T)": of_share(np.linspace(0, 1, T)),
+        "flow matching's schedule with a shift of 3": flow_schedule(T, 3.0).alphas_cumprod,
+        "flow matching's schedule with a shift of 3, made twice": flow_schedule(T, 9.0).alphas_cumprod,
         "linear betas of linspace(..., T, endpoint=False)": of_betas(np.linspace(*ends, T, endpoint=False)),
         "linear betas of linspace(..., T + 1), without the first": of_betas(np.linspace(*ends, T + 1)[1:]),
         "linear betas at T + 1 points, the first of which is in all abar_t, but is no step (E.26)": of_betas(
