@@ -1301,6 +1301,18 @@ def test_pictures_that_were_not_scaled_are_noticed():
         td.train(small_mlp(), DIFFUSION, lambda n, rng: data[:n] / 127.5 - 1, **SETTINGS)
 
 
+def test_a_network_that_cannot_say_where_to_begin_is_warned_of():
+    """After the training `td.sample` would refuse it."""
+    for schedule in (td.flow_schedule(10), td.cosine_schedule(10, max_beta=1.0)):
+        with pytest.warns(UserWarning, match=r"'eps', which says nothing of x0 at t = 9") as noticed:
+            td.train(small_mlp(), td.GaussianDiffusion(schedule), POINTS, **SETTINGS)
+        assert len(noticed) == 1 and noticed[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        td.train(small_mlp(), td.GaussianDiffusion(td.flow_schedule(10), "flow"), POINTS, **SETTINGS)
+        td.train(small_mlp(), td.GaussianDiffusion(td.cosine_schedule(10)), POINTS, **SETTINGS)
+
+
 @pytest.mark.parametrize(("low", "high", "warned"), [(0, 1, True), (-1, 1, False), (0.2, 1.5, False)])
 def test_pictures_that_are_not_centred_are_warned_of(low, high, warned):
     pictures = np.linspace(low, high, 4 * 64, dtype=np.float32).reshape(4, 8, 8, 1)

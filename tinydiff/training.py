@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,6 +298,7 @@ def train(
     check_counts(checkpoint_every=checkpoint_every, log_every=log_every)
     numbers = checked_plan(steps, batch_size, seed, warmup, final_lr, clip_norm, ema_decay, data)
     _check_loss(loss, diffusion, min_snr_gamma, decoder, importance_sampling)
+    _warn_of_noise_alone(diffusion)
     if loss != "simple" and not callable(data):  # now, not at the first step that draws t = 0
         check_decoder(decoder, data[:batch_size, ...])
     told = checked_labels(model, data, labels, label_dropout)
@@ -409,6 +411,16 @@ def find_batch_size(
     if not size:
         raise MemoryError("not even a batch of 1 fits in memory: the model needs to be smaller.")
     return size
+
+
+def _warn_of_noise_alone(diffusion: GaussianDiffusion) -> None:
+    """Warn if what is trained cannot be sampled from the chain's end: eps says nothing there.  (docs: F.7)"""
+    if diffusion.prediction == "eps" and diffusion.schedule.alphas_cumprod[-1] == 0:
+        warnings.warn(
+            f"diffusion has prediction 'eps', which says nothing of x0 at t = {diffusion.T - 1}, where "
+            "alphas_cumprod is 0, so sampling cannot begin there: use prediction 'v', 'flow' or 'x0'.",
+            stacklevel=4,  # _warn_of_noise_alone, train, many_steps, the caller
+        )
 
 
 def _check_loss(
