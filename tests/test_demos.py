@@ -151,13 +151,14 @@ def test_a_letter_that_the_output_cannot_hold_ends_no_run(name, monkeypatch):
     assert written.getvalue().endswith(b"\n? ? ?\n")
 
 
+@pytest.mark.parametrize(("schedule", "prediction"), [("cosine", "v"), ("flow", "flow")])
 @pytest.mark.usefixtures("no_pictures")
-def test_every_choice_of_process_and_sampler_works(tmp_path):
-    choices = ["--schedule", "cosine", "--prediction", "v", "--sampler", "ddim", "--sampling-steps", "4"]
+def test_every_choice_of_process_and_sampler_works(schedule, prediction, tmp_path):
+    choices = ["--schedule", schedule, "--prediction", prediction, "--sampler", "ddim", "--sampling-steps", 4]
     run("train_toy2d", *TOY, *choices, "--out", tmp_path, "--quiet")
     assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["sampler"] == "ddim"
     _, about = td.load_model(tmp_path / "model.safetensors")
-    assert (about["schedule"], about["prediction"]) == ("cosine", "v")
+    assert (about["schedule"], about["prediction"]) == (schedule, prediction)
 
 
 @pytest.mark.parametrize("loss", ["hybrid", "vlb"])
@@ -258,6 +259,8 @@ def test_the_full_set_falls_back_to_the_subset_with_one_line(tmp_path, capsys, m
         ("train_toy2d", ["--tf32"], ["--tf32", "--backend cupy"]),
         ("train_toy2d", ["--workers", "0"], ["--workers", "'0'", "at least 1"]),
         ("train_toy2d", ["--unknown"], ["--unknown"]),
+        ("train_toy2d", ["--schedule", "flow", "--prediction", "eps"], ["--prediction", "noise alone"]),
+        ("train_toy2d", ["--schedule", "flow", "--sampler", "edm"], ["--sampler", "noise alone; heun can"]),
         ("train_toy2d", ["--lr", "1e30"], ["loss", "smaller lr"]),
         ("train_mnist", ["--samples", "0"], ["--samples", "'0'"]),
         ("train_mnist", ["--channels", "8", "9"], ["9", "8"]),

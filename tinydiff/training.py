@@ -271,7 +271,8 @@ def train(
     -----
     UserWarning
         If `data`, or the first batch that it draws, is on the host and the noise hardly hides it: pictures in
-        0 … 255, say; or if it holds pictures in [0, 1].
+        0 … 255, say; or if it holds pictures in [0, 1]. If the network predicts eps and the chain ends in
+        noise alone, where eps says nothing of the data.
 
     Raises
     ------
