@@ -193,11 +193,11 @@ class Parser(Plain):
         if args.sampling_steps > args.T:
             self.error(f"argument --sampling-steps: {args.sampling_steps} is more than --T {args.T}")
         if schedules(args.T)[args.schedule].snr[-1] == 0:  # found out now, and not after the training
-            all_noise = f"--schedule {args.schedule} ends, in noise alone"
+            end = f"in noise alone, where --schedule {args.schedule} ends"
             if args.prediction == "eps":
-                self.error(f"argument --prediction: eps says nothing of the data where {all_noise}")
+                self.error(f"argument --prediction: eps says nothing of the data {end}")
             if args.sampler == "edm":
-                self.error(f"argument --sampler: edm cannot begin where {all_noise}; heun can")
+                self.error(f"argument --sampler: edm cannot begin {end}; heun can")
         return args
 
 

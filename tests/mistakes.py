@@ -216,6 +216,7 @@ def loss(target=lambda x0, t, noise: noise, size=np.square, weights=ONE, end=Non
 
 
 OF_FLOW = "the target is the flow, eps - x_0"
+TAKEN_TO_DATA = "the output is taken for x_0 - eps, the flow where t runs from noise to data"
 TO_DATA = "the target is x_0 - eps, the flow where t runs from noise to data"
 FLOW_TIMES = S / (A + S)  # where (1 - t) x_0 + t eps has this chain's SNR
 
@@ -439,9 +440,7 @@ PLANTED = [
             "the output is taken for x_0": lambda x, t, v: v,
             "the output is taken for -v": linear(A, S),
             "the output is taken for the flow, eps - x_0": linear(1 / (A + S), -FLOW_TIMES),
-            "the output is taken for x_0 - eps, the flow where t runs from noise to data": linear(
-                1 / (A + S), FLOW_TIMES
-            ),
+            TAKEN_TO_DATA: linear(1 / (A + S), FLOW_TIMES),
             "the rates of v exchanged, s x_t - a v": linear(S, -A),
             "the output's eps, not its x_0": linear(S, A),
         },
@@ -499,6 +498,7 @@ PLANTED = [
         {
             "the output is taken for eps": step_to(of_eps),
             "the output is taken for the flow, eps - x_0": step_to(linear(1 / (A + S), -FLOW_TIMES)),
+            TAKEN_TO_DATA: step_to(linear(1 / (A + S), FLOW_TIMES)),
             "the variance is fixed_large, beta_t": step_to(linear(A, -S), BETAS),
         },
     ),
@@ -1333,7 +1333,12 @@ WALKS = [
         FLOW,
         "ddim",
         {},
-        {"the network is shown x / (a + s), flow matching's state": straight(lambda z, norm: z)},
+        {
+            "the network is shown x / (a + s), flow matching's state": straight(lambda z, norm: z),
+            TAKEN_TO_DATA: lambda denoise, *given: straight(lambda z, norm: z / norm)(
+                lambda z, t: -denoise(z, t), *given
+            ),
+        },
     ),
     (V, "dpm++", {}, {OF_OUTPUTS: corrected_as_it_comes(lambda x, v, a, s: a * v + s * x)}),
     (

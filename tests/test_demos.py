@@ -260,7 +260,7 @@ def test_the_full_set_falls_back_to_the_subset_with_one_line(tmp_path, capsys, m
         ("train_toy2d", ["--workers", "0"], ["--workers", "'0'", "at least 1"]),
         ("train_toy2d", ["--unknown"], ["--unknown"]),
         ("train_toy2d", ["--schedule", "flow", "--prediction", "eps"], ["--prediction", "noise alone"]),
-        ("train_toy2d", ["--schedule", "flow", "--sampler", "edm"], ["--sampler", "noise alone; heun can"]),
+        ("train_toy2d", ["--schedule", "flow", "--sampler", "edm"], ["--sampler", "noise alone", "heun can"]),
         ("train_toy2d", ["--lr", "1e30"], ["loss", "smaller lr"]),
         ("train_mnist", ["--samples", "0"], ["--samples", "'0'"]),
         ("train_mnist", ["--channels", "8", "9"], ["9", "8"]),

@@ -432,6 +432,9 @@ def call(method, **changes):
 def test_bad_t_is_named(method, t, says):
     with pytest.raises(ValueError, match="^" + says):
         call(method, t=t)
+    for prediction in PREDICTIONS if method == "training_target" else ():
+        with pytest.raises(ValueError, match="^" + says):
+            GaussianDiffusion(linear_schedule(10), prediction).training_target(GOOD, t, GOOD)
 
 
 @pytest.mark.parametrize("method", METHODS)

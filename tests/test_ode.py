@@ -116,7 +116,7 @@ def test_error_falls_at_the_order_of_the_method(sampler, kind, prediction, low, 
     ("sampler", "bound"), [("ddim", 2e-2), ("dpm++", 1e-2), ("heun", 2e-4), ("edm", 2e-4)]
 )
 def test_samplers_follow_the_ode_of_a_mixture(sampler, bound):
-    """Against an adaptive Runge-Kutta method of order 8 in a fourth clock, log s/a.  docs: R.7"""
+    """Against an adaptive Runge-Kutta method of order 8 in another clock, log s/a.  docs: R.7"""
     schedule = td.linear_schedule(T=513)
     diffusion = td.GaussianDiffusion(schedule, "eps")
     x_T = np.random.default_rng(0).standard_normal((20, 2))

@@ -45,13 +45,13 @@ def demo(monkeypatch, capsys):
 # The process from the metadata
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "flow"])
 @pytest.mark.parametrize("variance", [None, "fixed_large"])
 def test_metadata_suffices_to_rebuild_the_process(schedule, variance, tmp_path):
     about = {**ABOUT, "schedule": schedule} | ({"variance": variance} if variance else {})
     td.save_model(tmp_path / "m.safetensors", tiny(), about)
     model, diffusion, metadata = pretrained.load(tmp_path / "m.safetensors")
-    expected = {"linear": td.linear_schedule, "cosine": td.cosine_schedule}[schedule](12)
+    expected = getattr(td, f"{schedule}_schedule")(12)
     np.testing.assert_array_equal(diffusion.schedule.betas, expected.betas)
     assert diffusion.prediction == "v" and diffusion.variance == (variance or "fixed_small")
     assert metadata["T"] == 12

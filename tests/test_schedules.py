@@ -257,13 +257,10 @@ def test_flow_is_a_straight_line_from_data_to_noise():
     assert_allclose(s / (a + s), np.linspace(0.1, 1.0, 10), rtol=1e-15)
 
 
-@pytest.mark.parametrize("shift", [1e-100, 1e-3, 0.5, 3.0, 1e100])
-def test_shift_moves_all_of_log_snr_alike(shift):
-    apart = np.log(flow_schedule(50, shift).betas[0] / flow_schedule(50).betas[0])
-    assert np.isfinite(apart)
-    if 1e-3 <= shift <= 3:
-        moved = np.log(flow_schedule(50, shift).snr[:-1]) - np.log(flow_schedule(50).snr[:-1])
-        assert_allclose(moved, -2 * np.log(shift), rtol=1e-11)
+@pytest.mark.parametrize(("shift", "rtol"), [(1e-6, 1e-13), (0.5, 1e-12), (3.0, 1e-12), (1e6, 1e-7)])
+def test_shift_moves_all_of_log_snr_alike(shift, rtol):
+    moved = np.log(flow_schedule(50, shift).snr[:-1]) - np.log(flow_schedule(50).snr[:-1])
+    assert_allclose(moved, -2 * np.log(shift), rtol=rtol)
 
 
 # Respacing
@@ -369,9 +366,9 @@ def test_what_a_mask_hides_is_not_used():
         linear_schedule(10).respace(np.ma.masked_equal([0, 3, 9], 3))
 
 
-@pytest.mark.parametrize("value", [0, -1.0, 1e-101, 1e101, math.nan, math.inf, True, "3", None, [3.0]])
+@pytest.mark.parametrize("value", [0, -1.0, 9e-7, 1.1e6, math.nan, math.inf, True, "3", None, [3.0]])
 def test_bad_shift_of_flow_is_named(value):
-    with pytest.raises(ValueError, match=r"^shift is .*; expected a real number from 1e-100 to 1e100\.$"):
+    with pytest.raises(ValueError, match=r"^shift is .*; expected a real number from 1e-6 to 1e6\.$"):
         flow_schedule(10, value)
 
 

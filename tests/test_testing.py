@@ -630,6 +630,13 @@ def test_every_mistake_of_the_lists_is_planted(monkeypatch):
     assert planted == listed
 
 
+def test_what_is_expected_of_flow_matching_is_said():
+    says = refusal(testing.assert_predict_x0, lambda x_t, t, output: x_t, FLOW)
+    assert "(x_t - sqrt(1 - abar_t) flow) / (sqrt(abar_t) + sqrt(1 - abar_t)) (docs: F.11)" in says
+    says = refusal(testing.assert_training_target, lambda x0, t, noise: x0, FLOW)
+    assert "Expected eps - x_0 (docs: F.10)" in says
+
+
 def test_the_same_code_without_a_mistake_passes():
     testing.assert_q_sample(linear(A, S), LINEAR)
     testing.assert_training_target(linear(-S, A), V)

@@ -7,8 +7,9 @@ and 17; docs: S.10). With gamma = -log SNR, a^2 = sigmoid(-gamma), s^2 = sigmoid
                    - E log p(x_0 | z_0)                                 the reconstruction
                    + 1/2 E_{u, eps} [ gamma'(u) |eps - eps^(z_u)|^2 ]   the integral
 
-The network may predict eps, x_0 or v: the error of the noise is e^{-gamma/2} times that of x_0, and a times
-that of v. The reconstruction is that of `tinydiff.bound`, L_0 with the variance ``"fixed_large"``, s_0^2.
+The network may predict eps, x_0, v or the flow: the error of the noise is e^{-gamma/2} times that of x_0,
+a times that of v, and a / (a + s) times that of the flow. The reconstruction is that of `tinydiff.bound`, L_0
+with the variance ``"fixed_large"``, s_0^2.
 
 If gamma moves, the state turns from x_0 towards eps (docs: S.12),
 

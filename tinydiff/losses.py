@@ -59,9 +59,9 @@ def simple_loss(
 ) -> tuple[Array, Array]:
     """L_simple: squared error on what the diffusion's `prediction` names.  (docs: L.9)
 
-    (Ho et al. 2020, eq. 14.) The target is `noise` for ``"eps"``, `x0` for ``"x0"`` and
-    sqrt(abar_t) noise - sqrt(1 - abar_t) x0 for ``"v"``. Ho et al. write the sum over dimensions; here, as in
-    their code, it is the mean.
+    (Ho et al. 2020, eq. 14.) The target is `noise` for ``"eps"``, `x0` for ``"x0"``,
+    sqrt(abar_t) noise - sqrt(1 - abar_t) x0 for ``"v"`` and noise - x0 for ``"flow"``. Ho et al. write the
+    sum over dimensions; here, as in their code, it is the mean.
 
     Parameters
     ----------

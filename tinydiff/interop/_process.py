@@ -168,8 +168,8 @@ def diffusion_to_diffusers(diffusion: GaussianDiffusion, clip: bool = False) -> 
     prediction = {ours: theirs for theirs, ours in PREDICTIONS.items()}.get(diffusion.prediction)
     if prediction is None:
         raise ValueError(
-            f"diffusion has prediction {diffusion.prediction!r}, which those of diffusers' schedulers do not "
-            f"have that show a network what ours do; expected one of {', '.join(PREDICTIONS.values())}."
+            f"diffusion has prediction {diffusion.prediction!r}, which is not known to the schedulers of "
+            f"diffusers whose networks see x_t as ours do; expected one of {', '.join(PREDICTIONS.values())}."
         )
     return {
         "_class_name": SCHEDULERS[0],

@@ -26,6 +26,7 @@ __all__ = [
     "in_bfloat16",
     "laid_out",
     "on_host",
+    "other_sign",
     "output_shape",
     "steps_shown",
     "times",
@@ -219,6 +220,12 @@ def laid_out(diffusion: GaussianDiffusion, axis: int, output: np.ndarray) -> np.
     """A network's output, with the two halves of a learned variance on `axis`, not on the last one."""
     learned = diffusion.variance == "learned_range"
     return np.concat(np.split(output, 2, axis=-1), axis=axis) if learned else output
+
+
+def other_sign(x: np.ndarray, output: np.ndarray) -> np.ndarray:
+    """A network's output for x, with the prediction's sign changed, and not that of a learned variance."""
+    C = x.shape[-1]
+    return np.concat([-output[..., :C], output[..., C:]], axis=-1)
 
 
 def check_tolerance(tolerance: Any) -> None:

@@ -10,8 +10,9 @@ from tinydiff.schedules import NoiseSchedule
 from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, times
 from tinydiff.testing._judge import Claim, linear, moved_in_time
 
-__all__ = ["TO_DATA", "assert_predict_x0", "assert_q_sample", "assert_training_target"]
+__all__ = ["TAKEN_TO_DATA", "TO_DATA", "assert_predict_x0", "assert_q_sample", "assert_training_target"]
 
+TAKEN_TO_DATA = "the output is taken for x_0 - eps, the flow where t runs from noise to data"
 TO_DATA = "the target is x_0 - eps, the flow where t runs from noise to data"
 
 
@@ -179,9 +180,7 @@ def assert_predict_x0(
             "the output is taken for v": taken_as("v"),
             "the output is taken for -v": linear(a, s),
             "the output is taken for the flow, eps - x_0": taken_as("flow"),
-            "the output is taken for x_0 - eps, the flow where t runs from noise to data": linear(
-                1 / (a + s), s / (a + s)
-            ),
+            TAKEN_TO_DATA: linear(1 / (a + s), s / (a + s)),
             "the estimate is clipped": lambda *given: clip_to_unit(ours(*given)),
             "x_t is clipped": lambda x_t, t, output: ours(clip_to_unit(x_t), t, output),
             "sqrt(alpha_t) of one step divides, not sqrt(abar_t)": linear(1 / alpha, -s / alpha),

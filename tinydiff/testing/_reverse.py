@@ -9,7 +9,8 @@ import numpy as np
 from tinydiff.backend import clip_to_unit, column_like
 from tinydiff.diffusion import GaussianDiffusion, Prediction, Variance, check_diffusion
 from tinydiff.schedules import NoiseSchedule
-from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, laid_out, times
+from tinydiff.testing._asked import SHAPE, Function, asked_up_to, check_shape, laid_out, other_sign, times
+from tinydiff.testing._forward import TAKEN_TO_DATA
 from tinydiff.testing._judge import Claim, linear, moved_in_time
 
 __all__ = ["NU", "assert_p_mean_variance", "assert_q_posterior", "log_variances", "means"]
@@ -168,6 +169,7 @@ def assert_p_mean_variance(
         "the output is taken for x_0": step("x0"),
         "the output is taken for v": step("v"),
         "the output is taken for the flow, eps - x_0": step("flow"),
+        TAKEN_TO_DATA: lambda x_t, t, output: step("flow")(x_t, t, other_sign(x_t, output)),
         "the variance is a standard deviation (E.10)": with_variance(np.sqrt),
         "the variance is its logarithm": with_variance(np.log),
         **{what: with_mean(of) for what, of in means(diffusion).items()},

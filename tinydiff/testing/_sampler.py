@@ -23,8 +23,10 @@ from tinydiff.testing._asked import (
     in_bfloat16,
     laid_out,
     on_host,
+    other_sign,
     whole,
 )
+from tinydiff.testing._forward import TAKEN_TO_DATA
 from tinydiff.testing._judge import named, single
 from tinydiff.testing._reverse import NU
 from tinydiff.testing._wrong_steps import Step, walked, wrong_steps
@@ -225,6 +227,7 @@ def _mistakes(
         "the output is taken for x_0": changed(prediction="x0"),
         "the output is taken for v": changed(prediction="v"),
         "the output is taken for the flow, eps - x_0": changed(prediction="flow"),
+        TAKEN_TO_DATA: lambda network: ours(lambda x, t: other_sign(x, network(x, t)), prediction="flow"),
         "steps 0, r, 2 r, ... that leave out the last, T - 1 (E.3)": changed(steps=np.arange(walk.T) * gap),
         "steps ..., T - 1 - r, T - 1 that leave out the first, 0": changed(
             steps=diffusion.T - 1 - gap * np.arange(walk.T)[::-1]
