@@ -26,6 +26,7 @@ from mistakes import (
     SIGMAS,
     SNR,
     TABLES,
+    TAKEN_TO_DATA,
     TO_NOISE,
     WALKS,
     X0,
@@ -628,6 +629,26 @@ def test_every_mistake_of_the_lists_is_planted(monkeypatch):
         planted.add((claims[-1].name, what))
         listed |= {(claims[-1].name, mistake) for mistake in claims[-1].mistakes}
     assert planted == listed
+
+
+def test_the_flow_of_the_other_sign_has_the_same_nu():
+    process = td.GaussianDiffusion(LINEAR, "flow", "learned_range")
+
+    def other_way(x, output):
+        flow, nu = np.split(output, 2, axis=-1)
+        return np.concat([-flow, nu], axis=-1)
+
+    def step(x_t, t, output):
+        return process.p_mean_variance(x_t, t, other_way(x_t, output))
+
+    def sampler(denoise, x, tau, noise):
+        return ours("ddpm", process)(lambda x, t: other_way(x, denoise(x, t)), x, tau, noise)
+
+    for said in (
+        refusal(testing.assert_p_mean_variance, step, process),
+        refusal(testing.assert_sampler, sampler, process, "ddpm", 7),
+    ):
+        assert said.endswith(f"It is what comes of this: {TAKEN_TO_DATA}."), said
 
 
 def test_what_is_expected_of_flow_matching_is_said():

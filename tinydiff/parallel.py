@@ -214,7 +214,7 @@ class DataParallel(Module):
         return y, backward
 
     def predict(self, x: Array, t: Array, *, labels: Array | None = None) -> Array:
-        """Predict without keeping anything for a backward; arguments and result as in the call."""
+        """Predict without keeping anything for a backward; as the call, but with the labels by name."""
         told = () if labels is None else (labels,)
         with self._lock:
             self._share_values()
