@@ -249,13 +249,13 @@ def reconstruction_term(
     a, s = _rates(gamma)
     a_, s_ = column_like(a, x0), column_like(s, x0)
     if check_choice("prediction", prediction, get_args(Prediction)) == "eps":
-        apart, scale = noise - output, np.exp(gamma / 2)
+        apart, scale, dlog_scale = noise - output, np.exp(gamma / 2), np.full_like(gamma, 0.5)
     elif prediction == "x0":
-        apart, scale = output - x0, np.ones_like(gamma)
+        apart, scale, dlog_scale = output - x0, np.ones_like(gamma), np.zeros_like(gamma)
     elif prediction == "v":
-        apart, scale = a_ * noise - s_ * x0 - output, s
+        apart, scale, dlog_scale = a_ * noise - s_ * x0 - output, s, a * a / 2
     else:
-        apart, scale = noise - x0 - output, s / (a + s)
+        apart, scale, dlog_scale = noise - x0 - output, s / (a + s), a / (a + s) / 2
     off = column_like(scale, x0) * apart  # x_0^ - x_0
     log_variance = column_like(-np.logaddexp(0, -gamma), x0)
     if decoder == "density":  # which depends on the difference only: x_0 + off would round it away
@@ -268,13 +268,10 @@ def reconstruction_term(
         dmean, dlog_variance = nll_backward(column_like(to_float64(dvalue), x0) + 0 * x0)
         dgamma = a * a * to_float64(sum_samples(dlog_variance))
         doutput = column_like(scale if prediction == "x0" else -scale, x0) * dmean
-        if prediction == "eps":
-            dgamma = dgamma + _dot(dmean, off) / 2
-        elif prediction == "v":
-            dgamma = dgamma + a * a / 2 * _dot(dmean, off)
+        if np.any(dlog_scale):
+            dgamma = dgamma + dlog_scale * _dot(dmean, off)
+        if prediction == "v":  # which moves, by -a s / 2 z_0
             dgamma = dgamma - a * s * s / 2 * _dot(dmean, a_ * x0 + s_ * noise)
-        elif prediction == "flow":
-            dgamma = dgamma + a / (a + s) / 2 * _dot(dmean, off)
         return doutput, dgamma
 
     return sum_samples(nll), backward

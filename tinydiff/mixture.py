@@ -316,9 +316,9 @@ class GaussianMixture:
         """Return the best possible network, ``denoise(x_t, t)``.  (docs: L.8, V.2)
 
         It is the conditional expectation of what `diffusion` wants predicted, given x_t, which has the least
-        squared error. With learned variances the second half is the nu of the best variance
-        (Bao et al. 2022), that of each coordinate of x_{t-1} given x_t; nu may lie outside [-1, 1]. Where
-        that variance is 0, for point data at t = 0, it is the lower end, -1.
+        squared error. With learned variances the second half is the nu of the best variance (Bao et al.
+        2022), that of each coordinate of x_{t-1} given x_t; nu may lie outside [-1, 1]. Where that variance
+        is 0, for point data at t = 0, it is the lower end, -1.
 
         Parameters
         ----------

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -226,9 +226,7 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
     This is diffusers' ``beta_schedule="squaredcos_cap_v2"``, with s and max_beta as arguments.
     """
     T = _checked_count("T", T)
-    s = _checked_real("s", s, "a real number of at least 0")
-    if s < 0:
-        raise ValueError(f"s is {s!r}; expected a real number of at least 0.")
+    s = _checked_real("s", s, lambda offset: offset >= 0, "a real number of at least 0")
     max_beta = _checked_beta("max_beta", max_beta)
     k = T - np.arange(T)  # steps left, this one among them
     delta = np.pi / 2 / (T * (1 + s))
@@ -275,10 +273,7 @@ def flow_schedule(T: int = 1000, shift: float = 1.0) -> NoiseSchedule:
     last is larger.
     """
     T = _checked_count("T", T)
-    expected = "a real number from 1e-6 to 1e6"
-    shift = _checked_real("shift", shift, expected)
-    if not 1e-6 <= shift <= 1e6:
-        raise ValueError(f"shift is {shift!r}; expected {expected}.")
+    shift = _checked_real("shift", shift, lambda h: 1e-6 <= h <= 1e6, "a real number from 1e-6 to 1e6")
     n = np.arange(1, T + 1, dtype=np.float64)  # steps made, this one among them
     left = T - n
     # 1 - abar_t / abar_{t-1}, written without a difference of numbers that are almost equal (docs: S.17).
@@ -388,21 +383,17 @@ def _checked_count(name: str, value: Any) -> int:
     return count
 
 
-def _checked_real(name: str, value: Any, expected: str) -> float:
-    """`value` as a finite float, or ValueError."""
+def _checked_real(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
+    """`value` as a finite float for which ``fits(value)`` is true, or ValueError."""
     try:
         real = math.nan if isinstance(value, str | bool | np.bool_) else float(value)
     except (TypeError, ValueError, OverflowError):
         real = math.nan
-    if not math.isfinite(real):
+    if not (math.isfinite(real) and fits(real)):
         raise ValueError(f"{name} is {value!r}; expected {expected}.")
     return real
 
 
 def _checked_beta(name: str, value: Any) -> float:
     """`value` as a float in (0, 1], or ValueError."""
-    expected = "a real number in (0, 1]"
-    beta = _checked_real(name, value, expected)
-    if not 0 < beta <= 1:
-        raise ValueError(f"{name} is {value!r}; expected {expected}.")
-    return beta
+    return _checked_real(name, value, lambda beta: 0 < beta <= 1, "a real number in (0, 1]")

@@ -37,6 +37,7 @@ from tinydiff.losses import hybrid_loss, min_snr_weight, simple_loss, vlb_loss
 from tinydiff.memory import largest_batch, let_go
 from tinydiff.models._checks import answer_of, check_like_model, check_model
 from tinydiff.nn.module import M, config_of, weight_of
+from tinydiff.samplers import check_signal
 
 __all__ = ["Loss", "TrainingResult", "find_batch_size", "train", "training_loss"]
 
@@ -416,12 +417,10 @@ def find_batch_size(
 
 def _warn_of_noise_alone(diffusion: GaussianDiffusion) -> None:
     """Warn if what is trained cannot be sampled from the chain's end: eps says nothing there.  (docs: F.7)"""
-    if diffusion.prediction == "eps" and diffusion.schedule.alphas_cumprod[-1] == 0:
-        warnings.warn(
-            f"diffusion has prediction 'eps', which says nothing of x0 at t = {diffusion.T - 1}, where "
-            "alphas_cumprod is 0, so sampling cannot begin there: use prediction 'v', 'flow' or 'x0'.",
-            stacklevel=4,  # _warn_of_noise_alone, train, many_steps, the caller
-        )
+    try:
+        check_signal(diffusion, np.arange(diffusion.T))
+    except ValueError as refusal:  # 4: _warn_of_noise_alone, train, many_steps, the caller
+        warnings.warn(f"sampling cannot begin where the chain ends: {refusal}", stacklevel=4)
 
 
 def _check_loss(
