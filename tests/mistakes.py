@@ -800,7 +800,7 @@ def rescaled(schedule):
 
 def of_share(r):
     """Liu, Gong & Liu 2023: (1 - r) x_0 + r eps, scaled to unit variance."""
-    return 1 / (1 + (r / (1 - r)) ** 2) if np.max(r) < 1 else np.append(of_share(r[:-1]), 0.0)
+    return (1 - r) ** 2 / ((1 - r) ** 2 + r**2)
 
 
 LONG_COSINE = td.cosine_schedule(1000)
@@ -818,7 +818,7 @@ TABLES = [
                 np.linspace(0, 1, 50)
             ),
             "the linear schedule, its betas times 1000 / T": of_betas(np.linspace(0.002, 0.4, 50)),
-            "flow matching's schedule, r = (t + 1) / T": of_share(np.arange(1, 51) / 50),
+            "flow matching's schedule, r = (t + 1) / T": of_share(RISING),
             "alphas_cumprod a step late, from 1 on": np.append(1.0, COSINE.alphas_cumprod[:-1]),
             "alphas_cumprod from its end to its beginning": COSINE.alphas_cumprod[::-1],
         },
@@ -1062,15 +1062,15 @@ def rotations(first=0.5, second=0.5, ahead="ddim", turned=False):
     return sampler
 
 
-def straight(shown):
-    """Euler's rule for flow matching, z = (1 - r) x_0 + r eps; `shown` is what the network sees of z."""
+def straight(scaled=True, sign=1):
+    """Euler's rule for flow matching, z = (1 - r) x_0 + r eps, of which the network sees z / |(1 - r, r)|."""
 
     def sampler(denoise, x, tau, noise):
         times = np.append(FLOW_TIMES[tau][::-1], 0.0)
         size = np.sqrt((1 - times) ** 2 + times**2)
         z = size[0] * x
         for t, now, after, norm in zip(tau[::-1], times, times[1:], size):
-            z = z + (after - now) * denoise(shown(z, norm), t)
+            z = z + sign * (after - now) * denoise(z / norm if scaled else z, t)
         return z
 
     return sampler
@@ -1334,10 +1334,8 @@ WALKS = [
         "ddim",
         {},
         {
-            "the network is shown x / (a + s), flow matching's state": straight(lambda z, norm: z),
-            TAKEN_TO_DATA: lambda denoise, *given: straight(lambda z, norm: z / norm)(
-                lambda z, t: -denoise(z, t), *given
-            ),
+            "the network is shown x / (a + s), flow matching's state": straight(scaled=False),
+            TAKEN_TO_DATA: straight(sign=-1),
         },
     ),
     (V, "dpm++", {}, {OF_OUTPUTS: corrected_as_it_comes(lambda x, v, a, s: a * v + s * x)}),

@@ -289,6 +289,10 @@ def test_eps_of_what_was_not_clipped_is_named(clip, said, monkeypatch):
         assert_walk(scheduler, td.GaussianDiffusion(schedule), "ddim", monkeypatch, clip=clip)
 
 
+def chain_of(abar):
+    return td.NoiseSchedule(1 - abar / np.append(1, abar[:-1]))
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "options"),
     [
@@ -310,8 +314,7 @@ def test_zero_terminal_snr_is_compared_on_the_times_walked_alone(kind, name, opt
     scheduler.set_timesteps(20)
     abar = scheduler.alphas_cumprod.double().numpy()
     assert abar[-1] == 2.0**-24 > abar[-2]
-    abar = abar[scheduler.timesteps.numpy().astype(int)[::-1]]
-    schedule = td.NoiseSchedule(1 - abar / np.append(1, abar[:-1]))
+    schedule = chain_of(abar[scheduler.timesteps.numpy().astype(int)[::-1]])
 
     def sampler(denoise, x, timesteps, noise):
         x = x * scheduler.init_noise_sigma
@@ -329,9 +332,9 @@ def of_flow_matching(shift, **times):
         scheduler.set_timesteps(**times)
     r = scheduler.sigmas.double().numpy()
     r = np.sort(r[r > 0])
-    abar = (1 - r) ** 2 / ((1 - r) ** 2 + r**2)
-    schedule = td.NoiseSchedule(1 - abar / np.append(1, abar[:-1]))
-    return scheduler, td.GaussianDiffusion(schedule, "flow"), torch.as_tensor(np.sqrt((1 - r) ** 2 + r**2))
+    size2 = (1 - r) ** 2 + r**2
+    schedule = chain_of((1 - r) ** 2 / size2)
+    return scheduler, td.GaussianDiffusion(schedule, "flow"), torch.as_tensor(np.sqrt(size2))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -240,7 +240,7 @@ def test_cosine_ends_in_noise(T):
 
 @given(st.integers(1, 1500), st.floats(1e-3, 1e3))
 def test_flow_has_its_formula_in_exact_arithmetic(T, shift):
-    schedule, before, factor = flow_schedule(T, shift), Fraction(1), Fraction(shift)
+    schedule, factor = flow_schedule(T, shift), Fraction(shift)
     for t in {0, T // 3, T // 2, T - 2, T - 1} - {-1}:
         r, r_before = (factor * n / (T + (factor - 1) * n) for n in (t + 1, t))
         abar, before = ((1 - x) ** 2 / ((1 - x) ** 2 + x**2) for x in (r, r_before))

@@ -784,7 +784,7 @@ def test_every_mistake_of_samplers_is_planted(monkeypatch):
 
 def test_flow_matching_is_ddim_of_states_that_are_scaled():
     """Its rates sum to 1, the squares of ours do."""
-    testing.assert_sampler(straight(lambda z, size: z / size), FLOW, "ddim", 12)
+    testing.assert_sampler(straight(), FLOW, "ddim", 12)
     scale = np.sqrt((1 - FLOW_TIMES) ** 2 + FLOW_TIMES**2)
     testing.assert_q_sample(
         lambda x0, t, noise: flow_matching(FLOW_TIMES[t], x0, noise) / column(scale[t]), LINEAR
